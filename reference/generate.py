@@ -1,0 +1,360 @@
+"""Text generation with a TwoTower: block diffusion, and its two autoregressive relatives.
+
+The three modes differ only in who proposes the next tokens (Nemotron-TwoTower, arXiv 2606.26493):
+
+* `mask_diffusion`: the denoiser fills a block of S masks in a few calls, reading the context tower's state; the
+  finished block then runs through the context tower. Autoregressive over blocks, parallel within one.
+* `mock_ar`: the denoiser as a next-token model. It reads the last token, with the context's state from before it.
+* `ar`: the context tower alone.
+
+A batch of prompts of different lengths is exactly each prompt alone: every row has its own length, its own random
+stream (from the seed and its index in the request) and its own count of model calls. A row that has nothing left to do
+is taken out of the batch, so it costs nothing.
+"""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reference.model import ContextState, TwoTower
+from reference.philox import sequence_seed
+from reference.remask import remask
+from reference.remask_policy import RemaskPolicy
+
+MODES = ("mask_diffusion", "mock_ar", "ar")
+FINISH = RemaskPolicy(finish=True)  # in the last step of its schedule: every candidate, none of which is the mask
+PROPOSE = RemaskPolicy(suppress_mask=False)  # a rule that leaves the candidate alone
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """What just happened to R rows of the request: one un-masking step, or one block finished.
+
+    In the autoregressive modes a block is one token and only finished blocks are reported. The finished blocks of a
+    row, one after the other, are its new tokens before the cut at `max_new_tokens` and after the first EOS.
+    """
+
+    block: int  # index of the block (autoregressive modes: of the new token)
+    step: int  # index of the un-masking step inside the block; for a finished block, the steps it took at most
+    committed: bool  # the block is finished (otherwise: a step inside it)
+    rows: Tensor  # [R] int64, index of each row in the request
+    before: Tensor  # [R, S] int64, the tokens the model read (finished block: the same as after)
+    after: Tensor  # [R, S] int64
+    num_masked: Tensor  # [R] int64, masks left in `after`
+    nfe: Tensor  # [R] int64, model calls this row has cost so far
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """The generated text of B prompts and what it cost."""
+
+    sequences: list[Tensor]  # per row, 1-D int64: prompt + new tokens, cut after the EOS, which is kept
+    new_tokens: list[Tensor]  # per row, 1-D int64: the new tokens alone
+    nfe: list[int]  # per row: denoiser calls while the row had masks (ar: context-tower predictions)
+    finish_reason: list[str]  # per row: "eos" or "length"
+    seconds: float  # wall-clock time of the whole request, prefill included
+
+    @property
+    def tokens_per_nfe(self) -> float:
+        """New tokens per model call over the whole batch; 0 when nothing was generated."""
+        return sum(map(len, self.new_tokens)) / max(1, sum(self.nfe))
+
+
+@dataclass
+class _Run:
+    """The request as the three modes see it: checked arguments, and what the rows have got so far."""
+
+    model: TwoTower
+    prompts: Tensor  # [B, T] int64, right-padded
+    lengths: Tensor  # [B] int64
+    max_new_tokens: int
+    eos_token_id: int | None
+    sampling: dict[str, Any]  # temperature, top_k, top_p
+    seeds: Tensor  # [B] int64, Philox keys
+    on_step: Callable[[StepEvent], object] | None
+    nfe: Tensor  # [B] int64
+    blocks: list[list[Tensor]] = field(default_factory=list)  # per row, its finished blocks
+
+    def report(self, block: int, step: int, rows: Tensor, before: Tensor, after: Tensor, masked: Tensor) -> None:
+        """Tell the observer about an un-masking step."""
+        if self.on_step is not None:
+            nfe = self.nfe[rows]
+            self.on_step(StepEvent(block, step, False, rows.clone(), before.clone(), after.clone(), masked, nfe))
+
+    def finish_block(self, block: int, step: int, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Hand a finished block [R, S] to its rows; return bool [R]: which rows want another one."""
+        for row, new in zip(rows.tolist(), tokens, strict=True):
+            self.blocks[row].append(new)
+        if self.on_step is not None:
+            none, nfe = torch.zeros_like(rows), self.nfe[rows]
+            self.on_step(StepEvent(block, step, True, rows.clone(), tokens.clone(), tokens.clone(), none, nfe))
+        if self.eos_token_id is None:
+            return torch.ones_like(rows, dtype=torch.bool)
+        return (tokens != self.eos_token_id).all(dim=1)
+
+    def cut(self, row: int) -> tuple[Tensor, str]:
+        """A row's new tokens, at most `max_new_tokens`, up to and including the first EOS."""
+        new = torch.cat([self.prompts.new_empty(0), *self.blocks[row]])[: self.max_new_tokens]
+        if self.eos_token_id is not None:
+            hits = (new == self.eos_token_id).nonzero()
+            if len(hits):
+                return new[: int(hits[0]) + 1], "eos"
+        return new, "length"
+
+
+@torch.no_grad()
+def generate(
+    model: TwoTower,
+    prompts: Tensor | Sequence[Tensor | Sequence[int]],
+    *,
+    mode: str = "mask_diffusion",
+    max_new_tokens: int,
+    block_size: int = 16,
+    steps_per_block: int = 16,
+    confidence_threshold: float = 0.8,
+    policy: RemaskPolicy | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    mask_token_id: int = 3,
+    eos_token_id: int | None = None,
+    seed: int = 0,
+    on_step: Callable[[StepEvent], object] | None = None,
+) -> GenerateResult:
+    """Continue every prompt by up to `max_new_tokens` tokens.
+
+    Args:
+        model: the two towers.
+        prompts: int64 [B, T], or B one-dimensional tensors or lists of any lengths >= 1.
+        mode: "mask_diffusion", "mock_ar" or "ar".
+        max_new_tokens: per row. When it is no multiple of the block size, the last block is denoised whole and then
+            cut, so a shorter request gives a prefix of a longer one.
+        block_size, steps_per_block: S and T (mask_diffusion only). S above the size the model was trained with makes
+            sampling collapse and is warned about; below is safe.
+        confidence_threshold: gamma of the TwoTower rule. With n masks and r steps left, each step commits the
+            max(1, #{confidence > gamma}, ceil(n / r)) most confident ones.
+        policy: another un-masking rule; replaces `confidence_threshold`. Some rules need more than T calls (a threshold
+            may let one token pass at a time, the posterior may leave masks): step i >= T runs as the last step of a
+            schedule of i + 1 steps, so its random numbers are new. A block that still has masks after max(T, S) calls
+            gets one more, which commits its best tokens everywhere, so it ends in any case and without a mask.
+        temperature, top_k, top_p: sampling; temperature 0 is greedy, top_k 0 and top_p 1 are no filter.
+        mask_token_id: what stands at a place to be filled (mask_diffusion only; the other modes treat it as any token).
+        eos_token_id: a row ends with the first EOS among its new tokens.
+        seed: the request's seed. Row b draws with the key `philox.sequence_seed(seed, b)`. In mask_diffusion the
+            counter holds (token, position in the block, step, index of the block); in the autoregressive modes
+            (token, 0, 0, index of the new token).
+        on_step: called with a `StepEvent` after every un-masking step and for every finished block.
+
+    Raises:
+        ValueError: an argument out of its range (the message names it, its value and the row), a policy that needs no
+            masks (renoise).
+        TypeError: prompts that are not integers.
+        FloatingPointError: the model's logits are NaN or infinite.
+    """
+    start = time.perf_counter()
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    vocab_size = model.config.vocab_size
+    _check_options(max_new_tokens, temperature, top_k, top_p, eos_token_id, vocab_size)
+    device = next(model.parameters()).device
+    rows = _prompt_rows(prompts, vocab_size, device)
+    run = _Run(
+        model=model,
+        prompts=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        lengths=torch.tensor([len(row) for row in rows], device=device),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos_token_id,
+        sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+        seeds=torch.tensor([sequence_seed(seed, b) for b in range(len(rows))], device=device),
+        on_step=on_step,
+        nfe=torch.zeros(len(rows), dtype=torch.int64, device=device),
+        blocks=[[] for _ in rows],
+    )
+    if mode == "mask_diffusion":
+        _check_blocks(model, rows, block_size, steps_per_block, confidence_threshold, mask_token_id, policy)
+        policy = policy or RemaskPolicy.twotower(threshold=confidence_threshold)
+        if max_new_tokens:
+            _diffuse(run, policy, block_size, steps_per_block, mask_token_id)
+    elif max_new_tokens:
+        _autoregress(run, with_denoiser=mode == "mock_ar")
+    new_tokens, reasons = zip(*(run.cut(b) for b in range(len(rows))), strict=True)
+    sequences = [torch.cat(pair) for pair in zip(rows, new_tokens, strict=True)]
+    seconds = time.perf_counter() - start
+    return GenerateResult(sequences, list(new_tokens), run.nfe.tolist(), list(reasons), seconds)
+
+
+def _diffuse(run: _Run, policy: RemaskPolicy, block_size: int, num_steps: int, mask_token_id: int) -> None:
+    """Block after block: denoise it, hand it out, extend the context of the rows that go on."""
+    state = run.model.prefill(run.prompts, run.lengths)
+    rows = torch.arange(len(run.lengths), device=run.lengths.device)  # [R] rows still generating, in the state's order
+    num_blocks = math.ceil(run.max_new_tokens / block_size)
+    for block in range(num_blocks):
+        tokens, steps = _denoise_block(run, state, rows, policy, block, block_size, num_steps, mask_token_id)
+        go_on = run.finish_block(block, steps, rows, tokens)
+        if block + 1 == num_blocks or not go_on.any():
+            return  # the last block is read by nobody: the context need not grow
+        if not go_on.all():
+            keep = go_on.nonzero().squeeze(1)
+            state, rows, tokens = state.select(keep), rows[keep], tokens[keep]
+        state = run.model.commit(tokens, state)
+
+
+def _denoise_block(
+    run: _Run,
+    state: ContextState,
+    rows: Tensor,
+    policy: RemaskPolicy,
+    block: int,
+    block_size: int,
+    num_steps: int,
+    mask_token_id: int,
+) -> tuple[Tensor, int]:
+    """From all masks to none: int64 [R, S] tokens, and the number of steps the slowest row took."""
+    tokens = torch.full((len(rows), block_size), mask_token_id, device=rows.device)
+    active = torch.arange(len(rows), device=rows.device)  # [A] rows of this block that still hold masks
+    masked = torch.full_like(rows, block_size)  # [A]
+    last_call = max(num_steps, block_size)
+    for step in range(last_call + 1):
+        of_steps = max(num_steps, step + 1)  # past the schedule, every step is the last one
+        before = tokens[active]  # [A, S]
+        t = policy.model_time(masked, block_size, step, of_steps)  # [A]
+        logits = run.model.denoise(before, state, t)  # [A, S, V]
+        result = remask(
+            logits,
+            before,
+            mask_token_id=mask_token_id,
+            policy=policy if step < last_call else FINISH,
+            step=step,
+            num_steps=of_steps,
+            seed=run.seeds[rows[active]],
+            offset=block,
+            initial_num_masked=block_size,
+            **run.sampling,
+        )
+        _check_finite(result.confidence, rows[active])
+        tokens[active] = result.tokens
+        masked = result.num_masked.long()
+        run.nfe[rows[active]] += 1
+        run.report(block, step, rows[active], before, result.tokens, masked)
+        if not masked.all():
+            keep = masked.nonzero().squeeze(1)
+            if not len(keep):
+                break
+            state, active, masked = state.select(keep), active[keep], masked[keep]
+    return tokens, step + 1
+
+
+def _autoregress(run: _Run, with_denoiser: bool) -> None:
+    """One token at a time, proposed by the denoiser (mock_ar) or by the context tower (ar)."""
+    rows = torch.arange(len(run.lengths), device=run.lengths.device)  # [R] rows still generating, in the state's order
+    last = run.prompts.gather(1, run.lengths[:, None] - 1)  # [R, 1]
+    if with_denoiser:  # it reads the last token itself, so the context stops before it
+        state = run.model.prefill(run.prompts[:, :-1], run.lengths - 1)
+    else:
+        state = run.model.prefill(run.prompts, run.lengths)
+    for index in range(run.max_new_tokens):
+        logits = run.model.denoise(last, state, t=None)[:, 0] if with_denoiser else state.logits  # [R, V]
+        token = _next_token(logits, rows, run.seeds[rows], index, run.sampling)  # [R, 1]
+        run.nfe[rows] += 1
+        go_on = run.finish_block(index, 1, rows, token)
+        if index + 1 == run.max_new_tokens or not go_on.any():
+            return
+        if not go_on.all():
+            keep = go_on.nonzero().squeeze(1)
+            state, rows, last, token = state.select(keep), rows[keep], last[keep], token[keep]
+        state = run.model.commit(last if with_denoiser else token, state)
+        last = token
+
+
+def _next_token(logits: Tensor, rows: Tensor, seeds: Tensor, index: int, sampling: dict[str, Any]) -> Tensor:
+    """Greedy or sampled next token: logits [R, V] -> int64 [R, 1].
+
+    It is the proposal of a remasking step on a block of one, so both kinds of generation share one sampler.
+    """
+    block = torch.zeros(len(seeds), 1, dtype=torch.int64, device=logits.device)  # of masks, whatever their number
+    step = remask(logits[:, None], block, mask_token_id=0, policy=PROPOSE, seed=seeds, offset=index, **sampling)
+    _check_finite(step.confidence, rows)
+    return step.candidate
+
+
+def _check_finite(confidence: Tensor, rows: Tensor) -> None:
+    """Remasking marks a position without usable logits by a confidence of NaN, and leaves it alone for ever."""
+    bad = rows[confidence.isnan().any(dim=1)]  # [R, S] -> [N]
+    if len(bad):
+        raise FloatingPointError(f"the model's logits for row {int(bad[0])} hold NaN or infinity")
+
+
+def _prompt_rows(
+    prompts: Tensor | Sequence[Tensor | Sequence[int]], vocab_size: int, device: torch.device
+) -> list[Tensor]:
+    """B checked one-dimensional int64 prompts on the model's device."""
+    if isinstance(prompts, Tensor) and prompts.ndim != 2:
+        raise ValueError(f"prompts must be [B, T] or a list of rows, got a tensor of shape {list(prompts.shape)}")
+    if not len(prompts):
+        raise ValueError("prompts must hold at least one row, got none")
+    rows = []
+    for b, prompt in enumerate(prompts):
+        row = torch.as_tensor(prompt)
+        if row.ndim != 1 or not row.numel():
+            raise ValueError(f"prompts[{b}] must hold one token or more in one dimension, got shape {list(row.shape)}")
+        if row.is_floating_point() or row.is_complex() or row.dtype == torch.bool:
+            raise TypeError(f"prompts[{b}] must hold integers, got {row.dtype}")
+        wrong = row[(row < 0) | (row >= vocab_size)]
+        if len(wrong):
+            raise ValueError(f"prompts[{b}] holds token {int(wrong[0])}, outside the vocabulary of {vocab_size}")
+        rows.append(row.to(device=device, dtype=torch.int64))
+    return rows
+
+
+def _check_options(
+    max_new_tokens: int, temperature: float, top_k: int, top_p: float, eos_token_id: int | None, vocab_size: int
+) -> None:
+    """The arguments that every mode reads. Comparisons are written so that NaN fails them."""
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number, 0 or more, got {temperature}")
+    if not 0 <= top_k <= vocab_size:
+        raise ValueError(f"top_k must be between 0 and the vocabulary size {vocab_size}, got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if eos_token_id is not None and not 0 <= eos_token_id < vocab_size:
+        raise ValueError(f"eos_token_id must be inside the vocabulary of {vocab_size}, got {eos_token_id}")
+
+
+def _check_blocks(
+    model: TwoTower,
+    rows: list[Tensor],
+    block_size: int,
+    steps_per_block: int,
+    confidence_threshold: float,
+    mask_token_id: int,
+    policy: RemaskPolicy | None,
+) -> None:
+    """The arguments that only mask_diffusion reads."""
+    vocab_size = model.config.vocab_size
+    if block_size < 1:
+        raise ValueError(f"block_size must be 1 or more, got {block_size}")
+    if steps_per_block < 1:
+        raise ValueError(f"steps_per_block must be 1 or more, got {steps_per_block}")
+    if policy is not None and policy.renoise:
+        raise ValueError("policy must un-mask: a renoise rule starts from random tokens and never has a mask")
+    if math.isnan(confidence_threshold):
+        raise ValueError(f"confidence_threshold must be a number, got {confidence_threshold}")
+    if not 0 <= mask_token_id < vocab_size:
+        raise ValueError(f"mask_token_id must be inside the vocabulary of {vocab_size}, got {mask_token_id}")
+    for b, row in enumerate(rows):
+        if (row == mask_token_id).any():
+            raise ValueError(f"prompts[{b}] holds the mask token {mask_token_id}: the context tower reads clean text")
+    trained = getattr(model.config, "block_size", None)
+    if trained is not None and block_size > trained:
+        warnings.warn(
+            f"block_size {block_size} is larger than the {trained} the model was trained with: sampling may collapse",
+            stacklevel=3,
+        )

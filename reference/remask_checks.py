@@ -1,0 +1,200 @@
+"""What `remask` accepts: every argument checked and brought to one form, before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reference import philox
+from reference.remask_policy import RemaskPolicy
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32)
+
+
+@dataclass
+class Arguments:
+    """The arguments of `remask` beside logits and tokens, on the device of the logits; per row means [B]."""
+
+    step: Tensor  # int64 [B]
+    num_steps: Tensor  # int64 [B]
+    temperature: Tensor  # float64 [B]
+    top_k: Tensor  # int64 [B]
+    top_p: Tensor  # float64 [B]
+    seed: Tensor  # int64 [B]
+    offset: Tensor  # int64 [B]
+    gate_bound: Tensor  # float64 [B]
+    initial: Tensor | None  # int64 [B]
+    suppress_ids: Tensor  # int64 [n]
+    confidence_suppress_ids: Tensor  # int64 [n]
+    valid: Tensor  # bool [B, S]
+    reach: Tensor  # bool [B, S], valid and editable
+    candidates: Tensor | None  # int64 [B, S]
+    rank_noise: Tensor | None  # float64 [B, S]
+
+    def noise(self, number: int) -> Tensor:
+        """The caller's number of each position, or the op's own for this reserved token number: float64 [B, S]."""
+        if self.rank_noise is not None:
+            return self.rank_noise
+        word = philox.position_words(self.seed, self.offset, self.step, self.valid.shape[1], number)
+        return philox.uniform(word)
+
+
+def check(
+    *,
+    logits: Tensor,
+    tokens: Tensor,
+    mask_token_id: int | None,
+    policy: RemaskPolicy,
+    step: int | Tensor,
+    num_steps: int | Tensor,
+    temperature: float | Tensor,
+    top_k: int | Tensor,
+    top_p: float | Tensor,
+    seed: int | Tensor,
+    offset: int | Tensor,
+    suppress_ids: Sequence[int] | Tensor | None,
+    editable: Tensor | None,
+    valid_lens: Tensor | None,
+    initial_num_masked: int | Tensor | None,
+    gate_bound: float | Tensor | None,
+    confidence_suppress_ids: Sequence[int] | Tensor | None,
+    candidates: Tensor | None,
+    rank_noise: Tensor | None,
+) -> Arguments:
+    """The arguments in one form; TypeError or ValueError, naming the argument, where one is not as `remask` says."""
+    if not isinstance(policy, RemaskPolicy):
+        raise TypeError(f"policy must be a RemaskPolicy, got {type(policy).__name__}")
+    _tensor("logits", logits, FLOATING)
+    if logits.ndim != 3 or logits.shape[2] == 0:
+        raise ValueError(f"logits must have shape [B, S, V] with V > 0, got {list(logits.shape)}")
+    if logits.requires_grad and torch.is_grad_enabled():
+        raise ValueError("logits require grad, but remask is not differentiable: detach them or use torch.no_grad()")
+    batch, block, vocab = logits.shape
+    device = logits.device
+    _tensor("tokens", tokens, INTEGERS, (batch, block), device)
+    if mask_token_id is None:
+        if not policy.renoise:
+            raise ValueError("mask_token_id is None, which only a policy with renoise allows")
+    elif isinstance(mask_token_id, bool) or not isinstance(mask_token_id, int):
+        raise TypeError(f"mask_token_id must be an int, got {type(mask_token_id).__name__}")
+    elif not 0 <= mask_token_id < vocab:
+        raise ValueError(f"mask_token_id must be in [0, {vocab}), got {mask_token_id}")
+
+    def per_row(name: str, value: Any, whole: bool, low: float, high: float = math.inf) -> Tensor:
+        return _per_row(name, value, batch, device, whole, low, high)
+
+    valid = torch.ones(batch, block, dtype=torch.bool, device=device)
+    if valid_lens is not None:
+        _tensor("valid_lens", valid_lens, INTEGERS, (batch,), device)
+        _within("valid_lens", valid_lens, 0, block)
+        valid = torch.arange(block, device=device) < valid_lens[:, None]
+    reach = valid
+    if editable is not None:
+        _tensor("editable", editable, (torch.bool,), (batch, block), device)
+        reach = valid & editable
+    if candidates is not None:
+        _tensor("candidates", candidates, INTEGERS, (batch, block), device)
+        _within("candidates", candidates, -1, vocab - 1)
+        candidates = candidates.long()
+    if rank_noise is not None:
+        _tensor("rank_noise", rank_noise, FLOATING, (batch, block), device)
+        rank_noise = rank_noise.double()
+        if not ((rank_noise >= 0) & (rank_noise < 1)).all():
+            raise ValueError("rank_noise must lie in [0, 1), got values outside")
+    return Arguments(
+        step=per_row("step", step, True, 0),
+        num_steps=per_row("num_steps", num_steps, True, 1),
+        temperature=per_row("temperature", temperature, False, 0.0, 1e6),
+        top_k=per_row("top_k", top_k, True, 0),
+        top_p=per_row("top_p", top_p, False, 0.0, 1.0),
+        seed=_per_row("seed", philox.as_int64(seed) if isinstance(seed, int) else seed, batch, device, True),
+        offset=per_row("offset", offset, True, 0, 2**32 - 1),
+        gate_bound=_per_row(
+            "gate_bound", policy.gate_bound if gate_bound is None else gate_bound, batch, device, False
+        ),
+        initial=None
+        if initial_num_masked is None
+        else per_row("initial_num_masked", initial_num_masked, True, 0, block),
+        suppress_ids=_ids("suppress_ids", suppress_ids, vocab, device),
+        confidence_suppress_ids=_ids("confidence_suppress_ids", confidence_suppress_ids, vocab, device),
+        valid=valid,
+        reach=reach,
+        candidates=candidates,
+        rank_noise=rank_noise,
+    )
+
+
+def _tensor(
+    name: str,
+    value: Any,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {value.dtype}")
+    if shape is not None and value.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on {device} like the logits, got {value.device}")
+
+
+def _within(name: str, value: Tensor, low: float, high: float) -> None:
+    """ValueError unless every entry is a number in [low, high]."""
+    wrong = ~((value >= low) & (value <= high))
+    if wrong.any():
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value[wrong][0].item()}")
+
+
+def _per_row(
+    name: str,
+    value: Any,
+    batch: int,
+    device: torch.device,
+    whole: bool,
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> Tensor:
+    """A number or a tensor [B] as int64 (whole) or float64 [B]."""
+    kind = "an integer" if whole else "a number"
+    if isinstance(value, Tensor):
+        allowed = INTEGERS if whole else FLOATING + INTEGERS
+        if value.dtype not in allowed:
+            raise TypeError(f"{name} must be {kind} or a tensor of them, got a tensor of {value.dtype}")
+        if value.shape not in ((), (batch,)):
+            raise ValueError(f"{name} must be {kind} or have shape [{batch}], got {list(value.shape)}")
+        if value.device != device and value.ndim:
+            raise ValueError(f"{name} must be on {device} like the logits, got {value.device}")
+    elif isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise TypeError(f"{name} must be {kind} or a tensor of them, got {type(value).__name__}")
+    elif whole and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit into 64 bits, got {value}")
+    rows = torch.as_tensor(value, dtype=torch.int64 if whole else torch.float64, device=device).expand(batch)
+    if low > -math.inf or high < math.inf:
+        _within(name, rows if batch else torch.as_tensor(value), low, high)
+    elif not whole and rows.isnan().any():
+        raise ValueError(f"{name} must not be NaN")
+    return rows
+
+
+def _ids(name: str, value: Any, vocab: int, device: torch.device) -> Tensor:
+    """Token numbers as int64 [n]."""
+    if value is None:
+        return torch.zeros(0, dtype=torch.int64, device=device)
+    if isinstance(value, Tensor) and value.dtype not in INTEGERS:
+        raise TypeError(f"{name} must hold integers, got {value.dtype}")
+    if not isinstance(value, Tensor) and not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+        raise TypeError(f"{name} must hold integers, got {value!r}")
+    ids = torch.as_tensor(value, dtype=torch.int64, device=device)
+    if ids.ndim != 1:
+        raise ValueError(f"{name} must be one-dimensional, got shape {list(ids.shape)}")
+    _within(name, ids, 0, vocab - 1)
+    return ids

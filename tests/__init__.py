@@ -1,0 +1,1 @@
+"""The tests; a package, so that `python -m tests.replay_policies` runs from the repository's root."""

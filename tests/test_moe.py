@@ -1,0 +1,494 @@
+"""reference/moe.py against loops over tokens and experts, against transformers' router and experts, and itself."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from reference.moe import ACTIVATIONS, CASES, make_inputs, moe_experts, moe_gate, moe_plan, moe_route
+from tests.compare import assert_within_budget
+from tests.peers import nemotron_h
+
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def small(op: str) -> list[str]:
+    return [case for case in CASES[op] if not case.startswith("released")]
+
+
+def widened(inputs: dict) -> dict:
+    return inputs | {k: v.double() for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# --- the router's product ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *LOW])
+@pytest.mark.parametrize("case", small("moe_gate"))
+def test_gate_is_faithful_to_float64(case: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs("moe_gate", case, dtype=dtype)
+    rows, weights = inputs["x"].tolist(), inputs["gate_weight"].tolist()
+    expected = [[math.fsum(a * b for a, b in zip(x, w, strict=True)) for w in weights] for x in rows]
+    close(moe_gate(**inputs), torch.tensor(expected, dtype=torch.float64).reshape(len(rows), len(weights)))
+
+
+# --- routing ----------------------------------------------------------------------------------------------------------
+
+
+def route(inputs: dict) -> tuple[list[list[float]], list[list[int]]]:
+    """One token at a time in Python's float64, with an explicit sort: score down, then expert up."""
+    bias, groups, kept_groups = inputs["correction_bias"], inputs.get("n_group", 1), inputs.get("topk_group", 1)
+    all_weights, all_experts = [], []
+    for logits in inputs["logits"].tolist():
+        if inputs.get("score", "sigmoid") == "sigmoid":
+            scores = [1 / (1 + math.exp(-v)) if v >= 0 else math.exp(v) / (1 + math.exp(v)) for v in logits]
+        else:
+            powers = [math.exp(v - max(logits)) for v in logits]
+            scores = [p / math.fsum(powers) for p in powers]
+        choice = scores if bias is None else [s + b for s, b in zip(scores, bias.tolist(), strict=True)]
+        if groups > 1:
+            size = len(choice) // groups
+            best_two = [sum(sorted(choice[g * size : (g + 1) * size])[-2:]) for g in range(groups)]
+            kept = sorted(range(groups), key=lambda g: (-best_two[g], g))[:kept_groups]
+            choice = [c if e // size in kept else 0.0 for e, c in enumerate(choice)]
+        experts = sorted(range(len(choice)), key=lambda e: (-choice[e], e))[: inputs["top_k"]]
+        weights = [scores[e] for e in experts]
+        if inputs.get("renormalize", True):
+            weights = [w / (math.fsum(weights) + 1e-20) for w in weights]
+        all_weights.append([w * inputs.get("scaling", 1.0) for w in weights])
+        all_experts.append(experts)
+    return all_weights, all_experts
+
+
+def routes_as_defined(inputs: dict) -> None:
+    weights, experts = moe_route(**inputs)
+    expected_weights, expected_experts = route(inputs)
+    assert weights.dtype == torch.float32 and experts.dtype == torch.int32
+    assert weights.shape == experts.shape == (len(inputs["logits"]), inputs["top_k"])
+    assert experts.tolist() == expected_experts
+    expected = torch.tensor(expected_weights, dtype=torch.float64).reshape(weights.shape)
+    torch.testing.assert_close(weights.double(), expected, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("case", small("moe_route"))
+def test_routes_as_defined(case: str, seed: int) -> None:
+    routes_as_defined(make_inputs("moe_route", case, dtype=torch.float64, seed=seed))
+
+
+@st.composite
+def routings(draw: st.DrawFn, values: list[float], biases: list[float], distinct: bool) -> dict:
+    """Any sizes and options, logits and biases from the given values; distinct: no two of a token's logits are equal."""
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    e, n = groups * draw(st.integers(1, 6)), draw(st.integers(0, 4))
+    row = st.lists(st.sampled_from(values), min_size=e, max_size=e, unique=distinct)
+    logits = draw(st.lists(row, min_size=n, max_size=n))
+    bias = draw(st.none() | st.lists(st.sampled_from(biases), min_size=e, max_size=e))
+    return dict(
+        logits=torch.tensor(logits, dtype=torch.float64).reshape(n, e),
+        correction_bias=None if bias is None else torch.tensor(bias),
+        top_k=draw(st.integers(1, e)),
+        n_group=groups,
+        topk_group=draw(st.integers(1, groups)),
+        renormalize=draw(st.booleans()),
+        scaling=draw(st.sampled_from([1.0, 2.5])),
+    )
+
+
+@settings(max_examples=60)
+@given(inputs=routings([-800.0, 0.0, 50.0, 800.0], [-0.75, -0.5, 0.0, 0.25], distinct=False))
+def test_ties_take_the_lowest_expert_and_group(inputs: dict) -> None:
+    """Sigmoids of 0, ½ and 1 and biases of quarters: every score and sum is exact, and most are ties."""
+    routes_as_defined(inputs)
+
+
+spread = [(n + 0.3) / 100 for n in range(-500, 500)]  # far apart, and no two add up to 0, as their sigmoids would to 1
+
+
+@settings(max_examples=60)
+@given(inputs=routings(spread, [b / 7 for b in spread], distinct=True), score=st.sampled_from(["sigmoid", "softmax"]))
+def test_routes_any_logits_as_defined(inputs: dict, score: str) -> None:
+    routes_as_defined(inputs | dict(score=score))
+
+
+def test_the_bias_chooses_and_does_not_weigh() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]], dtype=torch.float64)
+    bias = torch.tensor([9.0, 0.0, 0.0, 8.0])
+    weights, experts = moe_route(logits, bias, top_k=2, renormalize=False)
+    assert experts.tolist() == [[0, 3]]
+    assert torch.equal(weights, logits[:, [0, 3]].sigmoid().float())
+
+
+def test_a_dropped_group_scores_zero_and_may_be_chosen_before_a_negative_score() -> None:
+    """Choices 1.25, -0.4 | 0.3, 0.3: the first group is kept, the second then counts as 0, 0."""
+    logits, bias = torch.zeros(1, 4, dtype=torch.float64), torch.tensor([0.75, -0.9, -0.2, -0.2])
+    weights, experts = moe_route(logits, bias, top_k=2, n_group=2, topk_group=1, renormalize=False)
+    assert experts.tolist() == [[0, 2]]
+    assert weights.tolist() == [[0.5, 0.5]]
+
+
+@settings(max_examples=40)
+@given(n=st.integers(1, 5), e=st.integers(1, 20), data=st.data(), scaling=st.floats(0.1, 10))
+def test_weights_sum_to_the_scaling(n: int, e: int, data: st.DataObject, scaling: float) -> None:
+    """After renormalization, whatever was chosen; descending in the selection score; no expert twice."""
+    top_k, bias = data.draw(st.integers(1, e)), normal(e)
+    logits = normal(n, e, seed=1)
+    weights, experts = moe_route(logits, bias, top_k=top_k, scaling=scaling)
+    torch.testing.assert_close(weights.double().sum(1), torch.full((n,), scaling, dtype=torch.float64))
+    choice = (logits.sigmoid() + bias).gather(1, experts.long())
+    assert (choice.diff(dim=1) <= 0).all()
+    assert all(len(set(row)) == top_k for row in experts.tolist())
+    unscaled = moe_route(logits, bias, top_k=top_k)[0]
+    torch.testing.assert_close(weights, unscaled * scaling, rtol=1e-6, atol=0)
+
+
+def test_scores_that_all_vanish_give_no_nan() -> None:
+    weights, experts = moe_route(torch.full((2, 4), -1000.0).double(), top_k=2)
+    assert torch.equal(weights, torch.zeros(2, 2)) and experts.tolist() == [[0, 1]] * 2
+
+
+@pytest.mark.parametrize("case", small("moe_route"))
+def test_float32_logits_choose_the_same_where_scores_are_apart(case: str) -> None:
+    inputs = make_inputs("moe_route", case, dtype=torch.float32)
+    narrow, wide = moe_route(**inputs), moe_route(**inputs | dict(logits=inputs["logits"].double()))
+    scores = inputs["logits"].double().sigmoid()
+    choice = scores if inputs["correction_bias"] is None else scores + inputs["correction_bias"]
+    gaps = choice.sort(dim=1).values.diff(dim=1).flatten()
+    assert not len(gaps) or gaps.min() > 4 * torch.finfo(torch.float32).eps
+    assert torch.equal(narrow[1], wide[1])
+    torch.testing.assert_close(narrow[0], wide[0], rtol=1e-6, atol=0)
+
+
+def test_float64_logits_are_honoured() -> None:
+    """Two experts that float32 cannot tell apart."""
+    logits = torch.tensor([[1.0, 1.0 + 1e-12]], dtype=torch.float64)
+    assert moe_route(logits, top_k=1)[1].item() == 1
+    assert moe_route(logits.float(), top_k=1)[1].item() == 0
+
+
+@pytest.mark.parametrize(("n_group", "topk_group"), [(1, 1), (4, 2), (2, 1)])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_transformers_router(n_group: int, topk_group: int, renormalize: bool) -> None:
+    """The same experts and weights; it promises no order. Biases are positive: it drops a group by -inf, not by 0."""
+    config = nemotron_h.Config(
+        hidden_size=24,
+        n_routed_experts=16,
+        num_experts_per_tok=3,
+        n_group=n_group,
+        topk_group=topk_group,
+        norm_topk_prob=renormalize,
+        routed_scaling_factor=2.5,
+    )
+    router = nemotron_h.Router(config).requires_grad_(False)
+    router.weight.copy_(normal(16, 24) / 5)
+    router.e_score_correction_bias.copy_(normal(16).abs() * 0.1)
+    x = normal(200, 24, seed=1, dtype=torch.float32)
+    _, their_weights, their_experts = router(x)
+    weights, experts = moe_route(
+        moe_gate(x, router.weight),
+        router.e_score_correction_bias,
+        top_k=3,
+        n_group=n_group,
+        topk_group=topk_group,
+        renormalize=renormalize,
+        scaling=2.5,
+    )
+    theirs, ours = (torch.zeros(200, 16) for _ in range(2))
+    theirs.scatter_(1, their_experts, their_weights)
+    ours.scatter_(1, experts.long(), weights)
+    assert torch.equal(theirs != 0, ours != 0)
+    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=0)
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(data=st.data(), e=st.integers(1, 9), n=st.integers(0, 7), dtype=st.sampled_from([torch.int32, torch.int64]))
+def test_the_plan_sorts_pairs_by_expert_and_stably(data: st.DataObject, e: int, n: int, dtype: torch.dtype) -> None:
+    top_k = data.draw(st.integers(1, e))
+    rows = [data.draw(st.permutations(range(e)))[:top_k] for _ in range(n)]
+    counts, offsets, pairs = moe_plan(torch.tensor(rows, dtype=dtype).reshape(n, top_k), e)
+    flat = [expert for chosen in rows for expert in chosen]
+    assert pairs.tolist() == sorted(range(n * top_k), key=lambda pair: (flat[pair], pair))
+    assert counts.tolist() == [flat.count(expert) for expert in range(e)]
+    assert offsets.tolist() == [sum(expert < bound for expert in flat) for bound in range(e + 1)]
+    assert counts.dtype == offsets.dtype == pairs.dtype == torch.int64
+
+
+@pytest.mark.parametrize("case", small("moe_plan"))
+def test_every_case_has_a_plan(case: str) -> None:
+    inputs = make_inputs("moe_plan", case)
+    plan = moe_plan(**inputs)
+    assert plan.counts.sum() == plan.offsets[-1] == inputs["experts"].numel() == len(plan.pairs)
+    for expert in range(inputs["num_experts"]):
+        mine = plan.pairs[plan.offsets[expert] : plan.offsets[expert + 1]]
+        assert (inputs["experts"].flatten()[mine] == expert).all() and (mine.diff() > 0).all()
+
+
+# --- the experts ------------------------------------------------------------------------------------------------------
+
+
+def activated(up: list[float], activation: str) -> list[float]:
+    if activation == "relu2":
+        return [max(v, 0.0) ** 2 for v in up]
+    half = len(up) // 2
+    gates, values = up[:half], up[half:]
+    if activation == "silu_gated":
+        return [g / (1 + math.exp(-g)) * v for g, v in zip(gates, values, strict=True)]
+    root = math.sqrt(2 / math.pi)
+    return [g / 2 * (1 + math.tanh(root * (g + 0.044715 * g**3))) * v for g, v in zip(gates, values, strict=True)]
+
+
+def experts_one_by_one(inputs: dict) -> Tensor:
+    """Each token, each of its experts, each number, in Python's float64."""
+
+    def forward(x: list[float], up: Tensor, down: Tensor) -> list[float]:
+        hidden = activated([sum(map(float.__mul__, row, x)) for row in up.tolist()], inputs["activation"])
+        return [sum(map(float.__mul__, row, hidden)) for row in down.tolist()]
+
+    out = torch.zeros_like(inputs["x"])
+    for n, x in enumerate(inputs["x"].tolist()):
+        for weight, e in zip(inputs["weights"][n].tolist(), inputs["experts"][n].tolist(), strict=True):
+            y = forward(x, inputs["w_up"][e], inputs["w_down"][e])
+            out[n] += torch.tensor([weight * v for v in y], dtype=torch.float64)
+        if inputs["shared_up"] is not None:
+            out[n] += torch.tensor(forward(x, inputs["shared_up"], inputs["shared_down"]), dtype=torch.float64)
+    return out
+
+
+def activate(up: Tensor, activation: str) -> Tensor:
+    if activation == "relu2":
+        return F.relu(up) ** 2
+    gate, value = up.tensor_split(2, -1)
+    return F.gelu(gate, approximate="tanh") * value if activation == "gelu_gated" else F.silu(gate) * value
+
+
+def all_experts(inputs: dict) -> Tensor:
+    """Every expert on every token, weighted by a matrix that is zero where none was chosen: a naive program."""
+    x, experts, e = inputs["x"], inputs["experts"].long(), len(inputs["w_up"])
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    one_hot = F.one_hot(experts, e).to(wide) if len(x) else torch.zeros(*experts.shape, e, dtype=wide)
+    weights = torch.einsum("nk,nke->ne", inputs["weights"].to(wide), one_hot)
+    hidden = activate(torch.einsum("nh,eih->nei", x, inputs["w_up"]), inputs["activation"])
+    y = torch.einsum("nei,ehi->neh", hidden, inputs["w_down"]).to(wide)
+    out = torch.einsum("ne,neh->nh", weights, y).to(x.dtype)
+    if inputs["shared_up"] is None:
+        return out
+    return out + activate(x @ inputs["shared_up"].T, inputs["activation"]) @ inputs["shared_down"].T
+
+
+@pytest.mark.parametrize("case", small("moe_experts"))
+def test_experts_equal_the_definition(case: str) -> None:
+    inputs = make_inputs("moe_experts", case, dtype=torch.float64)
+    out = moe_experts(**inputs)
+    close(out, experts_one_by_one(inputs))
+    close(out, all_experts(inputs))
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("case", small("moe_experts"))
+def test_experts_in_low_precision_stay_within_the_budget(case: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs("moe_experts", case, dtype=dtype, seed=1)
+    got = moe_experts(**inputs)
+    assert got.dtype == dtype
+    assert_within_budget(got, all_experts(inputs), experts_one_by_one(widened(inputs)), what=case)
+
+
+def test_transformers_experts() -> None:
+    """Routed and shared, with the same weights: they too sum the routed experts in the weights' float32."""
+    sizes = dict(hidden_size=16, n_routed_experts=8, moe_intermediate_size=12)
+    config = nemotron_h.Config(**sizes, mlp_hidden_act="relu2", experts_implementation="eager")
+    inputs = make_inputs("moe_experts", dict(n=33, e=8, top_k=3, h=16, i=12, shared=20))
+    experts = nemotron_h.Experts(config).requires_grad_(False)
+    experts.up_proj.copy_(inputs["w_up"])
+    experts.down_proj.copy_(inputs["w_down"])
+    shared = nemotron_h.MLP(config, intermediate_size=20).requires_grad_(False)
+    shared.up_proj.weight.copy_(inputs["shared_up"])
+    shared.down_proj.weight.copy_(inputs["shared_down"])
+    theirs = experts(inputs["x"], inputs["experts"].long(), inputs["weights"]) + shared(inputs["x"])
+    assert_within_budget(moe_experts(**inputs), theirs, experts_one_by_one(widened(inputs)))
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 99), activation=st.sampled_from(ACTIVATIONS), n=st.integers(0, 6), top_k=st.integers(1, 5))
+def test_the_numbering_of_experts_is_free(seed: int, activation: str, n: int, top_k: int) -> None:
+    """Renumbering the experts, and reordering the choices of a token, changes nothing."""
+    case = dict(n=n, e=5, top_k=top_k, h=6, i=4, activation=activation, shared=3)
+    inputs = make_inputs("moe_experts", case, dtype=torch.float64, seed=seed)
+    new = torch.randperm(5, generator=torch.Generator().manual_seed(seed))  # the old expert new[e] is now called e
+    order = torch.randperm(top_k, generator=torch.Generator().manual_seed(seed + 1))
+    renumbered = inputs | dict(
+        w_up=inputs["w_up"][new],
+        w_down=inputs["w_down"][new],
+        experts=new.argsort()[inputs["experts"].long()][:, order],
+        weights=inputs["weights"][:, order],
+    )
+    close(moe_experts(**renumbered), moe_experts(**inputs))
+
+
+@settings(max_examples=30)
+@given(n=st.integers(1, 6), data=st.data())
+def test_tokens_do_not_see_each_other(n: int, data: st.DataObject) -> None:
+    """Permuted tokens give permuted results, and a NaN or an infinity stays in its token."""
+    inputs = make_inputs("moe_experts", dict(n=n, e=4, top_k=2, h=6, i=4, shared=3), dtype=torch.float64)
+    out = moe_experts(**inputs)
+    order = torch.tensor(data.draw(st.permutations(range(n))))
+    moved = {k: inputs[k][order] for k in ("x", "weights", "experts")}
+    close(moe_experts(**inputs | moved), out[order])
+    inputs["x"][0] = data.draw(st.sampled_from([math.nan, math.inf]))
+    poisoned = moe_experts(**inputs)
+    assert not poisoned[0].isfinite().any()
+    close(poisoned[1:], out[1:])
+
+
+def test_idle_experts_are_not_touched() -> None:
+    inputs = make_inputs("moe_experts", "idle_experts", dtype=torch.float64)
+    out = moe_experts(**inputs)
+    idle = [e for e in range(32) if e not in inputs["experts"].flatten().tolist()]
+    assert len(idle) >= 28
+    inputs["w_up"][idle], inputs["w_down"][idle] = math.nan, math.nan
+    assert torch.equal(moe_experts(**inputs), out)
+
+
+def test_an_expert_chosen_twice_counts_twice_and_a_weight_of_zero_not_at_all() -> None:
+    inputs = make_inputs("moe_experts", "relu2", dtype=torch.float64)
+    one = inputs | dict(experts=inputs["experts"][:, :1], weights=inputs["weights"].double().sum(1, keepdim=True))
+    twice = inputs | dict(experts=inputs["experts"][:, :1].expand(-1, 2))
+    close(moe_experts(**twice), moe_experts(**one))
+    none = inputs | dict(weights=torch.zeros_like(inputs["weights"]))
+    assert not moe_experts(**none).any()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_plan_lists_and_layout_do_not_matter(activation: str) -> None:
+    """A plan made before, matrices in a list, and permuted or strided tensors."""
+    case = dict(n=9, e=8, top_k=2, h=16, i=12, shared=5, activation=activation)
+    inputs = make_inputs("moe_experts", case, dtype=torch.float64)
+    out = moe_experts(**inputs)
+    assert torch.equal(moe_experts(**inputs, plan=moe_plan(inputs["experts"], 8)), out)
+    listed = inputs | dict(w_up=list(inputs["w_up"]), w_down=tuple(inputs["w_down"]))
+    assert torch.equal(moe_experts(**listed), out)
+    strided = {k: inputs[k].transpose(1, 2).contiguous().transpose(1, 2) for k in ("w_up", "w_down")}
+    strided |= {k: inputs[k].T.contiguous().T for k in ("x", "weights", "experts", "shared_up", "shared_down")}
+    close(moe_experts(**inputs | strided), out)
+    assert moe_experts(**inputs | dict(experts=inputs["experts"].long())).equal(out)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients(activation: str) -> None:
+    """Of activations, routing weights and all matrices; and the routing weights of the logits."""
+    case = dict(n=3, e=3, top_k=2, h=3, i=2, shared=2, activation=activation)
+    inputs = make_inputs("moe_experts", case, dtype=torch.float64)
+    inputs["weights"] = inputs["weights"].double()
+    names = ("x", "w_up", "w_down", "weights", "shared_up", "shared_down")
+
+    def call(*tensors: Tensor) -> Tensor:
+        return moe_experts(**inputs | dict(zip(names, tensors, strict=True)))
+
+    assert torch.autograd.gradcheck(call, [inputs[k].requires_grad_() for k in names])
+
+
+def test_gradients_reach_the_gate_through_the_weights() -> None:
+    """In float32, the weights' dtype, against the derivative of the definition in float64."""
+    x, gate = normal(4, 6).requires_grad_(), normal(8, 6, seed=1).requires_grad_()
+    weights, experts = moe_route(moe_gate(x, gate), normal(8, seed=2), top_k=3, scaling=2.5)
+    direction = normal(4, 3, seed=3)
+    got = torch.autograd.grad((weights.double() * direction).sum(), (x, gate))
+    scores = (x @ gate.T).sigmoid().gather(1, experts.long())
+    expected = torch.autograd.grad((2.5 * scores / scores.sum(1, keepdim=True) * direction).sum(), (x, gate))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "gate of another width": ("moe_gate", dict(gate_weight=torch.ones(12, 32)), ValueError, "x, gate_weight: expected"),
+    "gate of three dimensions": ("moe_gate", dict(x=torch.ones(1, 5, 33)), ValueError, r"x, gate_weight: expected"),
+    "narrow logits": ("moe_route", dict(logits=torch.ones(5, 8).half()), TypeError, "logits: expected float32 or"),
+    "integer logits": ("moe_route", dict(logits=torch.ones(5, 8).long()), TypeError, "logits: expected .*int64"),
+    "one row of logits": ("moe_route", dict(logits=torch.ones(8)), ValueError, r"logits: expected \[N, E\]"),
+    "an unknown score": ("moe_route", dict(score="tanh"), ValueError, "score: expected one of .* got 'tanh'"),
+    "groups that do not divide": ("moe_route", dict(n_group=3), ValueError, "n_group, topk_group: expected a divisor"),
+    "no groups": ("moe_route", dict(n_group=0), ValueError, "n_group"),
+    "more groups than there are": ("moe_route", dict(n_group=2, topk_group=3), ValueError, "1..n_group, got 2 and 3"),
+    "no group kept": ("moe_route", dict(n_group=2, topk_group=0), ValueError, "topk_group"),
+    "more experts than there are": ("moe_route", dict(top_k=9), ValueError, r"top_k: expected 1..8 .*, got 9"),
+    "no expert": ("moe_route", dict(top_k=0), ValueError, "top_k: expected 1..8"),
+    "bias of another size": ("moe_route", dict(correction_bias=torch.ones(7)), ValueError, "correction_bias: expected"),
+    "real expert numbers": ("moe_plan", dict(experts=torch.ones(5, 2)), ValueError, "experts: expected integers"),
+    "flat expert numbers": ("moe_plan", dict(experts=torch.ones(5).long()), ValueError, r"\[N, k\]"),
+    "an expert beyond the last": ("moe_plan", dict(experts=torch.full((5, 2), 8)), ValueError, "experts: expected"),
+    "a negative expert": ("moe_plan", dict(experts=torch.full((5, 2), -1)), ValueError, "experts: expected"),
+    "an unknown activation": ("moe_experts", dict(activation="relu"), ValueError, "activation: expected one of"),
+    "half a shared expert": ("moe_experts", dict(shared_up=None), ValueError, "shared_up and shared_down: expected"),
+    "another half": ("moe_experts", dict(shared_down=None), ValueError, "shared_up and shared_down: expected"),
+    "fewer weights than tokens": ("moe_experts", dict(weights=torch.ones(16, 3)), ValueError, "x, weights, experts:"),
+    "fewer choices than weights": ("moe_experts", dict(experts=torch.ones(17, 2).int()), ValueError, "experts:"),
+    "x of three dimensions": ("moe_experts", dict(x=torch.ones(1, 17, 17)), ValueError, "x, weights, experts:"),
+    "one matrix of another shape": (
+        "moe_experts",
+        dict(w_up=torch.ones(8, 12, 17)),
+        ValueError,
+        r"w_up\[0\], w_down\[0\]: expected",
+    ),
+    "gate rows missing": (
+        "moe_experts",
+        dict(activation="silu_gated"),
+        ValueError,
+        r"w_up\[0\], w_down\[0\]: expected",
+    ),
+    "down of another width": (
+        "moe_experts",
+        dict(w_down=torch.ones(8, 16, 11)),
+        ValueError,
+        r"w_up\[0\], w_down\[0\]: expected",
+    ),
+    "fewer down than up": (
+        "moe_experts",
+        dict(w_down=torch.ones(7, 17, 11)),
+        ValueError,
+        "w_up, w_down: expected a pair",
+    ),
+    "an expert without a matrix": (
+        "moe_experts",
+        dict(experts=torch.full((17, 3), 8)),
+        ValueError,
+        "experts: expected",
+    ),
+    "shared of another width": (
+        "moe_experts",
+        dict(shared_up=torch.ones(23, 16)),
+        ValueError,
+        "shared_up, shared_down: expected",
+    ),
+    "shared halves that do not meet": (
+        "moe_experts",
+        dict(shared_down=torch.ones(17, 22)),
+        ValueError,
+        "shared_up, shared_down: expected",
+    ),
+    "matrices of another dtype": ("moe_experts", dict(w_down=torch.ones(8, 17, 11).half()), TypeError, "float16"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_call_is_explained(what: str) -> None:
+    op, change, error, message = BAD[what]
+    case = {"moe_gate": "odd", "moe_route": "plain", "moe_plan": "plain", "moe_experts": "shared"}[op]
+    function = {"moe_gate": moe_gate, "moe_route": moe_route, "moe_plan": moe_plan, "moe_experts": moe_experts}[op]
+    with pytest.raises(error, match=message):
+        function(**make_inputs(op, case) | change)
