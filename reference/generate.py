@@ -177,7 +177,7 @@ def generate(
         blocks=[[] for _ in rows],
     )
     if mode == "mask_diffusion":
-        _check_blocks(model, rows, block_size, steps_per_block, confidence_threshold, mask_token_id, policy)
+        _check_blocks(model, block_size, steps_per_block, confidence_threshold, mask_token_id, policy)
         policy = policy or RemaskPolicy.twotower(threshold=confidence_threshold)
         if max_new_tokens:
             _diffuse(run, policy, block_size, steps_per_block, mask_token_id)
@@ -330,7 +330,6 @@ def _check_options(
 
 def _check_blocks(
     model: TwoTower,
-    rows: list[Tensor],
     block_size: int,
     steps_per_block: int,
     confidence_threshold: float,
@@ -349,9 +348,6 @@ def _check_blocks(
         raise ValueError(f"confidence_threshold must be a number, got {confidence_threshold}")
     if not 0 <= mask_token_id < vocab_size:
         raise ValueError(f"mask_token_id must be inside the vocabulary of {vocab_size}, got {mask_token_id}")
-    for b, row in enumerate(rows):
-        if (row == mask_token_id).any():
-            raise ValueError(f"prompts[{b}] holds the mask token {mask_token_id}: the context tower reads clean text")
     trained = getattr(model.config, "block_size", None)
     if trained is not None and block_size > trained:
         warnings.warn(

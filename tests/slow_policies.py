@@ -253,7 +253,7 @@ def sdar(row: Row) -> list[int]:
 
 
 def llada2(row: Row) -> list[int]:
-    steps = min(row.steps, row.size // row.p.get("minimal_topk", 1))
+    steps = min(row.steps, row.size // row.p["minimal_topk"]) if "minimal_topk" in row.p else row.steps
     quota = row.p.get("num_transfer") or even(row.size, steps, row.i)
     return block_schedule(row, "best", row.p["threshold"], quota, "tkp" if row.given else "")
 

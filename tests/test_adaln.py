@@ -1,6 +1,7 @@
 """reference/adaln.py against its definition number by number, against PyTorch's and transformers' norms, and itself."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from reference.adaln import (
 from tests.compare import assert_within_budget
 from tests.peers import nemotron_h
 
-OPS = {
+OPS: dict[str, Any] = {
     "rms_norm": rms_norm,
     "adaln_norm": adaln_norm,
     "gated_residual": gated_residual,
@@ -50,7 +51,7 @@ def close(got: Tensor, expected: Tensor) -> None:
 def definition(op: str, inputs: dict) -> tuple[Tensor, ...]:
     """The formulas on one token's list of numbers, in Python's float64."""
     x = inputs["residual" if "residual" in inputs else "x"]
-    shift, scale, gate, weight = (inputs.get(name) for name in ("shift", "scale", "gate", "weight"))
+    shift, scale, gate = (inputs.get(name) for name in ("shift", "scale", "gate"))
     order = inputs.get("order")
 
     def modulated(numbers: list[float], b: int) -> list[float]:
@@ -60,7 +61,7 @@ def definition(op: str, inputs: dict) -> tuple[Tensor, ...]:
 
     def normed(numbers: list[float]) -> list[float]:
         root = math.sqrt(math.fsum(v * v for v in numbers) / len(numbers) + inputs["eps"])
-        return [v / root * w for v, w in zip(numbers, weight.tolist(), strict=True)]
+        return [v / root * w for v, w in zip(numbers, inputs["weight"].tolist(), strict=True)]
 
     h, norm = torch.empty_like(x), torch.empty_like(x)
     for b in range(x.shape[0]):
@@ -70,7 +71,7 @@ def definition(op: str, inputs: dict) -> tuple[Tensor, ...]:
                 gates = [1.0] * len(numbers) if gate is None else gate[b].tolist()
                 numbers = [r + g * v for r, g, v in zip(numbers, gates, inputs["y"][b, s].tolist(), strict=True)]
             h[b, s] = torch.tensor(numbers, dtype=x.dtype)
-            if weight is not None:
+            if "weight" in inputs:
                 first = order == "modulate_norm"
                 out = normed(modulated(numbers, b)) if first else modulated(normed(numbers), b)
                 norm[b, s] = torch.tensor(out, dtype=x.dtype)
@@ -281,7 +282,7 @@ def test_gradients(op: str, case: str) -> None:
 
 # --- errors -----------------------------------------------------------------------------------------------------------
 
-BAD = {
+BAD: dict[str, tuple[str, dict, str]] = {
     "weight of another size": ("rms_norm", dict(weight=torch.ones(16)), r"weight: expected shape \(17,\), got \(16,\)"),
     "an unknown order": ("adaln_norm", dict(order="norm"), "order: expected one of .*norm_modulate.*, got 'norm'"),
     "shift alone": ("adaln_norm", dict(scale=None), "shift and scale: expected both or neither"),

@@ -197,7 +197,7 @@ def test_autoregressive_modes_are_their_definition(mode: str) -> None:
 # --- a batch is its rows --------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(rows=prompts, mode=modes, sampler=sampling, block=blocks, new=st.integers(0, 8), eos=st.none() | tokens)
 def test_a_ragged_batch_is_each_prompt_alone(rows, mode, sampler, block, new, eos) -> None:  # type: ignore[no-untyped-def]
     """Tokens, calls and finish reasons. Row b draws from seed and b: alone, it is the last of b + 1 rows."""
@@ -242,7 +242,7 @@ def test_rows_that_are_done_cost_nothing(mode: str, ends: bool) -> None:
 # --- lengths and ends -----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(rows=prompts, mode=modes, sampler=sampling, block=blocks, short=st.integers(0, 6), more=st.integers(0, 4))
 def test_a_shorter_request_is_a_prefix(rows, mode, sampler, block, short, more) -> None:  # type: ignore[no-untyped-def]
     options = {"mode": mode, "seed": 3, **sampler, **block}
@@ -252,7 +252,7 @@ def test_a_shorter_request_is_a_prefix(rows, mode, sampler, block, short, more) 
         assert new.tolist() == whole.tolist()[:short]
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(rows=prompts, mode=modes, sampler=sampling, block=blocks, eos=tokens)
 def test_with_eos_is_without_and_cut(rows, mode, sampler, block, eos) -> None:  # type: ignore[no-untyped-def]
     options = {"mode": mode, "max_new_tokens": 9, **sampler, **block}
@@ -461,7 +461,6 @@ def test_events_tell_the_whole_story(rows, mode, sampler, block, new, eos) -> No
         ({"prompts": torch.tensor([5, 6])}, r"\[B, T\]"),
         ({"prompts": [[5], [6, VOCAB]]}, rf"prompts\[1\] holds token {VOCAB}, outside the vocabulary of {VOCAB}"),
         ({"prompts": [[-1]]}, r"prompts\[0\] holds token -1"),
-        ({"prompts": [[5], [MASK]]}, r"prompts\[1\] holds the mask token 3"),
         ({"mode": "diffusion"}, "mode must be one of .*'diffusion'"),
         ({"max_new_tokens": -1}, "max_new_tokens .* -1"),
         ({"block_size": 0}, "block_size .* 0"),

@@ -1,6 +1,7 @@
 """reference/mamba2.py against its recurrence token by token, against other programs, and against itself."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ SMALL = [case for case in CASES["mamba2_scan"] if not case.startswith("released"
 NORMS = [case for case in CASES["gated_rms_norm"] if not case.startswith("released")]
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 STATES = ("y", "conv", "ssm")
+scan: Any = mamba2_scan  # what it returns depends on its options
 
 
 def close(got: Tensor, expected: Tensor) -> None:
@@ -38,23 +40,23 @@ def all_close(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 @pytest.mark.parametrize("case", SMALL)
 def test_equals_the_recurrence(case: str) -> None:
     inputs = make_inputs("mamba2_scan", case, dtype=torch.float64)
-    got = mamba2_scan(**inputs, return_states=True)
+    got = scan(**inputs, return_states=True)
     all_close(got, recurrence(inputs))
-    assert torch.equal(mamba2_scan(**inputs), got[0])
+    assert torch.equal(scan(**inputs), got[0])
 
 
 @pytest.mark.parametrize("every", [1, 3, 16, 100])
 @pytest.mark.parametrize("case", SMALL)
 def test_states_after_every_block_equal_the_recurrence(case: str, every: int) -> None:
     inputs = make_inputs("mamba2_scan", case, dtype=torch.float64, seed=1)
-    all_close(mamba2_scan(**inputs, states_every=every), recurrence(inputs, every))
+    all_close(scan(**inputs, states_every=every), recurrence(inputs, every))
 
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("case", SMALL)
 def test_low_precision_stays_within_the_budget(case: str, dtype: torch.dtype) -> None:
     inputs = make_inputs("mamba2_scan", case, dtype=dtype, seed=2)
-    got = mamba2_scan(**inputs, return_states=True)
+    got = scan(**inputs, return_states=True)
     assert [m.dtype for m in got] == [dtype, dtype, torch.float32]
     for name, *results in zip(STATES, got, recurrence(inputs, dtype=dtype), recurrence(widened(inputs)), strict=True):
         # A float32 state is made of activations that were rounded to their dtype: that is its rounding band.
@@ -71,10 +73,21 @@ def test_states_do_not_pass_through_the_activations_dtype(dtype: torch.dtype) ->
         silent.zero_()
     inputs["ssm_state"] = inputs["ssm_state"] * 5e3
     inputs["dt_bias"] = inputs["dt_bias"] - 4  # slow decay, so that the states last
-    got, naive = mamba2_scan(**inputs, return_states=True), recurrence(inputs, dtype=dtype)
+    got, naive = scan(**inputs, return_states=True), recurrence(inputs, dtype=dtype)
     for name, *results in zip(STATES, got, naive, recurrence(widened(inputs)), strict=True):
         assert_within_budget(*results, what=name)
     assert got[2].abs().max() > 1e3
+
+
+def test_the_convolution_and_its_silu_both_round() -> None:
+    """Without steps and states y is D·u, here u itself: what the activations' dtype leaves of the convolution."""
+    inputs = make_inputs("mamba2_scan", "unseeded", dtype=torch.bfloat16)
+    inputs["conv_weight"][:, :-1] = 0  # one product and one sum per channel
+    inputs |= dict(dt=torch.full_like(inputs["dt"], -math.inf), d=torch.ones(4))
+    exact = inputs["xbc"].float() * inputs["conv_weight"][:, -1].float() + inputs["conv_bias"].float()
+    once, twice = F.silu(exact).bfloat16(), F.silu(exact.bfloat16())
+    assert torch.equal(scan(**inputs), twice[..., : 4 * 8])
+    assert not torch.equal(once, twice)
 
 
 @pytest.mark.parametrize("case", NORMS)
@@ -139,7 +152,7 @@ def test_decoding_as_mamba_ssm_and_transformers_do(seeded: bool) -> None:
         dt = inputs["dt"][:, t, :, None].expand(batch, heads, head_dim)
         y = mamba_ssm.selective_state_update(ssm, x, dt, a, b, c, d, dt_bias=dt_bias, dt_softplus=True)
         ys.append(y.flatten(1))
-    all_close(mamba2_scan(**inputs, return_states=True), (torch.stack(ys, 1), conv, ssm))
+    all_close(scan(**inputs, return_states=True), (torch.stack(ys, 1), conv, ssm))
 
 
 def test_the_paper_s_listing() -> None:
@@ -150,7 +163,7 @@ def test_the_paper_s_listing() -> None:
     seed = torch.randn(3, 6, 5, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     y, last = mamba_ssm.ssd_minimal(x * delta[..., None], delta * a, b, c, 8, initial_states=seed[:, None])
     inputs |= dict(ssm_state=seed)
-    got_y, _, got_last = mamba2_scan(**inputs, return_states=True)
+    got_y, _, got_last = scan(**inputs, return_states=True)
     close(got_y, (y + inputs["d"][:, None] * x).flatten(2))
     close(got_last, last)
 
@@ -160,7 +173,7 @@ def test_mamba_ssm_s_chunked_and_selective_scans() -> None:
     inputs = sized(32, dtype=torch.float32)
     x, b, c, delta, a = parts(inputs)
     exact = recurrence(widened(inputs))
-    got = mamba2_scan(**inputs, return_states=True)
+    got = scan(**inputs, return_states=True)
     chunked = mamba_ssm.chunk_scan(
         x, inputs["dt"], a, b, c, 16, D=inputs["d"], dt_bias=inputs["dt_bias"], dt_softplus=True
     )
@@ -233,22 +246,22 @@ def row(inputs: dict, b: int, length: int) -> dict:
 def test_two_pieces_are_one_scan(inputs: dict, where: float) -> None:
     length = inputs["xbc"].shape[1]
     middle = round(where * length)
-    first, conv, ssm = mamba2_scan(**cut(inputs, 0, middle), return_states=True)
+    first, conv, ssm = scan(**cut(inputs, 0, middle), return_states=True)
     seeded = cut(inputs, middle, length) | dict(conv_state=conv, ssm_state=ssm)
-    second, *states = mamba2_scan(**seeded, return_states=True)
-    all_close((torch.cat([first, second], 1), *states), mamba2_scan(**inputs, return_states=True))
+    second, *states = scan(**seeded, return_states=True)
+    all_close((torch.cat([first, second], 1), *states), scan(**inputs, return_states=True))
 
 
 @settings(max_examples=40)
 @given(inputs=scans(), every=st.integers(1, 50))
 def test_states_after_every_block_are_states_of_prefixes(inputs: dict, every: int) -> None:
     length = inputs["xbc"].shape[1]
-    y, conv, ssm = mamba2_scan(**inputs, states_every=every)
-    close(y, mamba2_scan(**inputs))
+    y, conv, ssm = scan(**inputs, states_every=every)
+    close(y, scan(**inputs))
     assert conv.shape[1] == ssm.shape[1] == math.ceil(length / every)
     for n in range(conv.shape[1]):
         prefix = cut(inputs, 0, min(length, (n + 1) * every))
-        all_close((conv[:, n], ssm[:, n]), mamba2_scan(**prefix, return_states=True)[1:])
+        all_close((conv[:, n], ssm[:, n]), scan(**prefix, return_states=True)[1:])
 
 
 @settings(max_examples=40)
@@ -261,22 +274,22 @@ def test_a_ragged_batch_is_each_row_alone(inputs: dict, data: st.DataObject, eve
         inputs["xbc"][b, lens[b] :] = math.nan
         inputs["dt"][b, lens[b] :] = math.nan
     inputs["seq_lens"] = torch.tensor(lens)
-    y, conv, ssm = mamba2_scan(**inputs, return_states=True, states_every=every)
+    y, conv, ssm = scan(**inputs, return_states=True, states_every=every)
     for b in range(batch):
         alone = row(inputs, b, lens[b]) | dict(seq_lens=None)
-        y_alone, conv_alone, ssm_alone = mamba2_scan(**alone, return_states=True, states_every=every)
+        y_alone, conv_alone, ssm_alone = scan(**alone, return_states=True, states_every=every)
         close(y[b : b + 1, : lens[b]], y_alone)
         assert torch.equal(y[b, lens[b] :], torch.zeros_like(y[b, lens[b] :]))
         if every:  # blocks that begin beyond the row's length repeat its last state
             blocks = conv_alone.shape[1]
             all_close((conv[b : b + 1, :blocks], ssm[b : b + 1, :blocks]), (conv_alone, ssm_alone))
             conv, ssm = conv[:, blocks:], ssm[:, blocks:]
-            _, conv_alone, ssm_alone = mamba2_scan(**alone, return_states=True)
+            _, conv_alone, ssm_alone = scan(**alone, return_states=True)
             for n in range(conv.shape[1]):
                 all_close((conv[b : b + 1, n], ssm[b : b + 1, n]), (conv_alone, ssm_alone))
         else:
             all_close((conv[b : b + 1], ssm[b : b + 1]), (conv_alone, ssm_alone))
-        y, conv, ssm = mamba2_scan(**inputs, return_states=True, states_every=every)
+        y, conv, ssm = scan(**inputs, return_states=True, states_every=every)
 
 
 @settings(max_examples=25)
@@ -287,11 +300,11 @@ def test_state_index_gathers_states(index: list[int], dtype: torch.dtype) -> Non
     inputs |= {k: inputs[k][:1].expand(len(index), -1, -1) for k in ("xbc", "dt")}
     states = {k: many[k] for k in ("conv_state", "ssm_state")}
     gathered = {k: v[index] for k, v in states.items()}
-    got = mamba2_scan(**inputs | states | dict(state_index=torch.tensor(index, dtype=dtype)), return_states=True)
-    all_close(got, mamba2_scan(**inputs | gathered, return_states=True))
+    got = scan(**inputs | states | dict(state_index=torch.tensor(index, dtype=dtype)), return_states=True)
+    all_close(got, scan(**inputs | gathered, return_states=True))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     shift=st.sampled_from([-1e4, -40.0, -5.0, 5.0, 40.0, 1e4]),
     log_a=st.sampled_from([-50.0, -5.0, 5.0, 50.0]),
@@ -304,28 +317,28 @@ def test_extreme_values(shift: float, log_a: float, size: float, seed: int) -> N
     inputs["dt"][:, ::3] += shift
     inputs["a_log"][::2] = log_a
     inputs["ssm_state"] *= size
-    got, exact = mamba2_scan(**inputs, return_states=True), recurrence(widened(inputs))
+    got, exact = scan(**inputs, return_states=True), recurrence(widened(inputs))
     for name, *results in zip(STATES, got, recurrence(inputs, dtype=torch.float32), exact, strict=True):
         assert_within_budget(*results, what=name)
-    all_close(mamba2_scan(**widened(inputs), return_states=True), exact)
+    all_close(scan(**widened(inputs), return_states=True), exact)
 
 
 def test_a_vanishing_step_leaves_the_state_alone() -> None:
     inputs = sized(19, seeded=True)
     inputs["dt"].fill_(-math.inf)
-    _, _, ssm = mamba2_scan(**inputs, return_states=True)
+    _, _, ssm = scan(**inputs, return_states=True)
     assert torch.equal(ssm, inputs["ssm_state"])
 
 
 def test_the_limit_of_the_step_clamps_it() -> None:
     """An interval of one point makes `dt` irrelevant; a point outside the limits counts as the nearest limit."""
     inputs = sized(9, seeded=True)
-    fixed = [mamba2_scan(**inputs | dict(time_step_limit=(0.1, 0.1), dt=inputs["dt"] * f)) for f in (0, 1, 9)]
+    fixed = [scan(**inputs | dict(time_step_limit=(0.1, 0.1), dt=inputs["dt"] * f)) for f in (0, 1, 9)]
     assert torch.equal(fixed[0], fixed[1]) and torch.equal(fixed[1], fixed[2])
     step = inputs | dict(dt=torch.full_like(inputs["dt"], -50.0), time_step_limit=(0.1, 0.5))
-    close(mamba2_scan(**step), fixed[0])
+    close(scan(**step), fixed[0])
     step["dt"] = step["dt"] + 100
-    close(mamba2_scan(**step), mamba2_scan(**inputs | dict(time_step_limit=(0.5, 0.5))))
+    close(scan(**step), scan(**inputs | dict(time_step_limit=(0.5, 0.5))))
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 6])
@@ -334,20 +347,20 @@ def test_any_width_of_the_convolution(width: int) -> None:
     wider = torch.cat([inputs["conv_weight"], inputs["conv_weight"].flip(0)], 1)
     columns = torch.cat([inputs["conv_state"], inputs["conv_state"].flip(0)], 2)
     inputs |= dict(conv_weight=wider[:, :width], conv_state=columns[..., : width - 1])
-    all_close(mamba2_scan(**inputs, return_states=True), recurrence(inputs))
-    all_close(mamba2_scan(**inputs, states_every=4), recurrence(inputs, 4))
+    all_close(scan(**inputs, return_states=True), recurrence(inputs))
+    all_close(scan(**inputs, states_every=4), recurrence(inputs, 4))
 
 
 def test_layout_does_not_matter() -> None:
     """Permuted and strided inputs, weights as in checkpoints, and no bias at all."""
     inputs = sized(19, seeded=True)
-    expected = mamba2_scan(**inputs, return_states=True)
+    expected = scan(**inputs, return_states=True)
     permuted = {k: inputs[k].transpose(1, 2).contiguous().transpose(1, 2) for k in ("xbc", "dt", "conv_state")}
     permuted["ssm_state"] = inputs["ssm_state"].repeat(1, 1, 1, 2)[..., :7]
     permuted["conv_weight"] = inputs["conv_weight"][:, None]  # [C, 1, W]
-    all_close(mamba2_scan(**inputs | permuted, return_states=True), expected)
-    none = mamba2_scan(**inputs | dict(conv_bias=None))
-    close(none, mamba2_scan(**inputs | dict(conv_bias=torch.zeros_like(inputs["conv_bias"]))))
+    all_close(scan(**inputs | permuted, return_states=True), expected)
+    none = scan(**inputs | dict(conv_bias=None))
+    close(none, scan(**inputs | dict(conv_bias=torch.zeros_like(inputs["conv_bias"]))))
 
 
 @pytest.mark.parametrize("every", [0, 2])
@@ -358,10 +371,10 @@ def test_gradients(every: int) -> None:
     names = [k for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()]
     assert len(names) == 9
 
-    def scan(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return mamba2_scan(**inputs | dict(zip(names, tensors, strict=True)), return_states=True, states_every=every)
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return scan(**inputs | dict(zip(names, tensors, strict=True)), return_states=True, states_every=every)
 
-    assert torch.autograd.gradcheck(scan, [inputs[k].requires_grad_() for k in names])
+    assert torch.autograd.gradcheck(call, [inputs[k].requires_grad_() for k in names])
 
 
 def test_gradients_do_not_come_from_the_padding() -> None:
@@ -374,7 +387,7 @@ def test_gradients_do_not_come_from_the_padding() -> None:
             leaves["xbc"][b, length:] = poison
             leaves["dt"][b, length:] = poison
         leaves = {k: v.requires_grad_() for k, v in leaves.items()}
-        y, conv, ssm = mamba2_scan(**inputs | leaves, return_states=True)
+        y, conv, ssm = scan(**inputs | leaves, return_states=True)
         gradients.append(torch.autograd.grad((y.sin().sum() + conv.sum() + ssm.sin().sum()), list(leaves.values())))
     for name, clean, poisoned in zip(names, *gradients, strict=True):
         assert torch.equal(clean, poisoned), name
@@ -412,7 +425,7 @@ def test_gated_norm_of_nothing_is_zero() -> None:
 
 # --- errors -----------------------------------------------------------------------------------------------------------
 
-BAD_SCAN = {
+BAD_SCAN: dict[str, tuple[dict, str]] = {
     "two dimensions": (dict(xbc=torch.zeros(3, 4)), "xbc"),
     "step of another length": (dict(dt=torch.zeros(4, 20, 2)), "dt"),
     "channels that do not split": (dict(head_dim=8), "xbc: 16 channels are not"),
@@ -441,10 +454,10 @@ BAD_SCAN = {
 def test_a_bad_scan_is_explained(what: str) -> None:
     change, message = BAD_SCAN[what]
     with pytest.raises(ValueError, match=message):
-        mamba2_scan(**make_inputs("mamba2_scan", "ragged") | change)
+        scan(**make_inputs("mamba2_scan", "ragged") | change)
 
 
-BAD_NORM = {
+BAD_NORM: dict[str, tuple[dict, str]] = {
     "gate of another shape": (dict(z=torch.zeros(3, 5, 20)), "z: expected the shape of y"),
     "short weight": (dict(weight=torch.zeros(20)), r"weight: expected shape \(21,\), got \(20,\)"),
     "groups that do not divide": (dict(n_groups=4), "n_groups: 4 does not divide 21"),

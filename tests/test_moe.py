@@ -1,6 +1,7 @@
 """reference/moe.py against loops over tokens and experts, against transformers' router and experts, and itself."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from reference.moe import ACTIVATIONS, CASES, make_inputs, moe_experts, moe_gate
 from tests.compare import assert_within_budget
 from tests.peers import nemotron_h
 
+OPS: dict[str, Any] = dict(moe_gate=moe_gate, moe_route=moe_route, moe_plan=moe_plan, moe_experts=moe_experts)
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -90,7 +92,7 @@ def test_routes_as_defined(case: str, seed: int) -> None:
 
 @st.composite
 def routings(draw: st.DrawFn, values: list[float], biases: list[float], distinct: bool) -> dict:
-    """Any sizes and options, logits and biases from the given values; distinct: no two of a token's logits are equal."""
+    """Any sizes and options, logits and biases from the given values; `distinct`: all of a token's logits differ."""
     groups = draw(st.sampled_from([1, 1, 2, 3]))
     e, n = groups * draw(st.integers(1, 6)), draw(st.integers(0, 4))
     row = st.lists(st.sampled_from(values), min_size=e, max_size=e, unique=distinct)
@@ -415,7 +417,8 @@ def test_gradients_reach_the_gate_through_the_weights() -> None:
 
 # --- errors -----------------------------------------------------------------------------------------------------------
 
-BAD = {
+PAIR, SHARED = r"w_up\[0\], w_down\[0\]: expected", "shared_up, shared_down: expected"
+BAD: dict[str, tuple[str, dict, type[Exception], str]] = {
     "gate of another width": ("moe_gate", dict(gate_weight=torch.ones(12, 32)), ValueError, "x, gate_weight: expected"),
     "gate of three dimensions": ("moe_gate", dict(x=torch.ones(1, 5, 33)), ValueError, r"x, gate_weight: expected"),
     "narrow logits": ("moe_route", dict(logits=torch.ones(5, 8).half()), TypeError, "logits: expected float32 or"),
@@ -439,48 +442,13 @@ BAD = {
     "fewer weights than tokens": ("moe_experts", dict(weights=torch.ones(16, 3)), ValueError, "x, weights, experts:"),
     "fewer choices than weights": ("moe_experts", dict(experts=torch.ones(17, 2).int()), ValueError, "experts:"),
     "x of three dimensions": ("moe_experts", dict(x=torch.ones(1, 17, 17)), ValueError, "x, weights, experts:"),
-    "one matrix of another shape": (
-        "moe_experts",
-        dict(w_up=torch.ones(8, 12, 17)),
-        ValueError,
-        r"w_up\[0\], w_down\[0\]: expected",
-    ),
-    "gate rows missing": (
-        "moe_experts",
-        dict(activation="silu_gated"),
-        ValueError,
-        r"w_up\[0\], w_down\[0\]: expected",
-    ),
-    "down of another width": (
-        "moe_experts",
-        dict(w_down=torch.ones(8, 16, 11)),
-        ValueError,
-        r"w_up\[0\], w_down\[0\]: expected",
-    ),
-    "fewer down than up": (
-        "moe_experts",
-        dict(w_down=torch.ones(7, 17, 11)),
-        ValueError,
-        "w_up, w_down: expected a pair",
-    ),
-    "an expert without a matrix": (
-        "moe_experts",
-        dict(experts=torch.full((17, 3), 8)),
-        ValueError,
-        "experts: expected",
-    ),
-    "shared of another width": (
-        "moe_experts",
-        dict(shared_up=torch.ones(23, 16)),
-        ValueError,
-        "shared_up, shared_down: expected",
-    ),
-    "shared halves that do not meet": (
-        "moe_experts",
-        dict(shared_down=torch.ones(17, 22)),
-        ValueError,
-        "shared_up, shared_down: expected",
-    ),
+    "one matrix of another shape": ("moe_experts", dict(w_up=torch.ones(8, 12, 17)), ValueError, PAIR),
+    "gate rows missing": ("moe_experts", dict(activation="silu_gated"), ValueError, PAIR),
+    "down of another width": ("moe_experts", dict(w_down=torch.ones(8, 16, 11)), ValueError, PAIR),
+    "fewer down than up": ("moe_experts", dict(w_down=torch.ones(7, 17, 11)), ValueError, "w_up, w_down: expected"),
+    "an expert without one": ("moe_experts", dict(experts=torch.full((17, 3), 8)), ValueError, "experts: expected"),
+    "shared of another width": ("moe_experts", dict(shared_up=torch.ones(23, 16)), ValueError, SHARED),
+    "shared halves that do not meet": ("moe_experts", dict(shared_down=torch.ones(17, 22)), ValueError, SHARED),
     "matrices of another dtype": ("moe_experts", dict(w_down=torch.ones(8, 17, 11).half()), TypeError, "float16"),
 }
 
@@ -489,6 +457,5 @@ BAD = {
 def test_a_bad_call_is_explained(what: str) -> None:
     op, change, error, message = BAD[what]
     case = {"moe_gate": "odd", "moe_route": "plain", "moe_plan": "plain", "moe_experts": "shared"}[op]
-    function = {"moe_gate": moe_gate, "moe_route": moe_route, "moe_plan": moe_plan, "moe_experts": moe_experts}[op]
     with pytest.raises(error, match=message):
-        function(**make_inputs(op, case) | change)
+        OPS[op](**make_inputs(op, case) | change)

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -34,9 +35,9 @@ MODELS: dict[str, tuple[str, dict]] = {
 }
 
 
-def randomized(pattern: str, options: dict) -> torch.nn.Module:
+def randomized(pattern: str, options: dict) -> Any:
     """Their model with weights of the size that training leaves: residual stream, logits and states are of order 1."""
-    sizes = dict(vocab_size=VOCABULARY, hidden_size=48, intermediate_size=40, chunk_size=CHUNK)
+    sizes: dict[str, Any] = dict(vocab_size=VOCABULARY, hidden_size=48, intermediate_size=40, chunk_size=CHUNK)
     sizes |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
     sizes |= dict(mamba_num_heads=4, mamba_head_dim=12, ssm_state_size=16, n_groups=2, time_step_min=1e-9)
     sizes |= dict(n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=24)
@@ -140,12 +141,12 @@ def test_a_ragged_batch_gives_what_they_give_for_each_row(lengths: list[int], se
         close(state.logits[row : row + 1], models.theirs(ids[row : row + 1, :length], use_cache=False).logits[:, -1])
 
 
-def same_cache(state: ContextState, cache: object, pattern: str) -> None:
+def same_cache(state: ContextState, cache: Any, pattern: str) -> None:
     for i, letter in enumerate(pattern):
-        layer = cache.layers[i]  # type: ignore[attr-defined]
+        layer = cache.layers[i]
         if letter == "M":
-            close(state.ssm[i], cache.get_recurrent_state(i, state_idx=0))  # type: ignore[attr-defined]
-            theirs = cache.get_conv_state(i, state_idx=0)  # type: ignore[attr-defined]
+            close(state.ssm[i], cache.get_recurrent_state(i, state_idx=0))
+            theirs = cache.get_conv_state(i, state_idx=0)
             close(state.conv[i], theirs[..., -state.conv[i].shape[-1] :])
         elif letter == "*":
             close(state.k[i].transpose(1, 2), layer.keys)
