@@ -12,7 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<mask>")  # ids 0, 1, 2, 3
-LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
+TESTS = {"site-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
+TABLES = {"encodings", "pydoc_data"}  # a sixth of the library: code pages and a manual, written by programs
+LEFT_OUT = TESTS | TABLES
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,14 @@ def _held_out(module: str) -> bool:
 
 
 def standard_library() -> Corpus:
-    """Every readable source file of the running Python's standard library, its test suites left out."""
+    """Every readable source file of the running Python's standard library, but test suites and generated tables."""
     root = Path(sysconfig.get_paths()["stdlib"])
     train: dict[str, str] = {}
     held_out: dict[str, str] = {}
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if LEFT_OUT & set(relative.parts):
+        if LEFT_OUT & set(relative.parts) or relative.name.startswith("_sysconfigdata"):  # this machine's own paths
             continue
         raw = path.read_bytes()
         try:

@@ -180,7 +180,8 @@ def arguments(case: Case, p: dict[str, Any], policy: Any, t: int) -> dict[str, A
     """The arguments of `remask` at step t, all but logits and tokens."""
     before = case.tensors["tokens_before"]
     batch, block = before.shape[1:]
-    step = int(case.tensors["step"][t])
+    clock = case.tensors["step"]  # [T], or [T, B] where rows keep their own
+    step = clock[t] if clock.ndim > 1 else int(clock[t])
     editable = torch.ones(batch, block, dtype=torch.bool)
     for name in ("editable", "active", "finished_before"):
         if (where := case.at(name, t)) is not None:
@@ -193,11 +194,17 @@ def arguments(case: Case, p: dict[str, Any], policy: Any, t: int) -> dict[str, A
         steps = min(steps, block // p["minimal_topk"])
     arguments = {"mask_token_id": mask, "policy": policy, "step": step, "num_steps": steps, "editable": editable}
     if mask is not None:
-        start = max(u for u in range(t + 1) if u == 0 or int(case.tensors["step"][u]) == 0)
+        start = max(u for u in range(t + 1) if u == 0 or (clock[u] == 0).all())
         arguments["initial_num_masked"] = ((before[start] == mask) & editable).sum(1)
     arguments["temperature"] = p.get("t_max", p.get("temperature", 1.0 if case.sampled else 0.0))
     if case.sampled or not case.rule.startswith("llada2"):  # greedy, LLaDA2 looks at the unfiltered distribution
         arguments |= {"top_k": p.get("top_k") or 0, "top_p": p.get("top_p") or 1.0}
+    if case.rule.startswith("dream.") and policy.schedule == "truncated":
+        waiting = (before[t] == p["mask_token_id"]).sum(1)
+        if waiting.unique().numel() > 1:  # one quota for the whole batch: where rows differ, only the caller knows it
+            leave = 1 / (steps / (1 - p["eps"]) - step) if step < steps - 1 else 1.0
+            quota = int(waiting.double().mean() * leave)
+            arguments["policy"] = dataclasses.replace(policy, schedule="none", min_commits=quota, finish=False)
     if "suppress_tokens" in p:
         arguments["suppress_ids"] = p["suppress_tokens"]
     if "begin_suppress_tokens" in p:

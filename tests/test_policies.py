@@ -42,6 +42,20 @@ def slow_step(case, p, given_arguments, logits, t):
     return torch.tensor(after)
 
 
+def test_dream_has_one_quota_for_rows_that_drifted_apart():
+    """6 and 4 masks, step 2 of 4: floor(5 / 2.004) = 2 in both rows, where each by itself would commit 2 and 1."""
+    tokens = torch.full((1, 2, 6), MASK)
+    tokens[0, 1, :2] = 5
+    logits = torch.zeros(1, 1, 2, 6, 8)
+    logits[..., 7] = torch.arange(6.0) + 3  # the best are on the right
+    after = tokens.clone()
+    after[..., 4:] = 7
+    tensors = {"logits": logits[0], "tokens_before": tokens, "tokens_after": after, "step": torch.tensor([2])}
+    tensors |= {"logits_index": torch.tensor([0]), "num_committed": torch.tensor([[2, 2]])}
+    p = {"mask_token_id": MASK, "num_steps": 4, "temperature": 0.0, "alg": "maskgit_plus", "eps": 0.001}
+    assert replay(Case("drift", "dream.maskgit_plus", p, tensors), implementation("reference")) == []
+
+
 DRAWN_PER_TOKEN = ("posterior_sampled", "first_hitting")  # tested as distributions in test_remask
 STATEFUL = ("dinfer.credit", "jetengine.mixed")  # logits that depend on earlier steps; a rule per row
 
