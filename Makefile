@@ -36,6 +36,9 @@ $(RUNTIME): requirements.txt scripts/bootstrap.sh
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh $(VENV) requirements.txt
 	@touch $@
 
-$(DEV): requirements-dev.txt $(RUNTIME)
+# mamba_ssm's sources hold PyTorch references that the tests compare with; its CUDA extension is not wanted.
+$(DEV): requirements-dev.txt requirements-peers.txt $(RUNTIME)
 	@scripts/bootstrap.sh $(VENV) requirements-dev.txt
+	@MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
+		scripts/bootstrap.sh $(VENV) requirements-peers.txt --no-deps --no-build-isolation
 	@touch $@

@@ -147,7 +147,7 @@ def validate(model: TwoTower, stage: Stage, stream: Tensor) -> float:
 
 
 def run(model: TwoTower, stage: Stage, train: Tensor, held_out: Tensor, folder: Path) -> History:
-    """Trains one stage from its last saved step to its end, saving every 200 steps."""
+    """Trains one stage from its last saved step to its end, saving every 50 steps and validating every 200."""
     saved = folder / f"{stage.name}.pt"
     opt, history, first = optimizer(model, stage), History(), 0
     generator = torch.Generator().manual_seed(stage.seed)
@@ -180,8 +180,9 @@ def run(model: TwoTower, stage: Stage, train: Tensor, held_out: Tensor, folder: 
             bar.set_postfix(loss=f"{history.train[-1][1]:.3f}")
         if done % 200 == 0 or done == stage.steps:
             history.validation.append((done, validate(model, stage, held_out)))
+            tqdm.write(f"{stage.name} {done}: validation {history.validation[-1][1]:.4f}")
+        if done % 50 == 0 or done == stage.steps:
             history.seconds = time.perf_counter() - started
-            tqdm.write(f"{stage.name} {done}: validation {history.validation[-1][1]:.4f}, {history.seconds:.0f} s")
             save(done)
     return history
 

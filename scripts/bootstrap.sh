@@ -1,10 +1,11 @@
 #!/bin/sh
-# Usage: bootstrap.sh VENV REQUIREMENTS
+# Usage: bootstrap.sh VENV REQUIREMENTS [PIP-OPTION...]
 # Makes the virtual environment VENV if need be and installs the pinned REQUIREMENTS into it.
 # PYTHON chooses the interpreter; without it the first suitable one on the PATH is taken.
 set -eu
 venv=$1
 requirements=$2
+shift 2
 
 fail() {
     printf 'bootstrap: %s\n' "$@" >&2
@@ -39,5 +40,5 @@ if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
 fi
 
 printf 'bootstrap: installing %s\n' "$requirements" >&2
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements" ||
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" -r "$requirements" ||
     fail "pip could not install $requirements with $("$venv/bin/python" --version); its own message is above."
