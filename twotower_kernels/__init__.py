@@ -1,13 +1,18 @@
-"""Kernels for block diffusion language models with two towers.
-
-The kernels arrive one by one; what they must compute is already here, as the executable specification in `reference/`.
-Until then this package carries the small trained model that the specification, the tests and the demo run on.
-"""
+"""Kernels for block diffusion language models, and a TwoTower model composed of them."""
 
 from pathlib import Path
 
+from twotower_kernels.ops import adaln_norm, gated_residual, gated_residual_adaln_norm, rms_norm
+
 __version__ = "0.1.0.dev0"
-__all__ = ["__version__", "demo_path"]
+__all__ = [
+    "__version__",
+    "adaln_norm",
+    "demo_path",
+    "gated_residual",
+    "gated_residual_adaln_norm",
+    "rms_norm",
+]
 
 
 def demo_path() -> Path:

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench.bench_<family>`. They check before they time, and take rivals in turns."""

@@ -1,0 +1,81 @@
+"""What the tests of every kernel share: instruction sets, awkward strides, the comparison with the specification."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.compare import assert_within_budget
+from twotower_kernels import cpu
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+ISAS: list[str] = cpu.kernels().isas()  # those of this machine, the plainest first
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Kernels use this instruction set inside."""
+    before = cpu.kernels().isa()
+    cpu.kernels().set_isa(name)
+    try:
+        yield
+    finally:
+        cpu.kernels().set_isa(before)
+
+
+def awkward(tensor: Tensor, kind: int) -> Tensor:
+    """The same values, laid out otherwise: 0 as it is; 1 a slice of something larger, with NaN around it, so that
+    addresses are unaligned; 2 with its first dimensions stored in reverse order; 3 with every dimension reversed."""
+    if kind == 0 or tensor.ndim == 0:
+        return tensor
+    if kind == 1:
+        larger = tensor.new_empty([n + 2 for n in tensor.shape])
+        larger.fill_(float("nan") if tensor.is_floating_point() else 7 if tensor.dtype != torch.bool else True)
+        inner = larger[tuple(slice(1, n + 1) for n in tensor.shape)]
+        inner.copy_(tensor)
+        return inner
+    order = list(range(tensor.ndim))
+    order = order[::-1] if kind == 3 else [*order[:-1][::-1], order[-1]]
+    back = [order.index(d) for d in range(tensor.ndim)]
+    return tensor.permute(order).contiguous().permute(back)
+
+
+def widened(value: Any) -> Any:
+    """Floating tensors in float64, everything else as it is; in dicts, lists and tuples too."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {k: widened(v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(widened(v) for v in value)
+    return value
+
+
+def as_tuple(result: Any) -> tuple[Any, ...]:
+    return tuple(result) if isinstance(result, tuple) else (result,)
+
+
+def assert_op_within_budget(
+    op: Callable[..., Any], reference: Callable[..., Any], inputs: dict[str, Any], *, layout: int = 0, **budget: Any
+) -> None:
+    """`op` on `inputs` against `reference` in float64, with `reference` in the same dtype as the naive program.
+
+    layout: how the tensors are laid out for `op`, see `awkward`. The inputs must be unchanged afterwards.
+    """
+    given = {k: awkward(v, layout) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    exact, naive = as_tuple(reference(**widened(inputs))), as_tuple(reference(**inputs))
+    results = as_tuple(op(**given))
+    assert len(results) == len(exact)
+    for n, (got, plain, truth) in enumerate(zip(results, naive, exact, strict=True)):
+        assert got.dtype == plain.dtype and got.shape == plain.shape, f"result {n}: {got.dtype} {list(got.shape)}"
+        if got.is_floating_point():
+            assert_within_budget(got, plain, truth.double(), what=f"result {n}", **budget)
+        else:
+            assert torch.equal(got, plain), f"result {n}"
+    for key, value in inputs.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value.nan_to_num(), given[key].nan_to_num()), f"{key} was changed"

@@ -1,0 +1,5 @@
+"""The operations. One file per family; each holds public functions, checks, schemas, fakes and gradients."""
+
+from twotower_kernels.ops.adaln import adaln_norm, gated_residual, gated_residual_adaln_norm, rms_norm
+
+__all__ = ["adaln_norm", "gated_residual", "gated_residual_adaln_norm", "rms_norm"]

@@ -1,0 +1,60 @@
+"""How an operation enters PyTorch's dispatcher: its schema, its kernel per device, its fake, its gradient."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("twotower", "DEF")
+
+
+def define(
+    schema: str,
+    *,
+    cpu: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+) -> None:
+    """Registers `torch.ops.twotower.<name>` for `schema`, e.g. "scale(Tensor x, float by) -> Tensor".
+
+    An op without `backward` is registered with one that raises: PyTorch would otherwise hand out silent zeros. On a
+    device without a kernel, the call raises NotImplementedError with the op's and the device's name.
+    """
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"twotower::{name}", fake, lib=_LIBRARY)
+
+    def no_gradient(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(f"twotower::{name} is not differentiable")
+
+    mutates = "!" in schema
+    if backward is not None:
+        torch.library.register_autograd(f"twotower::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    elif not mutates:  # PyTorch itself refuses gradients through arguments written in place
+        torch.library.register_autograd(f"twotower::{name}", no_gradient, lib=_LIBRARY)
+
+
+def refuse_gradients(op: str, /, **tensors: Tensor | None) -> None:
+    """ValueError if a gradient is wanted for an argument that gets none."""
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name}: {op} is not differentiable in it, expected no requires_grad; detach it")
+
+
+def same_device(first: Tensor, /, **tensors: Tensor | None) -> None:
+    """ValueError unless all tensors are on the device of the first."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(f"{name}: expected device {first.device}, got {tensor.device}")
+
+
+def check_float(**tensors: Tensor | None) -> None:
+    """TypeError unless all are float64, float32, bfloat16 or float16."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}")

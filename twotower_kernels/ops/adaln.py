@@ -1,0 +1,194 @@
+"""RMSNorm, adaLN modulation and the gated residual. Formulas: `reference/adaln.py`; kernel: `csrc/cpu/adaln.cpp`."""
+
+import torch
+from torch import Tensor
+
+from twotower_kernels import cpu
+from twotower_kernels.ops._library import check_float, define, refuse_gradients, same_device
+
+ORDERS = ("modulate_norm", "norm_modulate")
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension (arXiv 1910.07467, eq. 4), the weight multiplied before rounding.
+
+    Args:
+        x: `[..., H]`; float64, float32, bfloat16 or float16; any strides.
+        weight: `[H]`, any of these dtypes.
+        eps: added to the mean square.
+
+    Returns:
+        `[..., H]` in the dtype of `x`. Not differentiable.
+
+    Raises:
+        ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.
+    """
+    if x.ndim == 0 or weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight: expected [H] for x [..., H], got {list(weight.shape)} for {list(x.shape)}")
+    rows = x.reshape(1, -1, x.shape[-1]) if x.numel() else x.new_empty(1, 0, x.shape[-1])
+    return adaln_norm(rows, weight, eps=eps).reshape(x.shape)
+
+
+def adaln_norm(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    eps: float,
+    order: str = "modulate_norm",
+) -> Tensor:
+    """RMSNorm with adaLN modulation before or after it; without `shift` and `scale`, plain RMSNorm.
+
+    Source: adaLN-single of PixArt-α (arXiv 2310.00426), after DiT (arXiv 2212.09748).
+
+    Args:
+        x: `[B, S, H]`; float64, float32, bfloat16 or float16; any strides.
+        weight: `[H]`, any of these dtypes.
+        shift, scale: `[B, H]`, or both None; rounded to the dtype of `x`.
+        eps: of the norm.
+        order: "modulate_norm" (`rms(x·(1+scale) + shift)`: Mamba-2 and attention layers) or "norm_modulate"
+            (`rms(x)·(1+scale) + shift`: MoE and dense MLP layers).
+
+    Returns:
+        `[B, S, H]` in the dtype of `x`. Not differentiable.
+
+    Raises:
+        ValueError: unknown order, wrong shape or device, only one of shift and scale, an argument that requires grad.
+        TypeError: wrong dtype.
+    """
+    _check("adaln_norm", x, None, None, weight, shift, scale, order)
+    return torch.ops.twotower.adaln_norm(x, weight, shift, scale, eps, order == "norm_modulate")
+
+
+def gated_residual(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
+    """`residual + gate · y`, or `residual + y` without a gate.
+
+    Args:
+        residual: `[B, S, H]`; its dtype is the result's. It may be wider than that of `y` (`residual_in_fp32`).
+        y: `[B, S, H]`.
+        gate: `[B, H]` or None; rounded to the dtype of `y`, as is its product with `y`.
+
+    Returns:
+        `[B, S, H]` in the dtype of `residual`. Not differentiable.
+
+    Raises:
+        ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.
+    """
+    _check("gated_residual", residual, y, gate, None, None, None, ORDERS[0])
+    return torch.ops.twotower.gated_residual(residual, y, gate)
+
+
+def gated_residual_adaln_norm(
+    residual: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    *,
+    eps: float,
+    order: str = "modulate_norm",
+) -> tuple[Tensor, Tensor]:
+    """One layer's gated residual and the next layer's modulated norm in one pass.
+
+    Arguments and errors as in `gated_residual` and `adaln_norm`. Returns `(h, normed)`, both `[B, S, H]` in the dtype
+    of `residual`; the norm reads `h` as rounded to it, so the result is bit for bit that of the two in a row.
+    """
+    _check("gated_residual_adaln_norm", residual, y, gate, weight, shift, scale, order)
+    return torch.ops.twotower.gated_residual_adaln_norm(
+        residual, y, gate, weight, shift, scale, eps, order == "norm_modulate"
+    )
+
+
+def _check(
+    op: str,
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    order: str,
+) -> None:
+    if order not in ORDERS:
+        raise ValueError(f"order: expected one of {ORDERS}, got {order!r}")
+    if (shift is None) != (scale is None):
+        raise ValueError("shift and scale: expected both or neither, got one")
+    if x.ndim != 3:
+        raise ValueError(f"{'x' if y is None else 'residual'}: expected [B, S, H], got {list(x.shape)}")
+    if y is not None and y.shape != x.shape:
+        raise ValueError(f"y: expected the residual's shape {list(x.shape)}, got {list(y.shape)}")
+    if weight is not None and weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight: expected shape {list(x.shape[-1:])}, got {list(weight.shape)}")
+    for name, vector in (("gate", gate), ("shift", shift), ("scale", scale)):
+        if vector is not None and vector.shape != (x.shape[0], x.shape[2]):
+            raise ValueError(f"{name}: expected shape {[x.shape[0], x.shape[2]]}, got {list(vector.shape)}")
+    tensors = {"x" if y is None else "residual": x, "y": y, "gate": gate, "weight": weight}
+    tensors |= {"shift": shift, "scale": scale}
+    check_float(**tensors)
+    if y is not None and torch.promote_types(x.dtype, y.dtype) != x.dtype:
+        raise TypeError(f"y: expected {x.dtype} as residual, or a narrower dtype, got {y.dtype}")
+    same_device(x, **tensors)
+    refuse_gradients(op, **tensors)
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+
+def _to(vector: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if vector is None else vector.to(like.dtype)
+
+
+def _empty(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _adaln_norm(
+    x: Tensor, weight: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float, norm_first: bool
+) -> Tensor:
+    normed = _empty(x)
+    cpu.call(
+        "gated_residual_adaln_norm", x, None, None, weight, _to(shift, x), _to(scale, x), None, normed, eps, norm_first
+    )
+    return normed
+
+
+def _gated_residual(residual: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+    h = _empty(residual)
+    cpu.call("gated_residual_adaln_norm", residual, y, _to(gate, y), None, None, None, h, None, 0.0, False)
+    return h
+
+
+def _gated_residual_adaln_norm(
+    residual: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    norm_first: bool,
+) -> tuple[Tensor, Tensor]:
+    h, normed = _empty(residual), _empty(residual)
+    vectors = _to(gate, y), weight, _to(shift, residual), _to(scale, residual)
+    cpu.call("gated_residual_adaln_norm", residual, y, *vectors, h, normed, eps, norm_first)
+    return h, normed
+
+
+define(
+    "adaln_norm(Tensor x, Tensor weight, Tensor? shift, Tensor? scale, float eps, bool norm_first) -> Tensor",
+    cpu=_adaln_norm,
+    fake=lambda x, *_: _empty(x),
+)
+define(
+    "gated_residual(Tensor residual, Tensor y, Tensor? gate) -> Tensor",
+    cpu=_gated_residual,
+    fake=lambda residual, *_: _empty(residual),
+)
+define(
+    "gated_residual_adaln_norm(Tensor residual, Tensor y, Tensor? gate, Tensor weight, Tensor? shift, Tensor? scale, "
+    "float eps, bool norm_first) -> (Tensor, Tensor)",
+    cpu=_gated_residual_adaln_norm,
+    fake=lambda residual, *_: (_empty(residual), _empty(residual)),
+)
