@@ -7,30 +7,52 @@ PYTHON ?=
 WORKERS ?= 2
 RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
+KERNELS := build/.kernels
+SANITIZED := build/sanitize
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test check bench sanitize format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
 
-demo: $(RUNTIME)  ## generate text with the shipped model, un-masking block by block
-	@$(PY) -m reference.demo
+demo: $(KERNELS)  ## generate text with the shipped model, un-masking block by block
+	@$(PY) -m twotower_kernels demo
 
-test: $(DEV)  ## every test, on the CPU
+test: $(DEV) $(KERNELS)  ## every test, on the CPU
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS)
 
-check: $(DEV)  ## ruff (lint and format) and mypy
+check: $(DEV)  ## ruff (lint and format), mypy and clang-format
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+	@$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/cpu/*
 
-format: $(DEV)  ## let ruff rewrite the files
+bench: $(DEV) $(KERNELS)  ## time every operation beside its rivals
+	@for file in bench/bench_*.py; do $(PY) -m bench.$$(basename $$file .py) || exit 1; done
+
+# -O1 keeps the line numbers honest; the portable baseline is the same source as every other instruction set.
+sanitize: $(DEV)  ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@TT_BASELINE_ONLY=1 CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+		LDFLAGS="-fsanitize=address,undefined" \
+		$(PY) setup.py -q build_ext --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
+	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 CI=true OMP_NUM_THREADS=1 \
+		KERNEL_LIBRARY="$$(echo $(CURDIR)/$(SANITIZED)/lib/twotower_kernels/_C*.so)" \
+		$(PY) -m pytest -q -n $(WORKERS) tests/test_*_kernel*.py
+
+format: $(DEV)  ## let ruff and clang-format rewrite the files
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
+	@$(VENV)/bin/clang-format -i csrc/*.cpp csrc/cpu/*
 
 clean:  ## remove .venv and everything generated
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ninja compiles only what changed.
+$(KERNELS): $(RUNTIME) setup.py $(wildcard csrc/*.cpp csrc/cpu/*)
+	@$(PY) setup.py -q build_ext --inplace
+	@touch $@
 
 $(RUNTIME): requirements.txt scripts/bootstrap.sh
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh $(VENV) requirements.txt

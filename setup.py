@@ -24,7 +24,9 @@ X86 = {
     "avx512": "-march=x86-64-v4 -mprefer-vector-width=512",
     "avx512bf16": "-march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512",
 }
-ISAS = X86 if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
+# TT_BASELINE_ONLY=1 compiles the portable baseline alone: a quick build, for instance under sanitizers.
+BASELINE_ONLY = bool(os.environ.get("TT_BASELINE_ONLY"))
+ISAS = X86 if platform.machine() in ("x86_64", "AMD64") and not BASELINE_ONLY else {"baseline": ""}
 
 
 def objects(build: Path) -> list[tuple[Path, Path, str]]:
@@ -46,7 +48,7 @@ def ninja_file(build: Path, output: Path) -> str:
     include = " ".join(f"'-I{p}'" for p in (pybind11.get_include(), sysconfig.get_path("include")))
     link = "-undefined dynamic_lookup" if sys.platform == "darwin" else "-ldl"
     lines = [
-        f"flags = {FLAGS} {include} {os.environ.get('CXXFLAGS', '')}",
+        f"flags = {FLAGS} {include} {'-DTT_BASELINE_ONLY' * BASELINE_ONLY} {os.environ.get('CXXFLAGS', '')}",
         "rule compile",
         f"  command = {CXX} $flags $isa -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -69,6 +71,8 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if shutil.which(CXX) is None:
             sys.exit(f"twotower_kernels: no C++ compiler: {CXX} is not on the PATH. Install g++ or clang, or set CXX.")
+        if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+            sys.exit("twotower_kernels: Python.h is missing. On Debian and Ubuntu it is the package python3-dev.")
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()

@@ -4,7 +4,7 @@ namespace tt {
 
 namespace {
 Isa detect() {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && !defined(TT_BASELINE_ONLY)
     __builtin_cpu_init();
     bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -10,7 +10,7 @@
 // leaks.
 #pragma once
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && !defined(TT_BASELINE_ONLY)
 #define TT_EACH_ISA(X) X(baseline) X(avx2) X(avx512) X(avx512bf16)
 #else
 #define TT_EACH_ISA(X) X(baseline)
@@ -29,7 +29,7 @@ const char* isa_name(Isa isa);
 
 }  // namespace tt
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && !defined(TT_BASELINE_ONLY)
 #define TT_KERNEL(name, Arguments)                                    \
     namespace baseline {                                              \
     void name(const Arguments&);                                      \
