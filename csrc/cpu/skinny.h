@@ -90,12 +90,9 @@ template <>
 struct Load<float, fp16> {
     static Floats from(const fp16* p) {  // F16C's conversion is not reached from vectors in GCC 12
         const Words bits = words(p);
-        const Words magnitude = (bits & 0x7fff) << 13, exponent = magnitude & 0x0f800000;
-        Words normal = magnitude + 0x38000000;                                          // its exponent counts from 112
-        normal += Words(Mask(exponent == 0x0f800000)) & 0x38000000;                     // infinity, NaN
-        const Words tiny = Words(Floats(normal + 0x00800000) - (Floats{} + 0x1p-14f));  // subnormal
-        const Words none = Words(Mask(exponent == 0));
-        return Floats(((none & tiny) | (~none & normal)) | ((bits & 0x8000) << 16));
+        const Floats scaled = Floats((bits & 0x7fff) << 13) * 0x1p112f;                // subnormal too
+        const Words special = Words(Mask(scaled >= Floats{} + 0x1p16f)) & 0x7f800000;  // infinity, NaN
+        return Floats(Words(scaled) | special | ((bits & 0x8000) << 16));
     }
 };
 
@@ -117,7 +114,10 @@ inline void add_stretch(const T* w, int64_t w_stride, const W* x, int64_t x_stri
     for (; i + L <= end; i += L) {
         Vector<W> row[R];
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) row[r] = Load<W, T>::from(w + r * w_stride + i);
+        for (int r = 0; r < R; ++r) {
+            row[r] = Load<W, T>::from(w + r * w_stride + i);
+            __builtin_prefetch(w + r * w_stride + i + skinny_part);
+        }
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
             const Vector<W> column = unaligned<Vector<W>>(x + m * x_stride + i);
@@ -156,7 +156,7 @@ void skinny_block(const T* w, int64_t w_stride, int rows, const W* x, int64_t x_
     for (int r = 0; r < rows; ++r)
         for (int m = 0; m < M; ++m) total[r][m] = Vector<W>{};
     // Rows of x that fit in the first-level cache: w is streamed row by row. Otherwise stretch by stretch.
-    const int64_t run = M * n * int64_t(sizeof(W)) <= 16384 ? n : skinny_part;
+    const int64_t run = M * n * int64_t(sizeof(W)) <= 24576 ? n : skinny_part;
     for (int64_t start = 0; start < n; start += run) {
         int r = 0;
         for (; r + R <= rows; r += R)
