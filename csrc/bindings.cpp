@@ -4,6 +4,7 @@
 
 #include "cpu/adaln.h"
 #include "cpu/isa.h"
+#include "cpu/moe.h"
 #include "cpu/threads.h"
 #include "cpu/view.h"
 
@@ -46,6 +47,29 @@ void bind_adaln(py::module_& m) {
         Released());
 }
 
+void bind_moe(py::module_& m) {
+    m.def("moe_gate", [](View x, View weight, View logits) { tt::moe_gate({x, weight, logits}); }, Released());
+    m.def(
+        "moe_route",
+        [](View logits, View bias, View weights, View experts, bool softmax, int64_t n_group, int64_t topk_group,
+           bool renormalize, double scaling) {
+            tt::moe_route({logits, bias, weights, experts, softmax, n_group, topk_group, renormalize, scaling});
+        },
+        Released());
+    m.def(
+        "moe_plan",
+        [](View experts, View counts, View offsets, View pairs) { tt::moe_plan({experts, counts, offsets, pairs}); },
+        Released());
+    m.def(
+        "moe_experts",
+        [](View x, View up, View down, View weights, View offsets, View pairs, View shared_up, View shared_down,
+           View total, View out, int activation) {
+            tt::moe_experts({x, up, down, weights, offsets, pairs, shared_up, shared_down, total, out,
+                             static_cast<tt::Activation>(activation)});
+        },
+        Released());
+}
+
 void bind_machine(py::module_& m) {
     m.def("isa", [] { return tt::isa_name(tt::isa()); });
     m.def("isas", [] {  // every set this processor has, the plainest first
@@ -67,4 +91,5 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of twotower_kernels; pointers in, nothing out.";
     bind_machine(m);
     bind_adaln(m);
+    bind_moe(m);
 }

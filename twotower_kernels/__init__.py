@@ -2,15 +2,30 @@
 
 from pathlib import Path
 
-from twotower_kernels.ops import adaln_norm, gated_residual, gated_residual_adaln_norm, rms_norm
+from twotower_kernels.ops import (
+    MoePlan,
+    adaln_norm,
+    gated_residual,
+    gated_residual_adaln_norm,
+    moe_experts,
+    moe_gate,
+    moe_plan,
+    moe_route,
+    rms_norm,
+)
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "MoePlan",
     "__version__",
     "adaln_norm",
     "demo_path",
     "gated_residual",
     "gated_residual_adaln_norm",
+    "moe_experts",
+    "moe_gate",
+    "moe_plan",
+    "moe_route",
     "rms_norm",
 ]
 

@@ -1,5 +1,16 @@
 """The operations. One file per family; each holds public functions, checks, schemas, fakes and gradients."""
 
 from twotower_kernels.ops.adaln import adaln_norm, gated_residual, gated_residual_adaln_norm, rms_norm
+from twotower_kernels.ops.moe import MoePlan, moe_experts, moe_gate, moe_plan, moe_route
 
-__all__ = ["adaln_norm", "gated_residual", "gated_residual_adaln_norm", "rms_norm"]
+__all__ = [
+    "MoePlan",
+    "adaln_norm",
+    "gated_residual",
+    "gated_residual_adaln_norm",
+    "moe_experts",
+    "moe_gate",
+    "moe_plan",
+    "moe_route",
+    "rms_norm",
+]

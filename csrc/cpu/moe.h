@@ -1,0 +1,57 @@
+#pragma once
+
+#include "isa.h"
+#include "view.h"
+
+namespace tt {
+
+// logits[n][e] = x[n] . weight[e] in double.
+struct MoeGate {
+    View x;       // [N, H]
+    View weight;  // [E, H]
+    View logits;  // [N, E] out, float64, contiguous
+};
+TT_KERNEL(moe_gate, MoeGate)
+
+// The top_k experts of every token by score + bias, and their scores as weights.
+struct MoeRoute {
+    View logits;   // [N, E] float32 or float64
+    View bias;     // [E] or null
+    View weights;  // [N, k] out, float32
+    View experts;  // [N, k] out, int32
+    bool softmax;  // else sigmoid
+    int64_t n_group;
+    int64_t topk_group;
+    bool renormalize;
+    double scaling;
+};
+TT_KERNEL(moe_route, MoeRoute)
+
+// The pairs token * k + choice sorted by expert, stably. Every expert lies in [0, E).
+struct MoePlan {
+    View experts;  // [N, k] int32 or int64
+    View counts;   // [E] out, int64
+    View offsets;  // [E + 1] out, int64
+    View pairs;    // [N * k] out, int64
+};
+TT_KERNEL(moe_plan, MoePlan)
+
+enum class Activation : int { relu2, silu_gated, gelu_gated };
+
+// out = weighted sum of each token's experts, then the shared expert.
+struct MoeExperts {
+    View x;            // [N, H]
+    View up;           // [E, I or 2I, H], dtype of x
+    View down;         // [E, H, I], dtype of x
+    View weights;      // [N, k], any float
+    View offsets;      // [E + 1] int64, of a valid plan
+    View pairs;        // [N * k] int64, of a valid plan
+    View shared_up;    // [J or 2J, H] or null
+    View shared_down;  // [H, J] or null
+    View total;        // [N, H] in the compute type, contiguous; out itself where that has this type
+    View out;          // [N, H] out, dtype of x, contiguous
+    Activation activation;
+};
+TT_KERNEL(moe_experts, MoeExperts)
+
+}  // namespace tt

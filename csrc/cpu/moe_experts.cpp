@@ -1,0 +1,219 @@
+// The experts' two products and the weighted sum over each token's experts (reference/moe.py).
+//
+// With few tokens this is the reading of weights: at N = 16, k = 6 and E = 128 some 69 experts are read for 96 pairs
+// of token and expert. So every row of weights is read once, for all tokens of its expert (see skinny.h), and work is
+// cut along the weights' rows, not along the tokens: 16 rows of one expert's up projection, or 16 rows of all experts'
+// down projections. The latter makes one thread the owner of its columns of the output: experts are added in
+// ascending order without atomics, and the result does not depend on the threads.
+//
+// With many tokens, pairs are taken in groups of 1024, whole experts where they fit, between which everything is as
+// above: scratch memory is bounded by the group, and an expert's weights are still read once per 1024 of its tokens.
+// Activations are kept in float (or double) from the first product to the last sum, and rounded once.
+#include "moe.h"
+#include "numeric.h"
+#include "parallel.h"
+#include "skinny.h"
+
+namespace tt {
+namespace TT_ISA {
+
+namespace {
+
+constexpr int64_t group_pairs = 1024;
+constexpr int64_t chunk = 64;  // rows of activations per call of skinny: its results stay in the first-level cache
+
+// Some pairs of one expert: `count` of them, from `begin` in the group.
+struct Tile {
+    int64_t expert, begin, count;
+};
+
+// One set of experts with their pairs. Without a plan there is one expert, which takes every token with weight 1.
+struct Experts {
+    const MoeExperts& a;
+    const View &up, &down;  // without a plan, a matrix each
+    bool planned;
+    int64_t count() const { return planned ? up.size[0] : 1; }
+    int64_t pairs() const { return planned ? a.pairs.size[0] : a.x.size[0]; }
+    int64_t end(int64_t expert) const { return planned ? a.offsets.as<int64_t>()[expert + 1] : pairs(); }
+    template <class T>
+    const T* row(const View& w, int64_t expert, int64_t r) const {
+        return w.as<T>() + (planned ? expert * w.stride[0] + r * w.stride[1] : r * w.stride[0]);
+    }
+    int64_t row_stride(const View& w) const { return w.stride[planned ? 1 : 0]; }
+    int64_t rows(const View& w) const { return w.size[planned ? 1 : 0]; }
+};
+
+// 1 / (1 + exp(-2z)) is (1 + tanh z) / 2 without the cancellation at negative z.
+template <class W>
+inline W activate(Activation activation, W gate, W value) {
+    if (activation == Activation::relu2) return value < 0 ? W(0) : value * value;  // NaN stays NaN
+    W z = gate;
+    if (activation == Activation::gelu_gated) z = W(1.5957691216057308) * (gate + W(0.044715) * gate * gate * gate);
+    return gate / (1 + std::exp(-z)) * value;
+}
+
+// The pairs at work: their activations before and in between, and where their results go.
+template <class W>
+struct Group {
+    Group(int64_t pairs, int64_t h, int64_t i)
+        : x_stride(padded(h)),
+          hidden_stride(padded(i)),
+          x(pairs * x_stride),
+          hidden(pairs * hidden_stride),
+          weight(pairs),
+          token(pairs),
+          tiles(pairs) {}
+    int64_t x_stride, hidden_stride;
+    Scratch<W> x, hidden, weight;
+    Scratch<int64_t> token;
+    Scratch<Tile> tiles;
+    int64_t tile_count = 0, first = 0, count = 0;  // pairs [first, first + count) of all
+};
+
+// The next pairs, at most group_pairs; false after the last.
+template <class W>
+bool advance(const Experts& experts, Group<W>& group, int64_t& expert) {
+    group.first += group.count;
+    group.count = group.tile_count = 0;
+    Tile* tiles = group.tiles;
+    while (expert < experts.count() && group.count < group_pairs) {
+        const int64_t left = experts.end(expert) - group.first - group.count;
+        const int64_t taken = smaller(left, group_pairs - group.count);
+        if (taken > 0) tiles[group.tile_count++] = {expert, group.count, taken};
+        group.count += taken;
+        if (taken == left) ++expert;
+    }
+    return group.count > 0;
+}
+
+template <class W>
+void gather(const Experts& experts, Group<W>& group) {
+    const MoeExperts& a = experts.a;
+    const int64_t h = a.x.size[1];
+    parallel_for(group.count, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; ++p) {
+            int64_t token = group.first + p;
+            W weight = 1;
+            if (experts.planned) {
+                const int64_t k = a.weights.size[1], pair = a.pairs.as<int64_t>()[token];
+                token = pair / k;
+                load<W>(&weight, a.weights, token * a.weights.stride[0] + pair % k, 1);
+            }
+            static_cast<int64_t*>(group.token)[p] = token;
+            static_cast<W*>(group.weight)[p] = weight;
+            W* x = group.x + p * group.x_stride;
+            load<W>(x, a.x, token * a.x.stride[0], h);
+            for (int64_t i = h; i < group.x_stride; ++i) x[i] = 0;
+        }
+    });
+}
+
+// Pieces of work that are worth a thread's while: about 2^16 products.
+inline int64_t grain(int64_t products) {
+    return larger<int64_t>(1, 65536 / larger<int64_t>(1, products));
+}
+
+// hidden = act(up x): one piece of work is 16 of I of one tile.
+template <class T>
+void up(const Experts& experts, Group<Wide<T>>& group) {
+    using W = Wide<T>;
+    const View& w = experts.up;
+    const Activation activation = experts.a.activation;
+    const int64_t h = experts.a.x.size[1], stride = experts.row_stride(w);
+    const int64_t i_size = activation == Activation::relu2 ? experts.rows(w) : experts.rows(w) / 2;
+    const int64_t blocks = (i_size + skinny_rows - 1) / skinny_rows;
+    const Tile* tiles = group.tiles;
+    parallel_for(group.tile_count * blocks, grain(skinny_rows * h), [&](int64_t begin, int64_t end) {
+        W gate[chunk * skinny_rows], value[chunk * skinny_rows];
+        for (int64_t piece = begin; piece < end; ++piece) {
+            const Tile tile = tiles[piece / blocks];
+            const int64_t i = piece % blocks * skinny_rows;
+            const int rows = int(smaller<int64_t>(skinny_rows, i_size - i));
+            for (int64_t m = 0; m < tile.count; m += chunk) {
+                const int64_t some = smaller(chunk, tile.count - m);
+                const W* x = group.x + (tile.begin + m) * group.x_stride;
+                const T* first = experts.row<T>(w, tile.expert, i);
+                if (activation != Activation::relu2) {
+                    skinny(first, stride, rows, x, group.x_stride, some, h, gate);
+                    first = experts.row<T>(w, tile.expert, i_size + i);
+                }
+                skinny(first, stride, rows, x, group.x_stride, some, h, value);
+                for (int64_t j = 0; j < some; ++j) {
+                    W* hidden = group.hidden + (tile.begin + m + j) * group.hidden_stride + i;
+                    for (int r = 0; r < rows; ++r) {
+                        const int64_t at = j * skinny_rows + r;
+                        hidden[r] = activate(activation, activation == Activation::relu2 ? W(0) : gate[at], value[at]);
+                    }
+                    for (int r = rows; r < skinny_rows; ++r) hidden[r] = 0;
+                }
+            }
+        }
+    });
+}
+
+// total += weight * down hidden: one piece of work is 16 of H, for all tiles in their order.
+template <class T>
+void down(const Experts& experts, Group<Wide<T>>& group) {
+    using W = Wide<T>;
+    const View& w = experts.down;
+    const int64_t h_size = experts.a.x.size[1], i_size = w.size[experts.planned ? 2 : 1];
+    const int64_t stride = experts.row_stride(w);
+    const Tile* tiles = group.tiles;
+    const W* weight = group.weight;
+    const int64_t* token = group.token;
+    const int64_t products = skinny_rows * i_size * group.tile_count;
+    parallel_for((h_size + skinny_rows - 1) / skinny_rows, grain(products), [&](int64_t begin, int64_t end) {
+        W y[chunk * skinny_rows];
+        for (int64_t h = begin * skinny_rows; h < smaller(end * skinny_rows, h_size); h += skinny_rows) {
+            const int rows = int(smaller<int64_t>(skinny_rows, h_size - h));
+            for (int64_t t = 0; t < group.tile_count; ++t) {
+                const Tile tile = tiles[t];
+                for (int64_t p = tile.begin; p < tile.begin + tile.count; p += chunk) {
+                    const int64_t some = smaller(chunk, tile.begin + tile.count - p);
+                    skinny(experts.row<T>(w, tile.expert, h), stride, rows, group.hidden + p * group.hidden_stride,
+                           group.hidden_stride, some, i_size, y);
+                    for (int64_t j = 0; j < some; ++j) {
+                        W* total = experts.a.total.as<W>() + token[p + j] * h_size + h;
+                        for (int r = 0; r < rows; ++r) total[r] += weight[p + j] * y[j * skinny_rows + r];
+                    }
+                }
+            }
+        }
+    });
+}
+
+template <class T>
+void add(const Experts& experts) {
+    const int64_t i_size = experts.down.size[experts.planned ? 2 : 1];
+    Group<Wide<T>> group(smaller(group_pairs, experts.pairs()), experts.a.x.size[1], i_size);
+    for (int64_t expert = 0; advance(experts, group, expert);) {
+        gather(experts, group);
+        up<T>(experts, group);
+        down<T>(experts, group);
+    }
+}
+
+template <class T>
+void experts_of(const MoeExperts& a) {
+    using W = Wide<T>;
+    const int64_t n = a.x.size[0], h = a.x.size[1];
+    W* total = a.total.as<W>();
+    parallel_for(n * h, 65536, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) total[i] = 0;
+    });
+    add<T>({a, a.up, a.down, true});
+    if (a.shared_up) add<T>({a, a.shared_up, a.shared_down, false});
+    if (a.total.data == a.out.data) return;
+    parallel_for(n * h, 65536, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) a.out.as<T>()[i] = narrow<T>(total[i]);
+    });
+}
+
+}  // namespace
+
+void moe_experts(const MoeExperts& a) {
+    for_float(a.x.dtype, [&](auto type) { experts_of<typename decltype(type)::type>(a); });
+}
+
+}  // namespace TT_ISA
+}  // namespace tt

@@ -1,0 +1,171 @@
+// The router: its product, the choice of experts, the plan that sorts tokens by expert (reference/moe.py).
+//
+// The product is taken in double whatever the types, since a rounded logit may choose another expert. Experts are
+// chosen by insertion into a sorted list of k: one pass over E scores, almost all of which are below the last of the
+// list. The plan is a counting sort, two passes over N * k numbers, which is nothing beside the experts' weights.
+#include "moe.h"
+#include "numeric.h"
+#include "parallel.h"
+#include "skinny.h"
+
+namespace tt {
+namespace TT_ISA {
+
+namespace {
+
+// --- the product --------------------------------------------------------------------------------------------------
+
+template <class T>
+void gate(const MoeGate& a) {
+    constexpr int64_t slab = 256;  // tokens that are widened at a time
+    constexpr int rows = 4;        // of the weight, per piece of work: enough pieces for many threads at E = 128
+    const int64_t n = a.x.size[0], h = a.x.size[1], e = a.weight.size[0], stride = padded(h);
+    Scratch<double> scratch(smaller(n, slab) * stride);
+    double* x = scratch;
+    for (int64_t start = 0; start < n; start += slab) {
+        const int64_t tokens = smaller(slab, n - start);
+        parallel_for(tokens, 16, [&](int64_t begin, int64_t end) {
+            for (int64_t t = begin; t < end; ++t) {
+                load<double>(x + t * stride, a.x, (start + t) * a.x.stride[0], h);
+                for (int64_t i = h; i < stride; ++i) x[t * stride + i] = 0;
+            }
+        });
+        parallel_for((e + rows - 1) / rows, 1, [&](int64_t begin, int64_t end) {
+            double products[64 * skinny_rows];
+            for (int64_t first = begin * rows; first < smaller(end * rows, e); first += rows) {
+                const int some = int(smaller<int64_t>(rows, e - first));
+                const T* weight = a.weight.as<T>() + first * a.weight.stride[0];
+                for (int64_t t = 0; t < tokens; t += 64) {
+                    const int64_t count = smaller<int64_t>(64, tokens - t);
+                    skinny(weight, a.weight.stride[0], some, x + t * stride, stride, count, h, products);
+                    for (int64_t m = 0; m < count; ++m)
+                        for (int r = 0; r < some; ++r)
+                            a.logits.as<double>()[(start + t + m) * e + first + r] = products[m * skinny_rows + r];
+                }
+            }
+        });
+    }
+}
+
+// --- the choice ---------------------------------------------------------------------------------------------------
+
+// Whether a comes before b in descending order. NaN comes first, as in torch.sort, and equals do not precede each
+// other.
+template <class W>
+bool before(W a, W b) {
+    return a > b || (a != a && b == b);
+}
+
+// The `some` largest of n values, their places in descending order of value, equals in ascending order of place.
+template <class W>
+void largest(const W* values, int64_t n, int64_t some, int64_t* places) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        if (found == some && !before(values[i], values[places[found - 1]])) continue;
+        int64_t at = found < some ? found++ : found - 1;
+        for (; at > 0 && before(values[i], values[places[at - 1]]); --at) places[at] = places[at - 1];
+        places[at] = i;
+    }
+}
+
+template <class W>
+void scores_of(W* scores, int64_t e, bool softmax) {
+    if (!softmax) {
+        for (int64_t i = 0; i < e; ++i) scores[i] = 1 / (1 + std::exp(-scores[i]));
+        return;
+    }
+    W most = scores[0], sum = 0;
+    for (int64_t i = 1; i < e; ++i)
+        if (before(scores[i], most)) most = scores[i];
+    for (int64_t i = 0; i < e; ++i) sum += scores[i] = std::exp(scores[i] - most);
+    for (int64_t i = 0; i < e; ++i) scores[i] /= sum;
+}
+
+// Every choice outside the topk_group groups with the largest sums of their two best choices becomes 0.
+template <class W>
+void drop_groups(const MoeRoute& a, W* choice, int64_t e, W* sums, int64_t* places) {
+    const int64_t size = e / a.n_group;
+    for (int64_t g = 0; g < a.n_group; ++g) {
+        const W* group = choice + g * size;
+        int64_t best[2];
+        largest(group, size, smaller<int64_t>(2, size), best);
+        sums[g] = size > 1 ? group[best[0]] + group[best[1]] : group[best[0]];
+    }
+    largest(sums, a.n_group, a.topk_group, places);
+    for (int64_t g = 0; g < a.n_group; ++g) {
+        bool kept = false;
+        for (int64_t i = 0; i < a.topk_group; ++i) kept = kept || places[i] == g;
+        for (int64_t i = 0; i < size && !kept; ++i) choice[g * size + i] = 0;
+    }
+}
+
+template <class W>
+void route(const MoeRoute& a) {
+    const int64_t e = a.logits.size[1], k = a.weights.size[1];
+    parallel_for(a.logits.size[0], 16, [&](int64_t begin, int64_t end) {
+        Scratch<W> score_scratch(e), choice_scratch(e), bias_scratch(e), sums(a.n_group);
+        Scratch<int64_t> place_scratch(larger(k, a.topk_group));
+        W *scores = score_scratch, *choice = choice_scratch, *bias = bias_scratch;
+        int64_t* places = place_scratch;
+        if (a.bias) load<W>(bias, a.bias, 0, e);
+        for (int64_t n = begin; n < end; ++n) {
+            load<W>(scores, a.logits, n * a.logits.stride[0], e);
+            scores_of(scores, e, a.softmax);
+            for (int64_t i = 0; i < e; ++i) choice[i] = a.bias ? scores[i] + bias[i] : scores[i];
+            if (a.n_group > 1) drop_groups<W>(a, choice, e, sums, places);
+            largest(choice, e, k, places);
+            W sum = 0;
+            for (int64_t i = 0; i < k; ++i) sum += scores[places[i]];
+            for (int64_t i = 0; i < k; ++i) {
+                W weight = scores[places[i]];
+                if (a.renormalize) weight /= sum + W(1e-20);
+                a.weights.as<float>()[n * k + i] = float(weight * W(a.scaling));
+                a.experts.as<int32_t>()[n * k + i] = int32_t(places[i]);
+            }
+        }
+    });
+}
+
+// --- the plan -----------------------------------------------------------------------------------------------------
+
+template <class I>
+void plan(const MoePlan& a) {
+    const int64_t n = a.experts.size[0], k = a.experts.size[1], e = a.counts.size[0], stride = a.experts.stride[0];
+    const I* experts = a.experts.as<I>();
+    int64_t *counts = a.counts.as<int64_t>(), *offsets = a.offsets.as<int64_t>(), *pairs = a.pairs.as<int64_t>();
+    for (int64_t i = 0; i < e; ++i) counts[i] = 0;
+    for (int64_t t = 0; t < n; ++t)
+        for (int64_t c = 0; c < k; ++c) ++counts[experts[t * stride + c]];
+    Scratch<int64_t> scratch(e);
+    int64_t* next = scratch;  // where the next pair of an expert goes
+    offsets[0] = 0;
+    for (int64_t i = 0; i < e; ++i) {
+        next[i] = offsets[i];
+        offsets[i + 1] = offsets[i] + counts[i];
+    }
+    for (int64_t t = 0; t < n; ++t)
+        for (int64_t c = 0; c < k; ++c) pairs[next[experts[t * stride + c]]++] = t * k + c;
+}
+
+}  // namespace
+
+void moe_gate(const MoeGate& a) {
+    for_float(a.weight.dtype, [&](auto type) { gate<typename decltype(type)::type>(a); });
+}
+
+void moe_route(const MoeRoute& a) {
+    if (a.logits.dtype == DType::float64)
+        route<double>(a);
+    else
+        route<float>(a);
+}
+
+void moe_plan(const MoePlan& a) {
+    if (a.experts.dtype == DType::int64)
+        plan<int64_t>(a);
+    else
+        plan<int32_t>(a);
+}
+
+}  // namespace TT_ISA
+}  // namespace tt

@@ -1,0 +1,319 @@
+"""Mixture of experts: router, choice, plan, experts. Formulas: `reference/moe.py`; kernels: `csrc/cpu/moe_*.cpp`."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from twotower_kernels import cpu
+from twotower_kernels.ops._library import check_float, define, refuse_gradients, same_device
+
+ACTIVATIONS = ("relu2", "silu_gated", "gelu_gated")  # the order of Activation in csrc/cpu/moe.h
+SCORES = ("sigmoid", "softmax")
+
+
+class MoePlan(NamedTuple):
+    """The (token, choice) pairs sorted by expert, stably, so that tokens ascend within an expert. All int64.
+
+    counts: `[E]` pairs per expert. offsets: `[E+1]` their exclusive running sum. pairs: `[N·k]`, token·k + choice.
+    """
+
+    counts: Tensor
+    offsets: Tensor
+    pairs: Tensor
+
+
+def moe_gate(x: Tensor, gate_weight: Tensor) -> Tensor:
+    """Router logits `x·Wᵀ`, both factors upcast to float64: which expert is chosen must not hang on rounding.
+
+    Source: the token-to-expert affinities of DeepSeek-V3 (arXiv 2412.19437, eq. 15), before the sigmoid.
+
+    Args:
+        x: `[N, H]`; float64, float32, bfloat16 or float16; any strides.
+        gate_weight: `[E, H]`, any of these dtypes.
+
+    Returns:
+        `[N, E]` float64. Not differentiable.
+
+    Raises:
+        ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.
+    """
+    if x.ndim != 2:
+        raise ValueError(f"x: expected [N, H], got {list(x.shape)}")
+    if gate_weight.ndim != 2 or gate_weight.shape[1] != x.shape[1]:
+        raise ValueError(f"gate_weight: expected [E, {x.shape[1]}], got {list(gate_weight.shape)}")
+    check_float(x=x, gate_weight=gate_weight)
+    same_device(x, gate_weight=gate_weight)
+    refuse_gradients("moe_gate", x=x, gate_weight=gate_weight)
+    return torch.ops.twotower.moe_gate(x, gate_weight)
+
+
+def moe_route(
+    logits: Tensor,
+    correction_bias: Tensor | None = None,
+    *,
+    top_k: int,
+    score: str = "sigmoid",
+    n_group: int = 1,
+    topk_group: int = 1,
+    renormalize: bool = True,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Chooses `top_k` experts per token by score + bias, and weighs them by their scores alone.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437, eq. 13-16 and section 2.1.2). With groups, only the `topk_group` whose two
+    best choices sum highest stay; the choices of the others count as 0. Ties take the lowest expert, and the lowest
+    group; NaN ranks highest.
+
+    Args:
+        logits: `[N, E]` float64 or float32; scores are computed in that precision.
+        correction_bias: `[E]`, any floating dtype, or None. It takes part in the choice only.
+        top_k: experts per token, 1 to E.
+        score: "sigmoid" or "softmax" of the logits.
+        n_group, topk_group: experts lie in `n_group` equal groups, of which `topk_group` are kept.
+        renormalize: divide the weights by their sum + 1e-20.
+        scaling: multiplies the weights, after renormalization.
+
+    Returns:
+        weights `[N, top_k]` float32 and experts `[N, top_k]` int32, in descending order of choice. Not differentiable.
+
+    Raises:
+        ValueError: wrong shape or device, `top_k` or groups that do not fit E, an unknown score, an argument that
+            requires grad. TypeError: wrong dtype.
+    """
+    if logits.ndim != 2:
+        raise ValueError(f"logits: expected [N, E], got {list(logits.shape)}")
+    if logits.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"logits: expected float32 or float64, got {logits.dtype}")
+    if score not in SCORES:
+        raise ValueError(f"score: expected one of {SCORES}, got {score!r}")
+    e = logits.shape[1]
+    if n_group < 1 or e % n_group:
+        raise ValueError(f"n_group: expected a divisor of {e} experts, got {n_group}")
+    if not 1 <= topk_group <= n_group:
+        raise ValueError(f"topk_group: expected 1..{n_group} for {n_group} groups, got {topk_group}")
+    if not 1 <= top_k <= e:
+        raise ValueError(f"top_k: expected 1..{e} for {e} experts, got {top_k}")
+    if correction_bias is not None and correction_bias.shape != (e,):
+        raise ValueError(f"correction_bias: expected shape {[e]}, got {list(correction_bias.shape)}")
+    check_float(correction_bias=correction_bias)
+    same_device(logits, correction_bias=correction_bias)
+    refuse_gradients("moe_route", logits=logits, correction_bias=correction_bias)
+    return torch.ops.twotower.moe_route(
+        logits, correction_bias, top_k, score == "softmax", n_group, topk_group, renormalize, scaling
+    )
+
+
+def moe_plan(experts: Tensor, num_experts: int) -> MoePlan:
+    """Sorts the (token, choice) pairs by expert, so that an expert's weights are read once for all its tokens.
+
+    Source: the block-sparse grouping of MegaBlocks (arXiv 2211.15841, section 5), without padding.
+
+    Args:
+        experts: `[N, k]` int32 or int64, from `moe_route`.
+        num_experts: E.
+
+    Returns:
+        counts `[E]`, offsets `[E+1]`, pairs `[N·k]`; int64, on the device of `experts`. Not differentiable.
+
+    Raises:
+        ValueError: wrong shape, experts outside `[0, E)`. TypeError: wrong dtype.
+    """
+    _check_experts(experts)
+    if num_experts < 0:
+        raise ValueError(f"num_experts: expected 0 or more, got {num_experts}")
+    return MoePlan(*torch.ops.twotower.moe_plan(experts, num_experts))
+
+
+def moe_experts(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    *,
+    plan: MoePlan | None = None,
+    activation: str = "relu2",
+    shared_up: Tensor | None = None,
+    shared_down: Tensor | None = None,
+) -> Tensor:
+    """`Σ_k weight_k · down_k(act(up_k·x))`, plus `down(act(up·x))` of the shared expert.
+
+    Source: DeepSeekMoE (arXiv 2401.06066, eq. 9); squared ReLU: Primer (arXiv 2109.08668); gated activations:
+    arXiv 2002.05202. Everything between `x` and the result is float32 (float64 for float64) and rounded once; experts
+    are added in ascending order, the shared one last. A token's result does not depend on the other tokens.
+
+    Args:
+        x: `[N, H]`; float64, float32, bfloat16 or float16; any strides.
+        w_up: `[E, I, H]` in the dtype of `x`; for gated activations `[E, 2I, H]`, gate rows first.
+        w_down: `[E, H, I]` in the dtype of `x`.
+        weights: `[N, k]`, any floating dtype.
+        experts: `[N, k]` int32 or int64. Weights of experts that no token chose are not read.
+        plan: `moe_plan(experts, E)`, where several calls share it; computed if None. A CPU checks that it is that plan.
+        activation: "relu2" `relu(u)²`, "silu_gated" `SiLU(g)·u` or "gelu_gated" `gelu(g)·u` with the tanh form.
+        shared_up, shared_down: `[J, H]` (gated: `[2J, H]`) and `[H, J]`, the expert that every token passes,
+            unweighted; or both None.
+
+    Returns:
+        `[N, H]` in the dtype of `x`. Not differentiable.
+
+    Raises:
+        ValueError: wrong shape or device, an unknown activation, one shared matrix without the other, experts outside
+            `[0, E)`, another plan, an argument that requires grad. TypeError: wrong dtype.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+    if x.ndim != 2:
+        raise ValueError(f"x: expected [N, H], got {list(x.shape)}")
+    _check_experts(experts)
+    if len(experts) != len(x):
+        raise ValueError(f"experts: expected [{len(x)}, k] for {len(x)} tokens, got {list(experts.shape)}")
+    if weights.shape != experts.shape:
+        raise ValueError(f"weights: expected the experts' shape {list(experts.shape)}, got {list(weights.shape)}")
+    _check_matrices(("w_up", w_up), ("w_down", w_down), ["E"], x.shape[1], activation)
+    if (shared_up is None) != (shared_down is None):
+        raise ValueError("shared_up and shared_down: expected both or neither, got one")
+    if shared_up is not None and shared_down is not None:
+        _check_matrices(("shared_up", shared_up), ("shared_down", shared_down), [], x.shape[1], activation)
+    check_float(x=x, weights=weights)
+    tensors = {"x": x, "w_up": w_up, "w_down": w_down, "shared_up": shared_up, "shared_down": shared_down}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name}: expected {x.dtype} as x, got {tensor.dtype}")
+    if plan is not None:
+        _check_plan(plan, len(w_up), experts)
+    same_device(x, **tensors, weights=weights, experts=experts)
+    refuse_gradients("moe_experts", **tensors, weights=weights)
+    return torch.ops.twotower.moe_experts(
+        x, w_up, w_down, weights, experts, *(plan or (None, None, None)), shared_up, shared_down, activation
+    )
+
+
+def _check_experts(experts: Tensor) -> None:
+    if experts.ndim != 2:
+        raise ValueError(f"experts: expected [N, k], got {list(experts.shape)}")
+    if experts.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"experts: expected int32 or int64, got {experts.dtype}")
+
+
+def _check_matrices(
+    up: tuple[str, Tensor], down: tuple[str, Tensor], stack: list[str], h: int, activation: str
+) -> None:
+    """`up` is `[..., I or 2I, H]` and `down` `[..., H, I]`, stacked over experts or single."""
+    gated = activation != "relu2"
+    for (name, matrix), shape in ((up, ["2I" if gated else "I", h]), (down, [h, "I"])):
+        expected = ", ".join(str(size) for size in [*stack, *shape])
+        if matrix.ndim != len(stack) + 2 or matrix.shape[-2 if name == down[0] else -1] != h:
+            raise ValueError(f"{name}: expected [{expected}], got {list(matrix.shape)}")
+    rows = (1 + gated) * down[1].shape[-1]
+    if up[1].shape[:-1] != (*down[1].shape[:-2], rows):
+        fits = [*down[1].shape[:-2], rows, h]
+        raise ValueError(f"{up[0]}: expected {fits} for {down[0]} {list(down[1].shape)}, got {list(up[1].shape)}")
+
+
+def _check_plan(plan: MoePlan, e: int, experts: Tensor) -> None:
+    for name, tensor, size in zip(plan._fields, plan, (e, e + 1, experts.numel()), strict=True):
+        if tensor.shape != (size,):
+            raise ValueError(f"plan.{name}: expected shape {[size]}, got {list(tensor.shape)}")
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"plan.{name}: expected torch.int64, got {tensor.dtype}")
+    same_device(experts, counts=plan.counts, offsets=plan.offsets, pairs=plan.pairs)
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+
+def _empty_logits(x: Tensor, gate_weight: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], gate_weight.shape[0]), dtype=torch.float64)
+
+
+def _gate(x: Tensor, gate_weight: Tensor) -> Tensor:
+    logits = _empty_logits(x, gate_weight)
+    cpu.call("moe_gate", x, gate_weight, logits)
+    return logits
+
+
+def _empty_choice(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+
+
+def _route(
+    logits: Tensor,
+    correction_bias: Tensor | None,
+    top_k: int,
+    softmax: bool,
+    n_group: int,
+    topk_group: int,
+    renormalize: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    weights, experts = _empty_choice(logits, top_k)
+    cpu.call("moe_route", logits, correction_bias, weights, experts, softmax, n_group, topk_group, renormalize, scaling)
+    return weights, experts
+
+
+def _empty_plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = num_experts, num_experts + 1, experts.shape[0] * experts.shape[1]
+    counts, offsets, pairs = (experts.new_empty((size,), dtype=torch.int64) for size in sizes)
+    return counts, offsets, pairs
+
+
+def _plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    if experts.numel():
+        low, high = (int(bound) for bound in experts.aminmax())
+        if low < 0 or high >= num_experts:
+            raise ValueError(f"experts: expected 0..{num_experts - 1} for {num_experts} experts, got {low}..{high}")
+    counts, offsets, pairs = _empty_plan(experts, num_experts)
+    cpu.call("moe_plan", experts, counts, offsets, pairs)
+    return counts, offsets, pairs
+
+
+def _experts(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    counts: Tensor | None,
+    offsets: Tensor | None,
+    pairs: Tensor | None,
+    shared_up: Tensor | None,
+    shared_down: Tensor | None,
+    activation: str,
+) -> Tensor:
+    # Planning costs nothing beside the experts. So a given plan is checked against it: one of other experts, or one
+    # with numbers out of bounds, is an error here and not a wrong result.
+    plan = _plan(experts, w_up.shape[0])
+    for given, own in zip((counts, offsets, pairs), plan, strict=True):
+        if given is not None and not torch.equal(given, own):
+            raise ValueError("plan: expected moe_plan(experts, E) of these experts, got another")
+    out = x.new_empty(x.shape)
+    total = out if x.dtype in (torch.float32, torch.float64) else x.new_empty(x.shape, dtype=torch.float32)
+    number = ACTIVATIONS.index(activation)
+    cpu.call("moe_experts", x, w_up, w_down, weights, plan[1], plan[2], shared_up, shared_down, total, out, number)
+    return out
+
+
+define(
+    "moe_gate(Tensor x, Tensor gate_weight) -> Tensor",
+    cpu=_gate,
+    fake=_empty_logits,
+)
+define(
+    "moe_route(Tensor logits, Tensor? correction_bias, int top_k, bool softmax, int n_group, int topk_group, "
+    "bool renormalize, float scaling) -> (Tensor, Tensor)",
+    cpu=_route,
+    fake=lambda logits, correction_bias, top_k, *_: _empty_choice(logits, top_k),
+)
+define(
+    "moe_plan(Tensor experts, int num_experts) -> (Tensor, Tensor, Tensor)",
+    cpu=_plan,
+    fake=_empty_plan,
+)
+define(
+    "moe_experts(Tensor x, Tensor w_up, Tensor w_down, Tensor weights, Tensor experts, Tensor? counts, "
+    "Tensor? offsets, Tensor? pairs, Tensor? shared_up, Tensor? shared_down, str activation) -> Tensor",
+    cpu=_experts,
+    fake=lambda x, *_: x.new_empty(x.shape),
+)
