@@ -2,15 +2,28 @@
 
 from pathlib import Path
 
-from twotower_kernels.ops import adaln_norm, gated_residual, gated_residual_adaln_norm, rms_norm
+from twotower_kernels.ops import (
+    adaln_norm,
+    append_kv,
+    block_attention,
+    context_attention,
+    gated_residual,
+    gated_residual_adaln_norm,
+    merge_attention,
+    rms_norm,
+)
 
 __version__ = "0.1.0.dev0"
 __all__ = [
     "__version__",
     "adaln_norm",
+    "append_kv",
+    "block_attention",
+    "context_attention",
     "demo_path",
     "gated_residual",
     "gated_residual_adaln_norm",
+    "merge_attention",
     "rms_norm",
 ]
 

@@ -1,5 +1,15 @@
 """The operations. One file per family; each holds public functions, checks, schemas, fakes and gradients."""
 
 from twotower_kernels.ops.adaln import adaln_norm, gated_residual, gated_residual_adaln_norm, rms_norm
+from twotower_kernels.ops.attention import append_kv, block_attention, context_attention, merge_attention
 
-__all__ = ["adaln_norm", "gated_residual", "gated_residual_adaln_norm", "rms_norm"]
+__all__ = [
+    "adaln_norm",
+    "append_kv",
+    "block_attention",
+    "context_attention",
+    "gated_residual",
+    "gated_residual_adaln_norm",
+    "merge_attention",
+    "rms_norm",
+]
