@@ -30,10 +30,12 @@ def pair(op: str) -> tuple[Any, Any]:
 
 
 def assert_agrees(op: str, inputs: dict[str, Any], layout: int = 0) -> None:
-    """Within the budget. In float64 the truth is itself a float64 program and sums in another order, so there the band
-    is that of a sum."""
-    band = {"band": 16.0} if torch.float64 in {x.dtype for x in inputs.values() if isinstance(x, Tensor)} else {}
-    assert_op_within_budget(*pair(op), inputs, layout=layout, **band)
+    """Within the budget. In float64 the specification is itself rounded, so there the two must only be close."""
+    ours, theirs = pair(op)
+    if torch.float64 not in {x.dtype for x in inputs.values() if isinstance(x, Tensor)}:
+        return assert_op_within_budget(ours, theirs, inputs, layout=layout)
+    got = ours(**{k: awkward(x, layout) if isinstance(x, Tensor) else x for k, x in inputs.items()})
+    torch.testing.assert_close(got, theirs(**inputs), rtol=1e-12, atol=1e-12)
 
 
 @contextmanager
@@ -117,7 +119,7 @@ def problems(draw: Any) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     sizes=problems(),
     causal=st.booleans(),

@@ -25,6 +25,7 @@ namespace {
 
 constexpr int64_t SIX = 6;     // rows of a product held in registers: with two vectors each, 12 sums of 16 registers
 constexpr int64_t KEYS = 60;   // keys of a tile: K and V of head dimension 128 take 60 KB, well inside L2
+constexpr int64_t TERMS = 64;  // of a logit that are summed on their own: one long sum of 512 would err more
 constexpr int64_t ROWS = 256;  // query rows of a piece, and
 constexpr int64_t PIECE = 1 << 15;  // numbers of a piece: queries and sums take 128 KB each
 
@@ -183,9 +184,14 @@ struct Problem {
     // Adds a tile's keys to a panel. Key i is hidden from the first hidden + i * group lanes.
     void add(const Panel<W>& panel, Tile<W>& tile, int64_t hidden) const {
         W* logits = tile.logits;
-        Pair<W> sums[SIX];
+        const W *keys = tile.k, *weights = logits, *values = tile.v;
+        Pair<W> sums[SIX], more[SIX];
         for (int64_t i = 0; i < tile.n; i += SIX) {
-            product(sums, static_cast<const W*>(tile.k + i * dim), dim, 1, static_cast<const W*>(panel.q), dim);
+            product(sums, keys + i * dim, dim, 1, panel.q, smaller(dim, TERMS));
+            for (int64_t d = TERMS; d < dim; d += TERMS) {
+                product(more, keys + i * dim + d, dim, 1, panel.q + d * lanes, smaller(dim - d, TERMS));
+                for (int64_t j = 0; j < SIX; ++j) sums[j] = sums[j] + more[j];
+            }
             for (int64_t j = 0; j < SIX; ++j) store_pair(logits + (i + j) * lanes, W(a.scale) * sums[j]);
         }
         if (a.softcap > 0)
@@ -207,7 +213,7 @@ struct Problem {
         store_pair(panel.max, top);
         store_pair(panel.all, load_pair(panel.all) * kept + all);
         for (int64_t d = 0; d < width; d += SIX) {
-            product(sums, static_cast<const W*>(tile.v + d), 1, width, static_cast<const W*>(logits), tile.n);
+            product(sums, values + d, 1, width, weights, tile.n);
             W* sum = panel.sum + d * lanes;
             for (int64_t j = 0; j < SIX; ++j) store_pair(sum + j * lanes, load_pair(sum + j * lanes) * kept + sums[j]);
         }
