@@ -7,9 +7,9 @@
 // maximum and sum of the softmax go straight down the lanes. Sums over a tile start from zero, which errs less than one
 // running sum.
 //
-// Work is split over batch rows, key heads and pieces of the query rows; when those are too few for the threads, also
-// over the keys, and the parts are merged by their maxima and sums. How many parts there are depends on the shapes and
-// on the number of threads, and so do the last bits of the result.
+// Work is split over batch rows, key heads and pieces of the query rows; when those would leave threads idle, also over
+// the keys, and the parts are merged by their maxima and sums. How many parts there are depends on shapes, lengths and
+// the number of threads, and so do the last bits of the result.
 #include "attention.h"
 
 #include <cstring>
@@ -279,10 +279,17 @@ struct Problem {
 
     void run() const {
         const int64_t items = batch * kv_heads * pieces;
-        int64_t longest = 0, parts = 1;
-        for (int64_t n = 0; n < items; ++n) longest = larger(longest, item(n).tiles);
-        if (items && max_threads() > 1)  // two parts for every thread, each of two tiles at least
-            parts = larger(smaller((2 * max_threads() + items - 1) / items, longest / 2), int64_t(1));
+        const int64_t threads = max_threads();
+        int64_t longest = 0, total = 0, parts = 1;
+        for (int64_t n = 0; n < items; ++n) {
+            const int64_t tiles = item(n).tiles;
+            longest = larger(longest, tiles);
+            total += tiles;
+        }
+        const bool even = items % threads == 0 && longest * items <= total + total / 8;
+        const bool fine = longest * threads * 4 <= total;
+        if (!even && !fine)  // two parts for every thread, each of two tiles at least
+            parts = larger(smaller((2 * threads + items - 1) / items, longest / 2), int64_t(1));
         if (parts == 1) {
             parallel_for(items, 1, [&](int64_t begin, int64_t end) {
                 Scratch<W> state(state_size());
