@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/adaln.h"
+#include "cpu/attention.h"
 #include "cpu/isa.h"
 #include "cpu/moe.h"
 #include "cpu/threads.h"
@@ -43,6 +44,31 @@ void bind_adaln(py::module_& m) {
         [](View x, View y, View gate, View weight, View shift, View scale, View h, View normed, double eps,
            bool norm_first) {
             tt::gated_residual_adaln_norm({x, y, gate, weight, shift, scale, h, normed, eps, norm_first});
+        },
+        Released());
+}
+
+void bind_attention(py::module_& m) {
+    m.def(
+        "block_attention",
+        [](View q, View k, View v, View k_context, View v_context, View context_lens, View context_index,
+           View block_table, View block_lens, View out, View lse, double scale, double softcap, int64_t window,
+           bool causal) {
+            tt::block_attention({q, k, v, k_context, v_context, context_lens, context_index, block_table, block_lens,
+                                 out, lse, scale, softcap, window, causal});
+        },
+        Released());
+    m.def(
+        "merge_attention",
+        [](View out_a, View lse_a, View out_b, View lse_b, View out, View lse) {
+            tt::merge_attention({out_a, lse_a, out_b, lse_b, out, lse});
+        },
+        Released());
+    m.def(
+        "append_kv",
+        [](View k_context, View v_context, View k, View v, View context_lens, View context_index, View block_table,
+           View block_lens) {
+            tt::append_kv({k_context, v_context, k, v, context_lens, context_index, block_table, block_lens});
         },
         Released());
 }
@@ -91,5 +117,6 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of twotower_kernels; pointers in, nothing out.";
     bind_machine(m);
     bind_adaln(m);
+    bind_attention(m);
     bind_moe(m);
 }

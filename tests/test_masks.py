@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import twotower_kernels as tt
 from reference.attention import block_attention
 from tests.mask_patterns import PATTERNS
 from tests.paths import GOLDEN, ROOT
@@ -32,7 +33,7 @@ def from_pages(q, k, v, k_context, v_context, **options):
     return block_attention(q, k, v, *pools, block_table=order.argsort().view(rows, tokens), **options)
 
 
-@pytest.mark.parametrize("attention", [block_attention, from_pages])
+@pytest.mark.parametrize("attention", [block_attention, from_pages, tt.block_attention])
 @pytest.mark.parametrize("name", CASES)
 def test_recorded_mask(name, attention):
     assert replay(CASES[name], FOLDER, attention) is None
@@ -88,8 +89,9 @@ def test_command_line(tmp_path):
     assert result.returncode == 1 and result.stdout.splitlines()[-1] == "1 of 2 agree"
     assert result.stdout.startswith(f"{bad['name']}: 1 entries differ")
     (tmp_path / "cases.json").write_text(json.dumps({"cases": [good]}), encoding="utf-8")
-    result = run(tmp_path, "--impl", "reference")
-    assert result.returncode == 0 and result.stdout == "1 of 1 agree\n"
+    for implementation in ("reference", "package"):
+        result = run(tmp_path, "--impl", implementation)
+        assert result.returncode == 0 and result.stdout == "1 of 1 agree\n"
     assert run(tmp_path / "absent").returncode == 2
 
 

@@ -1,13 +1,18 @@
 """The operations. One file per family; each holds public functions, checks, schemas, fakes and gradients."""
 
 from twotower_kernels.ops.adaln import adaln_norm, gated_residual, gated_residual_adaln_norm, rms_norm
+from twotower_kernels.ops.attention import append_kv, block_attention, context_attention, merge_attention
 from twotower_kernels.ops.moe import MoePlan, moe_experts, moe_gate, moe_plan, moe_route
 
 __all__ = [
     "MoePlan",
     "adaln_norm",
+    "append_kv",
+    "block_attention",
+    "context_attention",
     "gated_residual",
     "gated_residual_adaln_norm",
+    "merge_attention",
     "moe_experts",
     "moe_gate",
     "moe_plan",
