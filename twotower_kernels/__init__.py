@@ -2,7 +2,14 @@
 
 from pathlib import Path
 
-from twotower_kernels.ops import adaln_norm, gated_residual, gated_residual_adaln_norm, rms_norm
+from twotower_kernels.ops import (
+    adaln_norm,
+    gated_residual,
+    gated_residual_adaln_norm,
+    gated_rms_norm,
+    mamba2_scan,
+    rms_norm,
+)
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -11,6 +18,8 @@ __all__ = [
     "demo_path",
     "gated_residual",
     "gated_residual_adaln_norm",
+    "gated_rms_norm",
+    "mamba2_scan",
     "rms_norm",
 ]
 
