@@ -99,7 +99,8 @@ template <int Rows, int Lanes, class W>
 void project_rows(W* out, const W* rows, int64_t stride, const W* columns, int64_t n) {
     W sums[Rows][Lanes] = {};
     multiply<Rows, Lanes>(sums, rows, stride, 1, columns, Lanes, n);
-    std::memcpy(out, sums, sizeof(sums));
+    for (int q = 0; q < Rows; ++q)
+        for (int j = 0; j < Lanes; ++j) out[q * Lanes + j] = sums[q][j];
 }
 
 template <int Lanes, class W>
@@ -131,7 +132,8 @@ void advance_rows(W* to, const W* from, int64_t stride, W decay, const W* x, int
         for (int q = 0; q < Rows; ++q)
             for (int j = 0; j < 16; ++j) sums[q][j] = decay * from[q * stride + i + j];
         multiply<Rows, 16>(sums, x, 1, width, b + i, n, tokens);
-        for (int q = 0; q < Rows; ++q) std::memcpy(to + q * n + i, sums[q], sizeof(sums[q]));
+        for (int q = 0; q < Rows; ++q)
+            for (int j = 0; j < 16; ++j) to[q * n + i + j] = sums[q][j];
     }
     for (; i < n; ++i)
         for (int q = 0; q < Rows; ++q) {
