@@ -165,7 +165,7 @@ def test_extreme_steps_and_decays(log_a: float, shift: float) -> None:
 
 def test_silu_of_any_size() -> None:
     """The vectorised exponential over its whole range; beyond it, SiLU is 0 or its argument."""
-    z = torch.cat([torch.linspace(-110, 110, 20001), torch.tensor([-3e38, -1e9, -0.0, 0.0, 1e9, 3e38])])
+    z = torch.cat([torch.linspace(-110, 110, 20001), torch.tensor([-3e38, -1e9, -0.0, 0.0, 1e9])])
     ones = torch.ones_like(z)
     for isa in ISAS:
         with instruction_set(isa):
@@ -322,11 +322,18 @@ def permuted(inputs: dict[str, Any]) -> dict[str, Any]:
             for k, v in inputs.items()}  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
-@pytest.mark.parametrize("states", [(False, 0), (True, 0), (False, 4)])
-@pytest.mark.parametrize("case", ["unseeded", "ragged", "shared_state"])
-def test_registration_of_the_scan(case: str, states: tuple[bool, int], layout: str) -> None:
-    inputs = mamba2.make_inputs("mamba2_scan", case)
+@pytest.mark.parametrize(
+    ("seeded", "layout", "states"),
+    [
+        (False, "contiguous", (False, 0)),
+        (True, "permuted", (False, 0)),
+        (True, "contiguous", (True, 0)),
+        (True, "permuted", (False, 4)),
+    ],
+)
+def test_registration_of_the_scan(seeded: bool, layout: str, states: tuple[bool, int]) -> None:
+    case = mamba2.CASES["mamba2_scan"]["shared_state"] | dict(lens=[16, 0, 3, 9, 16])
+    inputs = mamba2.make_inputs("mamba2_scan", case if seeded else "unseeded")
     inputs = permuted(inputs) if layout == "permuted" else inputs
     low, high = inputs.pop("time_step_limit")
     torch.library.opcheck(torch.ops.twotower.mamba2_scan.default, (*inputs.values(), low, high, *states))
@@ -337,6 +344,17 @@ def test_registration_of_the_norm(layout: str) -> None:
     inputs = mamba2.make_inputs("gated_rms_norm", "odd")
     inputs = permuted(inputs) if layout == "permuted" else inputs
     torch.library.opcheck(torch.ops.twotower.gated_rms_norm.default, tuple(inputs.values()))
+
+
+def test_both_trace_into_one_graph() -> None:
+    inputs = sized(18, lens=[18, 3])
+
+    def mixer(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        y, conv, ssm = scan(**inputs, return_states=True)
+        return tt.gated_rms_norm(y, y, torch.ones(30), n_groups=2, eps=1e-5), conv, ssm
+
+    traced = torch.compile(mixer, fullgraph=True, backend="eager")(inputs)
+    assert all(torch.equal(a, b) for a, b in zip(traced, mixer(inputs), strict=True))
 
 
 BAD_SCAN: dict[str, tuple[dict[str, Any], str]] = {

@@ -351,7 +351,7 @@ struct Scan {
                 for (int64_t i = 0; i < p; ++i) out[t * a.y.stride[1] + i] = narrow<X>(0);
             W* next = a.ssm_out && ends_block(chunk) ? state_out(b, chunk, head) : state_scratch;
             if (count == 0) {
-                if (!a.ssm_out) return;  // nothing can follow
+                if (!a.ssm_out) continue;  // only zeros can follow
                 if (next != state)
                     for (int64_t i = 0; i < p; ++i)
                         std::memcpy(next + i * n, state + i * stride, size_t(n) * sizeof(W));
