@@ -5,6 +5,7 @@
 #include "cpu/adaln.h"
 #include "cpu/attention.h"
 #include "cpu/isa.h"
+#include "cpu/mamba2.h"
 #include "cpu/moe.h"
 #include "cpu/threads.h"
 #include "cpu/view.h"
@@ -96,6 +97,24 @@ void bind_moe(py::module_& m) {
         Released());
 }
 
+void bind_mamba2(py::module_& m) {
+    m.def(
+        "mamba2_scan",
+        [](View xbc, View dt, View conv_weight, View conv_bias, View a_log, View d, View dt_bias, View conv_state,
+           View ssm_state, View state_index, View seq_lens, View y, View conv_out, View ssm_out, int64_t groups,
+           int64_t head_dim, int64_t states_every, double dt_min, double dt_max) {
+            tt::mamba2_scan({xbc, dt, conv_weight, conv_bias, a_log, d, dt_bias, conv_state, ssm_state, state_index,
+                             seq_lens, y, conv_out, ssm_out, groups, head_dim, states_every, dt_min, dt_max});
+        },
+        Released());
+    m.def(
+        "gated_rms_norm",
+        [](View y, View z, View weight, View out, int64_t groups, double eps) {
+            tt::gated_rms_norm({y, z, weight, out, groups, eps});
+        },
+        Released());
+}
+
 void bind_machine(py::module_& m) {
     m.def("isa", [] { return tt::isa_name(tt::isa()); });
     m.def("isas", [] {  // every set this processor has, the plainest first
@@ -119,4 +138,5 @@ PYBIND11_MODULE(_C, m) {
     bind_adaln(m);
     bind_attention(m);
     bind_moe(m);
+    bind_mamba2(m);
 }
