@@ -107,7 +107,7 @@ def moe_route(
 def moe_plan(experts: Tensor, num_experts: int) -> MoePlan:
     """Sorts the (token, choice) pairs by expert, so that an expert's weights are read once for all its tokens.
 
-    Source: the block-sparse grouping of MegaBlocks (arXiv 2211.15841, section 5), without padding.
+    Source: the block-sparse grouping of MegaBlocks (arXiv 2211.15841), without its padding.
 
     Args:
         experts: `[N, k]` int32 or int64, from `moe_route`.
@@ -166,8 +166,8 @@ def moe_experts(
     if x.ndim != 2:
         raise ValueError(f"x: expected [N, H], got {list(x.shape)}")
     _check_experts(experts)
-    if len(experts) != len(x):
-        raise ValueError(f"experts: expected [{len(x)}, k] for {len(x)} tokens, got {list(experts.shape)}")
+    if experts.shape[0] != x.shape[0]:
+        raise ValueError(f"experts: expected [{x.shape[0]}, k] for {x.shape[0]} tokens, got {list(experts.shape)}")
     if weights.shape != experts.shape:
         raise ValueError(f"weights: expected the experts' shape {list(experts.shape)}, got {list(weights.shape)}")
     _check_matrices(("w_up", w_up), ("w_down", w_down), ["E"], x.shape[1], activation)
@@ -181,7 +181,7 @@ def moe_experts(
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"{name}: expected {x.dtype} as x, got {tensor.dtype}")
     if plan is not None:
-        _check_plan(plan, len(w_up), experts)
+        _check_plan(plan, w_up.shape[0], experts)
     same_device(x, **tensors, weights=weights, experts=experts)
     refuse_gradients("moe_experts", **tensors, weights=weights)
     return torch.ops.twotower.moe_experts(
