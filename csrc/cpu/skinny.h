@@ -29,6 +29,7 @@ constexpr int vector_registers = vector_bytes == 64 ? 32 : 16;
 typedef float Floats __attribute__((vector_size(vector_bytes)));
 typedef double Doubles __attribute__((vector_size(vector_bytes)));
 typedef float HalfFloats __attribute__((vector_size(vector_bytes / 2)));
+typedef uint32_t HalfWords __attribute__((vector_size(vector_bytes / 2)));
 typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
 typedef int32_t Mask __attribute__((vector_size(vector_bytes)));
 typedef uint16_t Shorts __attribute__((vector_size(vector_bytes / 2)));
@@ -53,22 +54,31 @@ inline V unaligned(const void* from) {
     return v;
 }
 
-// 16-bit words widened to 32 bits: with AVX2, GCC 12 makes a single instruction of the loop and six of the conversion.
-inline Words words(const void* from) {
-    const Shorts shorts = unaligned<Shorts>(from);
+// Elements widened, 16-bit words to 32 bits and float to double. With AVX2, GCC 12 makes one instruction of the loop
+// and up to six of the conversion.
+inline Words widened(Shorts narrow) {
 #if defined(__AVX2__)
     Words wide;
-    for (int i = 0; i < vector_bytes / 4; ++i) wide[i] = shorts[i];
+    for (int i = 0; i < vector_bytes / 4; ++i) wide[i] = narrow[i];
     return wide;
 #else
-    return __builtin_convertvector(shorts, Words);
+    return __builtin_convertvector(narrow, Words);
+#endif
+}
+inline Doubles widened(HalfFloats narrow) {
+#if defined(__AVX2__)
+    Doubles wide;
+    for (int i = 0; i < vector_bytes / 8; ++i) wide[i] = narrow[i];
+    return wide;
+#else
+    return __builtin_convertvector(narrow, Doubles);
 #endif
 }
 
 // One vector of W from memory that holds T.
 template <class W, class T>
 struct Load {
-    static Vector<W> from(const T* p) {  // a double of float16 or bfloat16: only the router's weights are read so
+    static Vector<W> from(const T* p) {  // a double of float16: only a router's weights could be read so
         Vector<W> v;
         for (int i = 0; i < lanes<W>; ++i) v[i] = W(widen(p[i]));
         return v;
@@ -80,16 +90,24 @@ struct Load<W, W> {
 };
 template <>
 struct Load<double, float> {
-    static Doubles from(const float* p) { return __builtin_convertvector(unaligned<HalfFloats>(p), Doubles); }
+    static Doubles from(const float* p) { return widened(unaligned<HalfFloats>(p)); }
+};
+template <>
+struct Load<double, bf16> {
+    static Doubles from(const bf16* p) {
+        HalfWords wide;
+        for (int i = 0; i < lanes<double>; ++i) wide[i] = uint32_t(p[i].bits) << 16;
+        return widened(HalfFloats(wide));
+    }
 };
 template <>
 struct Load<float, bf16> {
-    static Floats from(const bf16* p) { return Floats(words(p) << 16); }
+    static Floats from(const bf16* p) { return Floats(widened(unaligned<Shorts>(p)) << 16); }
 };
 template <>
 struct Load<float, fp16> {
     static Floats from(const fp16* p) {  // F16C's conversion is not reached from vectors in GCC 12
-        const Words bits = words(p);
+        const Words bits = widened(unaligned<Shorts>(p));
         const Floats scaled = Floats((bits & 0x7fff) << 13) * 0x1p112f;                // subnormal too
         const Words special = Words(Mask(scaled >= Floats{} + 0x1p16f)) & 0x7f800000;  // infinity, NaN
         return Floats(Words(scaled) | special | ((bits & 0x8000) << 16));
@@ -116,6 +134,7 @@ inline void add_stretch(const T* w, int64_t w_stride, const W* x, int64_t x_stri
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             row[r] = Load<W, T>::from(w + r * w_stride + i);
+            // Where 16 rows take turns, the processor does not foresee the next stretch of each by itself.
             __builtin_prefetch(w + r * w_stride + i + skinny_part);
         }
 #pragma GCC unroll 4

@@ -107,7 +107,7 @@ def moe_route(
 def moe_plan(experts: Tensor, num_experts: int) -> MoePlan:
     """Sorts the (token, choice) pairs by expert, so that an expert's weights are read once for all its tokens.
 
-    Source: the block-sparse grouping of MegaBlocks (arXiv 2211.15841, section 5), without padding.
+    Source: the block-sparse grouping of MegaBlocks (arXiv 2211.15841), without its padding.
 
     Args:
         experts: `[N, k]` int32 or int64, from `moe_route`.
@@ -166,22 +166,22 @@ def moe_experts(
     if x.ndim != 2:
         raise ValueError(f"x: expected [N, H], got {list(x.shape)}")
     _check_experts(experts)
-    if len(experts) != len(x):
-        raise ValueError(f"experts: expected [{len(x)}, k] for {len(x)} tokens, got {list(experts.shape)}")
+    if experts.shape[0] != x.shape[0]:
+        raise ValueError(f"experts: expected [{x.shape[0]}, k] for {x.shape[0]} tokens, got {list(experts.shape)}")
     if weights.shape != experts.shape:
         raise ValueError(f"weights: expected the experts' shape {list(experts.shape)}, got {list(weights.shape)}")
-    _check_matrices(("w_up", w_up), ("w_down", w_down), ["E"], x.shape[1], activation)
+    _check_matrices(("w_up", w_up), ("w_down", w_down), "E, ", x.shape[1], activation)
     if (shared_up is None) != (shared_down is None):
         raise ValueError("shared_up and shared_down: expected both or neither, got one")
     if shared_up is not None and shared_down is not None:
-        _check_matrices(("shared_up", shared_up), ("shared_down", shared_down), [], x.shape[1], activation)
+        _check_matrices(("shared_up", shared_up), ("shared_down", shared_down), "", x.shape[1], activation)
     check_float(x=x, weights=weights)
     tensors = {"x": x, "w_up": w_up, "w_down": w_down, "shared_up": shared_up, "shared_down": shared_down}
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"{name}: expected {x.dtype} as x, got {tensor.dtype}")
     if plan is not None:
-        _check_plan(plan, len(w_up), experts)
+        _check_plan(plan, w_up.shape[0], experts)
     same_device(x, **tensors, weights=weights, experts=experts)
     refuse_gradients("moe_experts", **tensors, weights=weights)
     return torch.ops.twotower.moe_experts(
@@ -196,19 +196,18 @@ def _check_experts(experts: Tensor) -> None:
         raise TypeError(f"experts: expected int32 or int64, got {experts.dtype}")
 
 
-def _check_matrices(
-    up: tuple[str, Tensor], down: tuple[str, Tensor], stack: list[str], h: int, activation: str
-) -> None:
+def _check_matrices(up: tuple[str, Tensor], down: tuple[str, Tensor], stack: str, h: int, activation: str) -> None:
     """`up` is `[..., I or 2I, H]` and `down` `[..., H, I]`, stacked over experts or single."""
-    gated = activation != "relu2"
-    for (name, matrix), shape in ((up, ["2I" if gated else "I", h]), (down, [h, "I"])):
-        expected = ", ".join(str(size) for size in [*stack, *shape])
-        if matrix.ndim != len(stack) + 2 or matrix.shape[-2 if name == down[0] else -1] != h:
-            raise ValueError(f"{name}: expected [{expected}], got {list(matrix.shape)}")
-    rows = (1 + gated) * down[1].shape[-1]
-    if up[1].shape[:-1] != (*down[1].shape[:-2], rows):
-        fits = [*down[1].shape[:-2], rows, h]
-        raise ValueError(f"{up[0]}: expected {fits} for {down[0]} {list(down[1].shape)}, got {list(up[1].shape)}")
+    (up_name, w_up), (down_name, w_down) = up, down
+    factor = 1 if activation == "relu2" else 2
+    ndim = 3 if stack else 2
+    if w_up.ndim != ndim or w_up.shape[-1] != h:
+        raise ValueError(f"{up_name}: expected [{stack}{'I' if factor == 1 else '2I'}, {h}], got {list(w_up.shape)}")
+    if w_down.ndim != ndim or w_down.shape[-2] != h:
+        raise ValueError(f"{down_name}: expected [{stack}{h}, I], got {list(w_down.shape)}")
+    if w_up.shape[:-1] != (*w_down.shape[:-2], factor * w_down.shape[-1]):
+        fits = [*w_down.shape[:-2], factor * w_down.shape[-1], h]
+        raise ValueError(f"{up_name}: expected {fits} for {down_name} {list(w_down.shape)}, got {list(w_up.shape)}")
 
 
 def _check_plan(plan: MoePlan, e: int, experts: Tensor) -> None:
