@@ -34,7 +34,9 @@ def objects(build: Path) -> list[tuple[Path, Path, str]]:
     found = [(build / f"{source.stem}.o", source, "") for source in sorted((ROOT / "csrc").glob("*.cpp"))]
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         for isa, flags in ISAS.items():
-            found.append((build / f"{source.stem}.{isa}.o", source, f"-DTT_ISA={isa} -fno-exceptions -fno-rtti {flags}"))
+            found.append(
+                (build / f"{source.stem}.{isa}.o", source, f"-DTT_ISA={isa} -fno-exceptions -fno-rtti {flags}")
+            )
     return found
 
 

@@ -19,10 +19,14 @@ from twotower_kernels.ops import (
     moe_route,
     rms_norm,
 )
+from twotower_kernels.ops.remask import RemaskResult, remask
+from twotower_kernels.remask_policy import RemaskPolicy
 
 __version__ = "0.1.0.dev0"
 __all__ = [
     "MoePlan",
+    "RemaskPolicy",
+    "RemaskResult",
     "__version__",
     "adaln_norm",
     "append_kv",
@@ -38,6 +42,7 @@ __all__ = [
     "moe_gate",
     "moe_plan",
     "moe_route",
+    "remask",
     "rms_norm",
 ]
 

@@ -4,9 +4,11 @@ from twotower_kernels.ops.adaln import adaln_norm, gated_residual, gated_residua
 from twotower_kernels.ops.attention import append_kv, block_attention, context_attention, merge_attention
 from twotower_kernels.ops.mamba2 import gated_rms_norm, mamba2_scan
 from twotower_kernels.ops.moe import MoePlan, moe_experts, moe_gate, moe_plan, moe_route
+from twotower_kernels.ops.remask import RemaskResult, remask
 
 __all__ = [
     "MoePlan",
+    "RemaskResult",
     "adaln_norm",
     "append_kv",
     "block_attention",
@@ -20,5 +22,6 @@ __all__ = [
     "moe_gate",
     "moe_plan",
     "moe_route",
+    "remask",
     "rms_norm",
 ]
