@@ -2,8 +2,12 @@
 // global interpreter lock is released while a kernel runs.
 #include <pybind11/pybind11.h>
 
+#include <cstring>
+#include <string>
+
 #include "cpu/adaln.h"
 #include "cpu/isa.h"
+#include "cpu/remask.h"
 #include "cpu/threads.h"
 #include "cpu/view.h"
 
@@ -46,6 +50,58 @@ void bind_adaln(py::module_& m) {
         Released());
 }
 
+// A struct of numbers of one type from a sequence of them, in the order of its fields.
+template <class Struct, class Number>
+Struct numbers(const py::sequence& from) {
+    constexpr size_t count = sizeof(Struct) / sizeof(Number);
+    if (from.size() != count) throw py::value_error("expected " + std::to_string(count) + " numbers");
+    Number values[count];
+    for (size_t i = 0; i < count; ++i) values[i] = from[i].cast<Number>();
+    Struct filled;
+    std::memcpy(&filled, values, sizeof(filled));
+    return filled;
+}
+
+void bind_remask(py::module_& m) {
+    m.def("remask", [](View logits, View tokens, int64_t mask_token_id, py::sequence options, py::sequence bounds,
+                       py::sequence whole, py::sequence real, View step, View num_steps, View top_k, View seed,
+                       View offset, View initial, View temperature, View top_p, View gate_bound, View suppressed,
+                       View unscored, View editable, View valid_lens, View candidates, View rank_noise, View tokens_out,
+                       View transfer_mask, View candidate, View confidence, View entropy, View num_masked, View done) {
+        const tt::Remask arguments = {logits,
+                                      tokens,
+                                      mask_token_id,
+                                      numbers<tt::RemaskOptions, int64_t>(options),
+                                      numbers<tt::RemaskBounds, double>(bounds),
+                                      numbers<tt::RemaskWhole, int64_t>(whole),
+                                      numbers<tt::RemaskReal, double>(real),
+                                      step,
+                                      num_steps,
+                                      top_k,
+                                      seed,
+                                      offset,
+                                      initial,
+                                      temperature,
+                                      top_p,
+                                      gate_bound,
+                                      suppressed,
+                                      unscored,
+                                      editable,
+                                      valid_lens,
+                                      candidates,
+                                      rank_noise,
+                                      tokens_out,
+                                      transfer_mask,
+                                      candidate,
+                                      confidence,
+                                      entropy,
+                                      num_masked,
+                                      done};
+        py::gil_scoped_release released;
+        tt::remask(arguments);
+    });
+}
+
 void bind_machine(py::module_& m) {
     m.def("isa", [] { return tt::isa_name(tt::isa()); });
     m.def("isas", [] {  // every set this processor has, the plainest first
@@ -67,4 +123,5 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of twotower_kernels; pointers in, nothing out.";
     bind_machine(m);
     bind_adaln(m);
+    bind_remask(m);
 }

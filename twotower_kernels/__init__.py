@@ -3,14 +3,19 @@
 from pathlib import Path
 
 from twotower_kernels.ops import adaln_norm, gated_residual, gated_residual_adaln_norm, rms_norm
+from twotower_kernels.ops.remask import RemaskResult, remask
+from twotower_kernels.remask_policy import RemaskPolicy
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "RemaskPolicy",
+    "RemaskResult",
     "__version__",
     "adaln_norm",
     "demo_path",
     "gated_residual",
     "gated_residual_adaln_norm",
+    "remask",
     "rms_norm",
 ]
 
