@@ -106,6 +106,7 @@ struct Sum {
         if (largest == -infinity<W>) return;
         lift(largest, t);
         const W high = top;
+        if (sizeof(W) == sizeof(double)) return add_exactly(x, n, double(t));
         W m = 0, d = 0;
         if (t == 1) {
 #pragma omp simd reduction(+ : m, d)
@@ -124,6 +125,22 @@ struct Sum {
         }
         mass += double(m);
         drop += double(d);
+    }
+    // float64 logits: there is no wider type to add up in, so the rounding errors are added up too.
+    void add_exactly(const W* x, int64_t n, double t) {
+        double lost_mass = 0, lost_drop = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            const double u = (double(x[i]) - double(top)) / t, e = ::exp(u);
+            two_sum(mass, lost_mass, e);
+            two_sum(drop, lost_drop, e > 0 ? -u * e : 0);
+        }
+        mass += lost_mass;
+        drop += lost_drop;
+    }
+    static void two_sum(double& sum, double& lost, double x) {
+        const double next = sum + x, added = next - sum;
+        lost += (sum - (next - added)) + (x - added);
+        sum = next;
     }
     void merge(Sum other, W t) {
         if (other.mass == 0) return;
