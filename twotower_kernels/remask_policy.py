@@ -294,7 +294,7 @@ class RemaskPolicy:
 
     @classmethod
     def fast_dllm_dream(cls, tau: float = 0.9) -> "RemaskPolicy":
-        """Fast-dLLM for Dream: of the share of n0 and what earlier steps left of it, those with c >= tau; at least one."""
+        """Fast-dLLM for Dream: of n0's share and what earlier steps left of it, those with c >= tau; at least one."""
         return dataclasses.replace(cls.threshold(tau), schedule="carried", combine="cap")
 
     @classmethod
@@ -383,7 +383,7 @@ class RemaskPolicy:
         adaptive: bool = False,
         finish: bool = True,
     ) -> "RemaskPolicy":
-        """Megatron, E2D2 (arXiv:2510.22852): min(floor((1 - a(s)) S), n - 1) stay masks, less those with c >= threshold.
+        """Megatron, E2D2 (arXiv:2510.22852): min(floor((1 - a(s)) S), n - 1) stay, less those with c >= threshold.
 
         adaptive: one per step while i / N < 0.4, ceil(n / r) after it.
         """

@@ -3,9 +3,10 @@
 // A position is read in stretches of 512 tokens that stay in L1 while all that is wanted of them is taken: the two best
 // tokens, the sums of the softmax and its entropy, the two best with Gumbel noise. Sums refer to the largest value so
 // far and are scaled when it grows, so one pass is enough. The exact bookkeeping (which token, ties) runs only for
-// stretches whose largest value enters the two best, of which there are a handful. Positions are cut into pieces of a
-// fixed size, whatever the number of threads, so that results do not depend on it. Rows with top-k or top-p are read
-// once into a thread's scratch of three vocabularies, where the filter is found (remask_filter.h) before the draw.
+// stretches whose largest value enters the two best, of which there are a handful; likewise Gumbel noise is computed
+// only where a word is small enough to win. Positions are cut into pieces of a fixed size, whatever the number of
+// threads, so that results do not depend on it. Rows with top-k or top-p are read once into a thread's scratch of three
+// vocabularies, where the filter is found (remask_filter.h) before the draw.
 #pragma once
 
 #include "numeric.h"
@@ -285,11 +286,29 @@ class Scan {
         if (tempered_) score(y, n, base, largest, t, f);
         if (posterior_) f.kept.add(y, n, largest, t);
         if (!row.sampled) return;
+        const double bound = word_bound(double(largest) / double(t), double(f.drawn.value[1]));
+        if (bound < 0.4) return;  // not even the word 0 would do
         philox_words(stream, uint32_t(base >> 2), (n + 3) / 4, words_);
+        if (bound < 4294967295.0) {
+            const uint32_t limit = uint32_t(bound) + 1;
+            uint32_t hits = 0;
+#pragma omp simd reduction(| : hits)
+            for (int64_t i = 0; i < n; ++i) hits |= words_[i] < limit;
+            if (!hits) return;
+        }
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) noisy_[i] = y[i] / t + W(gumbel(words_[i]));
         bool unused;
         f.drawn.offer(noisy_, n, base, peak(noisy_, n, unused));
+    }
+
+    // Noise falls as the word grows. So where the best of a stretch is far below what the second best has drawn, only
+    // words below a bound can matter, and most stretches have none: their noise, two logarithms per token, is never
+    // computed. The margin is wider than all rounding, so the draw is the same to the bit.
+    static double word_bound(double largest, double second) {
+        if (second == -infinity<double>) return 0x1p32;
+        const double margin = 1e-3 + 1e-5 * (::fabs(largest) + ::fabs(second));
+        return -::expm1(-::exp(largest - second + margin)) * 0x1p32;
     }
 
     void score(const W* y, int64_t n, int64_t base, W largest, W t, Findings<W>& f) {

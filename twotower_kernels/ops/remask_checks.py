@@ -65,7 +65,7 @@ def split(name: str, value: Any, logits: Tensor) -> tuple[Any, Tensor | None]:
             raise ValueError(f"seed: expected a number of 64 bits, got {value}")
         return (value - 2**64 if value >= 2**63 else value), None
     high = logits.shape[1] if name == "initial_num_masked" else rule.high
-    if math.isnan(value) or not rule.low <= value <= high:
+    if not rule.low <= value <= high:  # NaN too
         raise ValueError(f"{name}: expected {kind} in [{rule.low:g}, {high:g}], got {value}")
     if rule.whole and value >= 2**63:
         raise ValueError(f"{name}: expected a number of 64 bits, got {value}")
