@@ -1,0 +1,237 @@
+// One remasking step: a candidate for every position that is looked at, then the positions that take it
+// (reference/remask.py is the definition).
+//
+// Stage A (remask_scan.h) reads the logits of those positions once, all threads over pieces of positions; nothing of
+// the size of the logits is written. Stage B, a row at a time, merges the pieces in order, scores the positions and
+// selects (remask_select.h). Positions that are not looked at cost nothing, so a step late in a block is cheaper.
+#include "remask.h"
+
+#include "numeric.h"
+#include "parallel.h"
+#include "philox.h"
+#include "remask_row.h"
+#include "remask_scan.h"
+#include "remask_select.h"
+
+namespace tt {
+namespace TT_ISA {
+
+namespace {
+
+bool judges_all(const RemaskOptions& options) {
+    return options.renoise || options.has_edit_threshold || options.has_remask_threshold;
+}
+
+template <class T>
+T& at(const View& view, int64_t b, int64_t s) {
+    return view.as<T>()[b * view.stride[0] + s * view.stride[1]];
+}
+
+void write_token(const Remask& a, int64_t b, int64_t s, int64_t token) {
+    if (a.tokens_out.dtype == DType::int64)
+        at<int64_t>(a.tokens_out, b, s) = token;
+    else
+        at<int32_t>(a.tokens_out, b, s) = int32_t(token);
+}
+
+// The proposal: the caller's, the sample, or the argmax.
+template <class X>
+int64_t proposal(const Remask& a, const RemaskRow& row, int64_t b, int64_t s, const Findings<Wide<X>>& f) {
+    using W = Wide<X>;
+    if (a.candidates) {
+        const int64_t given = at<int64_t>(a.candidates, b, s);
+        if (given >= 0) return given;
+    }
+    if (!row.sampled) return f.best.token[0];
+    const Two<W>& drawn = f.drawn;
+    const W near = W(1e-4);
+    if (!(drawn.value[0] - drawn.value[1] < near)) return drawn.token[0];
+    const X* logits = a.logits.as<X>() + b * a.logits.stride[0] + s * a.logits.stride[1];
+    const Stream stream(row.seed, row.offset, row.step, s);
+    const int64_t low = smaller(drawn.token[0], drawn.token[1]), high = larger(drawn.token[0], drawn.token[1]);
+    const auto exactly = [&](int64_t token) {
+        return double(widen(logits[token])) / row.temperature + exact_gumbel(philox_word(stream, uint32_t(token)));
+    };
+    return exactly(high) > exactly(low) ? high : low;
+}
+
+// The probability that a draw of the posterior is a token and not the mask.
+template <class X>
+double token_probability(const Scan<X>& scan, const RemaskRow& row, int64_t mask, const Findings<Wide<X>>& f) {
+    using W = Wide<X>;
+    const W z = scan.mask_logit(row, f);
+    if (!(row.temperature > 0)) {
+        const bool mask_wins = z > f.best.value[0] || (z == f.best.value[0] && mask < f.best.token[0]);
+        return mask_wins ? 0 : 1;
+    }
+    if (z == infinity<W>) return 0;
+    if (!f.mask_kept) return 1;
+    if (f.kept.mass == 0) return 0;
+    const double ahead = (double(z) - double(f.kept.top)) / row.temperature;  // of the mask, against the sum's top
+    return double(W(ahead > 0 ? f.kept.mass * ::exp(-ahead) / (f.kept.mass * ::exp(-ahead) + 1)
+                              : f.kept.mass / (f.kept.mass + ::exp(ahead))));
+}
+
+// What one position's logits come to: confidence, entropy, score; NaN where they are not usable.
+template <class X>
+void judge(const Remask& a, const Scan<X>& scan, const RemaskRow& row, int64_t b, int64_t s, const Findings<Wide<X>>& f,
+           RemaskPlace& place) {
+    using W = Wide<X>;
+    const bool posterior = a.options.schedule == RemaskChoice::posterior;
+    const bool mask_is_certain =
+        posterior && a.options.statistics == RemaskChoice::filtered && scan.mask_logit(row, f) == infinity<W>;
+    place.candidate = -1;
+    place.score = place.confidence = place.entropy = __builtin_nan("");
+    if (f.wrong || f.sum.mass == 0 || mask_is_certain) return;
+    const int64_t candidate = place.candidate = proposal<X>(a, row, b, s, f);
+    const double t = double(scan.own_temperature(row)), top = double(f.sum.top);
+    const auto probability = [&](W z) { return double(W(::exp((double(z) - top) / t) / f.sum.mass)); };
+    place.confidence = probability(scan.scored_logit(row, b, s, candidate, f));
+    place.entropy = double(W(f.sum.entropy()));
+    switch (a.options.score) {
+        case RemaskChoice::confidence: place.score = place.confidence; break;
+        case RemaskChoice::margin:
+            place.score = double(W(probability(f.scored.value[0]) - probability(f.scored.value[1])));
+            break;
+        case RemaskChoice::neg_entropy: place.score = -place.entropy; break;
+        case RemaskChoice::random: place.score = position_noise(a, row, b, s, ranking_draw); break;
+        default: place.score = -double(s);
+    }
+    if (a.options.schedule == RemaskChoice::coin)
+        place.drawn = position_noise(a, row, b, s, ranking_draw) < row.leave;
+    else if (posterior)
+        place.drawn =
+            position_noise(a, row, b, s, posterior_draw) < token_probability<X>(scan, row, a.mask_token_id, f);
+}
+
+// Who waits and who may be chosen.
+template <class W>
+void enlist(const Remask& a, RemaskPlace& place) {
+    const RemaskOptions& options = a.options;
+    place.sent_back = options.has_remask_threshold && place.looked && !place.masked &&
+                      place.confidence < double(W(a.bounds.remask_threshold));
+    place.waiting = options.renoise ? place.looked : (place.looked && place.masked) || place.sent_back;
+    place.usable = place.waiting && place.confidence == place.confidence;
+    if (options.skip_mask_candidates && a.mask_token_id >= 0 && place.candidate == a.mask_token_id)
+        place.usable = false;
+}
+
+void choose(const Remask& a, const RemaskSelection& selection, const RemaskRow& row, RemaskPlace* place, int64_t block,
+            RemaskOrder& room) {
+    const RemaskOptions& options = a.options;
+    if (a.bounds.position_penalty != 0) {
+        int64_t first = 0;
+        while (first < block && !place[first].waiting) ++first;
+        for (int64_t s = 0; s < block; ++s) {  // the product is float32 in the definition, whatever the score is
+            const double penalty = double(float(a.bounds.position_penalty) * float(s - first));
+            place[s].score = selection.as_score(place[s].score - penalty);
+        }
+    }
+    const int64_t size = options.sub_block > 0 ? options.sub_block : larger(block, int64_t(1));
+    bool owes = true;
+    for (int64_t begin = 0; begin < block; begin += size) {
+        const int64_t n = smaller(size, block - begin);
+        selection.select(place + begin, n, row, owes, room);
+        if (!options.has_complete_threshold) continue;
+        int64_t committed = 0, length = 0;
+        for (int64_t s = begin; s < begin + n; ++s) {
+            committed += place[s].valid && !place[s].masked;
+            length += place[s].valid;
+        }
+        owes = double(committed) >= a.bounds.complete_threshold * double(length);
+    }
+}
+
+template <class W>
+void write_row(const Remask& a, const RemaskRow& row, int64_t b, const RemaskPlace* place, int64_t block) {
+    const RemaskOptions& options = a.options;
+    int64_t left = 0;
+    for (int64_t s = 0; s < block; ++s) {
+        const RemaskPlace& p = place[s];
+        const int64_t before = token_at(a, b, s);
+        const bool edited = options.has_edit_threshold && p.looked && !p.masked && !p.sent_back &&
+                            p.confidence > double(W(a.bounds.edit_threshold)) && p.candidate != before;
+        const bool written = p.chosen || edited;
+        int64_t after = written ? p.candidate : p.sent_back ? a.mask_token_id : before;
+        if (options.renoise && p.usable && !p.chosen) {
+            after = int64_t(position_noise(a, row, b, s, renoise_draw) * double(a.logits.size[2]));
+            ++left;
+        }
+        if (!options.renoise && reaches(a, row, b, s) && after == a.mask_token_id) ++left;
+        write_token(a, b, s, after);
+        at<bool>(a.transfer_mask, b, s) = written;
+        at<int64_t>(a.candidate, b, s) = p.looked ? p.candidate : -1;
+        at<W>(a.confidence, b, s) = p.looked ? W(p.confidence) : W(0);
+        at<W>(a.entropy, b, s) = p.looked ? W(p.entropy) : W(0);
+    }
+    a.num_masked.as<int64_t>()[b * a.num_masked.stride[0]] = left;
+    a.done.as<bool>()[b * a.done.stride[0]] = options.renoise ? row.step >= row.num_steps - 1 : left == 0;
+}
+
+template <class X>
+void step(const Remask& a) {
+    using W = Wide<X>;
+    const int64_t batch = a.logits.size[0], block = a.logits.size[1], vocabulary = a.logits.size[2];
+    const int64_t pieces = (vocabulary + piece_size - 1) / piece_size;
+    const bool all = judges_all(a.options);
+    Scratch<RemaskRow> rows(batch);
+    Scratch<RemaskPlace> places(batch * block);
+    Scratch<int64_t> looked(batch * block), slot(batch * block);  // positions by number, and the other way round
+    int64_t count = 0;
+    bool filters = false;
+    for (int64_t b = 0; b < batch; ++b) {
+        rows[b] = remask_row(a, b);
+        filters |= rows[b].filtered;
+        for (int64_t s = 0; s < block; ++s) {
+            const int64_t i = b * block + s;
+            RemaskPlace& place = places[i] = RemaskPlace();
+            place.candidate = -1;
+            place.valid = s < rows[b].length;
+            place.masked = a.mask_token_id >= 0 && token_at(a, b, s) == a.mask_token_id;
+            place.looked = reaches(a, rows[b], b, s) && (all || place.masked);
+            if (place.looked) slot[i] = count, looked[count++] = i;
+        }
+    }
+    Scratch<Findings<W>> found(count * pieces);
+    parallel_for(count * pieces, 1, [&](int64_t begin, int64_t end) {
+        Scan<X> scan(a);
+        const int64_t room = filters ? vocabulary : 0;
+        Scratch<W> z(room), x(room), weight(room);
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t i = looked[task / pieces], b = i / block, s = i % block, from = task % pieces * piece_size;
+            if (!rows[b].filtered)
+                found[task] = scan.piece(rows[b], b, s, from, smaller(from + piece_size, vocabulary));
+            else
+                found[task] = from == 0 ? scan.filtered(rows[b], b, s, z, x, weight) : Findings<W>();
+        }
+    });
+    parallel_for(batch, 1, [&](int64_t begin, int64_t end) {
+        const Scan<X> scan(a);
+        const RemaskSelection selection(a, sizeof(W) == sizeof(double));
+        RemaskOrder room(block);
+        for (int64_t b = begin; b < end; ++b) {
+            const RemaskRow& row = rows[b];
+            RemaskPlace* place = places + b * block;
+            for (int64_t s = 0; s < block; ++s) {
+                if (place[s].looked) {
+                    Findings<W>* f = found + slot[b * block + s] * pieces;
+                    for (int64_t p = 1; p < pieces && !row.filtered; ++p)
+                        f->merge(f[p], scan.temperature(row), scan.own_temperature(row));
+                    judge<X>(a, scan, row, b, s, *f, place[s]);
+                }
+                enlist<W>(a, place[s]);
+            }
+            choose(a, selection, row, place, block, room);
+            write_row<W>(a, row, b, place, block);
+        }
+    });
+}
+
+}  // namespace
+
+void remask(const Remask& a) {
+    for_float(a.logits.dtype, [&](auto type) { step<typename decltype(type)::type>(a); });
+}
+
+}  // namespace TT_ISA
+}  // namespace tt

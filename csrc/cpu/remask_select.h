@@ -1,0 +1,167 @@
+// Stage B of a remasking step: gate, schedule, combine (reference/remask_select.py), from one score per position to the
+// positions that take their candidate.
+//
+// Everything is double here. Where the definition compares in float32, values and bounds are floats stored in doubles,
+// and each operation on them is rounded to float again: exact for sums, products and quotients of two floats.
+#pragma once
+
+#include "parallel.h"
+#include "remask_schedule.h"
+
+namespace tt {
+namespace TT_ISA {
+
+// What selection knows of a position.
+struct RemaskPlace {
+    double score, confidence, entropy;
+    int64_t candidate;
+    bool valid, looked, masked, sent_back, waiting, usable, drawn, gate, chosen;
+};
+
+// Scratch of one thread for rows of n positions: the usable positions in order, and the merge sort's other half.
+struct RemaskOrder {
+    explicit RemaskOrder(int64_t n) : order(n), other(n), before(n) {}
+    Scratch<int64_t> order, other, before;
+};
+
+// Sorts n positions by falling score; equal ones keep their order. Merge sort from runs of one.
+inline const int64_t* sort_by_score(const RemaskPlace* place, int64_t* order, int64_t* other, int64_t n) {
+    for (int64_t run = 1; run < n; run *= 2) {
+        for (int64_t begin = 0; begin < n; begin += 2 * run) {
+            const int64_t middle = smaller(begin + run, n), end = smaller(begin + 2 * run, n);
+            int64_t left = begin, right = middle;
+            for (int64_t i = begin; i < end; ++i) {
+                const bool takes_left =
+                    right == end || (left < middle && place[order[left]].score >= place[order[right]].score);
+                other[i] = takes_left ? order[left++] : order[right++];
+            }
+        }
+        int64_t* swap = order;
+        order = other;
+        other = swap;
+    }
+    return order;
+}
+
+class RemaskSelection {
+   public:
+    // exact: confidences and entropies are float64.
+    RemaskSelection(const Remask& a, bool exact) : a_(a), exact_(exact) {
+        const int64_t score = a.options.score;
+        exact_score_ = exact || score == RemaskChoice::random || score == RemaskChoice::leftmost;
+        exact_value_ = a.options.gate_on == RemaskChoice::on_score ? exact_score_ : exact;
+    }
+
+    // To what a score is rounded.
+    double as_score(double x) const { return exact_score_ ? x : double(float(x)); }
+
+    // Sets `chosen` of n places. owes: false where a stretch waits for the one before.
+    void select(RemaskPlace* place, int64_t n, const RemaskRow& row, bool owes, RemaskOrder& room) const {
+        int64_t usable = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            place[i].gate = place[i].chosen = false;
+            if (place[i].usable) room.order[usable++] = i;
+        }
+        const int64_t* order = sort_by_score(place, room.order, room.other, usable);
+        gate(place, n, row, order, usable, room.before);
+        const RemaskOptions& options = a_.options;
+        if (options.finish && row.step >= row.num_steps - 1) {
+            for (int64_t r = 0; r < usable; ++r) place[order[r]].chosen = true;
+        } else if (options.schedule == RemaskChoice::coin || options.schedule == RemaskChoice::posterior) {
+            for (int64_t r = 0; r < usable; ++r) place[order[r]].chosen = place[order[r]].gate || place[order[r]].drawn;
+        } else {
+            combine(place, n, row, owes, order, usable);
+        }
+    }
+
+   private:
+    double value(const RemaskPlace& place) const {
+        return a_.options.gate_on == RemaskChoice::on_score ? place.score : place.confidence;
+    }
+    double as_value(double x) const { return exact_value_ ? x : double(float(x)); }
+
+    // order: the usable places, best first.
+    void gate(RemaskPlace* place, int64_t n, const RemaskRow& row, const int64_t* order, int64_t usable,
+              int64_t* rank) const {
+        const RemaskOptions& options = a_.options;
+        const RemaskBounds& bounds = a_.bounds;
+        const double bound = as_value(row.gate_bound);
+        if (options.gate == RemaskChoice::threshold) {
+            double least = bound;
+            if (options.has_gate_slack && usable > 0) {
+                double best = -__builtin_inf();
+                for (int64_t r = 0; r < usable; ++r) best = larger(best, value(place[order[r]]));
+                least = smaller(least, as_value(best - as_value(bounds.gate_slack)));
+            }
+            for (int64_t r = 0; r < usable; ++r) {
+                const double v = value(place[order[r]]);
+                place[order[r]].gate = options.strict ? v > least : v >= least;
+            }
+        } else if (options.gate == RemaskChoice::factor) {
+            int64_t prefix = 0;
+            while (prefix < usable) {
+                const double slack = as_value(bound / double(prefix + 2));  // rank j = prefix + 1
+                if (prefix > 0 && !(value(place[order[prefix]]) >= as_value(1 - slack))) break;
+                ++prefix;
+            }
+            if (options.factor_last_free && prefix == usable - 1) prefix = usable;
+            for (int64_t r = 0; r < prefix; ++r) place[order[r]].gate = true;
+        } else if (options.gate == RemaskChoice::entropy_sum) {
+            double sum = 0;
+            for (int64_t r = 0; r < usable; ++r) {
+                const double with = sum + place[order[r]].entropy;
+                const double spent = options.entropy_includes_self ? with : sum;
+                if (!(options.strict ? spent < row.gate_bound : spent <= row.gate_bound)) break;
+                place[order[r]].gate = true;
+                sum = with;
+            }
+        }
+        if (!options.has_run_threshold) return;
+        for (int64_t r = 0; r < usable; ++r) rank[order[r]] = r;
+        for (int64_t begin = 0; begin < n;) {
+            if (!place[begin].usable) {
+                ++begin;
+                continue;
+            }
+            int64_t best = begin, end = begin;
+            for (; end < n && place[end].usable; ++end)
+                if (rank[end] < rank[best]) best = end;
+            if (value(place[best]) > as_value(bounds.run_threshold)) place[best].gate = true;
+            begin = end;
+        }
+    }
+
+    void combine(RemaskPlace* place, int64_t n, const RemaskRow& row, bool owes, const int64_t* order,
+                 int64_t usable) const {
+        const RemaskOptions& options = a_.options;
+        int64_t waiting = 0, length = 0, passed = 0, first = n;
+        int64_t least = options.min_commits;
+        for (int64_t i = 0; i < n; ++i) {
+            if (place[i].waiting && first == n) first = i;
+            waiting += place[i].waiting;
+            length += place[i].valid;
+            passed += place[i].gate;
+            least += place[i].sent_back;
+        }
+        const int64_t q = owes ? larger(quota(a_, row, waiting, length), least) : 0;
+        if (!owes) least = 0;
+        for (int64_t r = 0, others = passed; r < usable; ++r) {
+            RemaskPlace& p = place[order[r]];
+            const bool scheduled = options.window ? order[r] - first < q : r < q;
+            if (options.combine == RemaskChoice::cap)
+                p.chosen = (p.gate && scheduled) || r < least;
+            else if (options.combine == RemaskChoice::either)
+                p.chosen = p.gate || scheduled;
+            else if (options.window)
+                p.chosen = passed >= q ? p.gate : scheduled;
+            else  // those that passed, then the best of the others up to q
+                p.chosen = p.gate || others++ < q;
+        }
+    }
+
+    const Remask& a_;
+    bool exact_, exact_score_, exact_value_;
+};
+
+}  // namespace TT_ISA
+}  // namespace tt

@@ -1,0 +1,213 @@
+"""One remasking step, from logits to tokens. Definition: `reference/remask.py`; kernel: `csrc/cpu/remask.cpp`."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from twotower_kernels import cpu
+from twotower_kernels.ops._library import define
+from twotower_kernels.ops.remask_checks import REAL, WHOLE, check, check_values, ids, split
+from twotower_kernels.remask_policy import CHOICES, OPTIONS, RemaskPolicy
+
+
+class RemaskResult(NamedTuple):
+    """What a step did. Positions that waited were looked at; where the policy judges committed tokens (edit, remask,
+    renoise), all within reach. Elsewhere candidate is -1, confidence and entropy are 0."""
+
+    tokens: Tensor  # [B, S], dtype of the argument
+    transfer_mask: Tensor  # bool [B, S]: positions that took their candidate, edits included
+    candidate: Tensor  # int64 [B, S]: -1 where the logits are not usable
+    confidence: Tensor  # [B, S] float32, float64 for float64 logits: the candidate's probability, or NaN
+    entropy: Tensor  # [B, S] as confidence: in nats, or NaN
+    num_masked: Tensor  # int64 [B]: masks left within reach; with renoise, positions that became noise
+    done: Tensor  # bool [B]: num_masked == 0; with renoise, whether this was the last step
+
+
+def remask(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    mask_token_id: int | None,
+    policy: RemaskPolicy = RemaskPolicy(),  # noqa: B008 (frozen)
+    step: int | Tensor = 0,
+    num_steps: int | Tensor = 1,
+    temperature: float | Tensor = 0.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    seed: int | Tensor = 0,
+    offset: int | Tensor = 0,
+    suppress_ids: Sequence[int] | Tensor | None = None,
+    editable: Tensor | None = None,
+    valid_lens: Tensor | None = None,
+    initial_num_masked: int | Tensor | None = None,
+    gate_bound: float | Tensor | None = None,
+    confidence_suppress_ids: Sequence[int] | Tensor | None = None,
+    candidates: Tensor | None = None,
+    rank_noise: Tensor | None = None,
+) -> RemaskResult:
+    """Proposes a token for every mask and decides which proposals stay: one step of a masked-diffusion block.
+
+    The rules are those of twenty published systems, each with its source: see `RemaskPolicy`. Noise is counter-based
+    (Philox-4x32-10, Gumbel), so a row with its own seed draws the same tokens alone, in any batch and on any device.
+
+    Args:
+        logits: `[B, S, V]`; float64, float32, bfloat16 or float16; any strides. Statistics are float32 or float64.
+        tokens: `[B, S]` int64 or int32; a position waits where it equals `mask_token_id`.
+        mask_token_id: a token, or None for policies with renoise, which need no mask.
+        policy: the rule.
+        step, num_steps: i and N of the rule. Steps from N - 1 on count as the last.
+        temperature: 0 takes the argmax, more samples (unless the policy is greedy). At most 1e6.
+        top_k, top_p: filters of the sample; 0 and 1.0 are off. What ties with the last token kept stays too.
+        seed, offset: the key (64 bits) of the noise, and the row offset of its counter (the block's index).
+        suppress_ids: tokens without probability, like the mask token; a sequence or an integer tensor `[n]`.
+        editable: bool `[B, S]`, where the step may write. Other positions neither wait nor count.
+        valid_lens: `[B]` integers; positions beyond are not part of the block.
+        initial_num_masked: n0, what waited when the block began. None: the least n0 of which the schedule would have
+            left as many as wait now.
+        gate_bound: instead of the policy's.
+        confidence_suppress_ids: tokens without probability in the statistics, which may still be proposed.
+        candidates: `[B, S]` integers, proposals of the caller; -1: the op's own.
+        rank_noise: `[B, S]` floating, in [0, 1), instead of the op's own number per position.
+
+        step, num_steps, temperature, top_k, top_p, seed, offset, initial_num_masked and gate_bound are numbers or
+        tensors `[B]`.
+
+    Returns:
+        `RemaskResult`. A position whose logits hold NaN or +inf, or nothing finite, keeps its token; its confidence and
+        entropy are NaN. Nothing is differentiable, and nothing is modified.
+
+    Raises:
+        TypeError: wrong type or dtype. ValueError: wrong shape, device or value; logits that require grad.
+    """
+    check(logits, tokens, mask_token_id, policy, editable, valid_lens, candidates, rank_noise)
+    given: dict[str, Any] = {"step": step, "num_steps": num_steps, "top_k": top_k, "seed": seed, "offset": offset}
+    given |= {"initial_num_masked": initial_num_masked, "temperature": temperature, "top_p": top_p}
+    given["gate_bound"] = policy.gate_bound if gate_bound is None else gate_bound
+    per_row = {name: split(name, given[name], logits) for name in (*WHOLE, *REAL)}
+    whole, real = ([per_row[name][0] for name in names] for names in (WHOLE, REAL))
+    options, bounds = policy.encoded()
+    suppressed, suppress_tensor = ids("suppress_ids", suppress_ids, logits)
+    unscored, unscore_tensor = ids("confidence_suppress_ids", confidence_suppress_ids, logits)
+    return RemaskResult(
+        *torch.ops.twotower.remask(
+            logits,
+            tokens,
+            mask_token_id,
+            options,
+            bounds,
+            whole,
+            real,
+            *(rows for _, rows in per_row.values()),
+            suppressed,
+            suppress_tensor,
+            unscored,
+            unscore_tensor,
+            editable,
+            valid_lens,
+            candidates,
+            rank_noise,
+        )
+    )
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+
+def _outputs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    shape = tokens.shape
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return (
+        tokens.new_empty(shape),
+        tokens.new_empty(shape, dtype=torch.bool),
+        tokens.new_empty(shape, dtype=torch.int64),
+        logits.new_empty(shape, dtype=wide),
+        logits.new_empty(shape, dtype=wide),
+        tokens.new_empty(shape[:1], dtype=torch.int64),
+        tokens.new_empty(shape[:1], dtype=torch.bool),
+    )
+
+
+def _sorted(listed: list[int], tensor: Tensor | None) -> Tensor | None:
+    """Token numbers as the kernel looks them up: int64 [n], ascending; None if there are none."""
+    if tensor is not None:
+        listed = [*listed, *tensor.tolist()]
+    return torch.tensor(sorted(listed)) if listed else None
+
+
+def _remask(
+    logits: Tensor,
+    tokens: Tensor,
+    mask_token_id: int | None,
+    options: list[int],
+    bounds: list[float],
+    whole: list[int],
+    real: list[float],
+    step: Tensor | None,
+    num_steps: Tensor | None,
+    top_k: Tensor | None,
+    seed: Tensor | None,
+    offset: Tensor | None,
+    initial_num_masked: Tensor | None,
+    temperature: Tensor | None,
+    top_p: Tensor | None,
+    gate_bound: Tensor | None,
+    suppressed: list[int],
+    suppress_ids: Tensor | None,
+    unscored: list[int],
+    confidence_suppress_ids: Tensor | None,
+    editable: Tensor | None,
+    valid_lens: Tensor | None,
+    candidates: Tensor | None,
+    rank_noise: Tensor | None,
+) -> tuple[Tensor, ...]:
+    rows = (step, num_steps, top_k, seed, offset, initial_num_masked, temperature, top_p, gate_bound)
+    per_row = dict(zip((*WHOLE, *REAL), rows, strict=True))
+    tensors_of_ids = {"suppress_ids": suppress_ids, "confidence_suppress_ids": confidence_suppress_ids}
+    check_values(logits, per_row, tensors_of_ids, valid_lens, candidates, rank_noise)
+
+    def row_view(name: str) -> Tensor | None:
+        rows = per_row[name]
+        if rows is None:
+            return None
+        return rows.to(torch.int64 if name in WHOLE else torch.float64).expand(logits.shape[0])
+
+    option = dict(zip(OPTIONS, options, strict=False))
+    mask = -1 if mask_token_id is None else mask_token_id
+    posterior = option["schedule"] == CHOICES["schedule"].index("posterior")
+    if mask >= 0 and (option["suppress_mask"] or posterior):
+        suppressed = [*suppressed, mask]
+    results = _outputs(logits, tokens)
+    cpu.call(
+        "remask",
+        logits,
+        tokens,
+        mask,
+        options,
+        bounds,
+        whole,
+        real,
+        *map(row_view, per_row),
+        _sorted(suppressed, suppress_ids),
+        _sorted(unscored, confidence_suppress_ids),
+        editable,
+        valid_lens,
+        None if candidates is None else candidates.long(),
+        None if rank_noise is None else rank_noise.double(),
+        *results,
+    )
+    return results
+
+
+define(
+    # options, bounds: RemaskPolicy.encoded(). whole: step, num_steps, top_k, seed, offset, n0 (-1: not known); real:
+    # temperature, top_p, gate_bound; each is replaced by the tensor [B] of its name where one is given.
+    "remask(Tensor logits, Tensor tokens, int? mask_token_id, int[] options, float[] bounds, SymInt[] whole, "
+    "float[] real, Tensor? step, Tensor? num_steps, Tensor? top_k, Tensor? seed, Tensor? offset, "
+    "Tensor? initial_num_masked, Tensor? temperature, Tensor? top_p, Tensor? gate_bound, int[] suppressed, "
+    "Tensor? suppress_ids, int[] unscored, Tensor? confidence_suppress_ids, Tensor? editable, Tensor? valid_lens, "
+    "Tensor? candidates, Tensor? rank_noise) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cpu=_remask,
+    fake=lambda logits, tokens, *_: _outputs(logits, tokens),
+)
