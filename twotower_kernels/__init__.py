@@ -2,10 +2,16 @@
 
 from pathlib import Path
 
+from twotower_kernels.config import TwoTowerConfig
+from twotower_kernels.model import TwoTowerModel
 from twotower_kernels.ops import adaln_norm, gated_residual, gated_residual_adaln_norm, rms_norm
+from twotower_kernels.state import ContextState
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "ContextState",
+    "TwoTowerConfig",
+    "TwoTowerModel",
     "__version__",
     "adaln_norm",
     "demo_path",
