@@ -1,8 +1,8 @@
 """Checkpoints: a folder with `model.safetensors`, or with shards and their `model.safetensors.index.json`.
 
-A checkpoint is listed first, from its files' headers alone, and read afterwards: whatever is wrong with its keys, shapes
-or dtypes is said before the first of its gigabytes is copied. Only safetensors are read. Nothing is unpickled, no code
-comes from the folder, and no file outside it is opened.
+A checkpoint is listed first, from its files' headers alone, and read afterwards: what is wrong with its keys, shapes or
+dtypes is said before the first of its gigabytes is copied. Only safetensors are read. Nothing is unpickled, no code
+comes from the folder, and its index cannot name a file outside it.
 """
 
 from __future__ import annotations

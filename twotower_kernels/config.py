@@ -1,7 +1,7 @@
 """The shape of a TwoTower model: `config.json` of a checkpoint, read, completed with defaults and checked.
 
-Both towers have the same shape, so one config describes both. Field names are those of the released file; fields that do
-not shape the computation are ignored, and those that would change it into another one are refused.
+Both towers have the same shape, so one config describes both. Field names are those of the released file. Fields that
+do not shape the computation are ignored, and settings that would make it another one are refused.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The modules of one tower: which parameters there are, under the checkpoint's names, and each mixer's arithmetic.
 
-Mixers take normalised activations `[B, S, H]` and give `[B, S, H]`; norms and residuals between them belong to the model,
-which fuses them. `Context` is the part of a `ContextState` that a layer reads.
+Mixers take normalised activations `[B, S, H]` and give `[B, S, H]`. The norms and residuals between them belong to the
+model, which fuses them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from twotower_kernels.config import TwoTowerConfig
 from twotower_kernels.ops import (
@@ -300,8 +299,9 @@ class TimeEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """t `[B]` to `[B, H]`.
 
-        The rounding is the definition's, since the model was trained with it: t and 1000·t in the weights' dtype (in
-        bfloat16, t = 0.6875 becomes 688), the angles in float32 or wider, their cosines and sines in the weights' dtype.
+        Rounding is part of the definition, since the model was trained with it: t and 1000·t are rounded to the weights'
+        dtype (in bfloat16, t = 0.6875 becomes 688), angles are float32 or wider, and their cosines and sines are
+        rounded to the weights' dtype again.
         """
         dtype = self.mlp[0].weight.dtype
         wide = torch.promote_types(dtype, torch.float32)

@@ -1,7 +1,7 @@
 """TwoTower for inference: a causal context tower, and a denoiser that reads its state layer by layer.
 
-Both towers (Nemotron-TwoTower, arXiv 2606.26493) are the same stack of Mamba-2 (`M`), attention (`*`), mixture-of-experts
-(`E`) and dense MLP (`-`) layers, with separate weights:
+Both towers (Nemotron-TwoTower, arXiv 2606.26493) are the same stack of Mamba-2 (`M`), attention (`*`), mixture of
+experts (`E`) and dense MLP (`-`) layers, with separate weights:
 
     context tower   h ← h + mixer(norm(h))                           causal; leaves a `ContextState` behind
     denoiser        h ← h + gate · mixer(norm(h·(1+scale) + shift))  M and *; reads that state, never writes it
@@ -210,9 +210,7 @@ class TwoTowerModel(nn.Module):
             newest = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
             added, last = lengths, hidden.gather(1, newest)[:, 0]
             last = torch.where(lengths[:, None] > 0, last, old.last_hidden)
-        new = old._with(
-            lengths=old.lengths + added, conv=conv, ssm=ssm, last_hidden=last, longest=old.longest + size
-        )
+        new = old._with(lengths=old.lengths + added, conv=conv, ssm=ssm, last_hidden=last, longest=old.longest + size)
         state.consume()
         return new
 
