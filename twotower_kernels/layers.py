@@ -29,6 +29,7 @@ KEPT_WIDE = ("gate.weight", "e_score_correction_bias", "A_log", "mixer.D", "dt_b
 FREQUENCIES = 128  # of the time embedding: as many cosines, then as many sines
 
 Factory = dict[str, Any]  # device and dtype of new parameters
+Context = tuple[Tensor, Tensor, Tensor]  # k and v [R, T, Hkv, D], lengths [B]
 
 
 def _wide(factory: Factory) -> Factory:
@@ -88,12 +89,51 @@ class Stacked(nn.Module):
             unexpected_keys.extend(k for k in state_dict if k.startswith(prefix) and k not in known)
 
 
+class Linear(nn.Linear):
+    """Uninitialised: weights come from a checkpoint or from `draw_weights`. (Random numbers on the meta device would
+    make torch import its compiler.)"""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False, **factory: Any) -> None:
+        super().__init__(inputs, outputs, bias=bias, **factory)
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """Uninitialised, as `Linear`."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Conv1d(nn.Conv1d):
+    """Uninitialised, as `Linear`."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+@torch.no_grad()
+def draw_weights(model: nn.Module) -> None:
+    """Random weights that keep activations near 1: normal over the root of the inputs; no bias, no scale in the norms."""
+    for name, p in model.named_parameters():
+        if name.endswith(("norm.weight", "norm_f.weight", "mixer.D")):
+            p.fill_(1)
+        elif name.endswith("A_log"):
+            p.copy_(torch.arange(1, len(p) + 1).log())
+        elif p.ndim == 1:
+            p.zero_()
+        else:
+            p.normal_(std=p.shape[-1] ** -0.5)
+
+
 class Norm(nn.Module):
     """The weight of an RMSNorm; whoever applies it fuses it with something else."""
 
     def __init__(self, size: int, factory: Factory) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size, **factory))
+        self.weight = nn.Parameter(torch.empty(size, **factory))
 
 
 class Mamba2(nn.Module):
@@ -103,16 +143,16 @@ class Mamba2(nn.Module):
         super().__init__()
         self.config, heads, channels = config, config.mamba_num_heads, config.mamba_channels
         projected = config.mamba_inner + channels + heads
-        self.in_proj = nn.Linear(config.hidden_size, projected, bias=False, **factory)
-        self.conv1d = nn.Conv1d(
+        self.in_proj = Linear(config.hidden_size, projected, **factory)
+        self.conv1d = Conv1d(
             channels, channels, config.conv_kernel, groups=channels, bias=config.use_conv_bias, **factory
         )
         wide = _wide(factory)
-        self.A_log = nn.Parameter(torch.arange(1, heads + 1, **wide).log())
-        self.D = nn.Parameter(torch.ones(heads, **wide))
-        self.dt_bias = nn.Parameter(torch.zeros(heads, **wide))
+        self.A_log = nn.Parameter(torch.empty(heads, **wide))
+        self.D = nn.Parameter(torch.empty(heads, **wide))
+        self.dt_bias = nn.Parameter(torch.empty(heads, **wide))
         self.norm = Norm(config.mamba_inner, factory)
-        self.out_proj = nn.Linear(config.mamba_inner, config.hidden_size, bias=False, **factory)
+        self.out_proj = Linear(config.mamba_inner, config.hidden_size, **factory)
 
     def forward(
         self,
@@ -127,7 +167,7 @@ class Mamba2(nn.Module):
         c = self.config
         # z [B, S, inner], xbc [B, S, channels], dt [B, S, heads]: slices of one product, read where they lie.
         z, xbc, dt = self.in_proj(x).split([c.mamba_inner, c.mamba_channels, c.mamba_num_heads], -1)
-        scanned = mamba2_scan(
+        scanned: Any = mamba2_scan(
             xbc,
             dt,
             self.conv1d.weight,
@@ -154,28 +194,29 @@ class Attention(nn.Module):
 
     def __init__(self, config: TwoTowerConfig, factory: Factory) -> None:
         super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
-        queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False, **factory)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False, **factory)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False, **factory)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False, **factory)
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q_proj = Linear(config.hidden_size, queries, **factory)
+        self.k_proj = Linear(config.hidden_size, keys, **factory)
+        self.v_proj = Linear(config.hidden_size, keys, **factory)
+        self.o_proj = Linear(queries, config.hidden_size, **factory)
 
     def forward(
         self,
         x: Tensor,
-        k_context: Tensor | None = None,
-        v_context: Tensor | None = None,
-        context_lens: Tensor | None = None,
+        context: Context | None = None,
         index: Tensor | None = None,
         lengths: Tensor | None = None,
         causal: bool = False,
         append: bool = False,
     ) -> Tensor:
         """y; with `append`, the block's own keys and values are also written behind the context's."""
-        shape = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (proj(x).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B, S, heads, head_dim]
-        y = block_attention(
+        k_context, v_context, context_lens = context or (None, None, None)
+        q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))  # [B, S, Hq, D]
+        k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))  # [B, S, Hkv, D]
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        y: Any = block_attention(
             q,
             k,
             v,
@@ -186,8 +227,8 @@ class Attention(nn.Module):
             block_lens=lengths,
             causal=causal,
         )
-        if append:
-            append_kv(k_context, v_context, k, v, context_lens, context_index=index, block_lens=lengths)
+        if append and context is not None:
+            append_kv(*context[:2], k, v, context[2], context_index=index, block_lens=lengths)
         return self.o_proj(y.flatten(2))
 
 
@@ -196,8 +237,8 @@ class MLP(nn.Module):
 
     def __init__(self, hidden: int, intermediate: int, factory: Factory) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(hidden, intermediate, bias=False, **factory)
-        self.down_proj = nn.Linear(intermediate, hidden, bias=False, **factory)
+        self.up_proj = Linear(hidden, intermediate, **factory)
+        self.down_proj = Linear(intermediate, hidden, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.up_proj(x).relu_().square_())
@@ -210,8 +251,8 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         wide, experts = _wide(factory), config.n_routed_experts
-        self.weight = nn.Parameter(torch.randn(experts, config.hidden_size, **wide) / config.hidden_size**0.5)
-        self.e_score_correction_bias = nn.Parameter(torch.zeros(experts, **wide))
+        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size, **wide))
+        self.e_score_correction_bias = nn.Parameter(torch.empty(experts, **wide))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x `[N, H]` to weights and experts, each `[N, top_k]`."""
@@ -234,13 +275,13 @@ class MoE(nn.Module):
         super().__init__()
         count, inner, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.gate = Router(config, factory)
-        self.experts = Stacked(
+        self.experts: Any = Stacked(
             {"up": "{}.up_proj.weight", "down": "{}.down_proj.weight"},
-            up=torch.empty(count, inner, hidden, **factory).normal_(std=hidden**-0.5),
-            down=torch.empty(count, hidden, inner, **factory).normal_(std=inner**-0.5),
+            up=torch.empty(count, inner, hidden, **factory),
+            down=torch.empty(count, hidden, inner, **factory),
         )
         shared = config.moe_shared_expert_intermediate_size
-        self.shared_experts = MLP(hidden, shared, factory) if config.n_shared_experts else None
+        self.shared_experts: Any = MLP(hidden, shared, factory) if config.n_shared_experts else None
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)  # [B·S, H]
@@ -282,7 +323,7 @@ class Tower(nn.Module):
 
     def __init__(self, config: TwoTowerConfig, factory: Factory) -> None:
         super().__init__()
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
+        self.embeddings = Embedding(config.vocab_size, config.hidden_size, **factory)
         self.layers: Any = nn.ModuleList(Layer(letter, config, factory) for letter in config.hybrid_override_pattern)
         self.norm_f = Norm(config.hidden_size, factory)
 
@@ -293,17 +334,19 @@ class TimeEmbedder(nn.Module):
     def __init__(self, hidden: int, factory: Factory) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(2 * FREQUENCIES, hidden, **factory), nn.SiLU(), nn.Linear(hidden, hidden, **factory)
+            Linear(2 * FREQUENCIES, hidden, bias=True, **factory),
+            nn.SiLU(),
+            Linear(hidden, hidden, bias=True, **factory),
         )
 
     def forward(self, t: Tensor) -> Tensor:
         """t `[B]` to `[B, H]`.
 
-        Rounding is part of the definition, since the model was trained with it: t and 1000·t are rounded to the weights'
-        dtype (in bfloat16, t = 0.6875 becomes 688), angles are float32 or wider, and their cosines and sines are
-        rounded to the weights' dtype again.
+        Rounding is part of the definition, since the model was trained with it: t and 1000·t are rounded to the dtype
+        of the weights (in bfloat16, 1000 · 0.6875 becomes 688), angles are float32 or wider, their cosines and sines
+        are rounded to the dtype of the weights again.
         """
-        dtype = self.mlp[0].weight.dtype
+        dtype = next(self.mlp.parameters()).dtype
         wide = torch.promote_types(dtype, torch.float32)
         time = (t.to(dtype) * 1000).to(wide)  # [B]
         i = torch.arange(FREQUENCIES, dtype=wide, device=t.device)

@@ -147,7 +147,7 @@ def _leave_unconditioned(open_places: dict[str, Place], device: torch.device) ->
     for place in open_places.values():
         parameter = getattr(place.module, place.name)
         if parameter.is_meta:
-            parameter = nn.Parameter(torch.zeros_like(parameter, device=device), requires_grad=False)
-            setattr(place.module, place.name, parameter)
+            parameter = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(place.module, place.name, nn.Parameter(parameter, requires_grad=False))
         if isinstance(place.module, Stacked):
             parameter[place.piece, 2] = 1  # rows: shift, scale, gate

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from twotower_kernels import loading
 from twotower_kernels.config import TwoTowerConfig
-from twotower_kernels.layers import Layer, Stacked, TimeEmbedder, Tower
+from twotower_kernels.layers import Factory, Layer, Linear, Stacked, TimeEmbedder, Tower, draw_weights
 from twotower_kernels.ops import adaln_norm, gated_residual_adaln_norm
 from twotower_kernels.state import ContextState, logits
 
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from twotower_kernels.remask_policy import RemaskPolicy
 
 TOWERS = ("both", "context", "denoiser")
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 Prompts = Tensor | Sequence[Tensor | Sequence[int]]
 Modulation = tuple[Tensor | None, Tensor | None, Tensor | None]  # shift, scale, gate, each [B, H]
 
@@ -75,19 +76,21 @@ class TwoTowerModel(nn.Module):
         if towers not in TOWERS:
             raise ValueError(f"towers: expected one of {TOWERS}, got {towers!r}")
         self.config, self.towers = config, towers
-        factory = {"device": torch.device(device), "dtype": loading.weight_dtype(config, dtype)}
+        factory: Factory = {"device": torch.device(device), "dtype": loading.weight_dtype(config, dtype)}
         hidden, layers = config.hidden_size, len(config.hybrid_override_pattern)
         if towers != "denoiser":
             self.context_tower = Tower(config, factory)
-            self.context_lm_head = nn.Linear(hidden, config.vocab_size, bias=False, **factory)
+            self.context_lm_head = Linear(hidden, config.vocab_size, **factory)
         if towers != "context":
             self.denoiser_tower = Tower(config, factory)
-            self.lm_head = nn.Linear(hidden, config.vocab_size, bias=False, **factory)
+            self.lm_head = Linear(hidden, config.vocab_size, **factory)
             self.t_embedder = TimeEmbedder(hidden, factory)
-            self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 3 * hidden, **factory))
-            tables = torch.empty(layers, 3, hidden, **factory).normal_(std=hidden**-0.5)
-            self.scale_shift_tables = Stacked({"tables": "{}"}, tables=tables)
+            self.t_block = nn.Sequential(nn.SiLU(), Linear(hidden, 3 * hidden, bias=True, **factory))
+            tables = torch.empty(layers, 3, hidden, **factory)
+            self.scale_shift_tables: Any = Stacked({"tables": "{}"}, tables=tables)
         self.requires_grad_(False)
+        if factory["device"].type != "meta":
+            draw_weights(self)
 
     @classmethod
     def from_pretrained(
@@ -187,7 +190,7 @@ class TwoTowerModel(nn.Module):
         if lengths is not None:
             lengths = self._checked_lengths(lengths, batch, size)
         if size == 0:
-            new = state._with()
+            new = state.replaced()
             state.consume()
             return new
         old = state.room_for(size)
@@ -200,17 +203,22 @@ class TwoTowerModel(nn.Module):
                 return y
             if layer.letter == "*":
                 context = old.k[i], old.v[i], old.lengths
-                return layer.mixer(x, *context, lengths=lengths, causal=True, append=True)
+                return layer.mixer(x, context, lengths=lengths, causal=True, append=True)
             return layer.mixer(x)
 
         hidden = self._run(self.context_tower, block_ids, mix)  # [B, S, H]
         if lengths is None:
-            added, last = size, hidden[:, -1].clone()  # a copy, so as not to keep all of `hidden`
+            last = hidden[:, -1].clone()  # a copy, so as not to keep all of `hidden`
         else:
             newest = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
-            added, last = lengths, hidden.gather(1, newest)[:, 0]
-            last = torch.where(lengths[:, None] > 0, last, old.last_hidden)
-        new = old._with(lengths=old.lengths + added, conv=conv, ssm=ssm, last_hidden=last, longest=old.longest + size)
+            last = torch.where(lengths[:, None] > 0, hidden.gather(1, newest)[:, 0], old.last_hidden)
+        new = old.replaced(
+            lengths=old.lengths + (size if lengths is None else lengths),
+            conv=conv,
+            ssm=ssm,
+            last_hidden=last,
+            longest=old.longest + size,
+        )
         state.consume()
         return new
 
@@ -266,7 +274,7 @@ class TwoTowerModel(nn.Module):
             if layer.letter == "M":
                 return layer.mixer(x, state.conv[i], state.ssm[i], state.index)[0]
             if layer.letter == "*":
-                return layer.mixer(x, state.k[i], state.v[i], state.lengths, state.index)
+                return layer.mixer(x, (state.k[i], state.v[i], state.lengths), state.index)
             return layer.mixer(x)
 
         hidden = self._run(self.denoiser_tower, block_ids, mix, self._modulation(t, block_ids))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class ContextState:
     index: Tensor | None
     longest: int
 
-    def __getattr__(self, name: str) -> object:  # reached only by what is not there: everything, once consumed
+    def __getattr__(self, name: str) -> Any:  # reached only by what is not there: everything, once consumed
         if name.startswith("__") or self.__dict__:
             raise AttributeError(f"ContextState has no attribute {name!r}")
         raise RuntimeError(
@@ -86,7 +87,7 @@ class ContextState:
                 raise TypeError(f"rows: expected integers or booleans, got {rows.dtype}")
             rows = rows.long()  # an empty list
         own = torch.arange(self.batch_size, device=rows.device) if self.index is None else self.index
-        return self._with(lengths=self.lengths[rows], index=own[rows])
+        return self.replaced(lengths=self.lengths[rows], index=own[rows])
 
     def fork(self, n: int) -> ContextState:
         """n copies of every row, next to each other: n continuations of each context. The original stays usable.
@@ -109,7 +110,7 @@ class ContextState:
         longest = int(self.lengths.max()) if self.batch_size else 0
         needed = longest + tokens
         if self.index is None and needed <= capacity:
-            return self._with(longest=longest)
+            return self.replaced(longest=longest)
 
         def moved(storage: Tensor) -> Tensor:  # [R, T, Hkv, D] -> [B, needed and spare, Hkv, D]
             fresh = storage.new_empty(self.batch_size, needed + needed // 2 + _SPARE, *storage.shape[2:])
@@ -117,7 +118,7 @@ class ContextState:
             fresh[:, :longest] = used if self.index is None else used.index_select(0, self.index)
             return fresh
 
-        return self._with(
+        return self.replaced(
             k={i: moved(k) for i, k in self.k.items()},
             v={i: moved(v) for i, v in self.v.items()},
             conv={i: self._rows(conv) for i, conv in self.conv.items()},
@@ -127,15 +128,16 @@ class ContextState:
             longest=longest,
         )
 
+    def replaced(self, **changed: Any) -> ContextState:
+        """Another state with some fields changed, which shares the storage of this one."""
+        return ContextState(**{f.name: getattr(self, f.name) for f in fields(self)} | changed)
+
     def consume(self) -> None:
         """Makes any later use an error: its storage now belongs to the state that commit returned."""
         self.__dict__.clear()
 
     def _rows(self, storage: Tensor) -> Tensor:
         return storage if self.index is None else storage.index_select(0, self.index)
-
-    def _with(self, **changed: object) -> ContextState:
-        return ContextState(**{f.name: getattr(self, f.name) for f in fields(self)} | changed)
 
 
 def logits(hidden: Tensor, head: Tensor) -> Tensor:
