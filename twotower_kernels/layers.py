@@ -116,7 +116,7 @@ class Conv1d(nn.Conv1d):
 
 @torch.no_grad()
 def draw_weights(model: nn.Module) -> None:
-    """Random weights that keep activations near 1: normal over the root of the inputs; no bias, no scale in the norms."""
+    """Random weights that keep activations near 1: normal over the root of the inputs; no biases, norms of weight 1."""
     for name, p in model.named_parameters():
         if name.endswith(("norm.weight", "norm_f.weight", "mixer.D")):
             p.fill_(1)
