@@ -1,4 +1,5 @@
-"""Folders of safetensors: what is read, and what is said about a folder that is damaged, incomplete or hostile."""
+"""Folders of safetensors: what is read, and what is said about a folder that is damaged, incomplete or hostile. The
+specification's loader and the package's are held to the same."""
 
 import json
 import pickle
@@ -14,8 +15,11 @@ from torch import Tensor
 from reference import checkpoint
 from reference.model import TwoTower
 from tests.paths import GOLDEN
+from twotower_kernels import TwoTowerModel
+from twotower_kernels import checkpoint as package_checkpoint
 
 Weights = dict[str, Tensor]
+Loader = Callable[..., TwoTower | TwoTowerModel]
 A_LOG = "denoiser_tower.layers.0.mixer.A_log"
 EMBEDDINGS = "context_tower.embeddings.weight"
 GATE = "context_tower.layers.1.mixer.gate.weight"
@@ -25,6 +29,11 @@ INDEX = "model.safetensors.index.json"
 @pytest.fixture(scope="module")
 def weights() -> Weights:
     return load_file(GOLDEN / "tiny" / "model.safetensors")
+
+
+@pytest.fixture(params=[TwoTower, TwoTowerModel], ids=["reference", "package"])
+def load(request: pytest.FixtureRequest) -> Loader:
+    return request.param.from_pretrained
 
 
 @pytest.fixture
@@ -54,7 +63,7 @@ def split(weights: Weights) -> tuple[Weights, Weights]:
     return context, {key: value for key, value in weights.items() if key not in context}
 
 
-def assert_same_weights(model: TwoTower, weights: Weights) -> None:
+def assert_same_weights(model: TwoTower | TwoTowerModel, weights: Weights) -> None:
     state = model.state_dict()
     assert state.keys() == weights.keys()
     for key, value in weights.items():
@@ -64,38 +73,38 @@ def assert_same_weights(model: TwoTower, weights: Weights) -> None:
 # --- what is read ----------------------------------------------------------------------------------------------------
 
 
-def test_one_file(folder: Path, weights: Weights) -> None:
+def test_one_file(load: Loader, folder: Path, weights: Weights) -> None:
     save(folder, weights)
-    assert_same_weights(TwoTower.from_pretrained(folder), weights)
+    assert_same_weights(load(folder), weights)
 
 
-def test_shards(folder: Path, weights: Weights) -> None:
+def test_shards(load: Loader, folder: Path, weights: Weights) -> None:
     save(folder, *split(weights))
-    assert_same_weights(TwoTower.from_pretrained(str(folder)), weights)
+    assert_same_weights(load(str(folder)), weights)
 
 
-def test_shards_may_be_links(folder: Path, weights: Weights) -> None:
+def test_shards_may_be_links(load: Loader, folder: Path, weights: Weights) -> None:
     """Download caches keep a snapshot as links to files elsewhere."""
     save(folder, *split(weights))
     for path in folder.glob("*.safetensors"):
         path.rename(folder.parent / path.name)
         path.symlink_to(folder.parent / path.name)
-    assert_same_weights(TwoTower.from_pretrained(folder), weights)
+    assert_same_weights(load(folder), weights)
 
 
-def test_embedding_is_embeddings(folder: Path, weights: Weights) -> None:
+def test_embedding_is_embeddings(load: Loader, folder: Path, weights: Weights) -> None:
     save(folder, {key.replace("embeddings.", "embedding."): value for key, value in weights.items()})
-    assert_same_weights(TwoTower.from_pretrained(folder), weights)
+    assert_same_weights(load(folder), weights)
 
 
 @pytest.mark.parametrize("head_first", [False, True], ids=["head last", "head first"])
-def test_a_backbone_seeds_both_towers(folder: Path, weights: Weights, head_first: bool) -> None:
+def test_a_backbone_seeds_both_towers(load: Loader, folder: Path, weights: Weights, head_first: bool) -> None:
     """Whatever the order of its shards."""
     tower, _ = split(weights)
     backbone = {key.replace("context_tower.", "backbone."): value for key, value in tower.items()}
     head = {"lm_head.weight": weights["context_lm_head.weight"]}
     save(folder, *((head, backbone) if head_first else (backbone, head)))
-    state = TwoTower.from_pretrained(folder).state_dict()
+    state = load(folder).state_dict()
     for key, value in tower.items():
         assert torch.equal(state[key], value), key
         assert torch.equal(state[key.replace("context_", "denoiser_")], value), key
@@ -103,9 +112,9 @@ def test_a_backbone_seeds_both_towers(folder: Path, weights: Weights, head_first
     assert torch.equal(state["lm_head.weight"], head["lm_head.weight"])
 
 
-def test_sensitive_weights_keep_their_width(folder: Path, weights: Weights) -> None:
+def test_sensitive_weights_keep_their_width(load: Loader, folder: Path, weights: Weights) -> None:
     save(folder, weights)
-    state = TwoTower.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+    state = load(folder, dtype=torch.bfloat16).state_dict()
     assert state[EMBEDDINGS].dtype == torch.bfloat16
     for key in state:
         if key.endswith(("gate.weight", "e_score_correction_bias", "A_log", ".D", "dt_bias")):
@@ -115,18 +124,20 @@ def test_sensitive_weights_keep_their_width(folder: Path, weights: Weights) -> N
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_no_folder(tmp_path: Path) -> None:
+def test_no_folder(load: Loader, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere/config\.json"):
-        TwoTower.from_pretrained(tmp_path / "nowhere")
+        load(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         next(checkpoint.tensors(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        package_checkpoint.entries(tmp_path / "nowhere")
 
 
-def test_no_weights(folder: Path) -> None:
+def test_no_weights(load: Loader, folder: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"model: neither model\.safetensors nor model\.safetensors\.index\.json"
     ):
-        TwoTower.from_pretrained(folder)
+        load(folder)
 
 
 def without(key: str) -> Callable[[Weights], Weights]:
@@ -158,52 +169,52 @@ WRONG: dict[str, tuple[Callable[[Weights], Weights], str]] = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_a_wrong_key_is_named(folder: Path, weights: Weights, what: str) -> None:
+def test_a_wrong_key_is_named(load: Loader, folder: Path, weights: Weights, what: str) -> None:
     change, message = WRONG[what]
     save(folder, change(weights))
     with pytest.raises(ValueError, match=message):
-        TwoTower.from_pretrained(folder)
+        load(folder)
 
 
 @pytest.mark.parametrize(
     "keep", [0, 4, 100, 0.5, -1], ids=["empty", "4 bytes", "100 bytes", "half", "all but one byte"]
 )
-def test_a_truncated_file_is_named(folder: Path, weights: Weights, keep: float) -> None:
+def test_a_truncated_file_is_named(load: Loader, folder: Path, weights: Weights, keep: float) -> None:
     save(folder, *split(weights))
     path = folder / "model-00002-of-00002.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data)) if keep == 0.5 else int(keep)])
     with pytest.raises(ValueError, match=rf"{path.name}: truncated"):
-        TwoTower.from_pretrained(folder)
+        load(folder)
 
 
-def test_a_missing_shard_is_named(folder: Path, weights: Weights) -> None:
+def test_a_missing_shard_is_named(load: Loader, folder: Path, weights: Weights) -> None:
     save(folder, *split(weights))
     (folder / "model-00001-of-00002.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model-00001-of-00002\.safetensors: .* missing"):
-        TwoTower.from_pretrained(folder)
+        load(folder)
 
 
-def test_a_key_in_two_shards_is_named(folder: Path, weights: Weights) -> None:
+def test_a_key_in_two_shards_is_named(load: Loader, folder: Path, weights: Weights) -> None:
     context, rest = split(weights)
     save(folder, context, {**rest, EMBEDDINGS: weights[EMBEDDINGS].clone()})
     with pytest.raises(ValueError, match=rf"(?s)model-0000[12].*{EMBEDDINGS}"):
-        TwoTower.from_pretrained(folder)
+        load(folder)
 
 
-def test_a_key_that_the_index_promises_elsewhere_is_named(folder: Path, weights: Weights) -> None:
+def test_a_key_that_the_index_promises_elsewhere_is_named(load: Loader, folder: Path, weights: Weights) -> None:
     save(folder, *split(weights))
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"][EMBEDDINGS] = "model-00002-of-00002.safetensors"
     (folder / INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match=rf"{EMBEDDINGS}"):
-        TwoTower.from_pretrained(folder)
+        load(folder)
 
 
 @pytest.mark.parametrize(
     "name", ["../outside.safetensors", "{outside}", "sub/../../outside.safetensors", "..", ".", ""]
 )
-def test_an_index_cannot_lead_out_of_the_folder(folder: Path, weights: Weights, name: str) -> None:
+def test_an_index_cannot_lead_out_of_the_folder(load: Loader, folder: Path, weights: Weights, name: str) -> None:
     """Even though the file is there, and good."""
     outside = folder.parent / "outside.safetensors"
     save_file(weights, outside)
@@ -211,16 +222,16 @@ def test_an_index_cannot_lead_out_of_the_folder(folder: Path, weights: Weights, 
     name = name.format(outside=outside)
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(weights, name)}))
     with pytest.raises(ValueError, match=r"index\.json: key \S+ names .* not a file inside the folder"):
-        TwoTower.from_pretrained(folder)
+        load(folder)
 
 
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": null}', "\udcff"], ids=repr
 )
-def test_an_index_that_is_none_is_named(folder: Path, text: str) -> None:
+def test_an_index_that_is_none_is_named(load: Loader, folder: Path, text: str) -> None:
     (folder / INDEX).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=r"index\.json: not an index"):
-        TwoTower.from_pretrained(folder)
+        load(folder)
 
 
 class Trap:
@@ -234,7 +245,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "model.pt"])
-def test_nothing_is_unpickled(folder: Path, tmp_path: Path, name: str) -> None:
+def test_nothing_is_unpickled(load: Loader, folder: Path, tmp_path: Path, name: str) -> None:
     trace = tmp_path / "trace"
     data = pickle.dumps(Trap(trace))
     pickle.loads(data)
@@ -242,5 +253,5 @@ def test_nothing_is_unpickled(folder: Path, tmp_path: Path, name: str) -> None:
     trace.unlink()
     (folder / name).write_bytes(data)
     with pytest.raises((ValueError, FileNotFoundError), match=r"model\.safetensors"):
-        TwoTower.from_pretrained(folder)
+        load(folder)
     assert not trace.exists()

@@ -1,4 +1,4 @@
-"""`config.json`: the released fields are understood, and every contradiction is named."""
+"""`config.json`: the released fields are understood, and every contradiction is named; by both programs."""
 
 import json
 import math
@@ -7,10 +7,18 @@ from typing import Any
 
 import pytest
 
-from reference.config import TwoTowerConfig
+from reference import config as specification
 from tests.paths import GOLDEN
+from twotower_kernels import config as package
+
+Config = type[specification.TwoTowerConfig] | type[package.TwoTowerConfig]
 
 RAW: dict[str, Any] = json.loads((GOLDEN / "tiny" / "config.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(params=[specification, package], ids=["reference", "package"])
+def config_class(request: pytest.FixtureRequest) -> Config:
+    return request.param.TwoTowerConfig
 
 
 def changed(**fields: Any) -> dict[str, Any]:
@@ -18,16 +26,16 @@ def changed(**fields: Any) -> dict[str, Any]:
     return {name: value for name, value in {**RAW, **fields}.items() if value is not ...}
 
 
-def test_a_bare_infinity_is_understood(tmp_path: Path) -> None:
+def test_a_bare_infinity_is_understood(config_class: Config, tmp_path: Path) -> None:
     assert "Infinity" in (GOLDEN / "tiny" / "config.json").read_text(encoding="utf-8")
-    config = TwoTowerConfig.from_file(GOLDEN / "tiny" / "config.json")
+    config = config_class.from_file(GOLDEN / "tiny" / "config.json")
     assert config.time_step_limit == (0.0, math.inf)
 
 
-def test_the_released_shape_is_accepted() -> None:
+def test_the_released_shape_is_accepted(config_class: Config) -> None:
     """Nemotron-TwoTower-30B-A3B as published (arXiv 2606.26493): 52 layers, of which 23 M, 23 E and 6 *."""
     pattern = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
-    config = TwoTowerConfig.from_dict(
+    config = config_class.from_dict(
         changed(
             hybrid_override_pattern=pattern,
             num_hidden_layers=52,
@@ -49,8 +57,8 @@ def test_the_released_shape_is_accepted() -> None:
     assert [pattern.count(letter) for letter in "ME*-"] == [23, 23, 6, 0]
 
 
-def test_unknown_fields_are_ignored() -> None:
-    assert TwoTowerConfig.from_dict(changed(transformers_version="9.9")) == TwoTowerConfig.from_dict(RAW)
+def test_unknown_fields_are_ignored(config_class: Config) -> None:
+    assert config_class.from_dict(changed(transformers_version="9.9")) == config_class.from_dict(RAW)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -106,33 +114,33 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_a_contradiction_is_named(what: str) -> None:
+def test_a_contradiction_is_named(config_class: Config, what: str) -> None:
     fields, message = BAD[what]
     with pytest.raises(ValueError, match=message):
-        TwoTowerConfig.from_dict(changed(**fields))
+        config_class.from_dict(changed(**fields))
 
 
-def test_fields_of_absent_layers_do_not_matter() -> None:
+def test_fields_of_absent_layers_do_not_matter(config_class: Config) -> None:
     """A model without experts may carry any expert counts, as configs derived from a larger one do."""
     pure = changed(hybrid_override_pattern="M*M*M*M*", num_experts_per_tok=99, n_group=3)
-    assert TwoTowerConfig.from_dict(pure).hybrid_override_pattern == "M*M*M*M*"
+    assert config_class.from_dict(pure).hybrid_override_pattern == "M*M*M*M*"
 
 
 @pytest.mark.parametrize("text", ["", "{", "not json", '{"vocab_size": 256,}', "\udcff"], ids=repr)
-def test_a_file_that_is_not_json_is_named(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_json_is_named(config_class: Config, tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
-        TwoTowerConfig.from_file(path)
+        config_class.from_file(path)
 
 
-def test_a_file_that_is_no_object_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_no_object_is_named(config_class: Config, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text("[1, 2]")
     with pytest.raises(ValueError, match=r"config\.json: expected a JSON object, got list"):
-        TwoTowerConfig.from_file(path)
+        config_class.from_file(path)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(config_class: Config, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
-        TwoTowerConfig.from_file(tmp_path / "config.json")
+        config_class.from_file(tmp_path / "config.json")

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from twotower_kernels.config import TwoTowerConfig
+from twotower_kernels.model import TwoTowerModel
 from twotower_kernels.ops import (
     MoePlan,
     adaln_norm,
@@ -21,12 +23,16 @@ from twotower_kernels.ops import (
 )
 from twotower_kernels.ops.remask import RemaskResult, remask
 from twotower_kernels.remask_policy import RemaskPolicy
+from twotower_kernels.state import ContextState
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "ContextState",
     "MoePlan",
     "RemaskPolicy",
     "RemaskResult",
+    "TwoTowerConfig",
+    "TwoTowerModel",
     "__version__",
     "adaln_norm",
     "append_kv",

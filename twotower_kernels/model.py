@@ -1,0 +1,439 @@
+"""TwoTower for inference: a causal context tower, and a denoiser that reads its state layer by layer.
+
+Both towers (Nemotron-TwoTower, arXiv 2606.26493) are the same stack of Mamba-2 (`M`), attention (`*`), mixture of
+experts (`E`) and dense MLP (`-`) layers, with separate weights:
+
+    context tower   h ← h + mixer(norm(h))                           causal; leaves a `ContextState` behind
+    denoiser        h ← h + gate · mixer(norm(h·(1+scale) + shift))  M and *; reads that state, never writes it
+                    h ← h + gate · mixer(norm(h)·(1+scale) + shift)  E and -
+
+One layer's residual and the next layer's norm are one operation. No position information exists: a batch of rows of
+different lengths needs nothing but the lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from twotower_kernels import loading
+from twotower_kernels.config import TwoTowerConfig
+from twotower_kernels.layers import Factory, Layer, Linear, Stacked, TimeEmbedder, Tower, draw_weights
+from twotower_kernels.ops import adaln_norm, gated_residual_adaln_norm
+from twotower_kernels.state import ContextState, logits
+
+if TYPE_CHECKING:
+    from twotower_kernels.generate import GenerateResult, StepEvent
+    from twotower_kernels.remask_policy import RemaskPolicy
+
+TOWERS = ("both", "context", "denoiser")
+P = ParamSpec("P")
+R = TypeVar("R")
+Prompts = Tensor | Sequence[Tensor | Sequence[int]]
+Modulation = tuple[Tensor | None, Tensor | None, Tensor | None]  # shift, scale, gate, each [B, H]
+
+
+def _without_gradients(function: Callable[P, R]) -> Callable[P, R]:
+    """Inference mode, which makes small operations cheaper; while compiling, which cannot trace it, no_grad."""
+
+    @wraps(function)
+    def call(*arguments: P.args, **options: P.kwargs) -> R:
+        with torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode():
+            return function(*arguments, **options)
+
+    return call
+
+
+class TwoTowerModel(nn.Module):
+    """Both towers or one of them, without gradients. Use `from_pretrained`; the constructor draws random weights.
+
+    `state_dict` and `load_state_dict` speak the released checkpoint's keys, although experts are stored stacked.
+
+    Args:
+        config: the shape of both towers.
+        device: of the weights.
+        dtype: of the weights; None: the config's `torch_dtype`. Router, A_log, D and dt_bias are float32 at least.
+        towers: "both"; "context" (runs alone autoregressively, and makes states); "denoiser" (reads states).
+
+    Raises:
+        ValueError: unknown `towers`. TypeError: a dtype that is not float64, float32, bfloat16 or float16.
+    """
+
+    def __init__(
+        self,
+        config: TwoTowerConfig,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        towers: str = "both",
+    ) -> None:
+        super().__init__()
+        if towers not in TOWERS:
+            raise ValueError(f"towers: expected one of {TOWERS}, got {towers!r}")
+        self.config, self.towers = config, towers
+        factory: Factory = {"device": torch.device(device), "dtype": loading.weight_dtype(config, dtype)}
+        hidden, layers = config.hidden_size, len(config.hybrid_override_pattern)
+        if towers != "denoiser":
+            self.context_tower = Tower(config, factory)
+            self.context_lm_head = Linear(hidden, config.vocab_size, **factory)
+        if towers != "context":
+            self.denoiser_tower = Tower(config, factory)
+            self.lm_head = Linear(hidden, config.vocab_size, **factory)
+            self.t_embedder = TimeEmbedder(hidden, factory)
+            self.t_block = nn.Sequential(nn.SiLU(), Linear(hidden, 3 * hidden, bias=True, **factory))
+            tables = torch.empty(layers, 3, hidden, **factory)
+            self.scale_shift_tables: Any = Stacked({"tables": "{}"}, tables=tables)
+        self.requires_grad_(False)
+        if factory["device"].type != "meta":
+            draw_weights(self)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        towers: str = "both",
+        progress: bool | None = None,
+    ) -> TwoTowerModel:
+        """Loads a folder with `config.json` and safetensors in the released layout, one file or shards.
+
+        Every weight goes from its file straight to its place on the device, in its dtype; nothing is held twice.
+        A single-tower checkpoint of the backbone (`backbone.*`, `lm_head.weight`) fills both towers. The time
+        conditioning that it lacks is set to none: `denoise` then gives the same for every t.
+
+        Args:
+            path: the folder.
+            device, dtype, towers: as for the class, except that router, A_log, D and dt_bias keep their file's dtype if
+                it is the wider one. Weights of a tower that is not asked for are not read.
+            progress: whether to show a bar on stderr; None: for more than 1 GB, if stderr is a terminal.
+
+        Raises:
+            FileNotFoundError: config, weights or a shard missing.
+            ValueError: a config, index or file that is damaged or hostile; a key missing, unknown, given twice, or of
+                the wrong shape or dtype. The message names file and key. All keys are checked before any is read.
+        """
+        config = TwoTowerConfig.from_file(Path(path) / "config.json")
+        model = cls(config, device="meta", dtype=dtype, towers=towers)
+        # Keys that another choice of towers would read are passed over; those that nobody knows are an error.
+        known = set(loading.places(model if towers == "both" else cls(config, device="meta", dtype=dtype)))
+        loading.fill(model, Path(path), torch.device(device), loading.weight_dtype(config, dtype), known, progress)
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    # --- the context tower ------------------------------------------------------------------------------------------
+
+    @_without_gradients
+    def forward_ar(self, input_ids: Tensor) -> Tensor:
+        """The context tower alone, as a causal language model over clean tokens.
+
+        Args:
+            input_ids: `[B, S]` int64 or int32.
+
+        Returns:
+            Next-token logits of every position, `[B, S, V]` float32 (float64 for a float64 model). Not differentiable.
+
+        Raises:
+            ValueError: ids of the wrong shape, dtype, device, or outside the vocabulary. RuntimeError: no such tower.
+        """
+        self._need("context")
+        self._check_ids("input_ids", input_ids)
+
+        def mix(i: int, layer: Layer, x: Tensor) -> Tensor:
+            if layer.letter == "M":
+                return layer.mixer(x)[0]
+            return layer.mixer(x, causal=True) if layer.letter == "*" else layer.mixer(x)
+
+        return logits(self._run(self.context_tower, input_ids, mix), self.context_lm_head.weight)
+
+    def prefill(self, input_ids: Tensor, lengths: Tensor | Sequence[int] | None = None) -> ContextState:
+        """The state after prompts `[B, S]`, of which row b has its first `lengths[b]` tokens (all, if None).
+
+        What stands beyond a row's length is ignored, but must be in the vocabulary. Raises as `commit`.
+        """
+        self._need("context")
+        self._check_ids("input_ids", input_ids)
+        return self.commit(input_ids, self.empty_state(input_ids.shape[0]), lengths)
+
+    @_without_gradients
+    def commit(
+        self, block_ids: Tensor, state: ContextState, lengths: Tensor | Sequence[int] | None = None
+    ) -> ContextState:
+        """Extends the context by clean tokens, and consumes `state`: keys and values are appended in place.
+
+        Args:
+            block_ids: `[B, S]` int64 or int32; S may be 0.
+            state: the context of B rows. Any later use of it is a RuntimeError (its forks and selections stay valid).
+                When this call raises, the state is unchanged and stays usable.
+            lengths: `[B]`, how many tokens of each row count, 0 to S; None: all.
+
+        Returns:
+            The new state. Not differentiable.
+
+        Raises:
+            ValueError: ids or lengths of the wrong shape, dtype, device or range. RuntimeError: a state that was
+                consumed, no such tower.
+        """
+        self._need("context")
+        self._check_ids("block_ids", block_ids, state)
+        batch, size = block_ids.shape
+        if lengths is not None:
+            lengths = self._checked_lengths(lengths, batch, size)
+        if size == 0:
+            new = state.replaced()
+            state.consume()
+            return new
+        old = state.room_for(size)
+        conv: dict[int, Tensor] = {}
+        ssm: dict[int, Tensor] = {}
+
+        def mix(i: int, layer: Layer, x: Tensor) -> Tensor:
+            if layer.letter == "M":
+                y, conv[i], ssm[i] = layer.mixer(x, old.conv[i], old.ssm[i], lengths=lengths, return_states=True)
+                return y
+            if layer.letter == "*":
+                context = old.k[i], old.v[i], old.lengths
+                return layer.mixer(x, context, lengths=lengths, causal=True, append=True)
+            return layer.mixer(x)
+
+        hidden = self._run(self.context_tower, block_ids, mix)  # [B, S, H]
+        if lengths is None:
+            last = hidden[:, -1].clone()  # a copy, so as not to keep all of `hidden`
+        else:
+            newest = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
+            last = torch.where(lengths[:, None] > 0, hidden.gather(1, newest)[:, 0], old.last_hidden)
+        new = old.replaced(
+            lengths=old.lengths + (size if lengths is None else lengths),
+            conv=conv,
+            ssm=ssm,
+            last_hidden=last,
+            longest=old.longest + size,
+        )
+        state.consume()
+        return new
+
+    def empty_state(self, batch: int) -> ContextState:
+        """The state of `batch` rows without any token: legal wherever a state is, except for its logits.
+
+        Raises:
+            ValueError: a negative batch.
+        """
+        if batch < 0:
+            raise ValueError(f"batch: expected 0 or more rows, got {batch}")
+        c, tower = self.config, self.denoiser_tower if self.towers == "denoiser" else self.context_tower
+        like = tower.embeddings.weight
+        wide = torch.promote_types(like.dtype, torch.float32)
+        with torch.inference_mode():
+            kv = (batch, 0, c.num_key_value_heads, c.head_dim)
+            ssm = (batch, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
+            return ContextState(
+                lengths=torch.zeros(batch, dtype=torch.int64, device=like.device),
+                k={i: like.new_empty(kv) for i in c.layers("*")},
+                v={i: like.new_empty(kv) for i in c.layers("*")},
+                conv={i: like.new_zeros(batch, c.mamba_channels, c.conv_kernel - 1) for i in c.layers("M")},
+                ssm={i: like.new_zeros(ssm, dtype=wide) for i in c.layers("M")},
+                last_hidden=like.new_zeros(batch, c.hidden_size),
+                head=None if self.towers == "denoiser" else self.context_lm_head.weight,
+                index=None,
+                longest=0,
+            )
+
+    # --- the denoiser -----------------------------------------------------------------------------------------------
+
+    @_without_gradients
+    def denoise(self, block_ids: Tensor, state: ContextState, t: Tensor | float | None = None) -> Tensor:
+        """The denoiser on one partly masked block per row. The context is read where it lies: nothing of it is copied.
+
+        Args:
+            block_ids: `[B, S]` int64 or int32, masks included.
+            state: the context of B rows; only read.
+            t: noise level in [0, 1], a number or `[B]` (for rules that rank: the masked fraction). None: no
+                time conditioning, the tower then computes as the context tower does.
+
+        Returns:
+            Logits of every position, `[B, S, V]` float32 (float64 for a float64 model). Not differentiable.
+
+        Raises:
+            ValueError: ids or t of the wrong shape, dtype, device or range. RuntimeError: a state that was consumed,
+                no such tower.
+        """
+        self._need("denoiser")
+        self._check_ids("block_ids", block_ids, state)
+
+        def mix(i: int, layer: Layer, x: Tensor) -> Tensor:
+            if layer.letter == "M":
+                return layer.mixer(x, state.conv[i], state.ssm[i], state.index)[0]
+            if layer.letter == "*":
+                return layer.mixer(x, (state.k[i], state.v[i], state.lengths), state.index)
+            return layer.mixer(x)
+
+        hidden = self._run(self.denoiser_tower, block_ids, mix, self._modulation(t, block_ids))
+        return logits(hidden, self.lm_head.weight)
+
+    def _modulation(self, t: Tensor | float | None, ids: Tensor) -> list[Modulation] | None:
+        """Per layer (shift, scale, gate), by adaLN-single (PixArt-α, arXiv 2310.00426): a shared part and a table."""
+        if t is None:
+            return None
+        batch = ids.shape[0]
+        if not isinstance(t, Tensor):
+            if not 0 <= t <= 1:  # NaN fails too
+                raise ValueError(f"t: expected a number in [0, 1], got {t}")
+            t = torch.full((batch,), float(t), dtype=torch.float64, device=ids.device)
+        elif t.shape not in ((), (batch,)) or not t.is_floating_point() or t.device != ids.device:
+            raise ValueError(
+                f"t: expected floating numbers, one or [{batch}], on {ids.device}, got {t.dtype} {list(t.shape)} "
+                f"on {t.device}"
+            )
+        elif _readable(t) and not bool(((t >= 0) & (t <= 1)).all()):
+            raise ValueError(f"t: expected numbers in [0, 1], got {t.tolist()}")
+        shared = self.t_block(self.t_embedder(t.expand(batch))).unflatten(-1, (3, -1))  # [B, 3, H]
+        modulation = self.scale_shift_tables.tables[:, None] + shared  # [layers, B, 3, H]
+        return [(layer[:, 0], layer[:, 1], layer[:, 2]) for layer in modulation]
+
+    # --- generation -------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        mode: str = "mask_diffusion",
+        max_new_tokens: int,
+        block_size: int = 16,
+        steps_per_block: int = 16,
+        confidence_threshold: float = 0.8,
+        policy: RemaskPolicy | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        mask_token_id: int = 3,
+        eos_token_id: int | None = None,
+        seed: int = 0,
+        on_step: Callable[[StepEvent], object] | None = None,
+    ) -> GenerateResult:
+        """Continues every prompt: `twotower_kernels.generate.generate` with this model, which says what the arguments
+        mean, what comes back and what is refused."""
+        from twotower_kernels.generate import generate
+
+        return generate(
+            self,
+            prompts,
+            mode=mode,
+            max_new_tokens=max_new_tokens,
+            block_size=block_size,
+            steps_per_block=steps_per_block,
+            confidence_threshold=confidence_threshold,
+            policy=policy,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            mask_token_id=mask_token_id,
+            eos_token_id=eos_token_id,
+            seed=seed,
+            on_step=on_step,
+        )
+
+    def stream(
+        self,
+        prompts: Prompts,
+        *,
+        mode: str = "mask_diffusion",
+        max_new_tokens: int,
+        block_size: int = 16,
+        steps_per_block: int = 16,
+        confidence_threshold: float = 0.8,
+        policy: RemaskPolicy | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        mask_token_id: int = 3,
+        eos_token_id: int | None = None,
+        seed: int = 0,
+    ) -> Iterator[StepEvent]:
+        """As `generate`, step by step: an iterator over `StepEvent`s, from `twotower_kernels.generate.stream`."""
+        from twotower_kernels.generate import stream
+
+        return stream(
+            self,
+            prompts,
+            mode=mode,
+            max_new_tokens=max_new_tokens,
+            block_size=block_size,
+            steps_per_block=steps_per_block,
+            confidence_threshold=confidence_threshold,
+            policy=policy,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            mask_token_id=mask_token_id,
+            eos_token_id=eos_token_id,
+            seed=seed,
+        )
+
+    # --- both towers ------------------------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        tower: Tower,
+        ids: Tensor,
+        mix: Callable[[int, Layer, Tensor], Tensor],
+        modulation: list[Modulation] | None = None,
+    ) -> Tensor:
+        """The residual stream through a tower: `[B, S, H]` after the last norm. `mix` calls a layer's mixer."""
+        eps, dtype = self.config.layer_norm_epsilon, tower.embeddings.weight.dtype
+        layers = list(tower.layers)
+        each: list[Modulation] = [(None, None, None)] * len(layers) if modulation is None else modulation
+        # Per norm: weight, shift, scale, order. The last one is never modulated.
+        norms = [(layer.norm.weight, *m[:2], layer.order) for layer, m in zip(layers, each, strict=True)]
+        norms.append((tower.norm_f.weight, None, None, "modulate_norm"))
+        h = tower.embeddings(ids)
+        if self.config.residual_in_fp32:
+            h = h.to(torch.promote_types(dtype, torch.float32))
+        weight, shift, scale, order = norms[0]
+        x = adaln_norm(h, weight, shift, scale, eps=eps, order=order)
+        for i, layer in enumerate(layers):
+            y = mix(i, layer, x.to(dtype))
+            weight, shift, scale, order = norms[i + 1]
+            h, x = gated_residual_adaln_norm(h, y, each[i][2], weight, shift, scale, eps=eps, order=order)
+        return x.to(dtype)
+
+    def _need(self, tower: str) -> None:
+        if self.towers not in ("both", tower):
+            raise RuntimeError(f"expected a model with the {tower} tower, got one loaded with towers={self.towers!r}")
+
+    def _check_ids(self, name: str, ids: Tensor, state: ContextState | None = None) -> None:
+        if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name}: expected int64 or int32 [B, S], got {ids.dtype} {list(ids.shape)}")
+        if state is not None and ids.shape[0] != state.batch_size:
+            raise ValueError(f"{name}: expected {state.batch_size} rows as the state has, got {ids.shape[0]}")
+        if ids.device != self.device:
+            raise ValueError(f"{name}: expected device {self.device}, got {ids.device}")
+        vocabulary = self.config.vocab_size
+        if _readable(ids) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            row, column = ((ids < 0) | (ids >= vocabulary)).nonzero()[0].tolist()
+            raise ValueError(
+                f"{name}: token {int(ids[row, column])} at row {row}, position {column} is outside the vocabulary "
+                f"of {vocabulary}"
+            )
+
+    def _checked_lengths(self, lengths: Tensor | Sequence[int], batch: int, size: int) -> Tensor:
+        lengths = torch.as_tensor(lengths, device=self.device)
+        if lengths.shape != (batch,) or (lengths.is_floating_point() and batch) or lengths.dtype == torch.bool:
+            raise ValueError(f"lengths: expected [{batch}] integers, got {lengths.dtype} {list(lengths.shape)}")
+        if _readable(lengths) and bool(((lengths < 0) | (lengths > size)).any()):
+            raise ValueError(f"lengths: expected [{batch}] values in 0..{size}, got {lengths.tolist()}")
+        return lengths.long()
+
+
+def _readable(tensor: Any) -> bool:
+    """Whether its values may be looked at for a better error message: where that stalls no device and no trace."""
+    return not torch.compiler.is_compiling() and tensor.device.type == "cpu"

@@ -1,0 +1,146 @@
+"""What the context tower leaves behind for the denoiser and for itself: an argument and a result, never a hidden cache.
+
+Keys and values are stored with room to spare and appended to in place; the room grows geometrically, so a context of n
+tokens is copied O(1) times per token. A state that was selected or forked from another one reads that one's storage
+through an index, without a copy, until it is committed to: dropping rows or sampling many continuations of one context
+costs nothing in the denoiser's steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_SPARE = 64  # tokens of room to spare at least
+
+
+@dataclass(eq=False, repr=False)
+class ContextState:
+    """The context of B rows. `lengths`, `logits`, `batch_size`, `select` and `fork` are for everyone; the rest is the
+    model's own. `TwoTowerModel.commit` consumes a state: any later use of it is a RuntimeError.
+
+    lengths: `[B]` int64, committed tokens of each row.
+    k, v: per attention layer, `[R, T, Hkv, D]`, T at least the longest length; beyond a row's length unspecified.
+    conv, ssm: per Mamba-2 layer, `[R, C, width-1]` and `[R, heads, head_dim, state]` (float32, or float64).
+    last_hidden: `[R, H]`, what the context tower's head reads: the last token's output.
+    head: `[V, H]`, that head's weight; None for a model without context tower.
+    index: `[B]` int64, the storage row of each row; None: its own, R = B.
+    longest: at least the longest length, known without asking the device.
+    """
+
+    lengths: Tensor
+    k: dict[int, Tensor]
+    v: dict[int, Tensor]
+    conv: dict[int, Tensor]
+    ssm: dict[int, Tensor]
+    last_hidden: Tensor
+    head: Tensor | None
+    index: Tensor | None
+    longest: int
+
+    def __getattr__(self, name: str) -> Any:  # reached only by what is not there: everything, once consumed
+        if name.startswith("__") or self.__dict__:
+            raise AttributeError(f"ContextState has no attribute {name!r}")
+        raise RuntimeError(
+            f"state.{name}: this state was consumed by commit, expected the state that commit returned; "
+            "to continue one context in several ways, fork it before"
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def logits(self) -> Tensor:
+        """Next-token logits of the context tower, `[B, V]` float32 (float64), computed when asked for.
+
+        Raises:
+            ValueError: a row has no token yet. RuntimeError: the state of a model without context tower.
+        """
+        if self.head is None:
+            raise RuntimeError("state.logits: expected a model with a context tower, got one with the denoiser alone")
+        if bool((self.lengths == 0).any()):
+            lengths = self.lengths.tolist()
+            raise ValueError(f"state.logits: expected at least one token in every row, got lengths {lengths}")
+        with torch.inference_mode():
+            return logits(self._rows(self.last_hidden), self.head)
+
+    def select(self, rows: Tensor | Sequence[int]) -> ContextState:
+        """Some rows, in the order given, repeated where repeated. Nothing of the context is copied until a commit.
+
+        Args:
+            rows: indices `[N]`, or a boolean mask `[B]`.
+
+        Raises:
+            TypeError: neither integers nor booleans. ValueError: not one-dimensional. IndexError: no such row.
+        """
+        rows = torch.as_tensor(rows, device=self.lengths.device)
+        if rows.ndim != 1:
+            raise ValueError(f"rows: expected [N] indices or a [B] mask, got shape {list(rows.shape)}")
+        if rows.is_floating_point():
+            if rows.numel():
+                raise TypeError(f"rows: expected integers or booleans, got {rows.dtype}")
+            rows = rows.long()  # an empty list
+        own = torch.arange(self.batch_size, device=rows.device) if self.index is None else self.index
+        return self.replaced(lengths=self.lengths[rows], index=own[rows])
+
+    def fork(self, n: int) -> ContextState:
+        """n copies of every row, next to each other: n continuations of each context. The original stays usable.
+
+        Raises:
+            ValueError: n below 1.
+        """
+        if n < 1:
+            raise ValueError(f"fork: expected at least 1 copy, got {n}")
+        return self.select(torch.arange(self.batch_size, device=self.lengths.device).repeat_interleave(n))
+
+    # --- for the model ----------------------------------------------------------------------------------------------
+
+    def room_for(self, tokens: int) -> ContextState:
+        """This state with storage of its own, and room for so many more tokens in every row. Consumes nothing."""
+        capacity = min((k.shape[1] for k in self.k.values()), default=1 << 62)
+        if self.index is None and self.longest + tokens <= capacity:
+            return self
+        # `longest` is a bound. Before the storage is moved, which is rare, ask the device for the truth.
+        longest = int(self.lengths.max()) if self.batch_size else 0
+        needed = longest + tokens
+        if self.index is None and needed <= capacity:
+            return self.replaced(longest=longest)
+
+        def moved(storage: Tensor) -> Tensor:  # [R, T, Hkv, D] -> [B, needed and spare, Hkv, D]
+            fresh = storage.new_empty(self.batch_size, needed + needed // 2 + _SPARE, *storage.shape[2:])
+            used = storage[:, :longest]
+            fresh[:, :longest] = used if self.index is None else used.index_select(0, self.index)
+            return fresh
+
+        return self.replaced(
+            k={i: moved(k) for i, k in self.k.items()},
+            v={i: moved(v) for i, v in self.v.items()},
+            conv={i: self._rows(conv) for i, conv in self.conv.items()},
+            ssm={i: self._rows(ssm) for i, ssm in self.ssm.items()},
+            last_hidden=self._rows(self.last_hidden),
+            index=None,
+            longest=longest,
+        )
+
+    def replaced(self, **changed: Any) -> ContextState:
+        """Another state with some fields changed, which shares the storage of this one."""
+        return ContextState(**{f.name: getattr(self, f.name) for f in fields(self)} | changed)
+
+    def consume(self) -> None:
+        """Makes any later use an error: its storage now belongs to the state that commit returned."""
+        self.__dict__.clear()
+
+    def _rows(self, storage: Tensor) -> Tensor:
+        return storage if self.index is None else storage.index_select(0, self.index)
+
+
+def logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """The head's product, rounded to its dtype as in training, then float32 (float64 stays)."""
+    out = F.linear(hidden, head)
+    return out if out.dtype == torch.float64 else out.float()
