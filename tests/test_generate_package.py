@@ -69,7 +69,7 @@ sampling = st.sampled_from([{}, {"temperature": 0.7}, {"temperature": 1.3, "top_
 blocks = st.sampled_from([{"block_size": s, "steps_per_block": t} for s, t in ((1, 1), (4, 4), (5, 2), (3, 8))])
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     rows=prompts,
     mode=st.sampled_from(MODES),

@@ -61,6 +61,13 @@ def test_a_step_highlights_what_it_changed() -> None:
     ]
 
 
+def test_a_long_text_is_shown_by_its_end() -> None:
+    """Also when the screen has no room for a character of each token."""
+    painter, _ = painted(1, 5, 4)
+    painter.done[0] = [i % 20 for i in range(1000)]
+    assert painter._screen([0]).plain == "fghij\nklmno\npqrst"
+
+
 def test_a_row_is_shown_up_to_its_end() -> None:
     """What a finished block holds after the EOS is no text."""
     _, events = painted(1, 30, 10)

@@ -93,11 +93,15 @@ class Painter:
         others = [row for row in range(len(self.prompts)) if row not in set(rows)]
         shown = sorted([*rows, *others][: max(1, height // 3)])
         lines = max(1, height // len(shown) - (len(shown) > 1))  # a blank line between rows
-        return Text("\n\n").join(self._tail(self.page(row, self.done[row]) + self.block[row], lines) for row in shown)
+        return Text("\n\n").join(self._tail(row, lines) for row in shown)
 
-    def _tail(self, text: Text, lines: int) -> Text:
-        width = self.console.width
-        recent = text[max(0, len(text) - lines * width) :]  # a screen's worth, so that a long text costs no more
+    def _tail(self, row: int, lines: int) -> Text:
+        """The last lines of a row. Only as much is decoded as can be seen, so that a long text costs no more."""
+        width, done = self.console.width, self.done[row]
+        room = lines * width
+        start = self.page(row, done) if len(done) <= room else Text(self.decode(done[-room:]))
+        text = start + self.block[row]
+        recent = text[max(0, len(text) - room) :]
         return Text("\n").join(recent.wrap(self.console, width, overflow="fold")[-lines:])
 
 
