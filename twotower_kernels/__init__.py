@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+from twotower_kernels.generate import GenerateResult, StepEvent, Stream
 from twotower_kernels.ops import adaln_norm, gated_residual, gated_residual_adaln_norm, rms_norm
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "GenerateResult",
+    "StepEvent",
+    "Stream",
     "__version__",
     "adaln_norm",
     "demo_path",
