@@ -1,33 +1,16 @@
 """The demo: what it prints, and what it says when it cannot."""
 
-import json
-import string
 from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from reference import demo
-from tests.test_generate import VOCAB, small_model
+from tests.small_model import save_small_model
 
 
 @pytest.fixture
 def shipped(tmp_path: Path) -> Path:
-    """A model folder as the demo reads it: the small model, and a tokenizer of single letters."""
-    model = small_model()
-    config = {**vars(model.config), "torch_dtype": "float64"}
-    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    save_file(
-        {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors"
-    )
-    words = ["<pad>", "<bos>", "<eos>", "<mask>", *string.ascii_lowercase[: VOCAB - 4]]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(words[:4])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    return tmp_path
+    return save_small_model(tmp_path)
 
 
 def test_demo_shows_every_step(

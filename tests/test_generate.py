@@ -16,45 +16,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from reference import philox
-from reference.config import TwoTowerConfig
 from reference.generate import MODES, GenerateResult, StepEvent, generate
 from reference.model import TwoTower
 from reference.remask import remask
 from reference.remask_policy import RemaskPolicy
 from tests.paths import GOLDEN
-
-MASK, VOCAB = 3, 24
-
-
-@functools.cache
-def small_model() -> TwoTower:
-    """Two towers of random weights with every kind of layer, in float64: a batch's sums round as a single row's do."""
-    torch.manual_seed(0)
-    config = TwoTowerConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        hybrid_override_pattern="M*E-",
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        mamba_num_heads=2,
-        mamba_head_dim=8,
-        ssm_state_size=4,
-        n_groups=1,
-        conv_kernel=4,
-        intermediate_size=16,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=8,
-        n_shared_experts=1,
-        moe_shared_expert_intermediate_size=8,
-    )
-    model = TwoTower(config)
-    for p in model.parameters():
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=0.5)
-    model.lm_head.weight.data *= 3  # confidences on both sides of the thresholds
-    return model.double()
+from tests.small_model import MASK, VOCAB, small_model
 
 
 def with_logits(value: float) -> TwoTower:

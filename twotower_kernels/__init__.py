@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from twotower_kernels.config import TwoTowerConfig
+from twotower_kernels.generate import GenerateResult, StepEvent, Stream
 from twotower_kernels.model import TwoTowerModel
 from twotower_kernels.ops import (
     MoePlan,
@@ -28,9 +29,12 @@ from twotower_kernels.state import ContextState
 __version__ = "0.1.0.dev0"
 __all__ = [
     "ContextState",
+    "GenerateResult",
     "MoePlan",
     "RemaskPolicy",
     "RemaskResult",
+    "StepEvent",
+    "Stream",
     "TwoTowerConfig",
     "TwoTowerModel",
     "__version__",

@@ -1,0 +1,7 @@
+"""`python -m twotower_kernels` is the command `twotower`."""
+
+import sys
+
+from twotower_kernels.cli import main
+
+sys.exit(main())

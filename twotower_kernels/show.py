@@ -1,0 +1,127 @@
+"""Generation made visible: blocks that un-mask in place in a terminal, one line per step elsewhere."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from operator import itemgetter
+from types import TracebackType
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from tokenizers import Tokenizer
+
+from twotower_kernels.generate import GenerateResult, StepEvent
+
+BLANK = "░"  # a place that is still masked
+NEW = "bold black on green"
+
+# A model may write any character, and some of them steer a terminal.
+_UNPRINTABLE = {i: "\N{REPLACEMENT CHARACTER}" for i in (*range(32), *range(127, 160)) if chr(i) not in "\t\n"}
+
+
+class Painter:
+    """Paints the events of a generation as they come; a context manager, inside which a terminal is painted on.
+
+    In a terminal the rows share the screen, each with the end of its text. What is painted vanishes afterwards: the
+    text itself is for the caller to print. Elsewhere every un-masking step is a line.
+    """
+
+    def __init__(
+        self, console: Console, tokenizer: Tokenizer, prompts: list[str], *, mask_token_id: int, eos_token_id: int
+    ) -> None:
+        self.console, self.tokenizer, self.prompts = console, tokenizer, prompts
+        self.mask, self.eos = mask_token_id, eos_token_id
+        self.done: list[list[int]] = [[] for _ in prompts]  # per row, the tokens of its finished blocks
+        self.block: list[Text] = [Text() for _ in prompts]  # per row, the block it works on
+        self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Painter:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live:
+            self.live.stop()
+
+    def __call__(self, event: StepEvent) -> None:
+        rows = event.rows.tolist()
+        for i, row in enumerate(rows):
+            if event.committed:
+                new = event.after[i].tolist()
+                self.done[row] += new[: new.index(self.eos)] if self.eos in new else new
+                self.block[row] = Text()
+            else:
+                self.block[row] = self.paint(event.before[i].tolist(), event.after[i].tolist())
+                if self.live is None:
+                    self._line(event, i, row)
+        if self.live:
+            self.live.update(self._screen(rows), refresh=True)
+
+    def page(self, row: int, tokens: list[int]) -> Text:
+        """A row's prompt, dim, and the text of these tokens after it."""
+        return Text.assemble((printable(self.prompts[row]), "dim"), self.decode(tokens))
+
+    def paint(self, before: list[int], after: list[int]) -> Text:
+        """A block after a step: masks dim, the tokens that this very step changed highlighted."""
+        styles = [
+            "dim" if new == self.mask else "" if new == old else NEW for old, new in zip(before, after, strict=True)
+        ]
+        text = Text()
+        for style, run in groupby(zip(styles, after, strict=True), key=itemgetter(0)):
+            tokens = [token for _, token in run]  # decoded together, because a character may span several tokens
+            text.append(BLANK * len(tokens) if style == "dim" else self.decode(tokens), style)
+        return text
+
+    def decode(self, tokens: list[int]) -> str:
+        return printable(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _line(self, event: StepEvent, i: int, row: int) -> None:
+        text = self.block[row].plain.replace("\n", "⏎").replace("\t", "→")
+        place = f"row {row:2d}  " if len(self.prompts) > 1 else ""
+        place += f"block {event.block:2d}  step {event.step:2d}  {int(event.num_masked[i]):2d} masked"
+        self.console.print(Text(f"{place}  │{text}│"), soft_wrap=True)
+
+    def _screen(self, rows: list[int]) -> Text:
+        """As many rows as fit, those that are being worked on first, each with the last lines of its text."""
+        height = max(1, self.console.height - 1)
+        others = [row for row in range(len(self.prompts)) if row not in set(rows)]
+        shown = sorted([*rows, *others][: max(1, height // 3)])
+        lines = max(1, height // len(shown) - (len(shown) > 1))  # a blank line between rows
+        return Text("\n\n").join(self._tail(row, lines) for row in shown)
+
+    def _tail(self, row: int, lines: int) -> Text:
+        """The last lines of a row. Only as much is decoded as can be seen, so that a long text costs no more."""
+        width, done = self.console.width, self.done[row]
+        room = lines * width
+        start = self.page(row, done) if len(done) <= room else Text(self.decode(done[-room:]))
+        text = start + self.block[row]
+        recent = text[max(0, len(text) - room) :]
+        return Text("\n").join(recent.wrap(self.console, width, overflow="fold")[-lines:])
+
+
+def printable(text: str) -> str:
+    """The text without characters that would steer a terminal."""
+    return text.translate(_UNPRINTABLE)
+
+
+def costs(results: dict[str, GenerateResult]) -> Table:
+    """One line per mode: what it wrote, in how many calls of a tower, how fast."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("mode")
+    for name in ("new tokens", "NFE", "tokens per NFE", "tokens per second"):
+        table.add_column(name, justify="right")
+    for mode, result in results.items():
+        count = sum(map(len, result.new_tokens))
+        table.add_row(mode, f"{count}", f"{sum(result.nfe)}", f"{result.tokens_per_nfe:.2f}", f"{speed(result):.1f}")
+    return table
+
+
+def speed(result: GenerateResult) -> float:
+    """New tokens per second, over all rows."""
+    return sum(map(len, result.new_tokens)) / result.seconds if result.seconds else 0.0
