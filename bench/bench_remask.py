@@ -11,8 +11,7 @@ THRESHOLD = 0.8
 
 def eager(logits, tokens, *, mask_token_id, step, num_steps, **_):  # type: ignore[no-untyped-def]
     """TwoTower's greedy rule as one writes it: the whole softmax, then the best of every row."""
-    z = logits.float()
-    z[..., mask_token_id] = -torch.inf
+    z = logits.float().index_fill(2, torch.tensor([mask_token_id]), -torch.inf)
     confidence, candidate = z.softmax(-1).max(-1)
     return commit(tokens, mask_token_id, confidence, candidate, step, num_steps)
 
@@ -29,8 +28,7 @@ def careful(logits, tokens, *, mask_token_id, step, num_steps, **_):  # type: ig
 
 def sampled(logits, tokens, *, mask_token_id, step, num_steps, temperature, **_):  # type: ignore[no-untyped-def]
     """The rule with samples instead of the argmax: noise of PyTorch's generator, all of it in memory."""
-    z = logits.float()
-    z[..., mask_token_id] = -torch.inf
+    z = logits.float().index_fill(2, torch.tensor([mask_token_id]), -torch.inf)
     candidate = (z / temperature - torch.empty_like(z).exponential_().log()).argmax(-1)
     confidence = z.softmax(-1).gather(2, candidate[..., None])[..., 0]
     return commit(tokens, mask_token_id, confidence, candidate, step, num_steps)
@@ -41,7 +39,7 @@ def commit(tokens, mask_token_id, confidence, candidate, step, num_steps):  # ty
     score = torch.where(masked, confidence, -torch.inf)
     n = masked.sum(1, keepdim=True)
     q = torch.maximum((n + num_steps - step - 1) // (num_steps - step), (score > THRESHOLD).sum(1, keepdim=True))
-    rank = score.argsort(1, descending=True, stable=True).argsort(1)
+    rank = score.argsort(dim=1, descending=True, stable=True).argsort(1)
     return torch.where(masked & (rank < q), candidate, tokens)
 
 

@@ -22,9 +22,9 @@ constexpr int64_t stretch = 512, piece_size = 32 * stretch;
 template <class W>
 constexpr W infinity = W(__builtin_inff());
 
-// e^x for x <= 0 to about one unit in the last place, 0 below -87: Cephes' polynomial.
+// e^x for x <= 0 to about one unit in the last place, down to the least subnormal number: Cephes' polynomial.
 inline float exp_negative(float x) {
-    const float clamped = x < -87.0f ? -87.0f : x;
+    const float clamped = x < -104.0f ? -104.0f : x;
     const float shifted = clamped * 1.44269504088896341f + 12582912.0f, n = shifted - 12582912.0f;
     const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -33,9 +33,9 @@ inline float exp_negative(float x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    const float scale = bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3f800000u);
-    const float value = (p * (r * r) + r + 1) * scale;
-    return x < -87.0f ? 0.0f : value;
+    const float scale = bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x4f800000u);  // 2^(n + 32), normal
+    const float value = (p * (r * r) + r + 1) * scale * 0x1p-32f;
+    return x < -104.0f ? 0.0f : value;
 }
 inline double exp_negative(double x) {
     return ::exp(x);
