@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.generate_checks import check_blocks, check_options, prompt_rows
-from twotower_kernels.ops import remask
+from twotower_kernels.ops.remask import remask
 from twotower_kernels.remask_policy import RemaskPolicy
 from twotower_kernels.seeds import sequence_seed
 
