@@ -8,7 +8,9 @@
 //
 // With many tokens, pairs are taken in groups of 1024, whole experts where they fit, between which everything is as
 // above: scratch memory is bounded by the group, and an expert's weights are still read once per 1024 of its tokens.
-// Activations are kept in float (or double) from the first product to the last sum, and rounded once.
+// Each product, the activation and each expert's result round to the tensors' dtype, as when the model was trained; the
+// sums inside a product and the weighted sum over experts are float (or double). Keeping more digits in between is
+// another model: a router downstream then chooses other experts at the boundaries between them.
 #include "moe.h"
 #include "numeric.h"
 #include "parallel.h"
@@ -43,13 +45,16 @@ struct Experts {
     int64_t rows(const View& w) const { return w.size[planned ? 1 : 0]; }
 };
 
-// 1 / (1 + exp(-2z)) is (1 + tanh z) / 2 without the cancellation at negative z.
-template <class W>
+// SiLU(z) = z / (1 + exp(-z)), and the tanh form of GELU is z / (1 + exp(-2u)): (1 + tanh u) / 2 without the
+// cancellation at negative u.
+template <class T, class W = Wide<T>>
 inline W activate(Activation activation, W gate, W value) {
-    if (activation == Activation::relu2) return value < 0 ? W(0) : value * value;  // NaN stays NaN
+    value = rounded<T>(value);
+    if (activation == Activation::relu2) return value < 0 ? W(0) : rounded<T>(value * value);  // NaN stays NaN
+    gate = rounded<T>(gate);
     W z = gate;
     if (activation == Activation::gelu_gated) z = W(1.5957691216057308) * (gate + W(0.044715) * gate * gate * gate);
-    return gate / (1 + std::exp(-z)) * value;
+    return rounded<T>(rounded<T>(gate / (1 + std::exp(-z))) * value);
 }
 
 // The pairs at work: their activations before and in between, and where their results go.
@@ -142,7 +147,8 @@ void up(const Experts& experts, Group<Wide<T>>& group) {
                     W* hidden = group.hidden + (tile.begin + m + j) * group.hidden_stride + i;
                     for (int r = 0; r < rows; ++r) {
                         const int64_t at = j * skinny_rows + r;
-                        hidden[r] = activate(activation, activation == Activation::relu2 ? W(0) : gate[at], value[at]);
+                        hidden[r] =
+                            activate<T>(activation, activation == Activation::relu2 ? W(0) : gate[at], value[at]);
                     }
                     for (int r = rows; r < skinny_rows; ++r) hidden[r] = 0;
                 }
@@ -174,7 +180,7 @@ void down(const Experts& experts, Group<Wide<T>>& group) {
                            group.hidden_stride, some, i_size, y);
                     for (int64_t j = 0; j < some; ++j) {
                         W* total = experts.a.total.as<W>() + token[p + j] * h_size + h;
-                        for (int r = 0; r < rows; ++r) total[r] += weight[p + j] * y[j * skinny_rows + r];
+                        for (int r = 0; r < rows; ++r) total[r] += weight[p + j] * rounded<T>(y[j * skinny_rows + r]);
                     }
                 }
             }
@@ -202,7 +208,12 @@ void experts_of(const MoeExperts& a) {
         for (int64_t i = begin; i < end; ++i) total[i] = 0;
     });
     add<T>({a, a.up, a.down, true});
-    if (a.shared_up) add<T>({a, a.shared_up, a.shared_down, false});
+    if (a.shared_up) {
+        parallel_for(n * h, 65536, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) total[i] = rounded<T>(total[i]);
+        });
+        add<T>({a, a.shared_up, a.shared_down, false});
+    }
     if (a.total.data == a.out.data) return;
     parallel_for(n * h, 65536, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) a.out.as<T>()[i] = narrow<T>(total[i]);
