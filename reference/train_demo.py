@@ -209,8 +209,8 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("build/demo"), help="checkpoints to resume from, and the result"
     )
-    parser.add_argument("--ar-steps", type=int, default=2000)
-    parser.add_argument("--denoiser-steps", type=int, default=1600)
+    parser.add_argument("--ar-steps", type=int, default=1400)
+    parser.add_argument("--denoiser-steps", type=int, default=1200)
     parser.add_argument("--ar-lr", type=float, default=2.5e-3)
     parser.add_argument("--denoiser-lr", type=float, default=1.5e-3)
     parser.add_argument("--gate-start", type=float, default=1.0, help="added to every gate's table row; 0 is official")

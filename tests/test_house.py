@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import twotower_kernels as tt
 from tests.paths import GOLDEN, ROOT
 
 FAMILIES = ("adaln", "attention", "mamba2", "moe", "remask")  # one stem per family of ops, the same in every folder
@@ -202,15 +203,51 @@ def test_pages_tell_the_truth(page: Path) -> None:
         assert (page.parent / link).exists(), link
 
 
-def test_readme_lists_exactly_the_ops() -> None:
-    """Rows of the table of ops: | `op` | `reference/<stem>.py` | `tests/test_<stem>.py` |."""
+def rows_of_ops() -> list[list[str]]:
+    """The README's table of operations: op, CPU kernel, GPU kernel, specification, tests."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(
-        r"^\|(.+)\| *\[`reference/(\w+)\.py`\].*\| *\[`tests/test_(\w+)\.py`\]", readme, flags=re.MULTILINE
-    )
-    assert all(stem == test for _, stem, test in rows)
-    listed = {(stem, op) for cell, stem, _ in rows for op in re.findall(r"`(\w+)`", cell)}
-    assert listed == set(OPS)
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in readme.splitlines() if line.startswith("|")]
+    return [row for row in cells if re.fullmatch(r"`\w+`", row[0]) and len(row) == 5]
+
+
+def test_readme_lists_exactly_the_ops() -> None:
+    rows = rows_of_ops()
+    assert {row[0].strip("`") for row in rows} == {op for _, op in OPS}
+    stems = {op: stem for stem, op in OPS}
+    for op, cpu_kernel, _, specification, tests in rows:
+        stem = stems[op.strip("`")]
+        assert f"[`reference/{stem}.py`]" in specification and f"[`tests/test_{stem}.py`]" in tests
+        assert re.match(rf"\[`csrc/cpu/{stem}\w*\.cpp`\]", cpu_kernel), f"{op}: {cpu_kernel}"
+
+
+def test_readme_and_dispatcher_agree() -> None:
+    """A backend that the table names for an op is registered for what the op calls, and no other is."""
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("twotower::")}
+    through = {"rms_norm": "adaln_norm"}  # one operator serves both
+    for op, cpu_kernel, gpu_kernel, _, _ in rows_of_ops():
+        name = f"twotower::{through.get(op.strip('`'), op.strip('`'))}"
+        assert name in registered, name
+        for key, cell in (("CPU", cpu_kernel), ("CUDA", gpu_kernel)):
+            has = torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+            assert has == (cell != "–"), f"{name}: the table says {cell} for {key}, the dispatcher {has}"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta"), f"{name} has no fake"
+
+
+def test_every_operator_is_checked() -> None:
+    """Each registered operator is given to opcheck somewhere, by its name."""
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*_kernel*.py"))
+    assert tests.count("opcheck(") >= len(FAMILIES)
+    for full in torch._C._dispatch_get_all_op_names():
+        if full.startswith("twotower::"):
+            name = full.removeprefix("twotower::").split(".")[0]
+            assert re.search(rf"\b{name}\b", tests), f"{name} is in no test of a kernel"
+
+
+def test_everything_public_is_explained() -> None:
+    for public in tt.__all__:
+        thing = getattr(tt, public)
+        if callable(thing):
+            assert inspect.getdoc(thing), public
 
 
 def test_readme_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
