@@ -19,6 +19,7 @@ namespace TT_ISA {
 typedef float FloatVector __attribute__((vector_size(TT_VECTOR_BYTES), may_alias));
 typedef double DoubleVector __attribute__((vector_size(TT_VECTOR_BYTES), may_alias));
 typedef int32_t IntVector __attribute__((vector_size(TT_VECTOR_BYTES), may_alias));
+typedef uint32_t WordVector __attribute__((vector_size(TT_VECTOR_BYTES), may_alias));
 
 template <class W>
 struct VectorOf {
@@ -99,7 +100,7 @@ inline FloatVector exp_negative(FloatVector x) {
     series = series * r + 1.f / 6;
     series = series * r + 0.5f;
     series = series * (r * r) + r + 1.f;
-    IntVector power = ((IntVector)shifted << 23) + 0x3f800000;
+    WordVector power = ((WordVector)shifted << 23) + 0x3f800000u;  // wraps where the result is 0 anyway
     FloatVector zero{};
     return x < zero - 87.3f ? zero : series * (FloatVector)power;
 }
