@@ -14,6 +14,7 @@
 #include "philox.h"
 #include "remask_filter.h"
 #include "remask_row.h"
+#include "vectors.h"
 
 namespace tt {
 namespace TT_ISA {
@@ -106,26 +107,36 @@ struct Sum {
     void add(const W* x, int64_t n, W largest, W t) {
         if (largest == -infinity<W>) return;
         lift(largest, t);
-        const W high = top;
-        if (sizeof(W) == sizeof(double)) return add_exactly(x, n, double(t));
-        W m = 0, d = 0;
-        if (t == 1) {
-#pragma omp simd reduction(+ : m, d)
-            for (int64_t i = 0; i < n; ++i) {
-                const W u = x[i] - high, e = exp_negative(u);
-                m += e;
-                d += e > 0 ? -u * e : 0;
+        if constexpr (sizeof(W) == sizeof(double))
+            add_exactly(x, n, double(t));
+        else if (t == 1)
+            add_floats(x, n, t, [](FloatVector u, float) { return u; });
+        else
+            add_floats(x, n, t, [](FloatVector u, float by) { return u / by; });
+    }
+    // Four vectors of sums: a single one would wait for itself, and on a machine of short vectors also err more.
+    template <class Scale>
+    void add_floats(const W* x, int64_t n, W t, Scale scale) {
+        constexpr int lanes = int(sizeof(FloatVector) / sizeof(float)), unroll = 4;
+        const FloatVector zero{}, high = zero + float(top);
+        FloatVector m[unroll] = {}, d[unroll] = {};
+        int64_t i = 0;
+        for (; i + unroll * lanes <= n; i += unroll * lanes)
+#pragma GCC unroll 4
+            for (int j = 0; j < unroll; ++j) {
+                FloatVector v;
+                std::memcpy(&v, x + i + j * lanes, sizeof(v));
+                const FloatVector u = scale(v - high, float(t)), e = exp_negative(u);
+                m[j] += e;
+                d[j] += e > zero ? -u * e : zero;  // not 0 * infinity
             }
-        } else {
-#pragma omp simd reduction(+ : m, d)
-            for (int64_t i = 0; i < n; ++i) {
-                const W u = (x[i] - high) / t, e = exp_negative(u);
-                m += e;
-                d += e > 0 ? -u * e : 0;
-            }
+        for (int j = 0; j < unroll; ++j)
+            for (int k = 0; k < lanes; ++k) mass += double(m[j][k]), drop += double(d[j][k]);
+        for (; i < n; ++i) {
+            const W u = (x[i] - top) / t, e = exp_negative(u);
+            mass += double(e);
+            drop += e > 0 ? double(-u * e) : 0;
         }
-        mass += double(m);
-        drop += double(d);
     }
     // float64 logits: there is no wider type to add up in, so the rounding errors are added up too.
     void add_exactly(const W* x, int64_t n, double t) {
