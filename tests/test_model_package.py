@@ -106,7 +106,7 @@ def assert_agreement(m: Models) -> None:
         assert_within_budget(got[key], plain[key], truth[key], what=key)
 
 
-@pytest.mark.parametrize("pattern", ["M", "*", "E", "-", "MEM*EM*E-"])
+@pytest.mark.parametrize("pattern", ["M", "*", "E", "-", "MEM*E-"])
 def test_agreement_in_float32(pattern: str) -> None:
     assert_agreement(models(pattern, torch.float32))
 

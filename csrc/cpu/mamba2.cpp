@@ -295,20 +295,22 @@ struct Scan {
         W within[chunk_tokens][chunk_tokens];  // [t][u], u <= t: exp(a_t - a_u) delta_u
     };
     Decays decays(int64_t b, int64_t head, int64_t first, int64_t count) const {
-        W delta[chunk_tokens] = {}, since[chunk_tokens] = {}, total = 0;
-        const W bias = value_at<W>(a.dt_bias, head), rate = -std::exp(value_at<W>(a.a_log, head));
+        W delta[chunk_tokens] = {};
+        // In double: an error here scales a seeded state, which may be large.
+        double total = 0, since[chunk_tokens] = {};
+        const W bias = value_at<W>(a.dt_bias, head);
+        const double rate = -std::exp(double(value_at<W>(a.a_log, head)));
         Decays result = {};
         for (int64_t t = 0; t < count; ++t) {
             const W step = value_at<W>(a.dt, b * a.dt.stride[0] + (first + t) * a.dt.stride[1] + head);
             delta[t] = smaller(larger(softplus(step + bias), W(a.dt_min)), W(a.dt_max));
-            const W log_decay = delta[t] * rate;
+            const double log_decay = delta[t] * rate;
             total += log_decay;
-            result.from_start[t] = total;
+            result.from_start[t] = W(std::exp(total));
             // Sums of their own rather than differences of running sums, which would cancel when steps are large.
             for (int u = 0; u < chunk_tokens; ++u) since[u] = u < t ? since[u] + log_decay : 0;
-            for (int u = 0; u < chunk_tokens; ++u) result.within[t][u] = exponential(since[u]) * delta[u];
+            for (int u = 0; u < chunk_tokens; ++u) result.within[t][u] = exponential(W(since[u])) * delta[u];
         }
-        for (W& value : result.from_start) value = exponential(value);
         return result;
     }
 
