@@ -83,9 +83,9 @@ def test_each_mixer_is_within_the_budget(letter: str, dtype: torch.dtype) -> Non
             assert_within_budget(got, plain, truth, what=f"{letter} {side} {n}")
 
 
-def results(model: Any, wide: bool) -> dict[str, Tensor]:
+def results(model: Any, wide: bool, seed: int) -> dict[str, Tensor]:
     """Every public product on a ragged batch; states as far as they are filled."""
-    ids, block, lengths = random_ids(3, 9), random_ids(3, 6, seed=1), torch.tensor([9, 1, 4])
+    ids, block, lengths = random_ids(3, 9, seed=seed), random_ids(3, 6, seed=seed + 1), torch.tensor([9, 1, 4])
     t = torch.tensor([0.0, 0.6875, 1.0], dtype=torch.float64 if wide else torch.float32)
     state = model.prefill(ids, lengths)
     found = {"forward_ar": model.forward_ar(ids), "prefill": state.logits, "last": state.last_hidden}
@@ -99,16 +99,22 @@ def results(model: Any, wide: bool) -> dict[str, Tensor]:
     return found | {f"ssm.{i}": ssm for i, ssm in state.ssm.items()}
 
 
-def assert_agreement(m: Models) -> None:
-    got, plain, truth = results(m.ours, False), results(m.naive, False), results(m.exact, True)
-    assert got.keys() == plain.keys() == truth.keys()
-    for key in truth:
-        assert_within_budget(got[key], plain[key], truth[key], what=key)
+def assert_agreement(m: Models, batches: int = 1) -> None:
+    """Over so many batches together: behind many layers, the worst entry of one is a matter of luck in both programs."""
+    draws = range(0, 2 * batches, 2)
+    got, plain, truth = (
+        [results(model, wide, seed) for seed in draws]
+        for model, wide in ((m.ours, False), (m.naive, False), (m.exact, True))
+    )
+    assert got[0].keys() == plain[0].keys() == truth[0].keys()
+    for key in truth[0]:
+        pooled = (torch.stack([found[key] for found in each]) for each in (got, plain, truth))
+        assert_within_budget(*pooled, what=key)
 
 
-@pytest.mark.parametrize("pattern", ["M", "*", "E", "-", "MEM*E-"])
+@pytest.mark.parametrize("pattern", ["M", "*", "E", "-", "MEM*E-", "MEM*EM*E-"])
 def test_agreement_in_float32(pattern: str) -> None:
-    assert_agreement(models(pattern, torch.float32))
+    assert_agreement(models(pattern, torch.float32), batches=1 if len(pattern) < 7 else 4)
 
 
 def test_agreement_with_other_options() -> None:
