@@ -100,7 +100,7 @@ def results(model: Any, wide: bool, seed: int) -> dict[str, Tensor]:
 
 
 def assert_agreement(m: Models, batches: int = 1) -> None:
-    """Over so many batches together: behind many layers, the worst entry of one is a matter of luck in both programs."""
+    """Over so many batches together: behind many layers the worst entry of one is luck, in both programs."""
     draws = range(0, 2 * batches, 2)
     got, plain, truth = (
         [results(model, wide, seed) for seed in draws]
