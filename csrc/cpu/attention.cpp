@@ -14,9 +14,8 @@
 
 #include <cstring>
 
-#include "numeric.h"
+#include "pair.h"
 #include "parallel.h"
-#include "vectors.h"
 
 namespace tt {
 namespace TT_ISA {

@@ -14,7 +14,7 @@
 // spoils no earlier token, and a row's result does not depend on the rows beside it.
 #include "mamba2.h"
 
-#include "numeric.h"
+#include "exponential.h"
 #include "parallel.h"
 
 namespace tt {
@@ -35,29 +35,6 @@ inline W value_at(const View& view, int64_t offset) {
     W value = 0;
     load<W>(&value, view, offset, 1);
     return value;
-}
-
-inline double exponential(double x) {
-    return std::exp(x);
-}
-
-// A vectorisable exp, right to about one unit in the last place: 2^n times the series of a remainder below ln(2)/2.
-inline float exponential(float x) {
-    constexpr float round = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-    x = x > 89.0f ? 89.0f : x;          // infinity from here; NaN passes both comparisons
-    x = x < -104.0f ? -104.0f : x;      // zero from here
-    const float shifted = x * 0x1.715476p0f + round, n = shifted - round;
-    const float r = (x - n * 0x1.63p-1f) - n * -0x1.bd0106p-13f;  // ln(2) in two parts; the first product is exact
-    float sum = 1 / 5040.0f;
-    sum = sum * r + 1 / 720.0f;
-    sum = sum * r + 1 / 120.0f;
-    sum = sum * r + 1 / 24.0f;
-    sum = sum * r + 1 / 6.0f;
-    sum = sum * r + 0.5f;
-    sum = sum * r * r + r + 1.0f;
-    const int32_t power = int32_t(bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(round));
-    const uint32_t half = uint32_t(power >> 1), rest = uint32_t(power) - half;  // 2^128 and 2^-150 are no floats
-    return sum * bit_cast<float>((half + 127) << 23) * bit_cast<float>((rest + 127) << 23);
 }
 
 template <class W>

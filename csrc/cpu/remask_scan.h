@@ -9,12 +9,11 @@
 // vocabularies, where the filter is found (remask_filter.h) before the draw.
 #pragma once
 
-#include "numeric.h"
+#include "exponential.h"
 #include "parallel.h"
 #include "philox.h"
 #include "remask_filter.h"
 #include "remask_row.h"
-#include "vectors.h"
 
 namespace tt {
 namespace TT_ISA {
@@ -22,25 +21,6 @@ namespace TT_ISA {
 constexpr int64_t stretch = 512, piece_size = 32 * stretch;
 template <class W>
 constexpr W infinity = W(__builtin_inff());
-
-// e^x for x <= 0 to about one unit in the last place, down to the least subnormal number: Cephes' polynomial.
-inline float exp_negative(float x) {
-    const float clamped = x < -104.0f ? -104.0f : x;
-    const float shifted = clamped * 1.44269504088896341f + 12582912.0f, n = shifted - 12582912.0f;
-    const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    const float scale = bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x4f800000u);  // 2^(n + 32), normal
-    const float value = (p * (r * r) + r + 1) * scale * 0x1p-32f;
-    return x < -104.0f ? 0.0f : value;
-}
-inline double exp_negative(double x) {
-    return ::exp(x);
-}
 
 // The two largest values and their tokens. Offered in the order of the tokens, equal ones stay with the lowest.
 template <class W>
@@ -133,7 +113,7 @@ struct Sum {
         for (int j = 0; j < unroll; ++j)
             for (int k = 0; k < lanes; ++k) mass += double(m[j][k]), drop += double(d[j][k]);
         for (; i < n; ++i) {
-            const W u = (x[i] - top) / t, e = exp_negative(u);
+            const W u = (x[i] - top) / t, e = exponential(u);
             mass += double(e);
             drop += e > 0 ? double(-u * e) : 0;
         }
@@ -359,7 +339,7 @@ class Scan {
             bool unused;
             total.add(x + base, n, peak(static_cast<const W*>(x + base), n, unused), 1);
         }
-        for (int64_t i = 0; i < v; ++i) weight[i] = W(double(exp_negative(x[i] - total.top)) / total.mass);
+        for (int64_t i = 0; i < v; ++i) weight[i] = W(double(exponential(x[i] - total.top)) / total.mass);
         f.least_x = least_kept<W>(x, weight, v, row.top_p, !a_.options.top_p_keep_crossing);
     }
 

@@ -11,108 +11,10 @@
 // stretches err less than one long sum.
 #pragma once
 
-#include "numeric.h"
+#include "vectors.h"
 
 namespace tt {
 namespace TT_ISA {
-
-#if defined(__AVX512F__)
-constexpr int vector_bytes = 64;
-#elif defined(__AVX2__)
-constexpr int vector_bytes = 32;
-#else
-constexpr int vector_bytes = 16;
-#endif
-constexpr int vector_registers = vector_bytes == 64 ? 32 : 16;
-
-// Vectors of the compiler (GCC, Clang): its loop vectoriser does not keep an array of sums in registers by itself.
-typedef float Floats __attribute__((vector_size(vector_bytes)));
-typedef double Doubles __attribute__((vector_size(vector_bytes)));
-typedef float HalfFloats __attribute__((vector_size(vector_bytes / 2)));
-typedef uint32_t HalfWords __attribute__((vector_size(vector_bytes / 2)));
-typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
-typedef int32_t Mask __attribute__((vector_size(vector_bytes)));
-typedef uint16_t Shorts __attribute__((vector_size(vector_bytes / 2)));
-
-template <class W>
-struct VectorOf {
-    using type = Floats;
-};
-template <>
-struct VectorOf<double> {
-    using type = Doubles;
-};
-template <class W>
-using Vector = typename VectorOf<W>::type;
-template <class W>
-constexpr int lanes = vector_bytes / int(sizeof(W));
-
-template <class V>
-inline V unaligned(const void* from) {
-    V v;
-    std::memcpy(&v, from, sizeof(v));
-    return v;
-}
-
-// Elements widened, 16-bit words to 32 bits and float to double. With AVX2, GCC 12 makes one instruction of the loop
-// and up to six of the conversion.
-inline Words widened(Shorts narrow) {
-#if defined(__AVX2__)
-    Words wide;
-    for (int i = 0; i < vector_bytes / 4; ++i) wide[i] = narrow[i];
-    return wide;
-#else
-    return __builtin_convertvector(narrow, Words);
-#endif
-}
-inline Doubles widened(HalfFloats narrow) {
-#if defined(__AVX2__)
-    Doubles wide;
-    for (int i = 0; i < vector_bytes / 8; ++i) wide[i] = narrow[i];
-    return wide;
-#else
-    return __builtin_convertvector(narrow, Doubles);
-#endif
-}
-
-// One vector of W from memory that holds T.
-template <class W, class T>
-struct Load {
-    static Vector<W> from(const T* p) {  // a double of float16: only a router's weights could be read so
-        Vector<W> v;
-        for (int i = 0; i < lanes<W>; ++i) v[i] = W(widen(p[i]));
-        return v;
-    }
-};
-template <class W>
-struct Load<W, W> {
-    static Vector<W> from(const W* p) { return unaligned<Vector<W>>(p); }
-};
-template <>
-struct Load<double, float> {
-    static Doubles from(const float* p) { return widened(unaligned<HalfFloats>(p)); }
-};
-template <>
-struct Load<double, bf16> {
-    static Doubles from(const bf16* p) {
-        HalfWords wide;
-        for (int i = 0; i < lanes<double>; ++i) wide[i] = uint32_t(p[i].bits) << 16;
-        return widened(HalfFloats(wide));
-    }
-};
-template <>
-struct Load<float, bf16> {
-    static Floats from(const bf16* p) { return Floats(widened(unaligned<Shorts>(p)) << 16); }
-};
-template <>
-struct Load<float, fp16> {
-    static Floats from(const fp16* p) {  // F16C's conversion is not reached from vectors in GCC 12
-        const Words bits = widened(unaligned<Shorts>(p));
-        const Floats scaled = Floats((bits & 0x7fff) << 13) * 0x1p112f;                // subnormal too
-        const Words special = Words(Mask(scaled >= Floats{} + 0x1p16f)) & 0x7f800000;  // infinity, NaN
-        return Floats(Words(scaled) | special | ((bits & 0x8000) << 16));
-    }
-};
 
 constexpr int skinny_rows = 16;       // rows of w per call
 constexpr int64_t skinny_pad = 16;    // x's rows are readable, and zero, up to a multiple of this
@@ -126,7 +28,7 @@ inline int64_t padded(int64_t n) {
 template <int R, int M, class W, class T>
 inline void add_stretch(const T* w, int64_t w_stride, const W* x, int64_t x_stride, int64_t begin, int64_t end,
                         Vector<W> (*total)[M]) {
-    constexpr int L = lanes<W>;
+    constexpr int L = lanes_of<W>;
     Vector<W> sums[R][M] = {};
     int64_t i = begin;
     for (; i + L <= end; i += L) {
@@ -160,9 +62,9 @@ inline void add_stretch(const T* w, int64_t w_stride, const W* x, int64_t x_stri
 
 template <class W>
 inline W sum_of_lanes(Vector<W> v) {
-    W a[lanes<W>];
+    W a[lanes_of<W>];
     std::memcpy(a, &v, sizeof(a));
-    for (int half = lanes<W> / 2; half > 0; half /= 2)
+    for (int half = lanes_of<W> / 2; half > 0; half /= 2)
         for (int j = 0; j < half; ++j) a[j] += a[j + half];
     return a[0];
 }

@@ -1,25 +1,29 @@
 // SIMD vectors of the widest kind the instruction set has (see isa.h), by the compiler's vector types: arithmetic is
-// written with operators, and no intrinsic ties it to a processor. Addresses must be aligned to a vector.
+// written with operators, and no intrinsic ties it to a processor. (GCC's loop vectoriser does not keep an array of
+// sums in registers by itself.)
 #pragma once
 
-#include <cmath>
-#include <cstdint>
+#include "numeric.h"
 
 namespace tt {
 namespace TT_ISA {
 
 #if defined(__AVX512F__)
 #define TT_VECTOR_BYTES 64
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
 #define TT_VECTOR_BYTES 32
 #else
 #define TT_VECTOR_BYTES 16
 #endif
+constexpr int vector_registers = TT_VECTOR_BYTES == 64 ? 32 : 16;
 
 typedef float FloatVector __attribute__((vector_size(TT_VECTOR_BYTES), may_alias));
 typedef double DoubleVector __attribute__((vector_size(TT_VECTOR_BYTES), may_alias));
 typedef int32_t IntVector __attribute__((vector_size(TT_VECTOR_BYTES), may_alias));
 typedef uint32_t WordVector __attribute__((vector_size(TT_VECTOR_BYTES), may_alias));
+typedef float HalfFloats __attribute__((vector_size(TT_VECTOR_BYTES / 2), may_alias));
+typedef uint32_t HalfWords __attribute__((vector_size(TT_VECTOR_BYTES / 2), may_alias));
+typedef uint16_t HalfShorts __attribute__((vector_size(TT_VECTOR_BYTES / 2), may_alias));
 
 template <class W>
 struct VectorOf {
@@ -29,89 +33,78 @@ template <>
 struct VectorOf<double> {
     using type = DoubleVector;
 };
-
-// Two vectors, the unit of work here: enough independent sums to hide a multiply-add's latency.
 template <class W>
-struct Pair {
-    using Vector = typename VectorOf<W>::type;
-    static constexpr int64_t lanes = 2 * TT_VECTOR_BYTES / int64_t(sizeof(W));
-    Vector x, y;
+using Vector = typename VectorOf<W>::type;
+template <class W>
+constexpr int lanes_of = TT_VECTOR_BYTES / int(sizeof(W));
+
+template <class V>
+inline V unaligned(const void* from) {
+    V v;
+    std::memcpy(&v, from, sizeof(v));
+    return v;
+}
+
+// Elements widened, 16-bit words to 32 bits and float to double. With AVX2, GCC 12 makes one instruction of the loop
+// and up to six of the conversion.
+inline WordVector widened(HalfShorts narrow) {
+#if defined(__AVX2__)
+    WordVector wide;
+    for (int i = 0; i < TT_VECTOR_BYTES / 4; ++i) wide[i] = narrow[i];
+    return wide;
+#else
+    return __builtin_convertvector(narrow, WordVector);
+#endif
+}
+inline DoubleVector widened(HalfFloats narrow) {
+#if defined(__AVX2__)
+    DoubleVector wide;
+    for (int i = 0; i < TT_VECTOR_BYTES / 8; ++i) wide[i] = narrow[i];
+    return wide;
+#else
+    return __builtin_convertvector(narrow, DoubleVector);
+#endif
+}
+
+// One vector of W from memory that holds T.
+template <class W, class T>
+struct Load {
+    static Vector<W> from(const T* p) {  // a double of float16: only a router's weights could be read so
+        Vector<W> v;
+        for (int i = 0; i < lanes_of<W>; ++i) v[i] = W(widen(p[i]));
+        return v;
+    }
 };
-
 template <class W>
-inline Pair<W> load_pair(const W* from) {
-    using Vector = typename Pair<W>::Vector;
-    const Vector* vectors = reinterpret_cast<const Vector*>(from);
-    return {vectors[0], vectors[1]};
-}
-template <class W>
-inline void store_pair(W* to, const Pair<W>& pair) {
-    using Vector = typename Pair<W>::Vector;
-    Vector* vectors = reinterpret_cast<Vector*>(to);
-    vectors[0] = pair.x;
-    vectors[1] = pair.y;
-}
-template <class W>
-inline void fill_pair(W* to, W value) {
-    for (int64_t i = 0; i < Pair<W>::lanes; ++i) to[i] = value;
-}
-
-template <class W>
-inline Pair<W> operator+(const Pair<W>& a, const Pair<W>& b) {
-    return {a.x + b.x, a.y + b.y};
-}
-template <class W>
-inline Pair<W> operator-(const Pair<W>& a, const Pair<W>& b) {
-    return {a.x - b.x, a.y - b.y};
-}
-template <class W>
-inline Pair<W> operator*(const Pair<W>& a, const Pair<W>& b) {
-    return {a.x * b.x, a.y * b.y};
-}
-template <class W>
-inline Pair<W> operator/(const Pair<W>& a, const Pair<W>& b) {
-    return {a.x / b.x, a.y / b.y};
-}
-template <class W>
-inline Pair<W> operator*(W a, const Pair<W>& b) {
-    return {a * b.x, a * b.y};
-}
-template <class W>
-inline Pair<W> larger(const Pair<W>& a, const Pair<W>& b) {
-    return {a.x > b.x ? a.x : b.x, a.y > b.y ? a.y : b.y};
-}
-template <class W>
-inline Pair<W> replaced(const Pair<W>& a, W value, W by) {  // a, with `by` where it is `value`
-    typename Pair<W>::Vector zero{};
-    return {a.x == value + zero ? by + zero : a.x, a.y == value + zero ? by + zero : a.y};
-}
-
-// e^x for x <= 0, within 2 units in the last place; 0 below -87.3, where the result would be subnormal. x is split into
-// n log 2 + r, |r| <= log(2)/2, where seven terms of the power series suffice; 2^n is put together from its exponent.
-inline FloatVector exp_negative(FloatVector x) {
-    constexpr float round = 0x1.8p23f;  // adding it leaves the nearest integer in the last bits
-    FloatVector shifted = x * 1.44269504f + round;
-    FloatVector n = shifted - round;
-    FloatVector r = x - n * 0x1.62ep-1f;  // log 2 in two parts, the first short, so that n times it is exact
-    r = r - n * float(0.693147180559945309 - 0x1.62ep-1);
-    FloatVector series = r * (1.f / 5040) + 1.f / 720;
-    series = series * r + 1.f / 120;
-    series = series * r + 1.f / 24;
-    series = series * r + 1.f / 6;
-    series = series * r + 0.5f;
-    series = series * (r * r) + r + 1.f;
-    WordVector power = ((WordVector)shifted << 23) + 0x3f800000u;  // wraps where the result is 0 anyway
-    FloatVector zero{};
-    return x < zero - 87.3f ? zero : series * (FloatVector)power;
-}
-inline DoubleVector exp_negative(DoubleVector x) {
-    for (int i = 0; i < int(sizeof(x) / sizeof(double)); ++i) x[i] = std::exp(x[i]);
-    return x;
-}
-template <class W>
-inline Pair<W> exp_negative(const Pair<W>& a) {
-    return {exp_negative(a.x), exp_negative(a.y)};
-}
+struct Load<W, W> {
+    static Vector<W> from(const W* p) { return unaligned<Vector<W>>(p); }
+};
+template <>
+struct Load<double, float> {
+    static DoubleVector from(const float* p) { return widened(unaligned<HalfFloats>(p)); }
+};
+template <>
+struct Load<double, bf16> {
+    static DoubleVector from(const bf16* p) {
+        HalfWords wide;
+        for (int i = 0; i < lanes_of<double>; ++i) wide[i] = uint32_t(p[i].bits) << 16;
+        return widened(HalfFloats(wide));
+    }
+};
+template <>
+struct Load<float, bf16> {
+    static FloatVector from(const bf16* p) { return FloatVector(widened(unaligned<HalfShorts>(p)) << 16); }
+};
+template <>
+struct Load<float, fp16> {
+    static FloatVector from(const fp16* p) {  // F16C's conversion is not reached from vectors in GCC 12
+        const WordVector bits = widened(unaligned<HalfShorts>(p));
+        const FloatVector scaled = FloatVector((bits & 0x7fff) << 13) * 0x1p112f;  // subnormal too
+        const WordVector special =
+            WordVector(IntVector(scaled >= FloatVector{} + 0x1p16f)) & 0x7f800000;  // infinity, NaN
+        return FloatVector(WordVector(scaled) | special | ((bits & 0x8000) << 16));
+    }
+};
 
 }  // namespace TT_ISA
 }  // namespace tt

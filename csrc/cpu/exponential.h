@@ -1,0 +1,55 @@
+// e^x in float, for scalars (loops of them vectorise) and for vectors; double is the standard library's.
+//
+// x is split into n log 2 + r with |r| <= log(2)/2, where seven terms of the power series suffice; 2^n is put together
+// from its exponent.
+#pragma once
+
+#include "vectors.h"
+
+namespace tt {
+namespace TT_ISA {
+
+constexpr float nearest_integer = 0x1.8p23f;  // adding it leaves the nearest integer in a float's last bits
+constexpr float log2_e = 0x1.715476p0f;
+constexpr float log_2_high = 0x1.62ep-1f;  // log 2 in two parts, the first short, so that n times it is exact
+constexpr float log_2_low = float(0.693147180559945309 - 0x1.62ep-1);
+
+// e^r, |r| <= log(2)/2, of a float or a vector.
+template <class V>
+inline V exp_series(V r) {
+    V sum = r * (1.f / 5040) + 1.f / 720;
+    sum = sum * r + 1.f / 120;
+    sum = sum * r + 1.f / 24;
+    sum = sum * r + 1.f / 6;
+    sum = sum * r + 0.5f;
+    return sum * (r * r) + r + 1.f;
+}
+
+// e^x within 2 units in the last place over the whole range, subnormal results and infinity included; NaN stays NaN.
+inline float exponential(float x) {
+    x = x > 89.0f ? 89.0f : x;      // infinity from here; NaN passes both comparisons
+    x = x < -104.0f ? -104.0f : x;  // zero from here
+    const float shifted = x * log2_e + nearest_integer, n = shifted - nearest_integer;
+    const float sum = exp_series((x - n * log_2_high) - n * log_2_low);
+    const int32_t power = int32_t(bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(nearest_integer));
+    const uint32_t half = uint32_t(power >> 1), rest = uint32_t(power) - half;  // 2^128 and 2^-150 are no floats
+    return sum * bit_cast<float>((half + 127) << 23) * bit_cast<float>((rest + 127) << 23);
+}
+inline double exponential(double x) {
+    return ::exp(x);
+}
+
+// e^x for x <= 0, within 2 units in the last place; 0 below -87.3, where the result would be subnormal.
+inline FloatVector exp_negative(FloatVector x) {
+    const FloatVector shifted = x * log2_e + nearest_integer, n = shifted - nearest_integer, zero{};
+    const FloatVector sum = exp_series((x - n * log_2_high) - n * log_2_low);
+    const WordVector power = ((WordVector)shifted << 23) + 0x3f800000u;  // wraps where the result is 0 anyway
+    return x < zero - 87.3f ? zero : sum * (FloatVector)power;
+}
+inline DoubleVector exp_negative(DoubleVector x) {
+    for (int i = 0; i < lanes_of<double>; ++i) x[i] = ::exp(x[i]);
+    return x;
+}
+
+}  // namespace TT_ISA
+}  // namespace tt
