@@ -24,8 +24,10 @@ X86 = {
     "avx512": "-march=x86-64-v4 -mprefer-vector-width=512",
     "avx512bf16": "-march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512",
 }
-# TT_BASELINE_ONLY=1 compiles the portable baseline alone: a quick build, for instance under sanitizers.
-BASELINE_ONLY = bool(os.environ.get("TT_BASELINE_ONLY"))
+# For tests. TT_BASELINE_ONLY=1 compiles the portable baseline alone, for instance under sanitizers. TT_EMULATE=1 does
+# the same, but the one set that is compiled takes the paths of AVX512-BF16, with its instructions emulated.
+EMULATE = bool(os.environ.get("TT_EMULATE"))
+BASELINE_ONLY = EMULATE or bool(os.environ.get("TT_BASELINE_ONLY"))
 ISAS = X86 if platform.machine() in ("x86_64", "AMD64") and not BASELINE_ONLY else {"baseline": ""}
 
 
@@ -50,7 +52,7 @@ def ninja_file(build: Path, output: Path) -> str:
     include = " ".join(f"'-I{p}'" for p in (pybind11.get_include(), sysconfig.get_path("include")))
     link = "-undefined dynamic_lookup" if sys.platform == "darwin" else "-ldl"
     lines = [
-        f"flags = {FLAGS} {include} {'-DTT_BASELINE_ONLY' * BASELINE_ONLY} {os.environ.get('CXXFLAGS', '')}",
+        f"flags = {FLAGS} {include} {'-DTT_BASELINE_ONLY ' * BASELINE_ONLY}{'-DTT_EMULATE ' * EMULATE} {os.environ.get('CXXFLAGS', '')}",
         "rule compile",
         f"  command = {CXX} $flags $isa -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import twotower_kernels as tt
-from bench import torch_ops
+from bench import rivals
 from bench.timing import Report
 from twotower_kernels import layers
 from twotower_kernels import model as wiring
@@ -97,15 +97,15 @@ def main() -> None:
         for batch in (1, 4):
             ids = torch.randint(CONFIG.vocab_size, (batch, BLOCK))
             state, t = random_state(model, batch), torch.linspace(0.25, 1, batch)
-            rivals = {
+            programs = {
                 "twotower_kernels": step(model, ids, state, t, {}),
-                "PyTorch, best": step(model, ids, state, t, torch_ops.BEST),
-                "PyTorch eager": step(model, ids, state, t, torch_ops.EAGER),
+                "PyTorch, best": step(model, ids, state, t, rivals.BEST),
+                "PyTorch eager": step(model, ids, state, t, rivals.EAGER),
             }
-            ours, *others = (call() for call in rivals.values())
+            ours, *others = (call() for call in programs.values())
             for theirs in others:
                 check(ours, theirs, dtype)
-            report.add(f"[{batch}, {BLOCK}] {dtype}", rivals)
+            report.add(f"[{batch}, {BLOCK}] {dtype}", programs)
     report.show()
 
 

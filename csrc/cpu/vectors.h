@@ -8,7 +8,7 @@
 namespace tt {
 namespace TT_ISA {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(TT_EMULATE)
 #define TT_VECTOR_BYTES 64
 #elif defined(__AVX2__)
 #define TT_VECTOR_BYTES 32

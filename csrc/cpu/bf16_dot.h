@@ -1,0 +1,55 @@
+// The bfloat16 dot-product instruction of AVX512-BF16 behind one function. Kernels that use it stand under
+// `#if defined(TT_BF16_DOT)`, beside a path for processors without it.
+//
+// The emulation computes the same numbers with any vector unit, so that such kernels also run, slowly, where the tests
+// are (setup.py, TT_EMULATE): the instruction adds the odd product first, fuses each multiplication with its addition,
+// and takes subnormal inputs and results for zeros.
+#pragma once
+
+#include "vectors.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#define TT_BF16_DOT
+#elif defined(TT_EMULATE)
+#define TT_BF16_DOT
+#endif
+
+#if defined(TT_BF16_DOT)
+namespace tt {
+namespace TT_ISA {
+
+static_assert(TT_VECTOR_BYTES == 64, "the instruction has 16 sums");
+
+// sum[i] + a[2i+1] b[2i+1] + a[2i] b[2i], with two bfloat16 numbers in each 32-bit word of a and b, the even one low.
+inline FloatVector bf16_dot(FloatVector sum, WordVector a, WordVector b) {
+#if defined(__AVX512BF16__)
+    return (FloatVector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)a, (__m512bh)(__m512i)b);
+#else
+    auto flushed = [](FloatVector x) {
+        const WordVector bits = (WordVector)x;
+        return (FloatVector)((bits & 0x7f800000u) == 0 ? bits & 0x80000000u : bits);
+    };
+    auto fused = [flushed](WordVector x, WordVector y, FloatVector z) {
+        const FloatVector p = flushed((FloatVector)x), q = flushed((FloatVector)y);
+        z = flushed(z);
+        for (int i = 0; i < 16; ++i) z[i] = std::fma(p[i], q[i], z[i]);
+        return flushed(z);
+    };
+    return fused(a << 16, b << 16, fused(a & 0xffff0000u, b & 0xffff0000u, sum));
+#endif
+}
+
+// Two vectors rounded to bfloat16, to nearest and ties to even, elements interleaved: word i holds low[i] and high[i].
+inline WordVector bf16_pairs(FloatVector low, FloatVector high) {
+    auto rounded_bits = [](FloatVector x) {
+        const WordVector bits = (WordVector)x;
+        const WordVector nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
+        return x == x ? nearest : bits | 0x400000u;
+    };
+    return (rounded_bits(low) >> 16) | (rounded_bits(high) & 0xffff0000u);
+}
+
+}  // namespace TT_ISA
+}  // namespace tt
+#endif
