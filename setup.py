@@ -51,8 +51,9 @@ def ninja_file(build: Path, output: Path) -> str:
 
     include = " ".join(f"'-I{p}'" for p in (pybind11.get_include(), sysconfig.get_path("include")))
     link = "-undefined dynamic_lookup" if sys.platform == "darwin" else "-ldl"
+    defines = "-DTT_BASELINE_ONLY " * BASELINE_ONLY + "-DTT_EMULATE " * EMULATE
     lines = [
-        f"flags = {FLAGS} {include} {'-DTT_BASELINE_ONLY ' * BASELINE_ONLY}{'-DTT_EMULATE ' * EMULATE} {os.environ.get('CXXFLAGS', '')}",
+        f"flags = {FLAGS} {include} {defines} {os.environ.get('CXXFLAGS', '')}",
         "rule compile",
         f"  command = {CXX} $flags $isa -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
