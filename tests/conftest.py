@@ -4,6 +4,8 @@ import importlib.util
 import os
 import sys
 
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: see triton_checks.py
+
 import torch
 from hypothesis import settings
 

@@ -1,5 +1,6 @@
 """How an operation enters PyTorch's dispatcher: its schema, its kernel per device, its fake, its gradient."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -8,23 +9,30 @@ from torch import Tensor
 
 _LIBRARY = torch.library.Library("twotower", "DEF")
 
+CUDA: dict[str, str] = {}  # "module:function" in twotower_kernels, for every op that has a kernel for GPUs
+
 
 def define(
     schema: str,
     *,
     cpu: Callable[..., Any],
+    cuda: str | None = None,
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> None:
     """Registers `torch.ops.twotower.<name>` for `schema`, e.g. "scale(Tensor x, float by) -> Tensor".
 
-    An op without `backward` is registered with one that raises: PyTorch would otherwise hand out silent zeros. On a
-    device without a kernel, the call raises NotImplementedError with the op's and the device's name.
+    cpu is the kernel; cuda names one, "module:function" in twotower_kernels, imported at its first call, so that a CPU
+    alone needs no Triton. An op without `backward` is registered with one that raises: PyTorch would otherwise hand out
+    silent zeros. On a device without a kernel, the call raises NotImplementedError with the op's and the device's name.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, cpu, "CPU")
+    if cuda is not None:
+        CUDA[name] = cuda
+        _LIBRARY.impl(name, lambda *arguments: cuda_kernel(name)(*arguments), "CUDA")
     torch.library.register_fake(f"twotower::{name}", fake, lib=_LIBRARY)
 
     def no_gradient(ctx: Any, *grads: Any) -> None:
@@ -35,6 +43,19 @@ def define(
         torch.library.register_autograd(f"twotower::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     elif not mutates:  # PyTorch itself refuses gradients through arguments written in place
         torch.library.register_autograd(f"twotower::{name}", no_gradient, lib=_LIBRARY)
+
+
+def cuda_kernel(name: str) -> Callable[..., Any]:
+    """The GPU kernel's launcher of an op.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
+    module, function = CUDA[name].split(":")
+    try:
+        return getattr(importlib.import_module(f"twotower_kernels.{module}"), function)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"twotower::{name} on a GPU needs {error.name}: pip install {error.name}") from error
 
 
 def refuse_gradients(op: str, /, **tensors: Tensor | None) -> None:

@@ -179,16 +179,19 @@ def _gated_residual_adaln_norm(
 define(
     "adaln_norm(Tensor x, Tensor weight, Tensor? shift, Tensor? scale, float eps, bool norm_first) -> Tensor",
     cpu=_adaln_norm,
+    cuda="triton.adaln:adaln_norm",
     fake=lambda x, *_: _empty(x),
 )
 define(
     "gated_residual(Tensor residual, Tensor y, Tensor? gate) -> Tensor",
     cpu=_gated_residual,
+    cuda="triton.adaln:gated_residual",
     fake=lambda residual, *_: _empty(residual),
 )
 define(
     "gated_residual_adaln_norm(Tensor residual, Tensor y, Tensor? gate, Tensor weight, Tensor? shift, Tensor? scale, "
     "float eps, bool norm_first) -> (Tensor, Tensor)",
     cpu=_gated_residual_adaln_norm,
+    cuda="triton.adaln:gated_residual_adaln_norm",
     fake=lambda residual, *_: (_empty(residual), _empty(residual)),
 )

@@ -1,0 +1,34 @@
+"""Every Triton kernel, in every configuration that is shipped, compiles for every GPU, without spills."""
+
+import json
+import os
+import subprocess
+import sys
+
+from tests.build_kernels import ARCHITECTURES, SHARED_LIMIT, modules
+from tests.paths import ROOT
+from twotower_kernels.ops import _library
+
+TABLE = ROOT / "build" / "kernels.json"
+
+
+def test_every_kernel_builds_everywhere_without_spills() -> None:
+    """In a process of its own: here Triton interprets."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-m", "tests.build_kernels", str(TABLE)], cwd=ROOT, env=environment, check=True)
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    kernels = {row["kernel"] for row in table}
+    assert kernels and all(name.endswith("_kernel") for name in kernels)
+    for arch in ARCHITECTURES:
+        built = [row for row in table if row["arch"] == f"sm_{arch}"]
+        assert {row["kernel"] for row in built} == kernels
+        for row in built:
+            assert row["spills"] == 0, row
+            assert row["registers"] <= 255, row
+            assert row["shared"] <= SHARED_LIMIT[arch], row
+            assert not row["missing"], row
+
+
+def test_every_file_of_kernels_is_built() -> None:
+    files = {target.split(":")[0].removeprefix("triton.") for target in _library.CUDA.values()}
+    assert files == set(modules())

@@ -1,0 +1,55 @@
+"""What launching and building have in common for all Triton kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One compilation of an entry kernel that a launcher may ask for: the tests make all of them for every GPU.
+
+    Attributes:
+        kernel: the `@triton.jit` function.
+        types: type per argument that is not a constant, in Triton's spelling ("*bf16", "i64", "fp32"). Pointers and
+            integers are taken to be divisible by 16, as the released shapes are, unless they are in `odd`.
+        constants: value per `tl.constexpr` argument, and None for a pointer that is not there.
+        num_warps, num_stages: as for the launch.
+        odd: arguments of which no divisibility is known.
+        needs: on sm_90, instructions that PTX must hold, such as "wgmma".
+    """
+
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    odd: frozenset[str] = frozenset()
+    needs: tuple[str, ...] = field(default=())
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Launches go to the current device: this makes it the tensor's. (CPU tensors: Triton's interpreter.)"""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def check_dtype(op: str, **tensors: Tensor | None) -> None:
+    """NotImplementedError for float64, which is for CPUs alone."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype == torch.float64:
+            raise NotImplementedError(f"{op} on {tensor.device.type}: {name} is float64, for which there is no kernel")
+
+
+def rows_contiguous(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or a copy if its last dimension is not contiguous: what every kernel relies on."""
+    if tensor is None or tensor.ndim == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
+        return tensor
+    return tensor.contiguous()
