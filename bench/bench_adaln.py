@@ -1,36 +1,43 @@
-"""adaLN against PyTorch's own norm and elementwise operations: `python -m bench.bench_adaln`."""
+"""adaLN at the released hidden size, 2688."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 import twotower_kernels as tt
-from bench.timing import Report
+from bench import rivals
+from bench.timing import ORIGINAL, OURS, Case, close
 from reference import adaln
 
-
-def eager(x, weight, shift, scale, *, eps, order):  # type: ignore[no-untyped-def]
-    """What one writes today."""
-    shift, scale = shift[:, None], scale[:, None]
-    if order == "modulate_norm":
-        return F.rms_norm(x * (1 + scale) + shift, x.shape[-1:], weight, eps)
-    return F.rms_norm(x, x.shape[-1:], weight, eps) * (1 + scale) + shift
+HIDDEN = 2688
 
 
-def main() -> None:
-    report = Report("adaln_norm, modulate_norm")
-    for dtype in (torch.bfloat16, torch.float32):
-        for batch in (1, 16):
-            case = dict(b=batch, s=16, h=2688, order="modulate_norm")
-            inputs = adaln.make_inputs("adaln_norm", case, dtype=dtype)
-            ours, theirs = tt.adaln_norm(**inputs), eager(**inputs)
-            torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
-            report.add(
-                f"[{batch}, 16, 2688] {dtype}",
-                {"twotower_kernels": lambda i=inputs: tt.adaln_norm(**i), "PyTorch eager": lambda i=inputs: eager(**i)},
-                bytes=2 * inputs["x"].numel() * inputs["x"].element_size(),
-            )
-    report.show()
+def case(op: str, ours: Callable[..., Any], original: Any, best: Any, batch: int, dtype: torch.dtype) -> Case:
+    sizes = dict(b=batch, s=16, h=HIDDEN, order="modulate_norm", gated=True)
+    inputs = adaln.make_inputs(op, sizes, dtype=dtype)
+    inputs.pop("gated", None)
+    programs = {
+        OURS: lambda: ours(**inputs),
+        ORIGINAL: lambda: original(**inputs),
+        "PyTorch: rms_norm": lambda: best(**inputs),
+    }
+    tensors = 2 if op == "adaln_norm" else 4
+    moved = tensors * batch * 16 * HIDDEN * torch.empty(0, dtype=dtype).element_size()
+    return Case(op, f"{batch * 16} × {HIDDEN}", dtype, programs, close(1e-2), bytes=moved, goals=(2, 1, None))
 
 
-if __name__ == "__main__":
-    main()
+def cases() -> Iterator[Case]:
+    for batch in (1, 16):
+        yield case("adaln_norm", tt.adaln_norm, rivals.eager_adaln_norm, rivals.best_adaln_norm, batch, torch.bfloat16)
+    yield case("adaln_norm", tt.adaln_norm, rivals.eager_adaln_norm, rivals.best_adaln_norm, 1, torch.float32)
+    yield case(
+        "gated_residual_adaln_norm",
+        tt.gated_residual_adaln_norm,
+        rivals.eager_residual_norm,
+        rivals.best_residual_norm,
+        1,
+        torch.bfloat16,
+    )

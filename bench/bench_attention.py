@@ -1,78 +1,65 @@
-"""Block attention against PyTorch's scaled dot-product attention: `python -m bench.bench_attention`."""
+"""Block attention: 32 query heads over 2 key heads of dimension 128, blocks of 16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 import twotower_kernels as tt
-from bench.timing import Report
+from bench import rivals
+from bench.timing import ORIGINAL, OURS, Case, close
 from reference import attention
 
-
-def concatenated(q, k, v, k_context, v_context, causal=False):  # type: ignore[no-untyped-def]
-    """What one writes today: keys and values concatenated and expanded to the query heads on every step and layer."""
-    repeats = q.shape[2] // k.shape[2]
-    keys, values = torch.cat([k_context, k], 1), torch.cat([v_context, v], 1)
-    keys, values = keys.repeat_interleave(repeats, 2), values.repeat_interleave(repeats, 2)
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, keys, values))).transpose(1, 2)
+HEADS, KV_HEADS, DIM = 32, 2, 128
 
 
-def in_place(q, k, v, k_context, v_context):  # type: ignore[no-untyped-def]
-    """The best one can write: the block already stands behind its context in preallocated storage, heads are grouped.
-
-    k_context and v_context hold the block's keys and values too.
-    """
-    args = (x.transpose(1, 2) for x in (q, k_context, v_context))
-    return F.scaled_dot_product_attention(*args, enable_gqa=True).transpose(1, 2)
-
-
-def packed(q, k, v, k_context, v_context):  # type: ignore[no-untyped-def]
-    """As `in_place`, with the query heads of a key head as further query rows, so that keys are read once for all."""
-    batch, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    rows = q.unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(2, 3)  # [B,Hkv,S*R,D]
-    out = F.scaled_dot_product_attention(rows, k_context.transpose(1, 2), v_context.transpose(1, 2))
-    return out.unflatten(2, (length, -1)).transpose(1, 2).reshape(batch, length, heads, dim)
-
-
-def main() -> None:
-    report = Report("block_attention, 32 query heads, 2 key heads, head_dim 128")
-    for dtype in (torch.bfloat16, torch.float32):
-        for batch, block, context in ((1, 16, 512), (1, 16, 4096), (4, 16, 1024)):
-            sizes = dict(batch=batch, block=block, heads=32, kv_heads=2, head_dim=128, context=context)
-            inputs = attention.make_inputs("block_attention", sizes, dtype=dtype)
-            whole = dict(inputs)
-            for name in ("k", "v"):
-                whole[f"{name}_context"] = torch.cat([inputs[f"{name}_context"], inputs[name]], 1)
-            ours = tt.block_attention(**inputs)
-            for theirs in (concatenated(**inputs), in_place(**whole), packed(**whole)):
-                torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=5e-3)
-            storage = 2 * inputs["k_context"].numel() * inputs["k_context"].element_size()
-            report.add(
-                f"[{batch}, {block}] over {context} {dtype}",
-                {
-                    "twotower_kernels": lambda i=inputs: tt.block_attention(**i),
-                    "PyTorch, concatenated": lambda i=inputs: concatenated(**i),
-                    "PyTorch, in place": lambda i=whole: in_place(**i),
-                    "PyTorch, in place and packed": lambda i=whole: packed(**i),
-                },
-                bytes=storage,
-                flops=4 * batch * block * 32 * 128 * (context + block),
-            )
-    prefill = dict(batch=1, block=1024, heads=32, kv_heads=2, head_dim=128, causal=True)
-    inputs = attention.make_inputs("block_attention", prefill, dtype=torch.bfloat16)
-
-    def causal(q, k, v, causal):  # type: ignore[no-untyped-def]
-        args = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*args, is_causal=causal, enable_gqa=True).transpose(1, 2)
-
-    torch.testing.assert_close(tt.block_attention(**inputs), causal(**inputs), rtol=1e-2, atol=5e-3)
-    report.add(
-        "[1, 1024] causal torch.bfloat16",
-        {"twotower_kernels": lambda: tt.block_attention(**inputs), "PyTorch": lambda: causal(**inputs)},
-        flops=2 * 1024 * 1024 * 32 * 128,
+def over_context(
+    batch: int, context: int, dtype: torch.dtype, goals: tuple[float | None, float | None, float | None]
+) -> Case:
+    sizes = dict(batch=batch, block=16, heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM, context=context)
+    inputs = attention.make_inputs("block_attention", sizes, dtype=dtype)
+    q = inputs["q"]
+    # PyTorch's best case: the block already stands behind its context in preallocated storage.
+    k, v = (torch.cat([inputs[f"{name}_context"], inputs[name]], 1) for name in "kv")
+    programs = {
+        OURS: lambda: tt.block_attention(**inputs),
+        ORIGINAL: lambda: rivals.eager_attention(**inputs),
+        "PyTorch: SDPA, grouped": lambda: rivals.grouped_attention(q, k, v),
+        "PyTorch: SDPA, packed": lambda: rivals.packed_attention(q, k, v),
+    }
+    return Case(
+        "block_attention",
+        f"B {batch}, S 16, context {context}",
+        dtype,
+        programs,
+        close(1e-2),
+        bytes=2 * k.numel() * k.element_size(),
+        flops=4 * batch * 16 * HEADS * DIM * (context + 16),
+        goals=goals,
     )
-    report.show()
 
 
-if __name__ == "__main__":
-    main()
+def prefill(length: int, dtype: torch.dtype) -> Case:
+    sizes = dict(batch=1, block=length, heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM, causal=True)
+    inputs: dict[str, Any] = attention.make_inputs("block_attention", sizes, dtype=dtype)
+    q, k, v = (inputs[name] for name in "qkv")
+    programs = {
+        OURS: lambda: tt.block_attention(**inputs),
+        ORIGINAL: lambda: rivals.eager_attention(**inputs),
+        "PyTorch: SDPA, causal": lambda: rivals.grouped_attention(q, k, v, causal=True),
+    }
+    flops = 2 * length * (length + 1) * HEADS * DIM
+    return Case("block_attention", f"B 1, S {length}, causal", dtype, programs, close(1e-2), flops=flops)
+
+
+def cases() -> Iterator[Case]:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    yield over_context(1, 8192, bf16, (15, 4, 0.75))
+    yield over_context(1, 32768, bf16, (15, 4, 0.75))
+    yield over_context(1, 8192, fp32, (5, 1, 0.8))
+    yield over_context(16, 1024, bf16, (None, None, None))
+    yield over_context(1, 256, bf16, (None, None, None))
+    yield prefill(2048, bf16)
+    yield prefill(2048, fp32)

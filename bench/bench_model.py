@@ -1,4 +1,4 @@
-"""One denoiser step of a mid-size model against the same model on plain PyTorch: `python -m bench.bench_model`.
+"""A denoiser step, a prefill and the cost over the context, of a mid-size model with random weights.
 
 The rivals run the same modules with the same weights, and only the operations are exchanged, so that the figures differ
 by the operations alone.
@@ -15,11 +15,11 @@ from torch import Tensor
 
 import twotower_kernels as tt
 from bench import rivals
-from bench.timing import Report
+from bench.timing import ORIGINAL, OURS, Case
 from twotower_kernels import layers
 from twotower_kernels import model as wiring
 
-CONTEXT, BLOCK = 8192, 16
+BLOCK = 16
 CONFIG = tt.TwoTowerConfig(
     vocab_size=32768,
     hidden_size=1024,
@@ -54,60 +54,102 @@ def operations(plain: dict[str, Callable[..., Any]]) -> Iterator[None]:
             setattr(module, name, op)
 
 
-def random_state(model: tt.TwoTowerModel, batch: int) -> tt.ContextState:
+def random_state(model: tt.TwoTowerModel, batch: int, context: int) -> tt.ContextState:
     """A context of random keys, values and states: what it says does not change what it costs."""
     state = model.empty_state(batch)
 
     def drawn(tensors: dict[int, Tensor], *shape: int) -> dict[int, Tensor]:
         return {i: torch.randn(batch, *(shape or t.shape[1:])).to(t.dtype) for i, t in tensors.items()}
 
-    kv = CONTEXT, CONFIG.num_key_value_heads, CONFIG.head_dim
+    kv = context, CONFIG.num_key_value_heads, CONFIG.head_dim
     return state.replaced(
-        lengths=torch.full((batch,), CONTEXT),
+        lengths=torch.full((batch,), context),
         k=drawn(state.k, *kv),
         v=drawn(state.v, *kv),
         conv=drawn(state.conv),
         ssm=drawn(state.ssm),
-        longest=CONTEXT,
+        longest=context,
     )
 
 
-def step(
-    model: tt.TwoTowerModel, ids: Tensor, state: tt.ContextState, t: Tensor, plain: dict[str, Any]
-) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        with operations(plain):
-            return model.denoise(ids, state, t)
-
-    return call
-
-
-def check(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
-    """Per position, in relative size. A narrow model's experts may flip at a few of them: the median must agree."""
+def per_position(ours: Tensor, theirs: Tensor) -> None:
+    """In relative size. A narrow model's experts may flip at a few positions: the median must agree."""
     error = (ours - theirs).norm(dim=-1) / ours.norm(dim=-1)
-    limit = {torch.float32: 1e-3, torch.bfloat16: 5e-2}[dtype]
-    assert error.median() < limit, f"outputs differ by {error.median():.1e}"
+    assert error.median() < 5e-2, f"outputs differ by {error.median():.1e}"
 
 
-def main() -> None:
+def of_parameters(model: tt.TwoTowerModel, rows: int) -> tuple[int, int]:
+    """Bytes and multiplications times two of all linear layers and of the experts that so many rows hit on average."""
+    tower = model.denoiser_tower if model.towers == "denoiser" else model.context_tower
+    c = CONFIG
+    hit = c.n_routed_experts * (1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** rows)
+    moved, products = 0.0, 0.0
+    for name, p in tower.named_parameters():
+        size = p.numel() * p.element_size()
+        if ".experts." in name:
+            moved += size * hit / c.n_routed_experts
+            products += p.numel() / c.n_routed_experts * c.num_experts_per_tok
+        elif p.ndim == 2 and "embeddings" not in name:
+            moved += size
+            products += p.numel()
+    return int(moved), int(2 * products * rows)
+
+
+def step(
+    model: tt.TwoTowerModel, batch: int, context: int, goals: tuple[float | None, float | None, float | None], all: bool
+) -> Case:
+    """all: with the rivals."""
+    dtype = next(model.parameters()).dtype
+    ids = torch.randint(CONFIG.vocab_size, (batch, BLOCK))
+    state, t = random_state(model, batch, context), torch.linspace(0.25, 1, batch)
+
+    def run(plain: dict[str, Any]) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            with operations(plain):
+                return model.denoise(ids, state, t)
+
+        return call
+
+    programs = {OURS: run({})}
+    if all:
+        programs |= {ORIGINAL: run(rivals.ORIGINAL), "PyTorch: best operations": run(rivals.BEST)}
+    moved, flops = of_parameters(model, batch * BLOCK)
+    head = model.lm_head.weight
+    heads = CONFIG.num_attention_heads * CONFIG.head_dim * len(CONFIG.layers("*"))
+    flops += 2 * batch * BLOCK * head.numel() + 4 * batch * BLOCK * heads * (context + BLOCK)
+    shape = f"B {batch}, S {BLOCK}, context {context}"
+    moved += head.numel() * head.element_size()
+    return Case("denoiser step", shape, dtype, programs, per_position, bytes=moved, flops=flops, goals=goals)
+
+
+def prefill(dtype: torch.dtype, tokens: int, goals: tuple[float | None, float | None, float | None]) -> Case:
+    model = tt.TwoTowerModel(CONFIG, dtype=dtype, towers="context")
+    ids = torch.randint(CONFIG.vocab_size, (1, tokens))
+
+    def run(plain: dict[str, Any]) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            with operations(plain):
+                return model.prefill(ids).logits
+
+        return call
+
+    _, flops = of_parameters(model, tokens)
+    heads = CONFIG.num_attention_heads * CONFIG.head_dim * len(CONFIG.layers("*"))
+    flops += 2 * heads * tokens * (tokens + 1)
+    programs = {OURS: run({}), ORIGINAL: run(rivals.ORIGINAL), "PyTorch: best operations": run(rivals.BEST)}
+    return Case("prefill", f"{tokens} tokens", dtype, programs, per_position, flops=flops, goals=goals)
+
+
+def cases() -> Iterator[Case]:
     torch.manual_seed(0)
-    report = Report(f"denoise, block of {BLOCK}, context {CONTEXT}")
     for dtype in (torch.bfloat16, torch.float32):
         model = tt.TwoTowerModel(CONFIG, dtype=dtype, towers="denoiser")
-        for batch in (1, 4):
-            ids = torch.randint(CONFIG.vocab_size, (batch, BLOCK))
-            state, t = random_state(model, batch), torch.linspace(0.25, 1, batch)
-            programs = {
-                "twotower_kernels": step(model, ids, state, t, {}),
-                "PyTorch, best": step(model, ids, state, t, rivals.BEST),
-                "PyTorch eager": step(model, ids, state, t, rivals.EAGER),
-            }
-            ours, *others = (call() for call in programs.values())
-            for theirs in others:
-                check(ours, theirs, dtype)
-            report.add(f"[{batch}, {BLOCK}] {dtype}", programs)
-    report.show()
-
-
-if __name__ == "__main__":
-    main()
+        wanted = (6, 2, 1 / 1.6) if dtype == torch.bfloat16 else (None, None, None)
+        yield step(model, 1, 8192, wanted, all=True)
+        if dtype == torch.bfloat16:
+            yield step(model, 4, 8192, (None, None, None), all=True)
+            for context in (1024, 8192, 32768, 131072):
+                yield step(model, 1, context, (None, None, None), all=False)
+        del model
+    # In float32: PyTorch's bfloat16 products take minutes where the processor has none.
+    yield prefill(torch.float32, 4096, (3, 1.2, None))

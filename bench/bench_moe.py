@@ -1,120 +1,85 @@
-"""The mixture of experts at the released sizes against loops of PyTorch products: `python -m bench.bench_moe`.
+"""The mixture of experts at the released sizes: 128 experts, 6 per token, and a shared one.
 
-Weights are 2.6 GB of bfloat16, of which a block of 16 tokens reads about half. The last program only reads: a sum over
-as many bytes shows what the memory gives.
+Weights are 2.6 GB of bfloat16, of which a block of 16 tokens reads about half.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import twotower_kernels as tt
-from bench.timing import Report
+from bench import rivals
+from bench.timing import ORIGINAL, OURS, Case, close
 from reference import moe
 
 E, K, H, I, J = 128, 6, 2688, 1856, 3712  # noqa: E741
 
 
-def every_expert(x, w_up, w_down, weights, experts, *, shared_up, shared_down):  # type: ignore[no-untyped-def]
-    """What one writes first: for every expert, which tokens chose it?"""
-    total = torch.zeros(x.shape, dtype=torch.float32)
-    for e in range(len(w_up)):
-        token, choice = (experts == e).nonzero(as_tuple=True)
-        if len(token):
-            y = F.linear(F.linear(x[token], w_up[e]).relu().square(), w_down[e])
-            total.index_add_(0, token, y.float() * weights[token, choice, None])
-    return total.to(x.dtype) + F.linear(F.linear(x, shared_up).relu().square(), shared_down)
-
-
-def sorted_once(x, w_up, w_down, weights, experts, *, shared_up, shared_down):  # type: ignore[no-untyped-def]
-    """The best loop: pairs sorted once, only the experts that were chosen, one gather and one sum over all."""
-    order = experts.flatten().argsort(stable=True)
-    token = order // experts.shape[1]
-    counts = experts.flatten().bincount(minlength=len(w_up)).tolist()
-    parts = [
-        F.linear(F.linear(part, w_up[e]).relu().square(), w_down[e])
-        for e, part in enumerate(x[token].split(counts))
-        if len(part)
-    ]
-    y = torch.cat(parts).float() * weights.flatten()[order, None]
-    total = torch.zeros(x.shape, dtype=torch.float32).index_add_(0, token, y)
-    return total.to(x.dtype) + F.linear(F.linear(x, shared_up).relu().square(), shared_down)
-
-
-def close(got: Tensor, expected: Tensor) -> None:
-    """2-norms: PyTorch's bfloat16 products are rounded between the two, ours are not."""
-    got, expected = got.double(), expected.double()
-    assert (got - expected).norm() <= 8e-3 * expected.norm(), "outputs differ"
-
-
-def router(report: Report, n: int) -> tuple[Tensor, Tensor]:
-    """Times product and choice; the weights and experts of random tokens."""
+def router(n: int) -> Case:
+    """Product and choice together: the router of n tokens."""
     inputs = moe.make_inputs("moe_gate", dict(n=n, e=E, h=H), dtype=torch.bfloat16)
-    bias = torch.zeros(E)
-    logits = tt.moe_gate(**inputs) / H**0.5
-    torch.testing.assert_close(logits * H**0.5, moe.moe_gate(**inputs), rtol=1e-12, atol=1e-9)
-    options = dict(top_k=K, scaling=2.5)
-    weights, experts = tt.moe_route(logits, bias, **options)
-    assert torch.equal(experts, moe.moe_route(logits, bias, **options)[1])
-    report.add(
-        f"moe_gate [{n}, {H}] x [{E}, {H}]",
-        {
-            "twotower_kernels": lambda: tt.moe_gate(**inputs),
-            "PyTorch, float64": lambda: moe.moe_gate(**inputs),
-        },
-        flops=2 * n * E * H,
-    )
+    x, weight, bias = inputs["x"], inputs["gate_weight"] / H**0.5, torch.zeros(E)
+    options: dict[str, Any] = dict(top_k=K, scaling=2.5)
+    programs = {
+        OURS: lambda: tt.moe_route(tt.moe_gate(x, weight), bias, **options),
+        ORIGINAL: lambda: rivals.eager_moe_route(rivals.moe_gate(x, weight), bias, **options),
+        "PyTorch: topk": lambda: rivals.best_moe_route(rivals.moe_gate(x, weight), bias, **options),
+    }
 
-    def topk() -> tuple[Tensor, Tensor]:
-        scores = logits.sigmoid()
-        chosen = (scores + bias).topk(K).indices
-        picked = scores.gather(1, chosen)
-        return (picked / (picked.sum(1, keepdim=True) + 1e-20) * 2.5).float(), chosen.int()
+    def same(ours: Any, theirs: Any) -> None:
+        assert torch.equal(ours[1].long(), theirs[1].long()), "other experts"
+        assert torch.allclose(ours[0], theirs[0], rtol=1e-6), "other weights"
 
-    report.add(
-        f"moe_route [{n}, {E}]",
-        {"twotower_kernels": lambda: tt.moe_route(logits, bias, **options), "PyTorch, topk": topk},
-    )
-    return weights, experts
+    shape = f"N {n}, E {E}, top-{K}"
+    return Case("moe_gate + moe_route", shape, torch.float64, programs, same, goals=(3, 1.5, None))
 
 
-def main() -> None:
-    generator = torch.Generator().manual_seed(0)
+class Weights:
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+        self.up, self.down = self.stacked(I, H), self.stacked(H, I)
+        self.shared = dict(shared_up=self.normal(J, H), shared_down=self.normal(H, J))
 
-    def normal(*shape: int) -> Tensor:
-        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).bfloat16()
+    def normal(self, *shape: int) -> Tensor:
+        return (torch.randn(shape, generator=self.generator) * shape[-1] ** -0.5).bfloat16()
 
-    def stacked(*shape: int) -> Tensor:
+    def stacked(self, *shape: int) -> Tensor:
         """Experts that differ in size alone, since drawing 1.3 billion numbers takes longer than the benchmark."""
         sizes = torch.linspace(0.5, 1.5, E).bfloat16()[:, None, None]
-        return torch.mul(normal(*shape), sizes, out=torch.empty((E, *shape), dtype=torch.bfloat16))
-
-    w_up, w_down = stacked(I, H), stacked(H, I)
-    shared = dict(shared_up=normal(J, H), shared_down=normal(H, J))
-    report = Report("mixture of experts, bfloat16, 128 experts, 6 per token, and a shared one")
-    for n in (16, 64):
-        weights, experts = router(report, n)
-        x = torch.randn(n, H, generator=generator).bfloat16()
-        arguments = x, w_up, w_down, weights, experts
-        ours, loop = tt.moe_experts(*arguments, **shared), sorted_once(*arguments, **shared)
-        close(ours, loop)
-        close(every_expert(*arguments, **shared), loop)
-        active = len(experts.unique())
-        size = 2 * (2 * active * I * H + 2 * J * H)
-        read = [w.view(torch.int64) for w in (w_up[:active], w_down[:active], *shared.values())]
-        report.add(
-            f"moe_experts, {n} tokens, {active} experts",
-            {
-                "twotower_kernels": lambda a=arguments: tt.moe_experts(*a, **shared),
-                "PyTorch, every expert": lambda a=arguments: every_expert(*a, **shared),
-                "PyTorch, sorted once": lambda a=arguments: sorted_once(*a, **shared),
-                "sum of as many bytes": lambda r=read: [w.sum() for w in r],
-            },
-            bytes=size,
-            flops=2 * 2 * n * H * (K * I + J),
-        )
-    report.show()
+        return torch.mul(self.normal(*shape), sizes, out=torch.empty((E, *shape), dtype=torch.bfloat16))
 
 
-if __name__ == "__main__":
-    main()
+def experts(w: Weights, n: int, goals: tuple[float | None, float | None, float | None]) -> Case:
+    logits = torch.randn(n, E, generator=w.generator).double()
+    weights, chosen = tt.moe_route(logits, torch.zeros(E), top_k=K, scaling=2.5)
+    x = torch.randn(n, H, generator=w.generator).bfloat16()
+    arguments = x, w.up, w.down, weights, chosen
+    programs = {
+        OURS: lambda: tt.moe_experts(*arguments, **w.shared),
+        ORIGINAL: lambda: rivals.eager_experts(*arguments, **w.shared),
+        "PyTorch: experts in use": lambda: rivals.best_experts(*arguments, **w.shared),
+    }
+    hit = len(chosen.unique())
+    return Case(
+        "moe_experts",
+        f"N {n}, E {E}, top-{K}, {hit} experts hit",
+        torch.bfloat16,
+        programs,
+        close(8e-3),
+        bytes=(hit * 2 * I * H + 2 * J * H) * 2,
+        flops=2 * n * (K * 2 * I * H + 2 * J * H),
+        goals=goals,
+    )
+
+
+def cases() -> Iterator[Case]:
+    yield router(16)
+    yield router(64)
+    weights = Weights()
+    yield experts(weights, 16, (3, 1.5, 0.8))
+    yield experts(weights, 64, (None, None, None))
+    yield experts(weights, 1, (None, None, None))

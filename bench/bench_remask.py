@@ -1,67 +1,94 @@
-"""Remasking against PyTorch's softmax, top-k and sampling: `python -m bench.bench_remask`."""
+"""Remasking over a vocabulary of 131072 by TwoTower's rule, greedy and sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import twotower_kernels as tt
-from bench.timing import Report
+from bench.timing import ORIGINAL, OURS, Case
 from reference import remask as specification
 
-THRESHOLD = 0.8
+THRESHOLD, VOCABULARY = 0.8, 131072
 
 
-def eager(logits, tokens, *, mask_token_id, step, num_steps, **_):  # type: ignore[no-untyped-def]
-    """TwoTower's greedy rule as one writes it: the whole softmax, then the best of every row."""
-    z = logits.float().index_fill(2, torch.tensor([mask_token_id]), -torch.inf)
-    confidence, candidate = z.softmax(-1).max(-1)
-    return commit(tokens, mask_token_id, confidence, candidate, step, num_steps)
+def original(logits: Tensor, tokens: Tensor, **options: Any) -> Tensor:
+    """Cloned logits, the whole softmax, and a loop over rows."""
+    mask_id, t, tokens = options["mask_token_id"], options["temperature"], tokens.clone()
+    z = logits.clone().float()
+    z[..., mask_id] = -torch.inf
+    probabilities = z.softmax(-1)
+    if t > 0:
+        noise = -torch.log(-torch.log(torch.rand_like(z)))
+        candidate = (z / t + noise).argmax(-1)
+    else:
+        candidate = probabilities.argmax(-1)
+    confidence = probabilities.gather(-1, candidate[..., None])[..., 0]
+    left = options["num_steps"] - options["step"]
+    for b in range(len(tokens)):
+        masked = tokens[b] == mask_id
+        score = torch.where(masked, confidence[b], -torch.inf)
+        count = max(-(-int(masked.sum()) // left), int((score > THRESHOLD).sum()))
+        for position in score.argsort(descending=True, stable=True)[:count].tolist():
+            tokens[b, position] = candidate[b, position]
+    return tokens
 
 
-def careful(logits, tokens, *, mask_token_id, step, num_steps, **_):  # type: ignore[no-untyped-def]
-    """The same with one number per position instead of the softmax: the best that PyTorch's operations allow."""
-    keep = logits[..., mask_token_id].clone()
-    logits[..., mask_token_id] = -torch.inf
-    best, candidate = logits.max(-1)
-    confidence = (best.float() - logits.logsumexp(-1).float()).exp()
-    logits[..., mask_token_id] = keep
-    return commit(tokens, mask_token_id, confidence, candidate, step, num_steps)
-
-
-def sampled(logits, tokens, *, mask_token_id, step, num_steps, temperature, **_):  # type: ignore[no-untyped-def]
-    """The rule with samples instead of the argmax: noise of PyTorch's generator, all of it in memory."""
-    z = logits.float().index_fill(2, torch.tensor([mask_token_id]), -torch.inf)
-    candidate = (z / temperature - torch.empty_like(z).exponential_().log()).argmax(-1)
-    confidence = z.softmax(-1).gather(2, candidate[..., None])[..., 0]
-    return commit(tokens, mask_token_id, confidence, candidate, step, num_steps)
-
-
-def commit(tokens, mask_token_id, confidence, candidate, step, num_steps):  # type: ignore[no-untyped-def]
-    masked = tokens == mask_token_id
+def best(logits: Tensor, tokens: Tensor, **options: Any) -> Tensor:
+    """One number per position instead of the softmax, noise in place, all rows at once."""
+    mask_id, t = options["mask_token_id"], options["temperature"]
+    keep = logits[..., mask_id].clone()
+    logits[..., mask_id] = -torch.inf
+    if t > 0:
+        candidate = torch.empty_like(logits, dtype=torch.float32).exponential_().log_().neg_()
+        candidate = candidate.add_(logits, alpha=1 / t).argmax(-1)
+        chosen = logits.gather(-1, candidate[..., None])[..., 0]
+    else:
+        chosen, candidate = logits.max(-1)
+    confidence = (chosen.float() - logits.logsumexp(-1).float()).exp()
+    logits[..., mask_id] = keep
+    masked = tokens == mask_id
     score = torch.where(masked, confidence, -torch.inf)
+    left = options["num_steps"] - options["step"]
     n = masked.sum(1, keepdim=True)
-    q = torch.maximum((n + num_steps - step - 1) // (num_steps - step), (score > THRESHOLD).sum(1, keepdim=True))
+    count = torch.maximum((n + left - 1) // left, (score > THRESHOLD).sum(1, keepdim=True))
     rank = score.argsort(dim=1, descending=True, stable=True).argsort(1)
-    return torch.where(masked & (rank < q), candidate, tokens)
+    return torch.where(masked & (rank < count), candidate, tokens)
 
 
-def main() -> None:
-    report = Report("remask, TwoTower's rule, V = 131072")
-    policy = tt.RemaskPolicy.twotower(THRESHOLD)
-    for dtype in (torch.bfloat16, torch.float32):
-        for batch, temperature in ((1, 0.0), (8, 0.0), (1, 1.0)):
-            case = dict(batch=batch, block=16, vocab=131072, num_steps=16, step=2, temperature=temperature)
-            inputs = specification.make_inputs("remask", case, dtype=dtype) | {"policy": policy}
-            ours = tt.remask(**inputs)
-            rivals = {"PyTorch eager": sampled} if temperature else {"PyTorch eager": eager, "PyTorch careful": careful}
-            if not temperature:  # the draws of the sampled rival are its own
-                assert torch.equal(ours.tokens, eager(**inputs))
-            report.add(
-                f"[{batch}, 16, 131072] {dtype}{', sampled' if temperature else ''}",
-                {"twotower_kernels": lambda i=inputs: tt.remask(**i)}
-                | {name: lambda i=inputs, f=rival: f(**i) for name, rival in rivals.items()},
-                bytes=inputs["logits"].numel() * inputs["logits"].element_size(),
-            )
-    report.show()
+def case(
+    batch: int, temperature: float, dtype: torch.dtype, goals: tuple[float | None, float | None, float | None]
+) -> Case:
+    sizes = dict(batch=batch, block=16, vocab=VOCABULARY, num_steps=16, step=0, temperature=temperature)
+    inputs = specification.make_inputs("remask", sizes, dtype=dtype) | {"policy": tt.RemaskPolicy.twotower(THRESHOLD)}
+    inputs["tokens"] = torch.full_like(inputs["tokens"], inputs["mask_token_id"])  # the first step: nothing is known
+
+    def run(program: Callable[..., Tensor]) -> Callable[[], Tensor]:
+        return lambda: program(**inputs)
+
+    def same(ours: Any, theirs: Tensor) -> None:
+        if temperature == 0:
+            assert torch.equal(ours.tokens, theirs), "other tokens"
+        else:  # every program has draws of its own
+            assert (theirs != inputs["mask_token_id"]).sum() >= batch, "nothing was committed"
+
+    return Case(
+        "remask, sampled" if temperature else "remask, greedy",
+        f"{batch * 16} × {VOCABULARY}",
+        dtype,
+        {OURS: lambda: tt.remask(**inputs), ORIGINAL: run(original), "PyTorch: logsumexp": run(best)},
+        same,
+        bytes=inputs["logits"].numel() * inputs["logits"].element_size(),
+        goals=goals,
+    )
 
 
-if __name__ == "__main__":
-    main()
+def cases() -> Iterator[Case]:
+    yield case(1, 0.0, torch.float32, (10, 4, 0.7))
+    yield case(1, 1.0, torch.float32, (10, 4, None))
+    yield case(16, 0.0, torch.float32, (10, 4, 0.7))
+    yield case(16, 1.0, torch.float32, (10, 4, None))
+    yield case(1, 0.0, torch.bfloat16, (None, None, None))

@@ -1,68 +1,119 @@
-"""One way to time on a CPU: outputs checked first, rivals interleaved, medians with their spread."""
+"""One way to time on a CPU: outputs checked first, programs interleaved, medians with their spread."""
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from twotower_kernels import cpu
+from bench.ceilings import Ceilings
+
+OURS, ORIGINAL = "twotower_kernels", "original style"  # every other program is a candidate for "the best PyTorch"
 
 
-def interleaved(rivals: dict[str, Callable[[], Any]], *, seconds: float = 2.0) -> dict[str, list[float]]:
-    """Seconds per call of every rival, taken in turns until each had `seconds` or 5 calls, whichever is more.
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape, and the programs that compute it.
 
-    One call of each warms up. Interleaving spreads whatever else the machine does over all of them.
+    Attributes:
+        op, shape, dtype: what is computed; shape is for people.
+        programs: the calls, `OURS` among them.
+        check: compares our output with another's and raises AssertionError if they disagree.
+        bytes, flops: what the operation must move and compute at least; 0: not counted.
+        goals: at least so many times as fast as the original style and as the best PyTorch, and the share of the
+            ceiling; None: no goal.
     """
-    for call in rivals.values():
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    programs: Mapping[str, Callable[[], Any]]
+    check: Callable[[Any, Any], None]
+    bytes: int = 0
+    flops: int = 0
+    goals: tuple[float | None, float | None, float | None] = field(default=(None, None, None))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: median, and the tenth and ninetieth percentile."""
+
+    median: float
+    low: float
+    high: float
+    calls: int
+
+
+@dataclass(frozen=True)
+class Result:
+    case: Case
+    timings: Mapping[str, Timing]
+
+    def against(self, name: str) -> float | None:
+        """How many times as long another program takes."""
+        return self.timings[name].median / self.timings[OURS].median if name in self.timings else None
+
+    def best(self) -> str | None:
+        """The fastest program that is neither ours nor in the original style."""
+        others = [name for name in self.timings if name not in (OURS, ORIGINAL)]
+        return min(others, key=lambda name: self.timings[name].median, default=None)
+
+    def share(self, ceilings: Ceilings) -> float | None:
+        """The least time that bytes and arithmetic allow on this machine, over ours."""
+        floor = max(
+            self.case.bytes / ceilings.read / 1e9,
+            self.case.flops / ceilings.matrix(self.case.dtype) / 1e9,
+        )
+        return floor / self.timings[OURS].median if floor else None
+
+
+def interleaved(programs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Timing]:
+    """All programs in turns, after one call of each to warm up, until each had `seconds`, and three calls at least."""
+    for call in programs.values():
         call()
-    times: dict[str, list[float]] = {name: [] for name in rivals}
-    while any(len(t) < 5 or sum(t) < seconds for t in times.values()):
-        for name, call in rivals.items():
+    taken: dict[str, list[float]] = {name: [] for name in programs}
+    while any(len(t) < 3 or sum(t) < seconds for t in taken.values()):
+        for name, call in programs.items():
+            if len(taken[name]) >= 3 and sum(taken[name]) >= 3 * seconds:
+                continue  # the slow need not wait for the fast
             start = time.perf_counter()
             call()
-            times[name].append(time.perf_counter() - start)
-    return times
+            taken[name].append(time.perf_counter() - start)
+
+    def timing(times: list[float]) -> Timing:
+        deciles = statistics.quantiles(times, n=10, method="inclusive")
+        return Timing(statistics.median(times), deciles[0], deciles[-1], len(times))
+
+    return {name: timing(times) for name, times in taken.items()}
 
 
-def machine() -> str:
-    """What the figures were measured on."""
-    return (
-        f"{platform.machine()}, {cpu.kernels().isa()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, Python {platform.python_version()}"
-    )
+def measure(case: Case, seconds: float = 1.0) -> Result:
+    """Checks every program's output against ours, then times them."""
+    ours = case.programs[OURS]()
+    for name, call in case.programs.items():
+        if name != OURS:
+            try:
+                case.check(ours, call())
+            except AssertionError as error:
+                raise AssertionError(f"{case.op}, {case.shape}, {case.dtype}: {name} disagrees: {error}") from None
+    del ours
+    with torch.inference_mode():
+        return Result(case, interleaved(case.programs, seconds))
 
 
-class Report:
-    """A table of medians: one row per shape and rival, the first rival being ours."""
+def close(limit: float) -> Callable[[Any, Any], None]:
+    """A check in 2-norm: bfloat16 programs round at different places, and single entries are sums that cancel."""
 
-    def __init__(self, title: str) -> None:
-        self.table = Table(title=f"{title}\n{machine()}")
-        for name in ("case", "program", "median µs", "spread", "GB/s", "GFLOP/s", "× ours"):
-            self.table.add_column(name, justify="left" if name in ("case", "program") else "right")
+    def check(ours: Any, theirs: Any) -> None:
+        first, second = ours, theirs
+        if isinstance(ours, tuple):
+            first, second = ours[0], theirs[0]
+        first, second = first.double(), second.double()
+        error = (first - second).norm() / second.norm()
+        assert error <= limit, f"relative error {error:.1e}, expected at most {limit:.0e}"
 
-    def add(self, case: str, rivals: dict[str, Callable[[], Any]], *, bytes: int = 0, flops: int = 0) -> None:
-        """Times `rivals`, the first being ours. bytes, flops: what the operation must move and compute at least."""
-        times = interleaved(rivals)
-        ours = statistics.median(next(iter(times.values())))
-        for name, taken in times.items():
-            median = statistics.median(taken)
-            low, high = statistics.quantiles(taken, n=10)[0], statistics.quantiles(taken, n=10)[-1]
-            self.table.add_row(
-                case,
-                name,
-                f"{median * 1e6:.1f}",
-                f"{low * 1e6:.0f} to {high * 1e6:.0f}",
-                f"{bytes / median / 1e9:.1f}" if bytes else "",
-                f"{flops / median / 1e9:.1f}" if flops else "",
-                f"{median / ours:.2f}",
-            )
-
-    def show(self) -> None:
-        Console().print(self.table)
+    return check
