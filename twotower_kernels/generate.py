@@ -7,9 +7,11 @@ The three modes differ only in who proposes the next tokens (Nemotron-TwoTower, 
 * `mock_ar`: the denoiser as a next-token model. It reads the last token, with the context's state from before it.
 * `ar`: the context tower alone.
 
-`stream` does the work, one event at a time; `generate` runs a stream to its end. A batch of prompts of different
-lengths is exactly each prompt alone: every row has its own length, its own random stream (from the seed and its index
-in the request) and its own count of model calls. A row that has nothing left to do is taken out of the batch.
+`stream` does the work, one event at a time; `generate` runs a stream to its end. Both are methods of the model, too.
+
+A batch of prompts of different lengths is exactly each prompt alone: every row has its own length, its own random
+stream (from the seed and its index in the request) and its own count of model calls. A row that has nothing left to do
+is taken out of the batch.
 
 The host learns of a step what it must to go on, and no more: how many masks each row has left, whether its logits
 were numbers, whether it wrote its last token. That is one small read per step; everything else stays on the device.

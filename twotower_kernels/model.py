@@ -13,28 +13,24 @@ different lengths needs nothing but the lengths.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from twotower_kernels import loading
 from twotower_kernels.config import TwoTowerConfig
+from twotower_kernels.generate import generate, stream
 from twotower_kernels.layers import Factory, Layer, Linear, Stacked, TimeEmbedder, Tower, draw_weights
 from twotower_kernels.ops import adaln_norm, gated_residual_adaln_norm
 from twotower_kernels.state import ContextState, logits
 
-if TYPE_CHECKING:
-    from twotower_kernels.generate import GenerateResult, StepEvent
-    from twotower_kernels.remask_policy import RemaskPolicy
-
 TOWERS = ("both", "context", "denoiser")
 P = ParamSpec("P")
 R = TypeVar("R")
-Prompts = Tensor | Sequence[Tensor | Sequence[int]]
 Modulation = tuple[Tensor | None, Tensor | None, Tensor | None]  # shift, scale, gate, each [B, H]
 
 
@@ -302,82 +298,8 @@ class TwoTowerModel(nn.Module):
 
     # --- generation -------------------------------------------------------------------------------------------------
 
-    def generate(
-        self,
-        prompts: Prompts,
-        *,
-        mode: str = "mask_diffusion",
-        max_new_tokens: int,
-        block_size: int = 16,
-        steps_per_block: int = 16,
-        confidence_threshold: float = 0.8,
-        policy: RemaskPolicy | None = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        mask_token_id: int = 3,
-        eos_token_id: int | None = None,
-        seed: int = 0,
-        on_step: Callable[[StepEvent], object] | None = None,
-    ) -> GenerateResult:
-        """Continues every prompt: `twotower_kernels.generate.generate` with this model, which says what the arguments
-        mean, what comes back and what is refused."""
-        from twotower_kernels.generate import generate
-
-        return generate(
-            self,
-            prompts,
-            mode=mode,
-            max_new_tokens=max_new_tokens,
-            block_size=block_size,
-            steps_per_block=steps_per_block,
-            confidence_threshold=confidence_threshold,
-            policy=policy,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            mask_token_id=mask_token_id,
-            eos_token_id=eos_token_id,
-            seed=seed,
-            on_step=on_step,
-        )
-
-    def stream(
-        self,
-        prompts: Prompts,
-        *,
-        mode: str = "mask_diffusion",
-        max_new_tokens: int,
-        block_size: int = 16,
-        steps_per_block: int = 16,
-        confidence_threshold: float = 0.8,
-        policy: RemaskPolicy | None = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        mask_token_id: int = 3,
-        eos_token_id: int | None = None,
-        seed: int = 0,
-    ) -> Iterator[StepEvent]:
-        """As `generate`, step by step: an iterator over `StepEvent`s, from `twotower_kernels.generate.stream`."""
-        from twotower_kernels.generate import stream
-
-        return stream(
-            self,
-            prompts,
-            mode=mode,
-            max_new_tokens=max_new_tokens,
-            block_size=block_size,
-            steps_per_block=steps_per_block,
-            confidence_threshold=confidence_threshold,
-            policy=policy,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            mask_token_id=mask_token_id,
-            eos_token_id=eos_token_id,
-            seed=seed,
-        )
+    generate = generate
+    stream = stream
 
     # --- both towers ------------------------------------------------------------------------------------------------
 
