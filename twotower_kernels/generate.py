@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from twotower_kernels.capture import CapturedDenoiser
 from twotower_kernels.generate_checks import check_blocks, check_options, prompt_rows
 from twotower_kernels.ops.remask import remask
 from twotower_kernels.remask_policy import RemaskPolicy
@@ -90,6 +91,7 @@ class _Request:
     seeds: Tensor  # [B] int64, Philox keys
     nfe: list[int]  # per row
     blocks: list[list[Tensor]]  # per row, its finished blocks
+    denoise: Callable[..., Tensor]  # the model's; on a GPU recorded once and replayed
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """The prompts as int64 [B, T], right-padded, and their lengths [B]."""
@@ -232,6 +234,7 @@ def stream(
         seeds=torch.tensor([sequence_seed(seed, b) for b in range(len(rows))], device=device),
         nfe=[0] * len(rows),
         blocks=[[] for _ in rows],
+        denoise=CapturedDenoiser(model) if device.type == "cuda" else model.denoise,
     )
     if mode == "mask_diffusion":
         check_blocks(model, block_size, steps_per_block, confidence_threshold, mask_token_id, policy)
@@ -339,7 +342,7 @@ def _denoise_block(
         of_steps = max(num_steps, step + 1)  # past the schedule, every step is the last one
         before = tokens[where]  # [A, S]
         t = policy.model_time(masked, block_size, step, of_steps)  # [A]
-        logits = request.model.denoise(before, state, t)  # [A, S, V]
+        logits = request.denoise(before, state, t)  # [A, S, V]
         result = remask(
             logits,
             before,
@@ -383,7 +386,7 @@ def _autoregress(request: _Request, with_denoiser: bool) -> Generator[StepEvent,
     else:
         state = request.model.prefill(prompts, lengths)
     for index in range(request.max_new_tokens):
-        logits = request.model.denoise(last, state, t=None) if with_denoiser else state.logits[:, None]  # [R, 1, V]
+        logits = request.denoise(last, state, t=None) if with_denoiser else state.logits[:, None]  # [R, 1, V]
         mask = torch.zeros_like(last)  # a block of one mask, whatever its number
         result = remask(logits, mask, mask_token_id=0, policy=PROPOSE, seed=seeds, offset=index, **request.sampling)
         token = result.candidate  # [R, 1]
