@@ -19,18 +19,19 @@ FILES = ("attention", "moe", "linear", "mamba2", "adaln", "remask", "model")
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--op", action="append", choices=FILES, help="only this family; may be given again")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where (default: cpu)")
     parser.add_argument("--seconds", type=float, default=1.0, help="that each program is timed at least (default: 1)")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write FOLDER/NAME.json and NAME.md")
-    parser.add_argument("--name", default="cpu", help="of the files that are written (default: cpu)")
+    parser.add_argument("--name", default="ops", help="of the files that are written (default: ops)")
     options = parser.parse_args()
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    limits, results = ceilings.measure(), []
+    limits, results = ceilings.measure(options.device), []
     console.print(report.heading(limits), highlight=False)
     for name in track(options.op or FILES, description="measuring", console=console, transient=True):
-        for case in importlib.import_module(f"bench.bench_{name}").cases():
-            results.append(measure(case, options.seconds))
+        for case in importlib.import_module(f"bench.bench_{name}").cases(options.device):
+            results.append(measure(case, options.seconds, options.device))
             console.print("  ".join(report.cells(results[-1], limits)), highlight=False)
             gc.collect()
     console.print(report.table(results, limits))

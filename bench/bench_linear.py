@@ -12,10 +12,10 @@ from bench import rivals
 from bench.timing import ORIGINAL, OURS, Case, close
 
 
-def case(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> Case:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, inputs, generator=generator).to(dtype)
-    weight = (torch.randn(outputs, inputs, generator=generator) * inputs**-0.5).to(dtype)
+def case(rows: int, inputs: int, outputs: int, dtype: torch.dtype, device: str) -> Case:
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(rows, inputs, generator=generator, device=device).to(dtype)
+    weight = (torch.randn(outputs, inputs, generator=generator, device=device) * inputs**-0.5).to(dtype)
     programs = {
         OURS: lambda: linear(x, weight),
         ORIGINAL: lambda: F.linear(x, weight),
@@ -26,9 +26,9 @@ def case(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> Case:
     return Case("linear", f"{rows} × {inputs} → {outputs}", dtype, programs, close(5e-3), bytes=moved, flops=flops)
 
 
-def cases() -> Iterator[Case]:
+def cases(device: str = "cpu") -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
-        yield case(16, 2688, 10304, dtype)
-        yield case(16, 4096, 2688, dtype)
-        yield case(64, 2688, 10304, dtype)
-    yield case(16, 2688, 131072, torch.bfloat16)
+        yield case(16, 2688, 10304, dtype, device)
+        yield case(16, 4096, 2688, dtype, device)
+        yield case(64, 2688, 10304, dtype, device)
+    yield case(16, 2688, 131072, torch.bfloat16, device)

@@ -8,7 +8,7 @@ import torch
 
 import twotower_kernels as tt
 from bench import rivals
-from bench.timing import ORIGINAL, OURS, Case, close
+from bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals, close
 from reference import mamba2
 
 HEADS, DIM, STATE, GROUPS = 64, 64, 128, 8
@@ -16,11 +16,9 @@ PARAMETERS = ("xbc", "dt", "conv_weight", "conv_bias", "a_log", "d", "dt_bias")
 OPTIONS = ("n_groups", "head_dim", "conv_state", "ssm_state")
 
 
-def scan(
-    batch: int, length: int, states: bool, goals: tuple[float | None, float | None, float | None] = (None, None, None)
-) -> Case:
+def scan(batch: int, length: int, states: bool, device: str, goals: Goals = NO_GOALS) -> Case:
     sizes = dict(b=batch, l=length, heads=HEADS, head_dim=DIM, state=STATE, groups=GROUPS, seeded=True)
-    inputs = mamba2.make_inputs("mamba2_scan", sizes, dtype=torch.bfloat16)
+    inputs = mamba2.make_inputs("mamba2_scan", sizes, dtype=torch.bfloat16, device=device)
     parameters = [inputs[name] for name in PARAMETERS]
     options = {name: inputs[name] for name in OPTIONS} | {"return_states": states}
     programs = {
@@ -40,24 +38,30 @@ def scan(
     )
 
 
-def norm(
-    batch: int, goals: tuple[float | None, float | None, float | None], dtype: torch.dtype = torch.bfloat16
-) -> Case:
-    inputs = mamba2.make_inputs("gated_rms_norm", dict(b=batch, l=16, width=4096, groups=8), dtype=dtype)
+def norm(batch: int, device: str, goals: Goals = NO_GOALS) -> Case:
+    sizes = dict(b=batch, l=16, width=4096, groups=8)
+    inputs = mamba2.make_inputs("gated_rms_norm", sizes, dtype=torch.bfloat16, device=device)
     programs = {
         OURS: lambda: tt.gated_rms_norm(**inputs),
         ORIGINAL: lambda: rivals.eager_gated_rms_norm(**inputs),
         "PyTorch: rms_norm": lambda: rivals.best_gated_rms_norm(**inputs),
     }
     moved = 3 * inputs["y"].numel() * inputs["y"].element_size()
-    return Case("gated_rms_norm", f"{batch * 16} × 4096", dtype, programs, close(1e-2), bytes=moved, goals=goals)
+    shape = f"{batch * 16} × 4096"
+    return Case("gated_rms_norm", shape, torch.bfloat16, programs, close(1e-2), bytes=moved, goals=goals)
 
 
-def cases() -> Iterator[Case]:
-    yield scan(1, 16, False, (10, 4, None))
-    yield scan(1, 16, True)
-    yield scan(16, 16, False, (10, 4, None))
-    yield scan(1, 1, True)
-    yield scan(1, 1024, True)
-    yield norm(1, (2, 1, None))
-    yield norm(16, (2, 1, None))
+def cases(device: str = "cpu") -> Iterator[Case]:
+    if device != "cpu":
+        for batch in (1, 4, 16, 64):
+            yield scan(batch, 16, False, device)
+            yield norm(batch, device)
+        yield scan(1, 4096, True, device)
+        return
+    yield scan(1, 16, False, device, (10, 4, None))
+    yield scan(1, 16, True, device)
+    yield scan(16, 16, False, device, (10, 4, None))
+    yield scan(1, 1, True, device)
+    yield scan(1, 1024, True, device)
+    yield norm(1, device, (2, 1, None))
+    yield norm(16, device, (2, 1, None))

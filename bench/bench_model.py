@@ -15,7 +15,7 @@ from torch import Tensor
 
 import twotower_kernels as tt
 from bench import rivals
-from bench.timing import ORIGINAL, OURS, Case
+from bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals
 from twotower_kernels import layers
 from twotower_kernels import model as wiring
 
@@ -56,14 +56,14 @@ def operations(plain: dict[str, Callable[..., Any]]) -> Iterator[None]:
 
 def random_state(model: tt.TwoTowerModel, batch: int, context: int) -> tt.ContextState:
     """A context of random keys, values and states: what it says does not change what it costs."""
-    state = model.empty_state(batch)
+    state, c = model.empty_state(batch), model.config
 
     def drawn(tensors: dict[int, Tensor], *shape: int) -> dict[int, Tensor]:
-        return {i: torch.randn(batch, *(shape or t.shape[1:])).to(t.dtype) for i, t in tensors.items()}
+        return {i: t.new_empty(batch, *(shape or t.shape[1:])).normal_() for i, t in tensors.items()}
 
-    kv = context, CONFIG.num_key_value_heads, CONFIG.head_dim
+    kv = context, c.num_key_value_heads, c.head_dim
     return state.replaced(
-        lengths=torch.full((batch,), context),
+        lengths=torch.full_like(state.lengths, context),
         k=drawn(state.k, *kv),
         v=drawn(state.v, *kv),
         conv=drawn(state.conv),
@@ -95,10 +95,7 @@ def of_parameters(model: tt.TwoTowerModel, rows: int) -> tuple[int, int]:
     return int(moved), int(2 * products * rows)
 
 
-def step(
-    model: tt.TwoTowerModel, batch: int, context: int, goals: tuple[float | None, float | None, float | None], all: bool
-) -> Case:
-    """all: with the rivals."""
+def step(model: tt.TwoTowerModel, batch: int, context: int, goals: Goals = NO_GOALS, rivalled: bool = True) -> Case:
     dtype = next(model.parameters()).dtype
     ids = torch.randint(CONFIG.vocab_size, (batch, BLOCK))
     state, t = random_state(model, batch, context), torch.linspace(0.25, 1, batch)
@@ -111,7 +108,7 @@ def step(
         return call
 
     programs = {OURS: run({})}
-    if all:
+    if rivalled:
         programs |= {ORIGINAL: run(rivals.ORIGINAL), "PyTorch: best operations": run(rivals.BEST)}
     moved, flops = of_parameters(model, batch * BLOCK)
     head = model.lm_head.weight
@@ -122,7 +119,7 @@ def step(
     return Case("denoiser step", shape, dtype, programs, per_position, bytes=moved, flops=flops, goals=goals)
 
 
-def prefill(dtype: torch.dtype, tokens: int, goals: tuple[float | None, float | None, float | None]) -> Case:
+def prefill(dtype: torch.dtype, tokens: int, goals: Goals) -> Case:
     model = tt.TwoTowerModel(CONFIG, dtype=dtype, towers="context")
     ids = torch.randint(CONFIG.vocab_size, (1, tokens))
 
@@ -140,16 +137,18 @@ def prefill(dtype: torch.dtype, tokens: int, goals: tuple[float | None, float | 
     return Case("prefill", f"{tokens} tokens", dtype, programs, per_position, flops=flops, goals=goals)
 
 
-def cases() -> Iterator[Case]:
+def cases(device: str = "cpu") -> Iterator[Case]:
+    if device != "cpu":
+        return  # bench/gpu_model.py measures the released size
     torch.manual_seed(0)
     for dtype in (torch.bfloat16, torch.float32):
         model = tt.TwoTowerModel(CONFIG, dtype=dtype, towers="denoiser")
-        wanted = (6, 2, 1 / 1.6) if dtype == torch.bfloat16 else (None, None, None)
-        yield step(model, 1, 8192, wanted, all=True)
+        wanted: Goals = (6, 2, 1 / 1.6) if dtype == torch.bfloat16 else NO_GOALS
+        yield step(model, 1, 8192, wanted)
         if dtype == torch.bfloat16:
-            yield step(model, 4, 8192, (None, None, None), all=True)
+            yield step(model, 4, 8192)
             for context in (1024, 8192, 32768, 131072):
-                yield step(model, 1, context, (None, None, None), all=False)
+                yield step(model, 1, context, rivalled=False)
         del model
     # In float32: PyTorch's bfloat16 products take minutes where the processor has none.
     yield prefill(torch.float32, 4096, (3, 1.2, None))

@@ -13,16 +13,16 @@ from torch import Tensor
 
 import twotower_kernels as tt
 from bench import rivals
-from bench.timing import ORIGINAL, OURS, Case, close
+from bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals, close
 from reference import moe
 
 E, K, H, I, J = 128, 6, 2688, 1856, 3712  # noqa: E741
 
 
-def router(n: int) -> Case:
+def router(n: int, device: str) -> Case:
     """Product and choice together: the router of n tokens."""
-    inputs = moe.make_inputs("moe_gate", dict(n=n, e=E, h=H), dtype=torch.bfloat16)
-    x, weight, bias = inputs["x"], inputs["gate_weight"] / H**0.5, torch.zeros(E)
+    inputs = moe.make_inputs("moe_gate", dict(n=n, e=E, h=H), dtype=torch.bfloat16, device=device)
+    x, weight, bias = inputs["x"], inputs["gate_weight"] / H**0.5, torch.zeros(E, device=device)
     options: dict[str, Any] = dict(top_k=K, scaling=2.5)
     programs = {
         OURS: lambda: tt.moe_route(tt.moe_gate(x, weight), bias, **options),
@@ -39,24 +39,24 @@ def router(n: int) -> Case:
 
 
 class Weights:
-    def __init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(0)
+    def __init__(self, device: str) -> None:
+        self.device, self.generator = device, torch.Generator(device).manual_seed(0)
         self.up, self.down = self.stacked(I, H), self.stacked(H, I)
-        self.shared = dict(shared_up=self.normal(J, H), shared_down=self.normal(H, J))
+        self.shared: dict[str, Any] = dict(shared_up=self.normal(J, H), shared_down=self.normal(H, J))
 
     def normal(self, *shape: int) -> Tensor:
-        return (torch.randn(shape, generator=self.generator) * shape[-1] ** -0.5).bfloat16()
+        return (torch.randn(shape, generator=self.generator, device=self.device) * shape[-1] ** -0.5).bfloat16()
 
     def stacked(self, *shape: int) -> Tensor:
         """Experts that differ in size alone, since drawing 1.3 billion numbers takes longer than the benchmark."""
-        sizes = torch.linspace(0.5, 1.5, E).bfloat16()[:, None, None]
-        return torch.mul(self.normal(*shape), sizes, out=torch.empty((E, *shape), dtype=torch.bfloat16))
+        sizes = torch.linspace(0.5, 1.5, E, device=self.device).bfloat16()[:, None, None]
+        return torch.mul(self.normal(*shape), sizes, out=sizes.new_empty((E, *shape)))
 
 
-def experts(w: Weights, n: int, goals: tuple[float | None, float | None, float | None]) -> Case:
-    logits = torch.randn(n, E, generator=w.generator).double()
-    weights, chosen = tt.moe_route(logits, torch.zeros(E), top_k=K, scaling=2.5)
-    x = torch.randn(n, H, generator=w.generator).bfloat16()
+def experts(w: Weights, n: int, goals: Goals = NO_GOALS) -> Case:
+    logits = torch.randn(n, E, generator=w.generator, device=w.device).double()
+    weights, chosen = tt.moe_route(logits, torch.zeros(E, device=w.device), top_k=K, scaling=2.5)
+    x = torch.randn(n, H, generator=w.generator, device=w.device).bfloat16()
     arguments = x, w.up, w.down, weights, chosen
     programs = {
         OURS: lambda: tt.moe_experts(*arguments, **w.shared),
@@ -76,10 +76,14 @@ def experts(w: Weights, n: int, goals: tuple[float | None, float | None, float |
     )
 
 
-def cases() -> Iterator[Case]:
-    yield router(16)
-    yield router(64)
-    weights = Weights()
+def cases(device: str = "cpu") -> Iterator[Case]:
+    yield router(16, device)
+    yield router(64, device)
+    weights = Weights(device)
     yield experts(weights, 16, (3, 1.5, 0.8))
-    yield experts(weights, 64, (None, None, None))
-    yield experts(weights, 1, (None, None, None))
+    yield experts(weights, 64)
+    if device == "cpu":
+        yield experts(weights, 1)
+    else:
+        yield experts(weights, 256)
+        yield experts(weights, 1024)

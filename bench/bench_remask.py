@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import twotower_kernels as tt
-from bench.timing import ORIGINAL, OURS, Case
+from bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals
 from reference import remask as specification
 
 THRESHOLD, VOCABULARY = 0.8, 131072
@@ -59,11 +59,10 @@ def best(logits: Tensor, tokens: Tensor, **options: Any) -> Tensor:
     return torch.where(masked & (rank < count), candidate, tokens)
 
 
-def case(
-    batch: int, temperature: float, dtype: torch.dtype, goals: tuple[float | None, float | None, float | None]
-) -> Case:
+def case(batch: int, temperature: float, dtype: torch.dtype, device: str, goals: Goals = NO_GOALS) -> Case:
     sizes = dict(batch=batch, block=16, vocab=VOCABULARY, num_steps=16, step=0, temperature=temperature)
-    inputs = specification.make_inputs("remask", sizes, dtype=dtype) | {"policy": tt.RemaskPolicy.twotower(THRESHOLD)}
+    inputs = specification.make_inputs("remask", sizes, dtype=dtype, device=device)
+    inputs |= {"policy": tt.RemaskPolicy.twotower(THRESHOLD)}
     inputs["tokens"] = torch.full_like(inputs["tokens"], inputs["mask_token_id"])  # the first step: nothing is known
 
     def run(program: Callable[..., Tensor]) -> Callable[[], Tensor]:
@@ -86,9 +85,8 @@ def case(
     )
 
 
-def cases() -> Iterator[Case]:
-    yield case(1, 0.0, torch.float32, (10, 4, 0.7))
-    yield case(1, 1.0, torch.float32, (10, 4, None))
-    yield case(16, 0.0, torch.float32, (10, 4, 0.7))
-    yield case(16, 1.0, torch.float32, (10, 4, None))
-    yield case(1, 0.0, torch.bfloat16, (None, None, None))
+def cases(device: str = "cpu") -> Iterator[Case]:
+    for batch in (1, 16) if device == "cpu" else (1, 4, 16, 64):
+        yield case(batch, 0.0, torch.float32, device, (10, 4, 0.7))
+        yield case(batch, 1.0, torch.float32, device, (10, 4, None))
+    yield case(1, 0.0, torch.bfloat16, device)

@@ -26,11 +26,15 @@ class Ceilings:
 
 
 def _median(call: Callable[[], Any], times: int = 7) -> float:
+    """Seconds per call; on a GPU everything is waited for."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     call()
     taken = []
     for _ in range(times):
+        wait()
         start = time.perf_counter()
         call()
+        wait()
         taken.append(time.perf_counter() - start)
     return statistics.median(taken)
 
@@ -40,19 +44,23 @@ def _copied(x: torch.Tensor) -> float:
     return _median(lambda: y.copy_(x))
 
 
-def measure() -> Ceilings:
-    """A sum over 1 GiB, a copy of it, and products of 1024 × 1024 matrices, with PyTorch's number of threads."""
-    x = torch.zeros(2**28)
+def measure(device: str = "cpu") -> Ceilings:
+    """A sum over 1 GiB (on a GPU 4), a copy of it, and matrix products, with PyTorch's number of threads."""
+    on_cpu = torch.device(device).type == "cpu"
+    x = torch.zeros(2**28 if on_cpu else 2**30, device=device)
     size = x.numel() * x.element_size() / 1e9
 
     def product(dtype: torch.dtype, n: int) -> float:
-        a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         return 2 * n**3 / _median(lambda: a @ b) / 1e9
 
+    read, copied = size / _median(x.sum), 2 * size / _copied(x)
+    if not on_cpu:
+        return Ceilings(read, copied, product(torch.float32, 4096), product(torch.bfloat16, 8192))
     # Where bfloat16 is emulated, a smaller product says so soon enough.
     small = product(torch.bfloat16, 256)
     bf16 = product(torch.bfloat16, 1024) if small > 20 else small
-    return Ceilings(size / _median(x.sum), 2 * size / _copied(x), product(torch.float32, 1024), bf16)
+    return Ceilings(read, copied, product(torch.float32, 1024), bf16)
 
 
 if __name__ == "__main__":

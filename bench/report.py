@@ -43,6 +43,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "twotower_kernels": tt.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "commit": described.stdout.strip(),
         "date": datetime.date.today().isoformat(),
     }
@@ -84,9 +85,15 @@ def table(results: Sequence[Result], ceilings: Ceilings) -> Table:
 
 def heading(ceilings: Ceilings) -> str:
     about = machine()
+    if about["gpu"] is not None:
+        where = f"{about['gpu']}; torch {about['torch']}, Python {about['python']}"
+    else:
+        where = (
+            f"{about['processor']}, {about['threads']} threads of {about['cores']} cores, {about['instruction set']}; "
+            f"torch {about['torch']}, Python {about['python']}"
+        )
     return (
-        f"{about['processor']}, {about['threads']} threads of {about['cores']} cores, {about['instruction set']}; "
-        f"torch {about['torch']}, Python {about['python']}; commit {about['commit']}, {about['date']}. Ceilings, "
+        f"{where}; commit {about['commit']}, {about['date']}. Ceilings, "
         f"measured: memory read {ceilings.read:.1f} GB/s, copy {ceilings.copy:.1f} GB/s; matrix product "
         f"{ceilings.fp32:.0f} GFLOP/s float32, {ceilings.bf16:.0f} GFLOP/s bfloat16."
     )

@@ -27,7 +27,7 @@ def widen() -> bool:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.float() if widen() else x
+    return x.float() if widen() and x.device.type == "cpu" else x
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -108,7 +108,7 @@ def eager_attention(
     """Context and block concatenated, keys and values repeated for all query heads, scores in memory."""
     repeats, real = q.shape[2] // k.shape[2], None
     if k_context is not None and v_context is not None:
-        positions = torch.arange(k_context.shape[1] + k.shape[1])
+        positions = torch.arange(k_context.shape[1] + k.shape[1], device=k.device)
         if context_lens is not None:
             real = (positions < context_lens[:, None]) | (positions >= k_context.shape[1])  # [B, T+S]
         k, v = torch.cat([k_context, k], 1), torch.cat([v_context, v], 1)
@@ -117,8 +117,9 @@ def eager_attention(
     if real is not None:
         scores = scores.masked_fill(~real[:, None, None], -torch.inf)
     if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
-        scores = scores.masked_fill(~hidden, -torch.inf)
+        queries, keys = scores.shape[-2:]
+        seen = torch.ones(queries, keys, dtype=torch.bool, device=k.device).tril(keys - queries)
+        scores = scores.masked_fill(~seen, -torch.inf)
     return torch.einsum("bhst,bthd->bshd", scores.softmax(-1).to(q.dtype), v)
 
 
@@ -132,8 +133,9 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """SDPA as it understands grouped heads itself."""
-    args = (_wide(x.transpose(1, 2)) for x in (q, k, v))
-    return F.scaled_dot_product_attention(*args, is_causal=causal, enable_gqa=True).transpose(1, 2).to(q.dtype)
+    rows, keys, values = (_wide(x.transpose(1, 2)) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(rows, keys, values, is_causal=causal, enable_gqa=True)
+    return out.transpose(1, 2).to(q.dtype)
 
 
 def best_attention(
@@ -163,10 +165,10 @@ def _projected(
     columns = xbc.transpose(1, 2)
     width = weight.shape[-1]
     columns = F.pad(columns, (width - 1, 0)) if past is None else torch.cat([past, columns], -1)
-    args = [columns, weight.view(-1, 1, width), bias]
+    inputs, weight = columns, weight.view(-1, 1, width)
     if wide:
-        args = [x.float() for x in args]
-    u = F.silu(F.conv1d(*args, groups=xbc.shape[-1]).to(xbc.dtype)).transpose(1, 2).float()
+        inputs, weight, bias = inputs.float(), weight.float(), bias.float()
+    u = F.silu(F.conv1d(inputs, weight, bias, groups=xbc.shape[-1]).to(xbc.dtype)).transpose(1, 2).float()
     heads = dt.shape[-1]
     inner = heads * head_dim
     x, b, c = u.split([inner, *[(u.shape[-1] - inner) // 2] * 2], -1)
@@ -199,7 +201,7 @@ def best_scan(
     xbc: Tensor, dt: Tensor, weight: Tensor, bias: Tensor, a_log: Tensor, d: Tensor, dt_bias: Tensor, **options: Any
 ) -> Any:
     """The closed form over chunks of 64 tokens, as batched matrix products."""
-    *parts, last = _projected(xbc, dt, weight, bias, dt_bias, wide=widen(), **options)
+    *parts, last = _projected(xbc, dt, weight, bias, dt_bias, wide=widen() and xbc.device.type == "cpu", **options)
     x, b, c, delta = (m.transpose(1, 2) for m in parts)  # heads before tokens
     state, chunk, ys = options.get("ssm_state"), 64, []
     state = x.new_zeros(*x.shape[:2], x.shape[-1], b.shape[-1]) if state is None else state

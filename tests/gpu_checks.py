@@ -1,0 +1,112 @@
+"""What a GPU must show: `python -m tests.gpu_checks`. (`--interpret`: the same on a CPU, in Triton's interpreter.)
+
+Every operation that has a GPU kernel, on every case of its specification and on random shapes, in every dtype: within
+the error budget against float64, bit for bit the same twice, and on the device bit for bit the same when replayed from
+a CUDA graph. Needs neither pytest nor hypothesis.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FAMILIES = ("adaln", "attention", "mamba2", "moe", "remask")
+
+
+def on(device: str, value: Any) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def outputs(result: Any) -> tuple[Tensor, ...]:
+    parts = result if isinstance(result, tuple) else (result,)
+    return tuple(part for part in parts if isinstance(part, Tensor))
+
+
+def check(ours: Callable[..., Any], reference: Callable[..., Any], inputs: dict[str, Any], device: str) -> None:
+    """One call of one operation, all that is demanded of it."""
+    from tests.compare import assert_within_budget
+    from tests.kernel_checks import as_tuple, widened
+
+    given = {name: on(device, value) for name, value in inputs.items()}
+    first, second = outputs(ours(**given)), outputs(ours(**given))
+    exact, naive = as_tuple(reference(**widened(inputs))), as_tuple(reference(**inputs))
+    for n, (got, plain, truth) in enumerate(zip(first, naive, exact, strict=True)):
+        got = got.cpu()
+        if got.is_floating_point():
+            assert_within_budget(got, plain, truth.double(), what=f"result {n}")
+        else:
+            assert torch.equal(got.to(plain.dtype), plain), f"result {n}"
+    for n, (a, b) in enumerate(zip(first, second, strict=True)):
+        assert a.cpu().equal(b.cpu()) or a.isnan().any(), f"result {n} differs from run to run"
+    if device == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replayed = outputs(ours(**given))
+        graph.replay()
+        torch.cuda.synchronize()
+        for n, (a, b) in enumerate(zip(first, replayed, strict=True)):
+            assert a.equal(b) or a.isnan().any(), f"result {n} of a replayed graph differs"
+
+
+def calls(interpreted: bool) -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any], Callable[..., Any]]]:
+    """(label, op, reference, make_inputs of a dtype) of every case of every op that runs on GPUs."""
+    import twotower_kernels as tt
+    from twotower_kernels.ops import _library
+
+    through = {"rms_norm": "adaln_norm"}
+    for family in FAMILIES:
+        module = importlib.import_module(f"reference.{family}")
+        for op, cases in module.CASES.items():
+            target = _library.CUDA.get(through.get(op, op))
+            if target is None or (interpreted and not target.startswith("triton.")):
+                continue
+            for case in cases:
+
+                def make(dtype: torch.dtype, module: Any = module, op: str = op, case: str = case) -> Any:
+                    return module.make_inputs(op, case, dtype=dtype)
+
+                yield f"{op}[{case}]", getattr(tt, op), getattr(module, op), make
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu_checks", description=__doc__)
+    parser.add_argument("--interpret", action="store_true", help="in Triton's interpreter, on the CPU")
+    parser.add_argument("--only", default="", help="operations whose name holds this")
+    options = parser.parse_args()
+    if options.interpret:
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif not torch.cuda.is_available():
+        sys.exit("expected a CUDA device, found none (--interpret runs the same checks without)")
+    from tests.triton_checks import triton_kernels
+
+    device, passed, failed, start = "cpu" if options.interpret else "cuda", 0, [], time.perf_counter()
+    with triton_kernels() if options.interpret else nullcontext():
+        for label, ours, reference, make in calls(options.interpret):
+            if options.only not in label:
+                continue
+            for dtype in DTYPES:
+                try:
+                    check(ours, reference, make(dtype), device)
+                    passed += 1
+                except Exception as error:
+                    failed.append(f"{label} {dtype}")
+                    print(f"FAILED {failed[-1]}: {type(error).__name__}: {error}")
+                    if not isinstance(error, AssertionError):
+                        traceback.print_exc(limit=-3)
+    print(f"{passed} passed, {len(failed)} failed in {time.perf_counter() - start:.0f} s")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
