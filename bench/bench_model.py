@@ -15,6 +15,7 @@ from torch import Tensor
 
 import twotower_kernels as tt
 from bench import rivals
+from bench.ceilings import Ceilings
 from bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals
 from twotower_kernels import layers
 from twotower_kernels import model as wiring
@@ -113,10 +114,16 @@ def step(model: tt.TwoTowerModel, batch: int, context: int, goals: Goals = NO_GO
     moved, flops = of_parameters(model, batch * BLOCK)
     head = model.lm_head.weight
     heads = CONFIG.num_attention_heads * CONFIG.head_dim * len(CONFIG.layers("*"))
-    flops += 2 * batch * BLOCK * head.numel() + 4 * batch * BLOCK * heads * (context + BLOCK)
+    attention = 4 * batch * BLOCK * heads * (context + BLOCK)
+    flops += 2 * batch * BLOCK * head.numel() + attention
     shape = f"B {batch}, S {BLOCK}, context {context}"
     moved += head.numel() * head.element_size()
-    return Case("denoiser step", shape, dtype, programs, per_position, bytes=moved, flops=flops, goals=goals)
+
+    def floor(c: Ceilings) -> float:
+        """Weights at the speed of memory, then attention at 60 % of the peak: neither hides behind the other."""
+        return moved / c.read / 1e9 + attention / (0.6 * c.matrix(dtype)) / 1e9
+
+    return Case("denoiser step", shape, dtype, programs, per_position, moved, flops, goals, floor)
 
 
 def prefill(dtype: torch.dtype, tokens: int, goals: Goals) -> Case:

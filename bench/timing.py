@@ -33,6 +33,7 @@ class Case:
         programs: the calls, `OURS` among them.
         check: compares our output with another's and raises AssertionError if they disagree.
         bytes, flops: what the operation must move and compute at least; 0: not counted.
+        floor: the least seconds on a machine with these ceilings, where it is not the larger of bytes and arithmetic.
         goals: what this case should reach on a CPU; None: no goal.
     """
 
@@ -44,6 +45,7 @@ class Case:
     bytes: int = 0
     flops: int = 0
     goals: Goals = NO_GOALS
+    floor: Callable[[Ceilings], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,8 @@ class Result:
 
     def share(self, ceilings: Ceilings) -> float | None:
         """The least time that bytes and arithmetic allow on this machine, over ours."""
-        floor = max(
-            self.case.bytes / ceilings.read / 1e9,
-            self.case.flops / ceilings.matrix(self.case.dtype) / 1e9,
-        )
+        moving, computing = self.case.bytes / ceilings.read, self.case.flops / ceilings.matrix(self.case.dtype)
+        floor = max(moving, computing) / 1e9 if self.case.floor is None else self.case.floor(ceilings)
         return floor / self.timings[OURS].median if floor else None
 
 
