@@ -28,8 +28,8 @@ check: $(DEV)  ## ruff (lint and format), mypy and clang-format
 	@$(PY) -m mypy
 	@$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/cpu/*
 
-bench: $(DEV) $(KERNELS)  ## time every operation beside its rivals
-	@for file in bench/bench_*.py; do $(PY) -m bench.$$(basename $$file .py) || exit 1; done
+bench: $(DEV) $(KERNELS)  ## time every operation beside its rivals, into bench/results/cpu
+	@$(PY) -m bench --save bench/results/cpu
 
 # Optimised as ever, because the error budgets are about the code that runs. The portable baseline alone is built: it is
 # the same source as every other instruction set.

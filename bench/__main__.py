@@ -12,6 +12,7 @@ from rich.progress import track
 
 from bench import ceilings, report
 from bench.timing import measure
+from twotower_kernels import cpu
 
 FILES = ("attention", "moe", "linear", "mamba2", "adaln", "remask", "model")
 
@@ -22,7 +23,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where (default: cpu)")
     parser.add_argument("--seconds", type=float, default=1.0, help="that each program is timed at least (default: 1)")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write FOLDER/NAME.json and NAME.md")
-    parser.add_argument("--name", default="ops", help="of the files that are written (default: ops)")
+    parser.add_argument("--name", help="of the files that are written (default: the CPU's instruction set, or ops)")
     options = parser.parse_args()
     console = Console()
     if not console.is_terminal:
@@ -36,7 +37,8 @@ def main() -> None:
             gc.collect()
     console.print(report.table(results, limits))
     if options.save:
-        report.save(results, limits, options.save, options.name)
+        name = options.name or (cpu.kernels().isa() if options.device == "cpu" else "ops")
+        report.save(results, limits, options.save, name)
 
 
 if __name__ == "__main__":

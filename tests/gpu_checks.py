@@ -1,8 +1,8 @@
 """What a GPU must show: `python -m tests.gpu_checks`. (`--interpret`: the same on a CPU, in Triton's interpreter.)
 
-Every operation that has a GPU kernel, on every case of its specification and on random shapes, in every dtype: within
-the error budget against float64, bit for bit the same twice, and on the device bit for bit the same when replayed from
-a CUDA graph. Needs neither pytest nor hypothesis.
+Every operation that has a GPU kernel, on every case of its specification, in every dtype: within the error budget
+against float64, bit for bit the same twice, and on the device bit for bit the same when replayed from a CUDA graph.
+Needs neither pytest nor hypothesis.
 """
 
 from __future__ import annotations
