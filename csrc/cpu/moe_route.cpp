@@ -17,31 +17,32 @@ namespace {
 
 template <class T>
 void gate(const MoeGate& a) {
-    constexpr int64_t slab = 256;  // tokens that are widened at a time
-    constexpr int rows = 4;        // of the weight, per piece of work: enough pieces for many threads at E = 128
-    const int64_t n = a.x.size[0], h = a.x.size[1], e = a.weight.size[0], stride = padded(h);
-    Scratch<double> scratch(smaller(n, slab) * stride);
+    constexpr int64_t slab = 240;  // tokens that are widened at a time
+    using P = Panel<double, T>;
+    const int64_t n = a.x.size[0], h = a.x.size[1], e = a.weight.size[0], stride = a.weight.stride[0];
+    int rows = skinny_rows;  // of the weight, per piece of work: enough pieces for many threads at E = 128
+    while (rows > 4 && e < 4 * max_threads() * rows) rows /= 2;
+    Scratch<double> scratch(smaller(n, slab) * P::padded(h));
     double* x = scratch;
     for (int64_t start = 0; start < n; start += slab) {
         const int64_t tokens = smaller(slab, n - start);
-        parallel_for(tokens, 16, [&](int64_t begin, int64_t end) {
-            for (int64_t t = begin; t < end; ++t) {
-                load<double>(x + t * stride, a.x, (start + t) * a.x.stride[0], h);
-                for (int64_t i = h; i < stride; ++i) x[t * stride + i] = 0;
-            }
+        parallel_for(tokens, 8, [&](int64_t begin, int64_t end) {
+            for_panels<double, T>(x, tokens, h, [&](auto panel, int64_t first) {
+                for (int64_t m = larger<int64_t>(0, begin - first); m < smaller(panel.count, end - first); ++m)
+                    panel.fill(m, a.x, (start + first + m) * a.x.stride[0], h);
+            });
         });
         parallel_for((e + rows - 1) / rows, 1, [&](int64_t begin, int64_t end) {
-            double products[64 * skinny_rows];
-            for (int64_t first = begin * rows; first < smaller(end * rows, e); first += rows) {
-                const int some = int(smaller<int64_t>(rows, e - first));
-                const T* weight = a.weight.as<T>() + first * a.weight.stride[0];
-                for (int64_t t = 0; t < tokens; t += 64) {
-                    const int64_t count = smaller<int64_t>(64, tokens - t);
-                    skinny(weight, a.weight.stride[0], some, x + t * stride, stride, count, h, products);
-                    for (int64_t m = 0; m < count; ++m)
-                        for (int r = 0; r < some; ++r)
-                            a.logits.as<double>()[(start + t + m) * e + first + r] = products[m * skinny_rows + r];
-                }
+            double products[skinny_panel * skinny_rows];
+            for (int64_t r = begin * rows; r < smaller(end * rows, e); r += rows) {
+                const int some = int(smaller<int64_t>(rows, e - r));
+                const T* weight = a.weight.as<T>() + r * stride;
+                for_panels<double, T>(x, tokens, h, [&](auto panel, int64_t first) {
+                    skinny(weight, stride, some, panel, h, weight, products);
+                    for (int64_t m = 0; m < panel.count; ++m)
+                        for (int j = 0; j < some; ++j)
+                            a.logits.as<double>()[(start + first + m) * e + r + j] = products[m * skinny_rows + j];
+                });
             }
         });
     }
