@@ -3,6 +3,7 @@
 // The product is taken in double whatever the types, since a rounded logit may choose another expert. Experts are
 // chosen by insertion into a sorted list of k: one pass over E scores, almost all of which are below the last of the
 // list. The plan is a counting sort, two passes over N * k numbers, which is nothing beside the experts' weights.
+#include "exponential.h"
 #include "moe.h"
 #include "numeric.h"
 #include "parallel.h"
@@ -69,16 +70,31 @@ void largest(const W* values, int64_t n, int64_t some, int64_t* places) {
     }
 }
 
+inline void exponentials(float* x, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) x[i] = exponential(x[i]);
+}
+inline void exponentials(double* x, int64_t n) {  // whole vectors: what follows the n is scratch too
+    constexpr int L = lanes_of<double>;
+    for (int64_t i = 0; i < n; i += L) {
+        const DoubleVector e = exponential(unaligned<DoubleVector>(x + i));
+        std::memcpy(x + i, &e, sizeof(e));
+    }
+}
+
 template <class W>
 void scores_of(W* scores, int64_t e, bool softmax) {
     if (!softmax) {
-        for (int64_t i = 0; i < e; ++i) scores[i] = 1 / (1 + std::exp(-scores[i]));
+        for (int64_t i = 0; i < e; ++i) scores[i] = -scores[i];
+        exponentials(scores, e);
+        for (int64_t i = 0; i < e; ++i) scores[i] = 1 / (1 + scores[i]);
         return;
     }
     W most = scores[0], sum = 0;
     for (int64_t i = 1; i < e; ++i)
         if (before(scores[i], most)) most = scores[i];
-    for (int64_t i = 0; i < e; ++i) sum += scores[i] = std::exp(scores[i] - most);
+    for (int64_t i = 0; i < e; ++i) scores[i] -= most;
+    exponentials(scores, e);
+    for (int64_t i = 0; i < e; ++i) sum += scores[i];
     for (int64_t i = 0; i < e; ++i) scores[i] /= sum;
 }
 
@@ -104,8 +120,9 @@ template <class W>
 void route(const MoeRoute& a) {
     const int64_t e = a.logits.size[1], k = a.weights.size[1];
     parallel_for(a.logits.size[0], 16, [&](int64_t begin, int64_t end) {
-        Scratch<W> score_scratch(e), choice_scratch(e), bias_scratch(e), sums(a.n_group);
+        Scratch<W> score_scratch(e + lanes_of<W>), choice_scratch(e), bias_scratch(e), sums(a.n_group);
         Scratch<int64_t> place_scratch(larger(k, a.topk_group));
+        for (int i = 0; i < lanes_of<W>; ++i) score_scratch[e + i] = 0;  // behind the last score, in whole vectors
         W *scores = score_scratch, *choice = choice_scratch, *bias = bias_scratch;
         int64_t* places = place_scratch;
         if (a.bias) load<W>(bias, a.bias, 0, e);
