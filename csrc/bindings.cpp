@@ -8,6 +8,7 @@
 #include "cpu/adaln.h"
 #include "cpu/attention.h"
 #include "cpu/isa.h"
+#include "cpu/linear.h"
 #include "cpu/mamba2.h"
 #include "cpu/moe.h"
 #include "cpu/remask.h"
@@ -76,6 +77,10 @@ void bind_attention(py::module_& m) {
             tt::append_kv({k_context, v_context, k, v, context_lens, context_index, block_table, block_lens});
         },
         Released());
+}
+
+void bind_linear(py::module_& m) {
+    m.def("linear", [](View x, View weight, View bias, View out) { tt::linear({x, weight, bias, out}); }, Released());
 }
 
 void bind_moe(py::module_& m) {
@@ -193,6 +198,7 @@ PYBIND11_MODULE(_C, m) {
     bind_machine(m);
     bind_adaln(m);
     bind_attention(m);
+    bind_linear(m);
     bind_moe(m);
     bind_mamba2(m);
     bind_remask(m);

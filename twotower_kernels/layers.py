@@ -22,6 +22,7 @@ from twotower_kernels.ops import (
     moe_gate,
     moe_route,
 )
+from twotower_kernels.ops.linear import linear
 
 # Selection and decay are sensitive to rounding: these parameters are never narrower than in their file, nor than
 # float32 where there is no file.
@@ -98,6 +99,9 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from twotower_kernels.ops.linear import linear
 
 _SPARE = 64  # tokens of room to spare at least
 
@@ -142,5 +143,5 @@ class ContextState:
 
 def logits(hidden: Tensor, head: Tensor) -> Tensor:
     """The head's product, rounded to its dtype as in training, then float32 (float64 stays)."""
-    out = F.linear(hidden, head)
+    out = linear(hidden, head)
     return out if out.dtype == torch.float64 else out.float()

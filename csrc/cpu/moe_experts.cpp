@@ -22,7 +22,6 @@ namespace TT_ISA {
 namespace {
 
 constexpr int64_t group_pairs = 1024;
-constexpr int64_t chunk = 64;  // rows of activations per call of skinny: its results stay in the first-level cache
 
 // Some pairs of one expert: `count` of them, from `begin` in the group.
 struct Tile {
@@ -57,27 +56,30 @@ inline W activate(Activation activation, W gate, W value) {
     return rounded<T>(rounded<T>(gate / (1 + std::exp(-z))) * value);
 }
 
-// The pairs at work: their activations before and in between, and where their results go.
-template <class W>
+// The pairs at work: their activations before and in between, as panels of each tile, and where their results go.
+template <class T>
 struct Group {
+    using W = Wide<T>;
+    using P = Panel<W, T>;
     Group(int64_t pairs, int64_t h, int64_t i)
-        : x_stride(padded(h)),
-          hidden_stride(padded(i)),
-          x(pairs * x_stride),
-          hidden(pairs * hidden_stride),
+        : x_row(P::padded(h)),
+          hidden_row(P::padded(i)),
+          x(pairs * x_row),
+          hidden(pairs * hidden_row),
           weight(pairs),
           token(pairs),
           tiles(pairs) {}
-    int64_t x_stride, hidden_stride;
-    Scratch<W> x, hidden, weight;
+    int64_t x_row, hidden_row;
+    Scratch<typename P::Kept> x, hidden;
+    Scratch<W> weight;
     Scratch<int64_t> token;
     Scratch<Tile> tiles;
     int64_t tile_count = 0, first = 0, count = 0;  // pairs [first, first + count) of all
 };
 
 // The next pairs, at most group_pairs; false after the last.
-template <class W>
-bool advance(const Experts& experts, Group<W>& group, int64_t& expert) {
+template <class T>
+bool advance(const Experts& experts, Group<T>& group, int64_t& expert) {
     group.first += group.count;
     group.count = group.tile_count = 0;
     Tile* tiles = group.tiles;
@@ -91,98 +93,112 @@ bool advance(const Experts& experts, Group<W>& group, int64_t& expert) {
     return group.count > 0;
 }
 
-template <class W>
-void gather(const Experts& experts, Group<W>& group) {
+template <class T>
+void gather(const Experts& experts, Group<T>& group) {
+    using W = Wide<T>;
     const MoeExperts& a = experts.a;
     const int64_t h = a.x.size[1];
-    parallel_for(group.count, 16, [&](int64_t begin, int64_t end) {
-        for (int64_t p = begin; p < end; ++p) {
-            int64_t token = group.first + p;
-            W weight = 1;
-            if (experts.planned) {
-                const int64_t k = a.weights.size[1], pair = a.pairs.as<int64_t>()[token];
-                token = pair / k;
-                load<W>(&weight, a.weights, token * a.weights.stride[0] + pair % k, 1);
-            }
-            static_cast<int64_t*>(group.token)[p] = token;
-            static_cast<W*>(group.weight)[p] = weight;
-            W* x = group.x + p * group.x_stride;
-            load<W>(x, a.x, token * a.x.stride[0], h);
-            for (int64_t i = h; i < group.x_stride; ++i) x[i] = 0;
+    const Tile* tiles = group.tiles;
+    parallel_for(group.tile_count, 8, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+            const Tile tile = tiles[t];
+            for_panels<W, T>(group.x + tile.begin * group.x_row, tile.count, h, [&](auto panel, int64_t first) {
+                for (int64_t m = 0; m < panel.count; ++m) {
+                    const int64_t p = tile.begin + first + m;
+                    int64_t token = group.first + p;
+                    W weight = 1;
+                    if (experts.planned) {
+                        const int64_t k = a.weights.size[1], pair = a.pairs.as<int64_t>()[token];
+                        token = pair / k;
+                        load<W>(&weight, a.weights, token * a.weights.stride[0] + pair % k, 1);
+                    }
+                    static_cast<int64_t*>(group.token)[p] = token;
+                    static_cast<W*>(group.weight)[p] = weight;
+                    panel.fill(m, a.x, token * a.x.stride[0], h);
+                }
+            });
         }
     });
 }
 
-// Pieces of work that are worth a thread's while: about 2^16 products.
-inline int64_t grain(int64_t products) {
-    return larger<int64_t>(1, 65536 / larger<int64_t>(1, products));
+// How many pieces of work a thread takes at a time: about 2^16 products at least, which is worth its while, and then
+// as many as leave it 32 turns, up to `most`: neighbours lie together in memory.
+inline int64_t grain(int64_t pieces, int64_t products, int64_t most) {
+    const int64_t turns = smaller(pieces / (32 * max_threads()), most);
+    return larger(larger<int64_t>(1, turns), 65536 / larger<int64_t>(1, products));
 }
 
 // hidden = act(up x): one piece of work is 16 of I of one tile.
 template <class T>
-void up(const Experts& experts, Group<Wide<T>>& group) {
+void up(const Experts& experts, Group<T>& group) {
     using W = Wide<T>;
     const View& w = experts.up;
     const Activation activation = experts.a.activation;
+    const bool gated = activation != Activation::relu2;
     const int64_t h = experts.a.x.size[1], stride = experts.row_stride(w);
-    const int64_t i_size = activation == Activation::relu2 ? experts.rows(w) : experts.rows(w) / 2;
-    const int64_t blocks = (i_size + skinny_rows - 1) / skinny_rows;
+    const int64_t i_size = gated ? experts.rows(w) / 2 : experts.rows(w);
+    const int64_t blocks = (i_size + skinny_rows - 1) / skinny_rows, pieces = group.tile_count * blocks;
     const Tile* tiles = group.tiles;
-    parallel_for(group.tile_count * blocks, grain(skinny_rows * h), [&](int64_t begin, int64_t end) {
-        W gate[chunk * skinny_rows], value[chunk * skinny_rows];
+    const auto first_row = [&](int64_t piece) {
+        return experts.row<T>(w, tiles[piece / blocks].expert, piece % blocks * skinny_rows);
+    };
+    parallel_for(pieces, grain(pieces, skinny_rows * h, 16), [&](int64_t begin, int64_t end) {
+        W gate[skinny_panel * skinny_rows], value[skinny_panel * skinny_rows];
         for (int64_t piece = begin; piece < end; ++piece) {
             const Tile tile = tiles[piece / blocks];
             const int64_t i = piece % blocks * skinny_rows;
             const int rows = int(smaller<int64_t>(skinny_rows, i_size - i));
-            for (int64_t m = 0; m < tile.count; m += chunk) {
-                const int64_t some = smaller(chunk, tile.count - m);
-                const W* x = group.x + (tile.begin + m) * group.x_stride;
-                const T* first = experts.row<T>(w, tile.expert, i);
-                if (activation != Activation::relu2) {
-                    skinny(first, stride, rows, x, group.x_stride, some, h, gate);
-                    first = experts.row<T>(w, tile.expert, i_size + i);
-                }
-                skinny(first, stride, rows, x, group.x_stride, some, h, value);
-                for (int64_t j = 0; j < some; ++j) {
-                    W* hidden = group.hidden + (tile.begin + m + j) * group.hidden_stride + i;
+            const T *row = first_row(piece), *next = first_row(piece + 1 < end ? piece + 1 : piece);
+            const T* value_row = gated ? row + i_size * stride : row;
+            for_panels<W, T>(group.x + tile.begin * group.x_row, tile.count, h, [&](auto x, int64_t first) {
+                if (gated) skinny(row, stride, rows, x, h, value_row, gate);
+                skinny(value_row, stride, rows, x, h, next, value);
+                const Panel<W, T> hidden = {group.hidden + (tile.begin + first) * group.hidden_row, x.count};
+                for (int64_t m = 0; m < x.count; ++m) {
                     for (int r = 0; r < rows; ++r) {
-                        const int64_t at = j * skinny_rows + r;
-                        hidden[r] =
-                            activate<T>(activation, activation == Activation::relu2 ? W(0) : gate[at], value[at]);
+                        const int64_t at = m * skinny_rows + r;
+                        hidden.put(m, i + r, activate<T>(activation, gated ? gate[at] : W(0), value[at]));
                     }
-                    for (int r = rows; r < skinny_rows; ++r) hidden[r] = 0;
+                    if (i + rows == i_size) hidden.clear(m, i_size, group.hidden_row);
                 }
-            }
+            });
         }
     });
 }
 
 // total += weight * down hidden: one piece of work is 16 of H, for all tiles in their order.
 template <class T>
-void down(const Experts& experts, Group<Wide<T>>& group) {
+void down(const Experts& experts, Group<T>& group) {
     using W = Wide<T>;
     const View& w = experts.down;
     const int64_t h_size = experts.a.x.size[1], i_size = w.size[experts.planned ? 2 : 1];
-    const int64_t stride = experts.row_stride(w);
+    const int64_t stride = experts.row_stride(w), blocks = (h_size + skinny_rows - 1) / skinny_rows;
     const Tile* tiles = group.tiles;
     const W* weight = group.weight;
     const int64_t* token = group.token;
     const int64_t products = skinny_rows * i_size * group.tile_count;
-    parallel_for((h_size + skinny_rows - 1) / skinny_rows, grain(products), [&](int64_t begin, int64_t end) {
-        W y[chunk * skinny_rows];
-        for (int64_t h = begin * skinny_rows; h < smaller(end * skinny_rows, h_size); h += skinny_rows) {
-            const int rows = int(smaller<int64_t>(skinny_rows, h_size - h));
-            for (int64_t t = 0; t < group.tile_count; ++t) {
-                const Tile tile = tiles[t];
-                for (int64_t p = tile.begin; p < tile.begin + tile.count; p += chunk) {
-                    const int64_t some = smaller(chunk, tile.begin + tile.count - p);
-                    skinny(experts.row<T>(w, tile.expert, h), stride, rows, group.hidden + p * group.hidden_stride,
-                           group.hidden_stride, some, i_size, y);
-                    for (int64_t j = 0; j < some; ++j) {
-                        W* total = experts.a.total.as<W>() + token[p + j] * h_size + h;
-                        for (int r = 0; r < rows; ++r) total[r] += weight[p + j] * rounded<T>(y[j * skinny_rows + r]);
-                    }
-                }
+    parallel_for(blocks, grain(blocks, products, 4), [&](int64_t begin, int64_t end) {
+        W y[skinny_panel * skinny_rows];
+        for (int64_t t = 0; t < group.tile_count; ++t) {
+            const Tile tile = tiles[t];
+            for (int64_t block = begin; block < end; ++block) {
+                const int64_t h = block * skinny_rows;
+                const int rows = int(smaller<int64_t>(skinny_rows, h_size - h));
+                const T *row = experts.row<T>(w, tile.expert, h), *next = row;
+                if (block + 1 < end)
+                    next = row + skinny_rows * stride;
+                else if (t + 1 < group.tile_count)
+                    next = experts.row<T>(w, tiles[t + 1].expert, begin * skinny_rows);
+                for_panels<W, T>(group.hidden + tile.begin * group.hidden_row, tile.count, i_size,
+                                 [&](auto hidden, int64_t first) {
+                                     skinny(row, stride, rows, hidden, i_size, next, y);
+                                     for (int64_t m = 0; m < hidden.count; ++m) {
+                                         const int64_t p = tile.begin + first + m;
+                                         W* total = experts.a.total.as<W>() + token[p] * h_size + h;
+                                         for (int r = 0; r < rows; ++r)
+                                             total[r] += weight[p] * rounded<T>(y[m * skinny_rows + r]);
+                                     }
+                                 });
             }
         }
     });
@@ -191,9 +207,9 @@ void down(const Experts& experts, Group<Wide<T>>& group) {
 template <class T>
 void add(const Experts& experts) {
     const int64_t i_size = experts.down.size[experts.planned ? 2 : 1];
-    Group<Wide<T>> group(smaller(group_pairs, experts.pairs()), experts.a.x.size[1], i_size);
+    Group<T> group(smaller(group_pairs, experts.pairs()), experts.a.x.size[1], i_size);
     for (int64_t expert = 0; advance(experts, group, expert);) {
-        gather(experts, group);
+        gather<T>(experts, group);
         up<T>(experts, group);
         down<T>(experts, group);
     }

@@ -3,6 +3,7 @@
 // The product is taken in double whatever the types, since a rounded logit may choose another expert. Experts are
 // chosen by insertion into a sorted list of k: one pass over E scores, almost all of which are below the last of the
 // list. The plan is a counting sort, two passes over N * k numbers, which is nothing beside the experts' weights.
+#include "exponential.h"
 #include "moe.h"
 #include "numeric.h"
 #include "parallel.h"
@@ -17,31 +18,32 @@ namespace {
 
 template <class T>
 void gate(const MoeGate& a) {
-    constexpr int64_t slab = 256;  // tokens that are widened at a time
-    constexpr int rows = 4;        // of the weight, per piece of work: enough pieces for many threads at E = 128
-    const int64_t n = a.x.size[0], h = a.x.size[1], e = a.weight.size[0], stride = padded(h);
-    Scratch<double> scratch(smaller(n, slab) * stride);
+    constexpr int64_t slab = 240;  // tokens that are widened at a time
+    using P = Panel<double, T>;
+    const int64_t n = a.x.size[0], h = a.x.size[1], e = a.weight.size[0], stride = a.weight.stride[0];
+    int rows = skinny_rows;  // of the weight, per piece of work: enough pieces for many threads at E = 128
+    while (rows > 4 && e < 4 * max_threads() * rows) rows /= 2;
+    Scratch<double> scratch(smaller(n, slab) * P::padded(h));
     double* x = scratch;
     for (int64_t start = 0; start < n; start += slab) {
         const int64_t tokens = smaller(slab, n - start);
-        parallel_for(tokens, 16, [&](int64_t begin, int64_t end) {
-            for (int64_t t = begin; t < end; ++t) {
-                load<double>(x + t * stride, a.x, (start + t) * a.x.stride[0], h);
-                for (int64_t i = h; i < stride; ++i) x[t * stride + i] = 0;
-            }
+        parallel_for(tokens, 8, [&](int64_t begin, int64_t end) {
+            for_panels<double, T>(x, tokens, h, [&](auto panel, int64_t first) {
+                for (int64_t m = larger<int64_t>(0, begin - first); m < smaller(panel.count, end - first); ++m)
+                    panel.fill(m, a.x, (start + first + m) * a.x.stride[0], h);
+            });
         });
         parallel_for((e + rows - 1) / rows, 1, [&](int64_t begin, int64_t end) {
-            double products[64 * skinny_rows];
-            for (int64_t first = begin * rows; first < smaller(end * rows, e); first += rows) {
-                const int some = int(smaller<int64_t>(rows, e - first));
-                const T* weight = a.weight.as<T>() + first * a.weight.stride[0];
-                for (int64_t t = 0; t < tokens; t += 64) {
-                    const int64_t count = smaller<int64_t>(64, tokens - t);
-                    skinny(weight, a.weight.stride[0], some, x + t * stride, stride, count, h, products);
-                    for (int64_t m = 0; m < count; ++m)
-                        for (int r = 0; r < some; ++r)
-                            a.logits.as<double>()[(start + t + m) * e + first + r] = products[m * skinny_rows + r];
-                }
+            double products[skinny_panel * skinny_rows];
+            for (int64_t r = begin * rows; r < smaller(end * rows, e); r += rows) {
+                const int some = int(smaller<int64_t>(rows, e - r));
+                const T* weight = a.weight.as<T>() + r * stride;
+                for_panels<double, T>(x, tokens, h, [&](auto panel, int64_t first) {
+                    skinny(weight, stride, some, panel, h, weight, products);
+                    for (int64_t m = 0; m < panel.count; ++m)
+                        for (int j = 0; j < some; ++j)
+                            a.logits.as<double>()[(start + first + m) * e + r + j] = products[m * skinny_rows + j];
+                });
             }
         });
     }
@@ -68,16 +70,31 @@ void largest(const W* values, int64_t n, int64_t some, int64_t* places) {
     }
 }
 
+inline void exponentials(float* x, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) x[i] = exponential(x[i]);
+}
+inline void exponentials(double* x, int64_t n) {  // whole vectors: what follows the n is scratch too
+    constexpr int L = lanes_of<double>;
+    for (int64_t i = 0; i < n; i += L) {
+        const DoubleVector e = exponential(unaligned<DoubleVector>(x + i));
+        std::memcpy(x + i, &e, sizeof(e));
+    }
+}
+
 template <class W>
 void scores_of(W* scores, int64_t e, bool softmax) {
     if (!softmax) {
-        for (int64_t i = 0; i < e; ++i) scores[i] = 1 / (1 + std::exp(-scores[i]));
+        for (int64_t i = 0; i < e; ++i) scores[i] = -scores[i];
+        exponentials(scores, e);
+        for (int64_t i = 0; i < e; ++i) scores[i] = 1 / (1 + scores[i]);
         return;
     }
     W most = scores[0], sum = 0;
     for (int64_t i = 1; i < e; ++i)
         if (before(scores[i], most)) most = scores[i];
-    for (int64_t i = 0; i < e; ++i) sum += scores[i] = std::exp(scores[i] - most);
+    for (int64_t i = 0; i < e; ++i) scores[i] -= most;
+    exponentials(scores, e);
+    for (int64_t i = 0; i < e; ++i) sum += scores[i];
     for (int64_t i = 0; i < e; ++i) scores[i] /= sum;
 }
 
@@ -103,8 +120,9 @@ template <class W>
 void route(const MoeRoute& a) {
     const int64_t e = a.logits.size[1], k = a.weights.size[1];
     parallel_for(a.logits.size[0], 16, [&](int64_t begin, int64_t end) {
-        Scratch<W> score_scratch(e), choice_scratch(e), bias_scratch(e), sums(a.n_group);
+        Scratch<W> score_scratch(e + lanes_of<W>), choice_scratch(e), bias_scratch(e), sums(a.n_group);
         Scratch<int64_t> place_scratch(larger(k, a.topk_group));
+        for (int i = 0; i < lanes_of<W>; ++i) score_scratch[e + i] = 0;  // behind the last score, in whole vectors
         W *scores = score_scratch, *choice = choice_scratch, *bias = bias_scratch;
         int64_t* places = place_scratch;
         if (a.bias) load<W>(bias, a.bias, 0, e);

@@ -1,0 +1,17 @@
+#pragma once
+
+#include "isa.h"
+#include "view.h"
+
+namespace tt {
+
+// out = x weight^T + bias, for few rows of x.
+struct Linear {
+    View x;       // [M, K]
+    View weight;  // [N, K], dtype of x
+    View bias;    // [N], any float, or null
+    View out;     // [M, N] out, dtype of x, contiguous
+};
+TT_KERNEL(linear, Linear)
+
+}  // namespace tt
