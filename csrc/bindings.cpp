@@ -19,22 +19,26 @@ namespace py = pybind11;
 
 namespace pybind11::detail {
 template <>
-struct type_caster<tt::View> {  // None, or twotower_kernels.cpu.view(tensor)
+struct type_caster<tt::View> {  // None, or (pointer, dtype, sizes, strides)
     PYBIND11_TYPE_CASTER(tt::View, const_name("View"));
     bool load(handle source, bool) {
         if (source.is_none()) return true;
-        if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 4) return false;
-        auto fields = reinterpret_borrow<tuple>(source);
-        tuple sizes = fields[2], strides = fields[3];
-        value.data = reinterpret_cast<void*>(fields[0].cast<uintptr_t>());
-        value.dtype = static_cast<tt::DType>(fields[1].cast<int>());
-        value.ndim = static_cast<int>(sizes.size());
-        if (value.ndim > tt::View::max_dims) return false;
-        for (int i = 0; i < value.ndim; ++i) {
-            value.size[i] = sizes[i].cast<int64_t>();
-            value.stride[i] = strides[i].cast<int64_t>();
+        PyObject* fields = source.ptr();
+        if (!PyTuple_Check(fields) || PyTuple_GET_SIZE(fields) != 4) return false;
+        PyObject *sizes = PyTuple_GET_ITEM(fields, 2), *strides = PyTuple_GET_ITEM(fields, 3);
+        if (!PyTuple_Check(sizes) || !PyTuple_Check(strides)) return false;
+        const Py_ssize_t dims = PyTuple_GET_SIZE(sizes);
+        if (dims > tt::View::max_dims || PyTuple_GET_SIZE(strides) != dims) return false;
+        value.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(fields, 0));
+        value.dtype = static_cast<tt::DType>(PyLong_AsLong(PyTuple_GET_ITEM(fields, 1)));
+        value.ndim = static_cast<int>(dims);
+        for (Py_ssize_t i = 0; i < dims; ++i) {
+            value.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes, i));
+            value.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
         }
-        return true;
+        if (!PyErr_Occurred()) return true;
+        PyErr_Clear();  // something other than an integer
+        return false;
     }
 };
 }  // namespace pybind11::detail

@@ -79,3 +79,20 @@ def assert_op_within_budget(
     for key, value in inputs.items():
         if isinstance(value, Tensor):
             assert torch.equal(value.nan_to_num(), given[key].nan_to_num()), f"{key} was changed"
+
+
+def relative_errors(
+    op: Callable[..., Any], reference: Callable[..., Any], make: Callable[[int], dict[str, Any]], draws: int
+) -> list[float]:
+    """For each result the root mean square of the error of `op`, over that of `reference` in the same dtype, over the
+    inputs that `make` gives for so many seeds together. 0 where both are exact."""
+    sums: list[tuple[float, float]] = []
+    for seed in range(draws):
+        inputs = make(seed)
+        each = (as_tuple(op(**inputs)), as_tuple(reference(**inputs)), as_tuple(reference(**widened(inputs))))
+        errors = [
+            (float((got.double() - truth).square().sum()), float((plain.double() - truth).square().sum()))
+            for got, plain, truth in zip(*each, strict=True)
+        ]
+        sums = [(a + c, b + d) for (a, b), (c, d) in zip(sums or [(0.0, 0.0)] * len(errors), errors, strict=True)]
+    return [(a / b) ** 0.5 if b else float(a > 0) for a, b in sums]

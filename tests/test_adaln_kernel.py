@@ -1,5 +1,7 @@
 """adaLN's kernels: against the specification on every instruction set, dtype and layout; registration; errors."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 import twotower_kernels as tt
 from reference import adaln
-from tests.kernel_checks import DTYPES, ISAS, assert_op_within_budget, instruction_set
+from tests.kernel_checks import DTYPES, ISAS, assert_op_within_budget, instruction_set, relative_errors
 
 OPS = ("rms_norm", "adaln_norm", "gated_residual", "gated_residual_adaln_norm")
 CASES = [(op, case) for op in OPS for case in adaln.CASES[op]]
@@ -37,6 +39,18 @@ def test_any_shape_and_layout(op, b, s, h, order, dtype, isa, layout, seed):  # 
     inputs = adaln.make_inputs(op, dict(b=b, s=s, h=h, order=order, gated=order != "plain"), dtype=dtype, seed=seed)
     with instruction_set(isa):
         assert_op_within_budget(getattr(tt, op), getattr(adaln, op), inputs, layout=layout)
+
+
+@pytest.mark.parametrize("h", [32, 2688])
+@pytest.mark.parametrize("order", ["plain", *adaln.ORDERS])
+def test_as_accurate_as_plain_float32(order: str, h: int) -> None:
+    """On average over many inputs, where no budget for luck is needed."""
+
+    def make(seed: int) -> dict[str, Any]:
+        return adaln.make_inputs("gated_residual_adaln_norm", dict(b=3, s=9, h=h, order=order), seed=seed)
+
+    ours, theirs = tt.gated_residual_adaln_norm, adaln.gated_residual_adaln_norm
+    assert max(relative_errors(ours, theirs, make, 100 if h < 100 else 5)) < 1.1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

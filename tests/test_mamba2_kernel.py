@@ -12,7 +12,15 @@ from torch import Tensor
 import twotower_kernels as tt
 from reference import mamba2
 from tests.compare import assert_within_budget
-from tests.kernel_checks import DTYPES, ISAS, as_tuple, assert_op_within_budget, instruction_set, widened
+from tests.kernel_checks import (
+    DTYPES,
+    ISAS,
+    as_tuple,
+    assert_op_within_budget,
+    instruction_set,
+    relative_errors,
+    widened,
+)
 
 SMALL = [case for case in mamba2.CASES["mamba2_scan"] if not case.startswith("released")]
 scan: Any = tt.mamba2_scan  # what it returns depends on its options
@@ -197,6 +205,27 @@ def test_slices_of_a_projection() -> None:
     got = scan(**inputs | dict(xbc=xbc, dt=dt, conv_weight=inputs["conv_weight"][:, None]), return_states=True)
     for a, b in zip(got, scan(**inputs, return_states=True), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+@pytest.mark.parametrize("limit", [(0.0, math.inf), (0.05, 1.0)])
+def test_the_scan_is_as_accurate_as_plain_float32(limit: tuple[float, float], seeded: bool) -> None:
+    """On average over many inputs, where no budget for luck is needed."""
+    case = dict(b=3, l=9, heads=4, head_dim=12, state=16, groups=2, limit=limit, seeded=seeded)
+
+    def make(seed: int) -> dict[str, Any]:
+        return mamba2.make_inputs("mamba2_scan", case, seed=seed) | dict(return_states=True)
+
+    assert max(relative_errors(scan, mamba2.mamba2_scan, make, 100)) < 1.1
+
+
+def test_the_gated_norm_is_as_accurate_as_plain_float32() -> None:
+    for width in (48, 4096):
+
+        def make(seed: int, width: int = width) -> dict[str, Any]:
+            return mamba2.make_inputs("gated_rms_norm", dict(b=3, l=9, width=width, groups=2), seed=seed)
+
+        assert max(relative_errors(tt.gated_rms_norm, mamba2.gated_rms_norm, make, 100 if width < 100 else 5)) < 1.1
 
 
 # --- states ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The package's model: parity with the recorded tensors, agreement with the specification layer by layer, and calls."""
 
 import inspect
+import math
 from functools import cache
 from typing import Any
 
@@ -97,22 +98,41 @@ def results(model: Any, wide: bool, seed: int) -> dict[str, Tensor]:
     return found | {f"ssm.{i}": ssm for i, ssm in state.ssm.items()}
 
 
-def assert_agreement(m: Models, batches: int = 1) -> None:
-    """Over so many batches together: behind many layers the worst entry of one is luck, in both programs."""
-    draws = range(0, 2 * batches, 2)
-    got, plain, truth = (
-        [results(model, wide, seed) for seed in draws]
-        for model, wide in ((m.ours, False), (m.naive, False), (m.exact, True))
-    )
-    assert got[0].keys() == plain[0].keys() == truth[0].keys()
-    for key in truth[0]:
-        pooled = (torch.stack([found[key] for found in each]) for each in (got, plain, truth))
-        assert_within_budget(*pooled, what=key)
+def shares(got: Tensor, naive: Tensor, exact: Tensor) -> list[float]:
+    """The errors in 2-norm and at the worst entry, over what `assert_within_budget` allows by default."""
+    if not exact.numel():
+        return [0.0, 0.0]
+    eps, sizes = torch.finfo(got.dtype).eps, (torch.linalg.vector_norm, lambda x: x.abs().max())
+    return [
+        float(size(got.double() - exact) / (2 * size(naive.double() - exact) + 2 * eps * size(exact))) for size in sizes
+    ]
+
+
+def assert_agreement(m: Models, batches: int = 8) -> None:
+    """Within the budget on the geometric mean over so many batches, and within four times the factor on each.
+
+    The worst entry of one batch is luck, in both programs: a token that a norm divides by little magnifies the rounding
+    errors before it, whichever they happen to be. Over 60 batches the two programs err alike in the mean,
+    but on one batch the logarithm of the ratio of their worst entries scatters by 0.3 to 0.5, so that one product in
+    fifty leaves a budget of twice the naive error; and pooling entries keeps the one worst token.
+    """
+    ratios: dict[tuple[str, int], list[float]] = {}
+    for seed in range(0, 2 * batches, 2):
+        got, plain, truth = (
+            results(model, wide, seed) for model, wide in ((m.ours, False), (m.naive, False), (m.exact, True))
+        )
+        assert got.keys() == plain.keys() == truth.keys()
+        for key in truth:
+            assert_within_budget(got[key], plain[key], truth[key], factor=8, what=f"{key}, seed {seed}")
+            for n, ratio in enumerate(shares(got[key], plain[key], truth[key])):
+                ratios.setdefault((key, n), []).append(ratio)
+    for where, found in ratios.items():
+        assert math.prod(found) ** (1 / batches) <= 1, f"{where}: {found}"
 
 
 @pytest.mark.parametrize("pattern", ["M", "*", "E", "-", "MEM*E-", "MEM*EM*E-"])
 def test_agreement_in_float32(pattern: str) -> None:
-    assert_agreement(models(pattern, torch.float32), batches=1 if len(pattern) < 7 else 4)
+    assert_agreement(models(pattern, torch.float32))
 
 
 def test_agreement_with_other_options() -> None:

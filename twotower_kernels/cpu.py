@@ -12,8 +12,6 @@ from torch import Tensor
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
-View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
-
 
 @cache
 def kernels() -> ModuleType:
@@ -31,22 +29,25 @@ def kernels() -> ModuleType:
         ) from error
 
 
-def view(tensor: Tensor | None) -> View | None:
-    """What a kernel is told of a tensor: pointer, dtype, sizes, strides. The caller keeps the tensor alive."""
-    if tensor is None:
-        return None
-    return tensor.data_ptr(), _CODES[tensor.dtype], tuple(tensor.shape), tensor.stride()
-
-
 def rows_contiguous(tensor: Tensor | None) -> Tensor | None:
     """The tensor, or a copy if its last dimension is not contiguous: what every kernel may rely on."""
-    if tensor is None or tensor.ndim == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
-        return tensor
-    return tensor.contiguous()
+    if tensor is None:
+        return None
+    strides = tensor.stride()
+    return tensor if not strides or strides[-1] == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
 def call(name: str, *arguments: Any) -> None:
-    """Calls a kernel, tensors as views; those whose last dimension is strided are copied first, so never pass an
-    output of that kind."""
-    kept = [rows_contiguous(a) if isinstance(a, Tensor) else a for a in arguments]
-    getattr(kernels(), name)(*(view(a) if isinstance(a, Tensor) else a for a in kept))
+    """Calls a kernel, which is told of each tensor its pointer, dtype, sizes and strides. Those whose last dimension is
+    strided are copied first, so never pass an output of that kind."""
+    copies, told = [], []
+    for a in arguments:
+        if isinstance(a, Tensor):
+            shape, strides = a.shape, a.stride()
+            if strides and strides[-1] != 1 and shape[-1] > 1:
+                a = a.contiguous()
+                strides = a.stride()
+                copies.append(a)  # it must outlive the call
+            a = a.data_ptr(), _CODES[a.dtype], shape, strides
+        told.append(a)
+    getattr(kernels(), name)(*told)

@@ -5,8 +5,8 @@
 // definition; the norm itself is computed in float and rounded once.
 #include "adaln.h"
 
-#include "numeric.h"
 #include "parallel.h"
+#include "squares.h"
 
 namespace tt {
 namespace TT_ISA {
@@ -16,53 +16,48 @@ namespace {
 // The vectors of one sequence in the compute type; loaded again when a thread comes to the next sequence.
 template <class W>
 struct Vectors {
-    explicit Vectors(int64_t n) : gate(n), weight(n), shift(n), scale(n) {}
+    explicit Vectors(int64_t n) : gate(n + spare), weight(n + spare), shift(n + spare), scale(n + spare) {
+        W* all[] = {gate, weight, shift, scale};
+        for (W* v : all) std::memset(v + n, 0, spare * sizeof(W));
+    }
+    static constexpr int spare = lanes_of<W>;  // zeros behind each: they are read by whole SIMD vectors
     Scratch<W> gate, weight, shift, scale;
     int64_t sequence = -1;
 };
 
-template <class W>
-W sum_of_squares(const W* x, int64_t n) {
-    W sums[16] = {};  // independent sums: they vectorise, and err less than one
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; ++j) sums[j] += x[i + j] * x[i + j];
-    for (; i < n; ++i) sums[0] += x[i] * x[i];
-    W total = 0;
-    for (W sum : sums) total += sum;
-    return total;
-}
-
 // x: what the residual is stored in; Y: what y is (narrower where the residual is kept in float32).
 template <class X, class Y>
-void row(const GatedResidualAdalnNorm& a, int64_t b, int64_t s, Vectors<Wide<X>>& vectors, Wide<X>* h) {
+void row(const GatedResidualAdalnNorm& a, int64_t b, int64_t s, Vectors<Wide<X>>& vectors, Wide<X>* kept) {
     using W = Wide<X>;
+    using V = Vector<W>;
     const int64_t n = a.x.size[2];
     const W *gate = vectors.gate, *weight = vectors.weight, *shift = vectors.shift, *scale = vectors.scale;
     const X* x = a.x.as<X>() + b * a.x.stride[0] + s * a.x.stride[1];
-    if (a.y) {
-        const Y* y = a.y.as<Y>() + b * a.y.stride[0] + s * a.y.stride[1];
-        if (a.gate)
-            for (int64_t i = 0; i < n; ++i) h[i] = rounded<X>(widen(x[i]) + rounded<Y>(gate[i] * widen(y[i])));
-        else
-            for (int64_t i = 0; i < n; ++i) h[i] = rounded<X>(widen(x[i]) + W(widen(y[i])));
-    } else {
-        for (int64_t i = 0; i < n; ++i) h[i] = widen(x[i]);
-    }
-    if (a.h) {
-        X* out = a.h.as<X>() + b * a.h.stride[0] + s * a.h.stride[1];
-        for (int64_t i = 0; i < n; ++i) out[i] = narrow<X>(h[i]);
-    }
-    if (!a.normed) return;
-    X* out = a.normed.as<X>() + b * a.normed.stride[0] + s * a.normed.stride[1];
-    if (a.scale && !a.norm_first)
-        for (int64_t i = 0; i < n; ++i) h[i] = rounded<X>(rounded<X>(h[i] * scale[i]) + shift[i]);
-    const W inverse = 1 / std::sqrt(sum_of_squares(h, n) / W(n) + W(a.eps));
-    if (a.scale && a.norm_first)
-        for (int64_t i = 0; i < n; ++i)
-            out[i] = narrow<X>(rounded<X>(rounded<X>(h[i] * inverse * weight[i]) * scale[i]) + shift[i]);
-    else
-        for (int64_t i = 0; i < n; ++i) out[i] = narrow<X>(h[i] * inverse * weight[i]);
+    const Y* y = a.y ? a.y.as<Y>() + b * a.y.stride[0] + s * a.y.stride[1] : nullptr;
+    X* h_out = a.h ? a.h.as<X>() + b * a.h.stride[0] + s * a.h.stride[1] : nullptr;
+    X* out = a.normed ? a.normed.as<X>() + b * a.normed.stride[0] + s * a.normed.stride[1] : nullptr;
+    const bool gated = bool(a.gate), before = a.scale && !a.norm_first, after = a.scale && a.norm_first;
+    auto round = [](V v) { return Rounding<X>::rounded(v); };
+    Squares<W> squares;
+    for_vectors<W>(n, [=, &squares](int64_t i, auto count) {
+        V h = load_some<W>(x + i, count);
+        if (y) {
+            V added = load_some<W>(y + i, count);
+            if (gated) added = rounded_to<Y>(unaligned<V>(gate + i) * added);
+            h = round(h + added);
+        }
+        if (h_out) store_some<X>(h_out + i, h, count);
+        if (before) h = round(round(h * unaligned<V>(scale + i)) + unaligned<V>(shift + i));
+        Rounding<W>::store(kept + i, h);
+        squares.add(h);  // zeros beyond the row
+    });
+    if (!out) return;
+    const W inverse = squares.inverse_root(n, a.eps);
+    for_vectors<W>(n, [=](int64_t i, auto count) {
+        V normed = unaligned<V>(kept + i) * inverse * unaligned<V>(weight + i);
+        if (after) normed = round(round(normed) * unaligned<V>(scale + i)) + unaligned<V>(shift + i);
+        store_some<X>(out + i, normed, count);
+    });
 }
 
 template <class X, class Y>
@@ -71,7 +66,7 @@ void rows(const GatedResidualAdalnNorm& a) {
     const int64_t length = a.x.size[1], n = a.x.size[2];
     parallel_for(a.x.size[0] * length, 4, [&](int64_t begin, int64_t end) {
         Vectors<W> vectors(n);
-        Scratch<W> h(n);
+        Scratch<W> h(n + lanes_of<W>);
         if (a.weight) load<W>(vectors.weight, a.weight, 0, n);
         for (int64_t r = begin; r < end; ++r) {
             const int64_t b = r / length;
@@ -96,7 +91,10 @@ void gated_residual_adaln_norm(const GatedResidualAdalnNorm& a) {
     for_float(a.x.dtype, [&](auto type) {
         using X = typename decltype(type)::type;
         if (!a.y || a.y.dtype == a.x.dtype) return rows<X, X>(a);
-        for_float(a.y.dtype, [&](auto other) { rows<X, typename decltype(other)::type>(a); });
+        for_float(a.y.dtype, [&](auto other) {  // never a wider one
+            using Y = typename decltype(other)::type;
+            if constexpr (sizeof(Y) < sizeof(X)) rows<X, Y>(a);
+        });
     });
 }
 

@@ -78,5 +78,37 @@ inline DoubleVector exponential(DoubleVector x) {
     return sum * (DoubleVector)((half - 1) << 52) * (DoubleVector)((rest - 1) << 52);
 }
 
+// N vectors in step: one exponential is a long chain of dependent operations, and a processor does not look far enough
+// ahead to overlap it with the next one by itself. (Measured on Zen 3: twice as fast.)
+template <int N>
+inline void exp_negative(FloatVector (&x)[N]) {
+    FloatVector shifted[N], n[N], r[N], sum[N];
+    for (int i = 0; i < N; ++i) shifted[i] = x[i] * log2_e + nearest_integer;
+    for (int i = 0; i < N; ++i) n[i] = shifted[i] - nearest_integer;
+    for (int i = 0; i < N; ++i) r[i] = x[i] - n[i] * log_2_high;
+    for (int i = 0; i < N; ++i) r[i] = r[i] - n[i] * log_2_low;
+    for (int i = 0; i < N; ++i) sum[i] = r[i] * (1.f / 5040) + 1.f / 720;
+    for (int i = 0; i < N; ++i) sum[i] = sum[i] * r[i] + 1.f / 120;
+    for (int i = 0; i < N; ++i) sum[i] = sum[i] * r[i] + 1.f / 24;
+    for (int i = 0; i < N; ++i) sum[i] = sum[i] * r[i] + 1.f / 6;
+    for (int i = 0; i < N; ++i) sum[i] = sum[i] * r[i] + 0.5f;
+    for (int i = 0; i < N; ++i) sum[i] = sum[i] * (r[i] * r[i]) + r[i];
+    for (int i = 0; i < N; ++i) sum[i] = (sum[i] + 1.f) * (FloatVector)(((WordVector)shifted[i] << 23) + 0x3f800000u);
+    for (int i = 0; i < N; ++i) x[i] = x[i] < -87.3f ? FloatVector{} : sum[i];
+}
+template <int N>
+inline void exp_negative(DoubleVector (&x)[N]) {
+    for (DoubleVector& v : x) v = exp_negative(v);
+}
+
+// x / (1 + e^-x) of N vectors, the exponential's argument never positive.
+template <int N, class V>
+inline void silu(V (&x)[N]) {
+    V e[N];
+    for (int i = 0; i < N; ++i) e[i] = x[i] < 0 ? x[i] : -x[i];
+    exp_negative(e);
+    for (int i = 0; i < N; ++i) x[i] = (x[i] < 0 ? x[i] * e[i] : x[i]) / (1 + e[i]);
+}
+
 }  // namespace TT_ISA
 }  // namespace tt

@@ -1,20 +1,21 @@
-// Mamba-2: convolution, SiLU and selective scan; the gated norm after it (reference/mamba2.py has the formulas).
+// Mamba-2: convolution, SiLU and selective scan (reference/mamba2.py has the formulas).
 //
 // Tokens go by in chunks of at most 16, and a chunk's closed form is used rather than the recurrence:
 //
 //     y_t = exp(a_t) C_t.s + sum over u <= t of (C_t.B_u) exp(a_t - a_u) delta_u x_u + D x_t
 //
 // It costs half the multiplications, because the denoiser, which returns no state, never computes one: it reads each
-// state once and writes none. And C.s is a small matrix product with tokens as vector lanes, so that no sum runs across
-// lanes. Where the state is needed, exp(a_T) s + sum of exp(a_T - a_u) delta_u x_u B_u is another such product. A
-// head's state (32 KB in the released model) stays in the inner caches from one to the other.
+// state once and writes none. And C.s is a small matrix product with tokens as vector lanes (mamba2_chunk.h), so that
+// no sum runs across lanes; the second sum is continued in the same registers, and D is on its diagonal. Where the
+// state is needed, exp(a_T) s + sum of exp(a_T - a_u) delta_u x_u B_u is another such product. A head's state (32 KB in
+// the released model) stays in the inner caches from one to the other.
 //
-// Two parallel loops per slab of 16 (row, chunk) pairs, which bounds the scratch memory: over (row, group), what the
-// heads of a group share, B, C and C.B; then over (row, head). A token's sums see only the tokens before it, so a NaN
-// spoils no earlier token, and a row's result does not depend on the rows beside it.
+// Two parallel loops per slab of 16 (row, chunk) pairs, which bounds the scratch memory: over (row, chunks, group),
+// what the heads of a group share, B, C and C.B; then over (row, head). A token's sums see only the tokens before it,
+// so a NaN spoils no earlier token, and a row's result does not depend on the rows beside it.
 #include "mamba2.h"
 
-#include "exponential.h"
+#include "mamba2_chunk.h"
 #include "parallel.h"
 
 namespace tt {
@@ -24,11 +25,11 @@ namespace {
 
 constexpr int chunk_tokens = 16;
 constexpr int slab_pairs = 16;
-#if defined(__AVX512F__)
-constexpr int tile_rows = 8;  // accumulators of 16 floats that fit in the registers
-#else
-constexpr int tile_rows = 4;
-#endif
+
+template <class W>
+inline int64_t padded(int64_t n) {  // to whole vectors
+    return (n + lanes_of<W> - 1) / lanes_of<W> * lanes_of<W>;
+}
 
 template <class W>
 inline W value_at(const View& view, int64_t offset) {
@@ -37,96 +38,61 @@ inline W value_at(const View& view, int64_t offset) {
     return value;
 }
 
-template <class W>
-inline W silu(W x) {
-    return x / (1 + exponential(-x));
-}
-
-template <class W>
-inline W softplus(W x) {  // the threshold is PyTorch's, and visible in float64
-    return x > 20 ? x : std::log1p(std::exp(x));
-}
-
-template <class W>
-W dot(const W* a, const W* b, int64_t n) {
-    W sums[16] = {};  // independent sums: they vectorise, and err less than one
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; ++j) sums[j] += a[i + j] * b[i + j];
-    for (; i < n; ++i) sums[0] += a[i] * b[i];
-    W total = 0;
-    for (W sum : sums) total += sum;
-    return total;
-}
-
-// sums[q][j] += sum over k < depth of left[q * row + k * step] * right[k * width + j]
-template <int Rows, int Lanes, class W>
-inline void multiply(W (&sums)[Rows][Lanes], const W* left, int64_t row, int64_t step, const W* right, int64_t width,
-                     int64_t depth) {
-    for (int64_t k = 0; k < depth; ++k)
-        for (int q = 0; q < Rows; ++q) {
-            const W factor = left[q * row + k * step];
-#pragma omp simd
-            for (int j = 0; j < Lanes; ++j) sums[q][j] += factor * right[k * width + j];
-        }
-}
-
-// out[r][t] = sum over k < n of rows[r][k] * columns[k][t], for `Lanes` tokens t.
-template <int Rows, int Lanes, class W>
-void project_rows(W* out, const W* rows, int64_t stride, const W* columns, int64_t n) {
-    W sums[Rows][Lanes] = {};
-    multiply<Rows, Lanes>(sums, rows, stride, 1, columns, Lanes, n);
-    for (int q = 0; q < Rows; ++q)
-        for (int j = 0; j < Lanes; ++j) out[q * Lanes + j] = sums[q][j];
-}
-
-template <int Lanes, class W>
-void project_lanes(W* out, const W* rows, int64_t stride, int64_t count, const W* columns, int64_t n) {
-    int64_t r = 0;
-    for (; r + tile_rows <= count; r += tile_rows)
-        project_rows<tile_rows, Lanes>(out + r * Lanes, rows + r * stride, stride, columns, n);
-    for (; r < count; ++r) project_rows<1, Lanes>(out + r * Lanes, rows + r * stride, stride, columns, n);
-}
-
-inline int lanes_for(int64_t tokens) {
-    return tokens == 1 ? 1 : tokens <= 8 ? 8 : chunk_tokens;
-}
-
-template <class W>
-void project(W* out, const W* rows, int64_t stride, int64_t count, const W* columns, int64_t n, int lanes) {
-    if (lanes == 16) return project_lanes<16>(out, rows, stride, count, columns, n);
-    if (lanes == 8) return project_lanes<8>(out, rows, stride, count, columns, n);
-    for (int64_t r = 0; r < count; ++r) out[r] = dot(rows + r * stride, columns, n);
-}
-
-// to[r] = decay * from[r] + sum over t of x[t][r] * b[t], rows of length n; `to` may be `from`.
-template <int Rows, class W>
-void advance_rows(W* to, const W* from, int64_t stride, W decay, const W* x, int64_t width, const W* b, int64_t n,
-                  int64_t tokens) {
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        W sums[Rows][16];
-        for (int q = 0; q < Rows; ++q)
-            for (int j = 0; j < 16; ++j) sums[q][j] = decay * from[q * stride + i + j];
-        multiply<Rows, 16>(sums, x, 1, width, b + i, n, tokens);
-        for (int q = 0; q < Rows; ++q)
-            for (int j = 0; j < 16; ++j) to[q * n + i + j] = sums[q][j];
+// x[t] = log(1 + e^x[t]) of chunk_tokens numbers, for float's sake: 1e-9 of the result, so that a step is rounded once.
+inline void softplus(double* x, float) {
+    typedef int64_t Bits __attribute__((vector_size(TT_VECTOR_BYTES)));
+    constexpr double integer = 0x1.8p52, log_2 = 0.693147180559945309;
+    for (int t = 0; t < chunk_tokens; t += lanes_of<double>) {
+        const DoubleVector v = unaligned<DoubleVector>(x + t), zero{};
+        DoubleVector least = v < 0 ? v : -v;
+        least = least < -700 ? zero - 700 : least;
+        const DoubleVector shifted = least * (1 / log_2) + integer, r = least - (shifted - integer) * log_2;
+        DoubleVector e = r * (1. / 40320) + 1. / 5040;
+        e = e * r + 1. / 720;
+        e = e * r + 1. / 120;
+        e = e * r + 1. / 24;
+        e = e * r + 1. / 6;
+        e = e * r + 1. / 2;
+        e = (e * r + 1) * r + 1;
+        e = (DoubleVector)((Bits)e + ((Bits)shifted << 52));
+        // log(1 + e) as a series in s = e / (2 + e) <= 1/3, which loses nothing where e is small.
+        const DoubleVector s = e / (2 + e), square = s * s;
+        DoubleVector sum = square * (1. / 17) + 1. / 15;
+        sum = sum * square + 1. / 13;
+        sum = sum * square + 1. / 11;
+        sum = sum * square + 1. / 9;
+        sum = sum * square + 1. / 7;
+        sum = sum * square + 1. / 5;
+        sum = sum * square + 1. / 3;
+        const DoubleVector result = (v > 0 ? v : zero) + 2 * s * (1 + square * sum);
+        std::memcpy(x + t, &result, sizeof(result));
     }
-    for (; i < n; ++i)
-        for (int q = 0; q < Rows; ++q) {
-            W sum = decay * from[q * stride + i];
-            for (int64_t t = 0; t < tokens; ++t) sum += x[t * width + q] * b[t * n + i];
-            to[q * n + i] = sum;
-        }
+}
+inline void softplus(double* x, double) {  // the threshold is PyTorch's, and visible in float64
+    for (int t = 0; t < chunk_tokens; ++t) x[t] = x[t] > 20 ? x[t] : ::log1p(::exp(x[t]));
 }
 
-template <class W>
-void advance(W* to, const W* from, int64_t stride, int64_t rows, W decay, const W* x, const W* b, int64_t n,
-             int64_t tokens) {
-    int64_t r = 0;
-    for (; r + tile_rows <= rows; r += tile_rows)
-        advance_rows<tile_rows>(to + r * n, from + r * stride, stride, decay, x + r, rows, b, n, tokens);
-    for (; r < rows; ++r) advance_rows<1>(to + r * n, from + r * stride, stride, decay, x + r, rows, b, n, tokens);
+// out[i] = e^x[i]; x in double, since an error in it is one of the result's digits. n is a multiple of chunk_tokens.
+inline void exponentials(float* out, const double* x, int64_t n) {
+    constexpr int count = chunk_tokens / lanes_of<float>;
+    for (int64_t i = 0; i < n; i += chunk_tokens) {
+        float high[chunk_tokens], rest[chunk_tokens];
+        for (int j = 0; j < chunk_tokens; ++j) {
+            const double least = x[i + j] < -1000 ? -1000 : x[i + j], bounded = least > 88 ? 88 : least;
+            high[j] = float(bounded);
+            rest[j] = float(bounded - double(high[j]));
+        }
+        FloatVector e[count];
+        for (int v = 0; v < count; ++v) e[v] = unaligned<FloatVector>(high + v * lanes_of<float>);
+        exp_negative(e);  // right up to 88, too
+        for (int v = 0; v < count; ++v) {
+            e[v] += e[v] * unaligned<FloatVector>(rest + v * lanes_of<float>);
+            std::memcpy(out + i + v * lanes_of<float>, &e[v], sizeof(e[v]));
+        }
+    }
+}
+inline void exponentials(double* out, const double* x, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) out[i] = ::exp(x[i]);
 }
 
 // Column t < 0 of the convolution's input, before the first token, for a run of channels.
@@ -145,62 +111,83 @@ void seed_column(Wide<X>* column, const Mamba2Scan& a, int64_t state_row, int64_
     });
 }
 
-// The convolution of a run of channels, and the scratch it needs.
+// The convolution of a run of channels, and the scratch it needs. Rows of channels are padded to whole vectors.
 template <class X>
 struct Convolution {
     using W = Wide<X>;
+    using V = Vector<W>;
     Convolution(const Mamba2Scan& a, int64_t channels)
         : a(a),
           width(a.conv_weight.size[1]),
           n(channels),
-          taps((width + 1) * channels),
-          columns((width - 1 + chunk_tokens) * channels) {}
+          stride(padded<W>(channels)),
+          taps((width + 1) * stride),
+          columns((width - 1 + chunk_tokens) * stride) {}
     const Mamba2Scan& a;
-    int64_t width, n, first = 0;
+    int64_t width, n, stride, first = 0;
     Scratch<W> taps;     // [W, n], then the bias [n]
     Scratch<W> columns;  // [W-1 + tokens, n]
 
     void channels_from(int64_t channel) {
         first = channel;
         W* to = taps;
+        std::memset(to, 0, size_t((width + 1) * stride) * sizeof(W));
         for_float(a.conv_weight.dtype, [&](auto type) {
             using T = typename decltype(type)::type;
-            const int64_t stride = a.conv_weight.stride[0];
-            const T* from = a.conv_weight.as<T>() + first * stride;
-            for (int64_t i = 0; i < n; ++i)
-                for (int64_t w = 0; w < width; ++w) to[w * n + i] = W(widen(from[i * stride + w]));
+            const T* from = a.conv_weight.as<T>() + first * a.conv_weight.stride[0];
+            for (int64_t i = 0; i < n; ++i, from += a.conv_weight.stride[0])
+                for (int64_t w = 0; w < width; ++w) to[w * stride + i] = W(widen(from[w]));
         });
-        to += width * n;
-        if (a.conv_bias)
-            load<W>(to, a.conv_bias, first, n);
-        else
-            for (int64_t i = 0; i < n; ++i) to[i] = 0;
+        if (a.conv_bias) load<W>(to + width * stride, a.conv_bias, first, n);
     }
 
-    // u[t][i] = SiLU(conv) of row b's tokens from `start` on, both rounded to the activations' type.
-    void operator()(W* u, int64_t b, int64_t state_row, int64_t start, int64_t tokens) {
+    // u[t][i] = SiLU(conv) of row b's tokens from `start` on, both rounded to the activations' type. Returns whether
+    // all of them are finite.
+    bool operator()(W* u, int64_t b, int64_t state_row, int64_t start, int64_t tokens) {
         for (int64_t j = 0; j < width - 1 + tokens; ++j) {
             const int64_t t = start - (width - 1) + j;
-            W* column = columns + j * n;
+            W* column = columns + j * stride;
             if (t >= 0) {
                 const X* from = a.xbc.as<X>() + b * a.xbc.stride[0] + t * a.xbc.stride[1] + first;
-                for (int64_t i = 0; i < n; ++i) column[i] = widen(from[i]);
+                for_vectors<W>(
+                    n, [=](int64_t i, auto size) { Rounding<W>::store(column + i, load_some<W>(from + i, size)); });
             } else {
+                for (int64_t i = n; i < stride; ++i) column[i] = 0;
                 seed_column<X>(column, a, state_row, t, first, n);
             }
         }
-        const W* bias = taps + width * n;
-        for (int64_t t = 0; t < tokens; ++t) {
-            W* out = u + t * n;
-            std::memset(out, 0, size_t(n) * sizeof(W));
-            for (int64_t w = 0; w < width; ++w) {
-                const W *tap = taps + w * n, *column = columns + (t + w) * n;
-#pragma omp simd
-                for (int64_t i = 0; i < n; ++i) out[i] += tap[i] * column[i];
-            }
-#pragma omp simd
-            for (int64_t i = 0; i < n; ++i) out[i] = rounded<X>(silu(rounded<X>(out[i] + bias[i])));
+        return width == 4 ? convolve<4>(u, tokens) : convolve<0>(u, tokens);
+    }
+
+   private:
+    template <int Taps>  // 0: as many as there are
+    bool convolve(W* u, int64_t tokens) {
+        V spoiled{};
+        for (int64_t i = 0; i < stride; i += lanes_of<W>) {
+            int64_t t = 0;
+            for (; t + 4 <= tokens; t += 4) spoiled += convolve_tokens<Taps, 4>(u, i, t);
+            for (; t < tokens; ++t) spoiled += convolve_tokens<Taps, 1>(u, i, t);
         }
+        return sum_of(spoiled) == 0;
+    }
+    // A vector of channels and some tokens; 0, or NaN where a result is not finite.
+    template <int Taps, int Tokens>
+    V convolve_tokens(W* u, int64_t i, int64_t t) {
+        const int64_t count = Taps ? Taps : width;
+        const W *tap = taps + i, *column = columns + t * stride + i;
+        V sums[Tokens], spoiled{};
+        for (V& sum : sums) sum = unaligned<V>(tap + count * stride);
+        for (int64_t w = 0; w < count; ++w)
+            for (int j = 0; j < Tokens; ++j)
+                sums[j] += unaligned<V>(tap + w * stride) * unaligned<V>(column + (w + j) * stride);
+        for (V& sum : sums) sum = Rounding<X>::rounded(sum);
+        silu(sums);
+        for (int j = 0; j < Tokens; ++j) {
+            const V out = Rounding<X>::rounded(sums[j]);
+            Rounding<W>::store(u + (t + j) * stride + i, out);
+            spoiled += out - out;
+        }
+        return spoiled;
     }
 };
 
@@ -240,55 +227,72 @@ struct Scan {
         return out.as<W>() + b * out.stride[0] + chunk / block_chunks * out.stride[1] + head * out.stride[2];
     }
 
-    // What a group's heads share, for one row and chunk.
-    int64_t shared_size() const { return 2 * chunk_tokens * n + chunk_tokens * chunk_tokens; }
-    // First B [tokens, n]; then
-    int64_t c_at() const { return chunk_tokens * n; }           // C [n, lanes]
-    int64_t scores_at() const { return 2 * chunk_tokens * n; }  // B_u.C_t [tokens u, lanes t]
+    // What a group's heads share, for one row and chunk: first B [tokens, n]; then
+    int64_t wide() const { return padded<W>(n); }
+    int64_t c_at() const { return chunk_tokens * wide(); }           // C [n, lanes]
+    int64_t scores_at() const { return 2 * chunk_tokens * wide(); }  // B_u.C_t [tokens u, lanes t]
+    int64_t shared_size() const { return scores_at() + chunk_tokens * chunk_tokens; }
 
     void share(W* shared, int64_t b, int64_t group, int64_t from, int64_t to) const {
         Convolution<X> conv(a, n);
-        Scratch<W> c(chunk_tokens * n);
+        Scratch<W> c(chunk_tokens * wide());
+        W one[chunk_tokens];
+        for (W& w : one) w = 1;
         for (int part = 0; part < 2; ++part) {
             conv.channels_from(heads * p + (part * a.groups + group) * n);
-            for (int64_t chunk = from; chunk < to; ++chunk) {
-                const int64_t count = tokens(b, chunk);
+            for (int64_t chunk = from; chunk < to; ++chunk, shared += a.groups * shared_size()) {
+                const int64_t count = tokens(b, chunk), lanes = token_lanes<W>(count);
                 if (count == 0) continue;
-                W* here = shared + (chunk - from) * a.groups * shared_size();
-                const int lanes = lanes_for(count);
-                conv(part ? static_cast<W*>(c) : here, b, state_row(b), start(chunk), count);
+                conv(part ? static_cast<W*>(c) : shared, b, state_row(b), start(chunk), count);
                 if (part == 0) continue;
-                W* columns = here + c_at();
-                for (int64_t t = 0; t < lanes; ++t)
-                    for (int64_t k = 0; k < n; ++k) columns[k * lanes + t] = t < count ? c[t * n + k] : 0;
-                project(here + scores_at(), here, n, count, columns, n, lanes);
+                std::memset(c + count * wide(), 0, size_t((lanes - count) * wide()) * sizeof(W));
+                transpose<W>(shared + c_at(), lanes, c, wide(), lanes, wide());
+                read_state<W>(shared + scores_at(), shared, wide(), count, {shared + c_at(), one, n},
+                              {nullptr, 0, 0, nullptr, true}, lanes);
             }
+            shared -= (to - from) * a.groups * shared_size();
         }
     }
 
-    // The decays of one head in one chunk.
+    // How the tokens of one head and chunk decay.
     struct Decays {
-        W from_start[chunk_tokens];            // exp(a_t)
-        W within[chunk_tokens][chunk_tokens];  // [t][u], u <= t: exp(a_t - a_u) delta_u
+        W left[chunk_tokens];                   // exp(a_t)
+        W mixing[chunk_tokens * chunk_tokens];  // [tokens u, lanes t]: how much of x_u is in y_t
+        W kept[chunk_tokens];                   // how much of x_u B_u is in the state after the chunk
     };
-    Decays decays(int64_t b, int64_t head, int64_t first, int64_t count) const {
-        W delta[chunk_tokens] = {};
-        // In double: an error here scales a seeded state, which may be large.
-        double total = 0, since[chunk_tokens] = {};
-        const W bias = value_at<W>(a.dt_bias, head);
-        const double rate = -std::exp(double(value_at<W>(a.a_log, head)));
-        Decays result = {};
+    void decay(Decays& result, const W* scores, int64_t lanes, int64_t b, int64_t head, double rate, int64_t first,
+               int64_t count) const {
+        double steps[chunk_tokens] = {};
+        W delta[chunk_tokens], left[(chunk_tokens + 1) * chunk_tokens];
+        const double bias = value_at<W>(a.dt_bias, head);
+        const W d = value_at<W>(a.d, head);
+        for_float(a.dt.dtype, [&](auto type) {
+            using T = typename decltype(type)::type;
+            const T* from = a.dt.as<T>() + b * a.dt.stride[0] + first * a.dt.stride[1] + head;
+            for (int64_t t = 0; t < count; ++t) steps[t] = double(widen(from[t * a.dt.stride[1]])) + bias;
+        });
+        softplus(steps, W());
+        double log_decay[chunk_tokens + 1] = {}, since[(chunk_tokens + 1) * chunk_tokens];
         for (int64_t t = 0; t < count; ++t) {
-            const W step = value_at<W>(a.dt, b * a.dt.stride[0] + (first + t) * a.dt.stride[1] + head);
-            delta[t] = smaller(larger(softplus(step + bias), W(a.dt_min)), W(a.dt_max));
-            const double log_decay = delta[t] * rate;
-            total += log_decay;
-            result.from_start[t] = W(std::exp(total));
-            // Sums of their own rather than differences of running sums, which would cancel when steps are large.
-            for (int u = 0; u < chunk_tokens; ++u) since[u] = u < t ? since[u] + log_decay : 0;
-            for (int u = 0; u < chunk_tokens; ++u) result.within[t][u] = exponential(W(since[u])) * delta[u];
+            const double step = smaller(larger(steps[t], a.dt_min), a.dt_max);
+            delta[t] = W(step);
+            log_decay[t] = step * rate;
         }
-        return result;
+        // since[u + 1][t]: sums of their own rather than differences of running sums, which would cancel when steps are
+        // large; in double, since an error here scales a seeded state, which may be large.
+        double* row = since + count * chunk_tokens;
+        for (int t = 0; t < chunk_tokens; ++t) row[t] = 0;
+        for (int64_t u = count - 2; u >= -1; --u, row -= chunk_tokens)
+            for (int t = 0; t < chunk_tokens; ++t) row[t - chunk_tokens] = t > u ? row[t] + log_decay[u + 1] : 0;
+        exponentials(left, since, (count + 1) * chunk_tokens);
+        for (int t = 0; t < chunk_tokens; ++t) result.left[t] = left[t];
+        for (int64_t u = 0; u < count; ++u) {
+            const W* from_u = left + (u + 1) * chunk_tokens;
+            W* mixing = result.mixing + u * lanes;
+            for (int64_t t = 0; t < lanes; ++t) mixing[t] = t < u ? 0 : scores[u * lanes + t] * (from_u[t] * delta[u]);
+            mixing[u] += d;
+            result.kept[u] = from_u[count - 1] * delta[u];
+        }
     }
 
     // A seed in the compute type: the tensor itself, or `copy`.
@@ -311,9 +315,9 @@ struct Scan {
     // Chunks [from, to) of one head of one row. kept: the head's state between slabs, null if there is only one slab.
     void scan_head(const W* shared, W* kept, int64_t b, int64_t head, int64_t from, int64_t to) const {
         Convolution<X> conv(a, p);
-        Scratch<W> scratch(chunk_tokens * p * 3 + p), own(kept ? 0 : p * n);
-        W *x = scratch, *weighted = x + chunk_tokens * p, *projected = weighted + chunk_tokens * p;
-        W* sums = projected + chunk_tokens * p;
+        const int64_t wide_p = conv.stride;
+        Scratch<W> scratch(chunk_tokens * wide_p * 3), own(kept ? 0 : p * n);
+        W *x = scratch, *y = x + chunk_tokens * wide_p, *columns = y + chunk_tokens * wide_p, *weighted = y;
         W* state_scratch = kept ? kept : static_cast<W*>(own);
         int64_t stride = n;
         const W* state = kept;
@@ -321,13 +325,14 @@ struct Scan {
             state = seed(b, head, state_scratch, stride);
         else if (a.ssm_out && ends_block(from - 1))
             state = state_out(b, from - 1, head);
-        const W d = value_at<W>(a.d, head);
+        const double rate = -::exp(double(value_at<W>(a.a_log, head)));
         conv.channels_from(head * p);
-        for (int64_t chunk = from; chunk < to; ++chunk) {
-            const int64_t first = start(chunk), count = tokens(b, chunk);
+        Decays decays;
+        for (int64_t chunk = from; chunk < to; ++chunk, shared += a.groups * shared_size()) {
+            const int64_t first = start(chunk), count = tokens(b, chunk), lanes = token_lanes<W>(count);
             X* out = a.y.as<X>() + b * a.y.stride[0] + first * a.y.stride[1] + head * p;
             for (int64_t t = count; t < end(chunk) - first; ++t)
-                for (int64_t i = 0; i < p; ++i) out[t * a.y.stride[1] + i] = narrow<X>(0);
+                std::memset(static_cast<void*>(out + t * a.y.stride[1]), 0, size_t(p) * sizeof(X));
             W* next = a.ssm_out && ends_block(chunk) ? state_out(b, chunk, head) : state_scratch;
             if (count == 0) {
                 if (!a.ssm_out) continue;  // only zeros can follow
@@ -335,26 +340,23 @@ struct Scan {
                     for (int64_t i = 0; i < p; ++i)
                         std::memcpy(next + i * n, state + i * stride, size_t(n) * sizeof(W));
             } else {
-                const W* here = shared + (chunk - from) * a.groups * shared_size();
-                const W* scores = here + scores_at();
-                const int lanes = lanes_for(count);
-                conv(x, b, state_row(b), first, count);
-                const Decays decay = decays(b, head, first, count);
-                project(projected, state, stride, p, here + c_at(), n, lanes);
+                const bool finite = conv(x, b, state_row(b), first, count);
+                decay(decays, shared + scores_at(), lanes, b, head, rate, first, count);
+                read_state<W>(columns, state, stride, p, {shared + c_at(), decays.left, n},
+                              {x, wide_p, count, decays.mixing, finite}, lanes);
+                transpose(y, wide_p, columns, lanes, wide_p, lanes);
                 for (int64_t t = 0; t < count; ++t) {
-                    const W seeded = decay.from_start[t];
-                    for (int64_t i = 0; i < p; ++i) sums[i] = seeded * projected[i * lanes + t] + d * x[t * p + i];
-                    for (int64_t u = 0; u <= t; ++u) {
-                        const W factor = decay.within[t][u] * scores[u * lanes + t];
-#pragma omp simd
-                        for (int64_t i = 0; i < p; ++i) sums[i] += factor * x[u * p + i];
-                    }
-                    for (int64_t i = 0; i < p; ++i) out[t * a.y.stride[1] + i] = narrow<X>(sums[i]);
+                    const W* from_row = y + t * wide_p;
+                    X* to_row = out + t * a.y.stride[1];
+                    for_vectors<W>(p, [=](int64_t i, auto size) {
+                        store_some<X>(to_row + i, unaligned<Vector<W>>(from_row + i), size);
+                    });
                 }
                 if (!a.ssm_out && chunk + 1 == chunks) return;
                 for (int64_t t = 0; t < count; ++t)
-                    for (int64_t i = 0; i < p; ++i) weighted[t * p + i] = decay.within[count - 1][t] * x[t * p + i];
-                advance(next, state, stride, p, decay.from_start[count - 1], weighted, here, n, count);
+                    for (int64_t i = 0; i < wide_p; ++i) weighted[t * wide_p + i] = decays.kept[t] * x[t * wide_p + i];
+                advance_state<W>(next, state, stride, p, n, decays.left[count - 1], weighted, wide_p, shared, wide(),
+                                 count);
             }
             state = next;
             stride = n;
@@ -395,10 +397,12 @@ struct Scan {
             const int64_t rows = smaller(wide, batch - row);
             for (int64_t from = 0; from < chunks; from += deep) {
                 const int64_t to = smaller(from + deep, chunks);
-                parallel_for(rows * a.groups, 1, [&](int64_t begin, int64_t end) {
+                const int64_t runs = (to - from + 3) / 4;  // of 4 chunks: few groups must keep all threads busy
+                parallel_for(rows * runs * a.groups, 1, [&](int64_t begin, int64_t end) {
                     for (int64_t i = begin; i < end; ++i) {
-                        const int64_t r = i / a.groups, group = i % a.groups;
-                        share(shared + r * row_shared + group * shared_size(), row + r, group, from, to);
+                        const int64_t group = i % a.groups, chunk = i / a.groups % runs * 4, r = i / a.groups / runs;
+                        W* here = shared + r * row_shared + (chunk * a.groups + group) * shared_size();
+                        share(here, row + r, group, from + chunk, smaller(from + chunk + 4, to));
                     }
                 });
                 parallel_for(rows * heads, 1, [&](int64_t begin, int64_t end) {
@@ -414,37 +418,10 @@ struct Scan {
     }
 };
 
-template <class Y>
-void gated_rows(const GatedRmsNorm& a) {
-    using W = Wide<Y>;
-    const int64_t length = a.y.size[1], n = a.y.size[2], size = n / a.groups;
-    parallel_for(a.y.size[0] * length, 4, [&](int64_t begin, int64_t end) {
-        Scratch<W> weight(n), gated(size);
-        load<W>(weight, a.weight, 0, n);
-        for (int64_t r = begin; r < end; ++r) {
-            const int64_t b = r / length, t = r % length;
-            const Y* y = a.y.as<Y>() + b * a.y.stride[0] + t * a.y.stride[1];
-            Y* out = a.out.as<Y>() + b * a.out.stride[0] + t * a.out.stride[1];
-            for (int64_t first = 0; first < n; first += size) {
-                W* u = gated;
-                load<W>(u, a.z, b * a.z.stride[0] + t * a.z.stride[1] + first, size);
-#pragma omp simd
-                for (int64_t i = 0; i < size; ++i) u[i] = widen(y[first + i]) * silu(u[i]);
-                const W inverse = 1 / std::sqrt(dot(u, u, size) / W(size) + W(a.eps));
-                for (int64_t i = 0; i < size; ++i) out[first + i] = narrow<Y>(u[i] * inverse * weight[first + i]);
-            }
-        }
-    });
-}
-
 }  // namespace
 
 void mamba2_scan(const Mamba2Scan& a) {
     for_float(a.xbc.dtype, [&](auto type) { Scan<typename decltype(type)::type>(a).run(); });
-}
-
-void gated_rms_norm(const GatedRmsNorm& a) {
-    for_float(a.y.dtype, [&](auto type) { gated_rows<typename decltype(type)::type>(a); });
 }
 
 }  // namespace TT_ISA

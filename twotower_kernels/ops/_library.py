@@ -20,12 +20,15 @@ def define(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
-) -> None:
+) -> Callable[..., Any]:
     """Registers `torch.ops.twotower.<name>` for `schema`, e.g. "scale(Tensor x, float by) -> Tensor".
 
     cpu is the kernel; cuda names one, "module:function" in twotower_kernels, imported at its first call, so that a CPU
     alone needs no Triton. An op without `backward` is registered with one that raises: PyTorch would otherwise hand out
     silent zeros. On a device without a kernel, the call raises NotImplementedError with the op's and the device's name.
+
+    Returns:
+        The operator itself, past the choice among overloads that calls through `torch.ops` make.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
@@ -43,6 +46,7 @@ def define(
         torch.library.register_autograd(f"twotower::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     elif not mutates:  # PyTorch itself refuses gradients through arguments written in place
         torch.library.register_autograd(f"twotower::{name}", no_gradient, lib=_LIBRARY)
+    return getattr(torch.ops.twotower, name).default
 
 
 def cuda_kernel(name: str) -> Callable[..., Any]:
@@ -69,13 +73,17 @@ def refuse_gradients(op: str, /, **tensors: Tensor | None) -> None:
 
 def same_device(first: Tensor, /, **tensors: Tensor | None) -> None:
     """ValueError unless all tensors are on the device of the first."""
+    device = first.device
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != first.device:
-            raise ValueError(f"{name}: expected device {first.device}, got {tensor.device}")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+
+
+_FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 
 def check_float(**tensors: Tensor | None) -> None:
     """TypeError unless all are float64, float32, bfloat16 or float16."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        if tensor is not None and tensor.dtype not in _FLOATS:
             raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}")

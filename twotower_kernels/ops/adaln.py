@@ -58,7 +58,7 @@ def adaln_norm(
         TypeError: wrong dtype.
     """
     _check("adaln_norm", x, None, None, weight, shift, scale, order)
-    return torch.ops.twotower.adaln_norm(x, weight, shift, scale, eps, order == "norm_modulate")
+    return _call_adaln_norm(x, weight, shift, scale, eps, order == "norm_modulate")
 
 
 def gated_residual(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -76,7 +76,7 @@ def gated_residual(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> T
         ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.
     """
     _check("gated_residual", residual, y, gate, None, None, None, ORDERS[0])
-    return torch.ops.twotower.gated_residual(residual, y, gate)
+    return _call_gated_residual(residual, y, gate)
 
 
 def gated_residual_adaln_norm(
@@ -96,9 +96,7 @@ def gated_residual_adaln_norm(
     of `residual`; the norm reads `h` as rounded to it, so the result is bit for bit that of the two in a row.
     """
     _check("gated_residual_adaln_norm", residual, y, gate, weight, shift, scale, order)
-    return torch.ops.twotower.gated_residual_adaln_norm(
-        residual, y, gate, weight, shift, scale, eps, order == "norm_modulate"
-    )
+    return _call_gated_residual_adaln_norm(residual, y, gate, weight, shift, scale, eps, order == "norm_modulate")
 
 
 def _check(
@@ -115,19 +113,22 @@ def _check(
         raise ValueError(f"order: expected one of {ORDERS}, got {order!r}")
     if (shift is None) != (scale is None):
         raise ValueError("shift and scale: expected both or neither, got one")
-    if x.ndim != 3:
-        raise ValueError(f"{'x' if y is None else 'residual'}: expected [B, S, H], got {list(x.shape)}")
-    if y is not None and y.shape != x.shape:
-        raise ValueError(f"y: expected the residual's shape {list(x.shape)}, got {list(y.shape)}")
-    if weight is not None and weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight: expected shape {list(x.shape[-1:])}, got {list(weight.shape)}")
+    shape = x.shape
+    if len(shape) != 3:
+        raise ValueError(f"{'x' if y is None else 'residual'}: expected [B, S, H], got {list(shape)}")
+    if y is not None and y.shape != shape:
+        raise ValueError(f"y: expected the residual's shape {list(shape)}, got {list(y.shape)}")
+    if weight is not None and weight.shape != shape[2:]:
+        raise ValueError(f"weight: expected shape {list(shape[2:])}, got {list(weight.shape)}")
+    of_rows = (shape[0], shape[2])
     for name, vector in (("gate", gate), ("shift", shift), ("scale", scale)):
-        if vector is not None and vector.shape != (x.shape[0], x.shape[2]):
-            raise ValueError(f"{name}: expected shape {[x.shape[0], x.shape[2]]}, got {list(vector.shape)}")
-    tensors = {"x" if y is None else "residual": x, "y": y, "gate": gate, "weight": weight}
-    tensors |= {"shift": shift, "scale": scale}
+        if vector is not None and vector.shape != of_rows:
+            raise ValueError(f"{name}: expected shape {list(of_rows)}, got {list(vector.shape)}")
+    tensors = {
+        "x" if y is None else "residual": x, "y": y, "gate": gate, "weight": weight, "shift": shift, "scale": scale,
+    }  # fmt: skip
     check_float(**tensors)
-    if y is not None and torch.promote_types(x.dtype, y.dtype) != x.dtype:
+    if y is not None and y.dtype != x.dtype and torch.promote_types(x.dtype, y.dtype) != x.dtype:
         raise TypeError(f"y: expected {x.dtype} as residual, or a narrower dtype, got {y.dtype}")
     same_device(x, **tensors)
     refuse_gradients(op, **tensors)
@@ -137,11 +138,11 @@ def _check(
 
 
 def _to(vector: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if vector is None else vector.to(like.dtype)
+    return vector if vector is None or vector.dtype == like.dtype else vector.to(like.dtype)
 
 
 def _empty(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _adaln_norm(
@@ -176,19 +177,19 @@ def _gated_residual_adaln_norm(
     return h, normed
 
 
-define(
+_call_adaln_norm = define(
     "adaln_norm(Tensor x, Tensor weight, Tensor? shift, Tensor? scale, float eps, bool norm_first) -> Tensor",
     cpu=_adaln_norm,
     cuda="triton.adaln:adaln_norm",
     fake=lambda x, *_: _empty(x),
 )
-define(
+_call_gated_residual = define(
     "gated_residual(Tensor residual, Tensor y, Tensor? gate) -> Tensor",
     cpu=_gated_residual,
     cuda="triton.adaln:gated_residual",
     fake=lambda residual, *_: _empty(residual),
 )
-define(
+_call_gated_residual_adaln_norm = define(
     "gated_residual_adaln_norm(Tensor residual, Tensor y, Tensor? gate, Tensor weight, Tensor? shift, Tensor? scale, "
     "float eps, bool norm_first) -> (Tensor, Tensor)",
     cpu=_gated_residual_adaln_norm,

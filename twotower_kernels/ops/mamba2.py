@@ -83,7 +83,7 @@ def mamba2_scan(
     same_device(xbc, **floats, **indices)
     refuse_gradients("mamba2_scan", **floats)
     low, high = time_step_limit
-    y, conv, ssm = torch.ops.twotower.mamba2_scan(
+    y, conv, ssm = _call_mamba2_scan(
         xbc, dt, conv_weight, conv_bias, a_log, d, dt_bias, n_groups, head_dim, conv_state, ssm_state, state_index,
         seq_lens, low, high, return_states, states_every,
     )  # fmt: skip
@@ -118,9 +118,9 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, *, n_groups: int, eps: 
     same_device(y, z=z, weight=weight)
     refuse_gradients("gated_rms_norm", y=y, z=z, weight=weight)
     if y.ndim == 3:
-        return torch.ops.twotower.gated_rms_norm(y, z, weight, n_groups, eps)
+        return _call_gated_rms_norm(y, z, weight, n_groups, eps)
     rows = (1, y.shape[:-1].numel(), y.shape[-1])
-    return torch.ops.twotower.gated_rms_norm(y.reshape(rows), z.reshape(rows), weight, n_groups, eps).reshape(y.shape)
+    return _call_gated_rms_norm(y.reshape(rows), z.reshape(rows), weight, n_groups, eps).reshape(y.shape)
 
 
 def _check_sizes(xbc: Tensor, dt: Tensor, conv_weight: Tensor, n_groups: int, head_dim: int) -> None:
@@ -148,7 +148,10 @@ def _check_shape(name: str, tensor: Tensor | None, shape: list[int | None]) -> N
     """ValueError unless the tensor, if there is one, has this shape; None stands for any size."""
     if tensor is None:
         return
-    fits = tensor.ndim == len(shape) and all(m is None or n == m for n, m in zip(tensor.shape, shape, strict=True))
+    got = tensor.shape
+    fits = list(got) == shape or (
+        len(got) == len(shape) and all(m in (None, n) for n, m in zip(got, shape, strict=True))
+    )
     if not fits:
         expected = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name}: expected shape [{expected}], got {list(tensor.shape)}")
@@ -228,19 +231,19 @@ def _fake_mamba2_scan(
 
 
 def _gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float) -> Tensor:
-    out = y.new_empty(y.shape)
+    out = torch.empty_like(y, memory_format=torch.contiguous_format)
     cpu.call("gated_rms_norm", y, z, weight, out, n_groups, eps)
     return out
 
 
-define(
+_call_mamba2_scan = define(
     "mamba2_scan(Tensor xbc, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor a_log, Tensor d, Tensor dt_bias, "
     "int n_groups, int head_dim, Tensor? conv_state, Tensor? ssm_state, Tensor? state_index, Tensor? seq_lens, "
     "float dt_min, float dt_max, bool return_states, int states_every) -> (Tensor, Tensor, Tensor)",
     cpu=_mamba2_scan,
     fake=_fake_mamba2_scan,
 )
-define(
+_call_gated_rms_norm = define(
     "gated_rms_norm(Tensor y, Tensor z, Tensor weight, int n_groups, float eps) -> Tensor",
     cpu=_gated_rms_norm,
     fake=lambda y, *_: y.new_empty(y.shape),
