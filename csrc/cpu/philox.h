@@ -126,13 +126,21 @@ class SmallWords {
 #pragma GCC unroll 4
             for (int j = 0; j < chains; ++j) words[0][j] = count + uint64_t(first + uint32_t(q + j * lanes));
             compute(words[0], words[1], words[2], words[3]);
-            WordVector least = (WordVector)words[0][0];
-#pragma GCC unroll 16
-            for (int i = 1; i < 4 * chains; ++i) least = smaller_of(least, (WordVector)words[i / chains][i % chains]);
-            if (!any(smaller_of(least, (WordVector)most) == least)) continue;
-            for (int i = 0; i < 4 * all; ++i) {
-                const uint32_t word = uint32_t(words[i & 3][i / (4 * lanes)][i / 4 % lanes]);
-                if (word < limit) f(4 * (int64_t(first) + q) + i, word);
+            WordVector least[chains];
+#pragma GCC unroll 4
+            for (int j = 0; j < chains; ++j)
+                least[j] = smaller_of(smaller_of((WordVector)words[0][j], (WordVector)words[1][j]),
+                                      smaller_of((WordVector)words[2][j], (WordVector)words[3][j]));
+            WordVector least_of_all = least[0];
+#pragma GCC unroll 4
+            for (int j = 1; j < chains; ++j) least_of_all = smaller_of(least_of_all, least[j]);
+            if (!any(smaller_of(least_of_all, (WordVector)most) == least_of_all)) continue;
+            for (int j = 0; j < chains; ++j) {
+                if (!any(smaller_of(least[j], (WordVector)most) == least[j])) continue;
+                for (int i = 0; i < 4 * lanes; ++i) {
+                    const uint32_t word = uint32_t(words[i & 3][j][i / 4]);
+                    if (word < limit) f(4 * (int64_t(first) + q + j * lanes) + i, word);
+                }
             }
         }
     }
@@ -146,7 +154,7 @@ class SmallWords {
     static WordVector smaller_of(WordVector a, WordVector b) { return a < b ? a : b; }
 
     // From the counters' first words, in low halves, to all four words.
-    void compute(LongVector* c0, LongVector* c1, LongVector* c2, LongVector* c3) const {
+    inline __attribute__((always_inline)) void compute(LongVector* c0, LongVector* c1, LongVector* c2, LongVector* c3) const {
         LongVector p[chains], r[chains];
 #pragma GCC unroll 4
         for (int j = 0; j < chains; ++j) {
@@ -197,6 +205,13 @@ inline float log_of(float x) {
     p = p * f - 2.4999993993e-1f;
     p = p * f + 3.3333331174e-1f;
     return (f + (p * f * square - 2.12194440e-4f * e - 0.5f * square)) + 0.693359375f * e;
+}
+
+// No less than the noise of a word, by less than 0.06: -log(-log1p(-w)) <= -log w, and the logarithm of a float to base 2
+// is no less than what its bits say when read as a number.
+inline float most_gumbel(uint32_t word) {
+    const uint32_t bits = bit_cast<uint32_t>(float(word) + 0.5f);
+    return 0.693148f * (32.0001f + 127 - float(bits) * 0x1p-23f);
 }
 
 // -log(-log1p(-w)) in float; -infinity for the largest words, whose w rounds to 1.

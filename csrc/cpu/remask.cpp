@@ -193,6 +193,8 @@ void step(const Remask& a) {
         }
     }
     Scratch<Findings<W>> found(count * pieces);
+    Scratch<double> reached(count);
+    for (int64_t i = 0; i < count; ++i) reached[i] = -infinity<double>;
     parallel_for(count * pieces, 1, [&](int64_t begin, int64_t end) {
         Scan<X> scan(a);
         const int64_t room = filters ? padded(vocabulary) : 0;
@@ -200,7 +202,7 @@ void step(const Remask& a) {
         for (int64_t task = begin; task < end; ++task) {
             const int64_t i = looked[task / pieces], b = i / block, s = i % block, from = task % pieces * piece_size;
             if (!rows[b].filtered)
-                found[task] = scan.piece(rows[b], b, s, from, smaller(from + piece_size, vocabulary));
+                found[task] = scan.piece(rows[b], b, s, from, smaller(from + piece_size, vocabulary), reached + task / pieces);
             else
                 found[task] = from == 0 ? scan.filtered(rows[b], b, s, z, x, weight) : Findings<W>();
         }

@@ -97,6 +97,26 @@ struct Heat {
     Exponential draw, statistics;
 };
 
+// The noise of one position, and what all its pieces so far have drawn second best: threads share that number.
+class Noise {
+   public:
+    Noise(const RemaskRow& row, int64_t s, double* reached)
+        : stream(row.seed, row.offset, row.step, s), small(stream), reached_(reached) {}
+    double reached() const {
+        double value;
+        __atomic_load(reached_, &value, __ATOMIC_RELAXED);
+        return value;
+    }
+    void raise(double to) {  // may be lost to another thread's, which costs time only
+        if (to > reached()) __atomic_store(reached_, &to, __ATOMIC_RELAXED);
+    }
+    const Stream stream;
+    const SmallWords small;
+
+   private:
+    double* reached_;
+};
+
 template <class X>
 class Scan {
    public:
@@ -110,12 +130,11 @@ class Scan {
           tempered_(a.options.statistics == RemaskChoice::filtered),
           margin_(a.options.score == RemaskChoice::margin) {}
 
-    // Tokens [begin, end) of position s of row b.
-    Findings<W> piece(const RemaskRow& row, int64_t b, int64_t s, int64_t begin, int64_t end) {
+    // Tokens [begin, end) of position s of row b. reached: -infinity at first, shared by all pieces of the position.
+    Findings<W> piece(const RemaskRow& row, int64_t b, int64_t s, int64_t begin, int64_t end, double* reached) {
         Findings<W> f;
         const X* x = logits(b, s);
-        const Stream stream(row.seed, row.offset, row.step, s);
-        const SmallWords small(stream);
+        Noise noise(row, s, reached);
         const Heat<W>& heat = heat_of(row);
         bool known = false;
         float ahead = 0;  // the largest value of the next stretch, if known
@@ -127,14 +146,14 @@ class Scan {
                     const float largest = known ? ahead : peak<float>(x + base, n);
                     known = next != x + base;
                     ahead = add_plain(x + base, next, base, largest, heat, f);
-                    if (row.sampled && !f.wrong) draw(stream, small, x + base, n, base, largest, heat.t, f);
+                    if (row.sampled && !f.wrong) draw(noise, x + base, n, base, largest, heat.t, f);
                     continue;
                 }
             }
             known = false;
             const W* z = load(b, s, base, n);
             const W largest = admit(z, n, base, heat, f);
-            if (!f.wrong) after_filter(row, stream, small, z, n, base, largest, heat, f);
+            if (!f.wrong) after_filter(row, noise, z, n, base, largest, heat, f);
         }
         return f;
     }
@@ -160,14 +179,14 @@ class Scan {
             f.mask_kept = keeps(row, z[a_.mask_token_id], f);
             z[a_.mask_token_id] = -infinity<W>;
         }
-        const Stream stream(row.seed, row.offset, row.step, s);
-        const SmallWords small(stream);
+        double reached = -infinity<double>;
+        Noise noise(row, s, &reached);
         for (int64_t base = 0; base < vocabulary_; base += stretch) {
             const int64_t n = smaller(stretch, vocabulary_ - base);
             W* y = stretch_z_;
             for (int64_t i = 0; i < n; ++i) y[i] = keeps(row, z[base + i], f) ? z[base + i] : -infinity<W>;
             pad(y, n);
-            after_filter(row, stream, small, y, n, base, peak<W>(y, padded(n)), heat, f);
+            after_filter(row, noise, y, n, base, peak<W>(y, padded(n)), heat, f);
         }
         return f;
     }
@@ -247,11 +266,11 @@ class Scan {
         return largest;
     }
 
-    void after_filter(const RemaskRow& row, const Stream& stream, const SmallWords& small, const W* y, int64_t n,
-                      int64_t base, W largest, const Heat<W>& heat, Findings<W>& f) {
+    void after_filter(const RemaskRow& row, Noise& noise, const W* y, int64_t n, int64_t base, W largest,
+                      const Heat<W>& heat, Findings<W>& f) {
         if (tempered_) score(y, n, base, largest, heat.statistics, heat.own, f);
         if (posterior_) add(f.kept, y, n, largest, heat.draw, heat.t);
-        if (row.sampled) draw(stream, small, y, n, base, largest, heat.t, f);
+        if (row.sampled) draw(noise, y, n, base, largest, heat.t, f);
     }
 
     void score(const W* y, int64_t n, int64_t base, W largest, const Exponential& exponential, W t, Findings<W>& f) {
@@ -285,31 +304,31 @@ class Scan {
 
     // Noise falls as the word grows. So where the best of a stretch is far below what the second best has drawn, only
     // words below a bound can matter, which are few; their noise, two logarithms per token, is computed one by one. The
-    // margins are wider than all rounding, so the draw is the same to the bit.
+    // margins are wider than all rounding, so the two best of the position are the same to the bit, whichever piece
+    // comes first.
     template <class Y>
-    void draw(const Stream& stream, const SmallWords& small, const Y* y, int64_t n, int64_t base, W largest, W t,
-              Findings<W>& f) {
+    void draw(Noise& noise, const Y* y, int64_t n, int64_t base, W largest, W t, Findings<W>& f) {
         if (!(largest > -infinity<W>)) return;
+        const double best = double(largest) / double(t);
         for (int64_t begin = 0; begin < n; begin += noisy_size) {
-            const int64_t size = smaller(noisy_size, n - begin);
-            const double second = double(f.drawn.value[1]), best = double(largest) / double(t);
+            const int64_t size = smaller(noisy_size, n - begin), first = base + begin;
+            double second = noise.reached();
             const double margin = 1e-3 + 1e-5 * (::fabs(best) + ::fabs(second));
-            const double bound = second == -infinity<double> ? 1.0 : ::exp(best - second + margin);  // of w
-            if (bound < 0x1p-34) continue;  // not even the word 0 would do
-            const int64_t first = base + begin;
+            const double bound = second == -infinity<double> ? 1 : ::exp(best - second + margin);  // of w
+            if (bound < 0x1p-34) return;  // not even the word 0 would do
             if (bound > 1.0 / 16) {
-                add_noise(stream, y + begin, size, first, t, f);
-                continue;
+                add_noise(noise.stream, y + begin, size, first, t, f);
+            } else {
+                const auto offer = [&](int64_t token, uint32_t word) {
+                    if (token - first >= size) return;
+                    const W value = W(widen(y[token - base])) / t;
+                    if (double(value) + double(most_gumbel(word)) + margin < second) return;
+                    f.drawn.offer(value + W(gumbel(word)), token);
+                    second = larger(second, double(f.drawn.value[1]));
+                };
+                noise.small.below(uint32_t(bound * 0x1p32) + 1, uint32_t(first >> 2), (size + 3) / 4, offer);
             }
-            small.below(uint32_t(bound * 0x1p32) + 1, uint32_t(first >> 2), (size + 3) / 4, [&](int64_t token, uint32_t word) {
-                const int64_t i = token - first;
-                if (i >= size) return;
-                const W value = W(widen(y[begin + i])) / t;
-                // -log(-log1p(-w)) <= -log w, and w has as many zeros in front as the word
-                const double most = 0.6931472 * (1 + (word ? __builtin_clz(word) : 32));
-                if (double(value) + most + margin < double(f.drawn.value[1])) return;
-                f.drawn.offer(value + W(gumbel(word)), token);
-            });
+            noise.raise(double(f.drawn.value[1]));
         }
     }
 
