@@ -154,7 +154,8 @@ class SmallWords {
     static WordVector smaller_of(WordVector a, WordVector b) { return a < b ? a : b; }
 
     // From the counters' first words, in low halves, to all four words.
-    inline __attribute__((always_inline)) void compute(LongVector* c0, LongVector* c1, LongVector* c2, LongVector* c3) const {
+    inline __attribute__((always_inline)) void compute(LongVector* c0, LongVector* c1, LongVector* c2,
+                                                       LongVector* c3) const {
         LongVector p[chains], r[chains];
 #pragma GCC unroll 4
         for (int j = 0; j < chains; ++j) {
@@ -207,8 +208,8 @@ inline float log_of(float x) {
     return (f + (p * f * square - 2.12194440e-4f * e - 0.5f * square)) + 0.693359375f * e;
 }
 
-// No less than the noise of a word, by less than 0.06: -log(-log1p(-w)) <= -log w, and the logarithm of a float to base 2
-// is no less than what its bits say when read as a number.
+// No less than the noise of a word, by less than 0.06: -log(-log1p(-w)) <= -log w, and the logarithm of a float to base
+// 2 is no less than what its bits say when read as a number.
 inline float most_gumbel(uint32_t word) {
     const uint32_t bits = bit_cast<uint32_t>(float(word) + 0.5f);
     return 0.693148f * (32.0001f + 127 - float(bits) * 0x1p-23f);

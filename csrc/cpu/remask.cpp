@@ -202,7 +202,8 @@ void step(const Remask& a) {
         for (int64_t task = begin; task < end; ++task) {
             const int64_t i = looked[task / pieces], b = i / block, s = i % block, from = task % pieces * piece_size;
             if (!rows[b].filtered)
-                found[task] = scan.piece(rows[b], b, s, from, smaller(from + piece_size, vocabulary), reached + task / pieces);
+                found[task] =
+                    scan.piece(rows[b], b, s, from, smaller(from + piece_size, vocabulary), reached + task / pieces);
             else
                 found[task] = from == 0 ? scan.filtered(rows[b], b, s, z, x, weight) : Findings<W>();
         }

@@ -2,12 +2,12 @@
 //
 // A position is read in stretches of 2048 tokens that stay in L1 while all that is wanted of them is taken: the best
 // token, the sums of the softmax and its entropy (remask_sum.h), the two best with Gumbel noise. Sums refer to the
-// largest value so far and are scaled when it grows, so one pass is enough. Which token is the best is looked up only in
-// stretches whose largest value is a new one, of which there are a handful; likewise noise is computed only for words
-// small enough to win. Logits are read where they are, except in stretches with a token that is left out, which are
-// copied. Positions are cut into pieces of a fixed size, whatever the number of threads, so that results do not depend
-// on it. Rows with top-k or top-p are read once into a thread's scratch of three vocabularies, where the filter is found
-// (remask_filter.h) before the draw.
+// largest value so far and are scaled when it grows, so one pass is enough. Which token is the best is looked up only
+// in stretches whose largest value is a new one, of which there are a handful; likewise noise is computed only for
+// words small enough to win. Logits are read where they are, except in stretches with a token that is left out, which
+// are copied. Positions are cut into pieces of a fixed size, whatever the number of threads, so that results do not
+// depend on it. Rows with top-k or top-p are read once into a thread's scratch of three vocabularies, where the filter
+// is found (remask_filter.h) before the draw.
 //
 // On two cores of a Zen 3 (AVX2), [16, 16, 131072] in float32: @GREEDY@.
 #pragma once

@@ -5,8 +5,8 @@
 // stretch is summed, the largest value of the next one is found: those loads and comparisons fill what the exponentials
 // leave idle, and fetch the next stretch from memory.
 //
-// Per vector: 8 fused multiply-adds, 1 product, 3 sums, 2 maxima, 1 shift. That is 4.8 cycles on a Zen 3 whose ports are
-// perfectly shared, and 7 as measured (8 floats, 2.3 ns at 3 GHz). Tried: a polynomial in pairs (Estrin), a fifth
+// Per vector: 8 fused multiply-adds, 1 product, 3 sums, 2 maxima, 1 shift. That is 4.8 cycles on a Zen 3 whose ports
+// are perfectly shared, and 7 as measured (8 floats, 2.3 ns at 3 GHz). Tried: a polynomial in pairs (Estrin), a fifth
 // slower; a table of eighths by a permutation, which is slower than the two terms it saves; sums per 512 tokens with
 // their ends in scalars, a quarter slower.
 #pragma once
@@ -107,8 +107,8 @@ int64_t place_of(const X* x, W value) {
     return i;
 }
 
-// e^(u / t) for u <= 0 and one t. u is split into n t log 2 + r with |r| <= t log(2) / 2; the polynomial's terms contain
-// the powers of 1 / t, so that no temperature costs a division, or a rounding more than the temperature 1.
+// e^(u / t) for u <= 0 and one t. u is split into n t log 2 + r with |r| <= t log(2) / 2; the polynomial's terms
+// contain the powers of 1 / t, so that no temperature costs a division, or a rounding more than the temperature 1.
 struct Exponential {
     // For others, u / t is what is to be handed over, and t = 1.
     static bool serves(double t) { return t >= 1e-6 && t <= 1e7; }
@@ -124,9 +124,9 @@ struct Exponential {
         double power = 1;
         for (int i = 0; i < 5; ++i) term[i] = float(terms[i] * (power /= t));
     }
-    // e^(u / t) of K vectors within 2 units in the last place, 0 below -87.7, where results would be subnormal; NaN stays
-    // NaN. u >= floor. Instructions of the K alternate: each waits for the one before, and a processor does not look far
-    // enough ahead to find the next vector's by itself.
+    // e^(u / t) of K vectors within 2 units in the last place, 0 below -87.7, where results would be subnormal; NaN
+    // stays NaN. u >= floor. Instructions of the K alternate: each waits for the one before, and a processor does not
+    // look far enough ahead to find the next vector's by itself.
     template <bool in_two_parts, int K>
     void of(const FloatVector* u, FloatVector* e) const {
         FloatVector shifted[K], r[K];
@@ -165,14 +165,15 @@ struct Moments {
     float ahead;  // the largest value of what comes next
 };
 
-// The sums of e^(u / t) and of u e^(u / t), u = x - top, over n values, n padded, of which `top` is the largest; and the
-// largest of as many values at `next`. A NaN in x makes NaN of the sums, but is passed over in `next`.
+// The sums of e^(u / t) and of u e^(u / t), u = x - top, over n values, n padded, of which `top` is the largest; and
+// the largest of as many values at `next`. A NaN in x makes NaN of the sums, but is passed over in `next`.
 template <bool in_two_parts, class X>
 Moments moments(const X* x, const X* next, int64_t n, float top, const Exponential& exponential) {
     constexpr int lanes = lanes_of<float>, vectors = 4;
     const FloatVector zero{}, high = zero + top, floor = zero + exponential.floor;
     FloatVector best = zero - infinity<float>;
     DoubleVector masses{}, moments{};
+    const int64_t ahead = stretch * int64_t(sizeof(X));  // nothing is read there, so it may lie behind the logits
     for (int64_t begin = 0; begin < n; begin += block) {
         FloatVector m[2] = {}, d[2] = {};
         for (int64_t i = begin; i < smaller(begin + block, n); i += vectors * lanes) {
@@ -181,6 +182,8 @@ Moments moments(const X* x, const X* next, int64_t n, float top, const Exponenti
             for (int j = 0; j < vectors; j += 2) LoadTwo<float, X>::from(x + i + j * lanes, u[j], u[j + 1]);
 #pragma GCC unroll 4
             for (int j = 0; j < vectors; ++j) u[j] = larger_of(floor, u[j] - high);
+            for (int64_t line = 0; line < vectors * lanes * int64_t(sizeof(X)); line += 64)
+                __builtin_prefetch(reinterpret_cast<const char*>(next + i) + line + ahead);
 #pragma GCC unroll 2
             for (int j = 0; j < vectors; j += 2) {
                 LoadTwo<float, X>::from(next + i + j * lanes, v[0], v[1]);

@@ -160,8 +160,8 @@ def check_values(
     for name, tensor in per_row.items():
         rule = PER_ROW[name]
         _within(name, tensor, rule.low, block if name == "initial_num_masked" else rule.high)
-    for name, tensor in ids.items():
-        _within(name, tensor, 0, vocabulary - 1)
+    for name, listed in ids.items():
+        _within(name, listed, 0, vocabulary - 1)
     _within("valid_lens", valid_lens, 0, block)
     _within("candidates", candidates, -1, vocabulary - 1)
     if rank_noise is not None and not ((rank_noise >= 0) & (rank_noise < 1)).all():
