@@ -5,10 +5,11 @@
 // stretch is summed, the largest value of the next one is found: those loads and comparisons fill what the exponentials
 // leave idle, and fetch the next stretch from memory.
 //
-// Per vector: 8 fused multiply-adds, 1 product, 3 sums, 2 maxima, 1 shift. That is 4.8 cycles on a Zen 3 whose ports
-// are perfectly shared, and 7 as measured (8 floats, 2.3 ns at 3 GHz). Tried: a polynomial in pairs (Estrin), a fifth
-// slower; a table of eighths by a permutation, which is slower than the two terms it saves; sums per 512 tokens with
-// their ends in scalars, a quarter slower.
+// Per vector: 8 fused multiply-adds, 1 product, 3 sums, 2 maxima, 1 shift, which a Zen 3 could start in 4.8 cycles, and
+// for which it takes 7 (8 floats in 2.3 ns at 3 GHz). Tried: the polynomial in pairs (Estrin), a tenth slower; sums
+// brought together every 512 tokens in scalars, an eighth slower; four vectors' instructions in turn instead of one
+// vector after the other, the same with float32, a tenth faster with bfloat16, and so kept. A table of eighths would
+// save two terms of the polynomial, but its permutation takes as long as they do.
 #pragma once
 
 #include "exponential.h"
