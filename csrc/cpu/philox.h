@@ -5,8 +5,8 @@
 // question has its own loop, which keeps nothing: words in the low halves of 64-bit lanes, where a product takes one
 // instruction and its high half one shift, and where nobody minds what the high halves hold. Three rounds are shorter,
 // as three of the four words of the counter are the same for all tokens: 70 instructions for 16 tokens with AVX2. On a
-// Zen 3 at 3 GHz, three counters' instructions in turn take 7.6 ns, one after the other 11.8 ns; four in turn, for which
-// there are too few registers, 8.0 ns. Words that are stored in their tokens' order take 37 ns.
+// Zen 3 at 3 GHz, three counters' instructions in turn take 7.6 ns, one after the other 11.8 ns; four in turn, for
+// which there are too few registers, 8.0 ns. Words that are stored in their tokens' order take 37 ns.
 #pragma once
 
 #include "vectors.h"
