@@ -37,7 +37,16 @@ def original(logits: Tensor, tokens: Tensor, **options: Any) -> Tensor:
     return tokens
 
 
-def best(logits: Tensor, tokens: Tensor, **options: Any) -> Tensor:
+def best_of(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit's probability and its token."""
+    chosen, candidate = logits.max(-1)
+    return (chosen.float() - logits.float().logsumexp(-1)).exp(), candidate
+
+
+compiled_best_of = torch.compile(best_of, dynamic=False)
+
+
+def best(logits: Tensor, tokens: Tensor, *, compiled: bool = False, **options: Any) -> Tensor:
     """One number per position instead of the softmax, noise in place, all rows at once."""
     mask_id, t = options["mask_token_id"], options["temperature"]
     keep = logits[..., mask_id].clone()
@@ -46,9 +55,9 @@ def best(logits: Tensor, tokens: Tensor, **options: Any) -> Tensor:
         candidate = torch.empty_like(logits, dtype=torch.float32).exponential_().log_().neg_()
         candidate = candidate.add_(logits, alpha=1 / t).argmax(-1)
         chosen = logits.gather(-1, candidate[..., None])[..., 0]
+        confidence = (chosen.float() - logits.float().logsumexp(-1)).exp()
     else:
-        chosen, candidate = logits.max(-1)
-    confidence = (chosen.float() - logits.logsumexp(-1).float()).exp()
+        confidence, candidate = (compiled_best_of if compiled else best_of)(logits)
     logits[..., mask_id] = keep
     masked = tokens == mask_id
     score = torch.where(masked, confidence, -torch.inf)
@@ -74,11 +83,18 @@ def case(batch: int, temperature: float, dtype: torch.dtype, device: str, goals:
         else:  # every program has draws of its own
             assert (theirs != inputs["mask_token_id"]).sum() >= batch, "nothing was committed"
 
+    programs: dict[str, Callable[[], Any]] = {
+        OURS: lambda: tt.remask(**inputs),
+        ORIGINAL: run(original),
+        "PyTorch: logsumexp": run(best),
+    }
+    if not temperature:
+        programs["PyTorch: logsumexp, compiled"] = lambda: best(**inputs, compiled=True)
     return Case(
         "remask, sampled" if temperature else "remask, greedy",
         f"{batch * 16} × {VOCABULARY}",
         dtype,
-        {OURS: lambda: tt.remask(**inputs), ORIGINAL: run(original), "PyTorch: logsumexp": run(best)},
+        programs,
         same,
         bytes=inputs["logits"].numel() * inputs["logits"].element_size(),
         goals=goals,

@@ -6,6 +6,7 @@ The specification keeps its own copy of these options (`reference/remask_policy.
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -191,7 +192,11 @@ class RemaskPolicy:
 
     def encoded(self) -> tuple[list[int], list[float]]:
         """The policy as the op takes it: numbers in the order of OPTIONS, with whether each of OPTIONAL_BOUNDS is
-        given, and of BOUNDS."""
+        given, and of BOUNDS. The lists are the policy's own, which are made once."""
+        return self._encoded
+
+    @cached_property
+    def _encoded(self) -> tuple[list[int], list[float]]:
         options = []
         for name in OPTIONS:
             value = getattr(self, name)

@@ -42,7 +42,7 @@ int64_t proposal(const Remask& a, const RemaskRow& row, int64_t b, int64_t s, co
         const int64_t given = at<int64_t>(a.candidates, b, s);
         if (given >= 0) return given;
     }
-    if (!row.sampled) return f.best.token[0];
+    if (!row.sampled) return f.best.token;
     const Two<W>& drawn = f.drawn;
     const W near = W(1e-4);
     if (!(drawn.value[0] - drawn.value[1] < near)) return drawn.token[0];
@@ -61,7 +61,7 @@ double token_probability(const Scan<X>& scan, const RemaskRow& row, int64_t mask
     using W = Wide<X>;
     const W z = scan.mask_logit(row, f);
     if (!(row.temperature > 0)) {
-        const bool mask_wins = z > f.best.value[0] || (z == f.best.value[0] && mask < f.best.token[0]);
+        const bool mask_wins = z > f.best.value || (z == f.best.value && mask < f.best.token);
         return mask_wins ? 0 : 1;
     }
     if (z == infinity<W>) return 0;
@@ -193,14 +193,17 @@ void step(const Remask& a) {
         }
     }
     Scratch<Findings<W>> found(count * pieces);
+    Scratch<double> reached(count);
+    for (int64_t i = 0; i < count; ++i) reached[i] = -infinity<double>;
     parallel_for(count * pieces, 1, [&](int64_t begin, int64_t end) {
         Scan<X> scan(a);
-        const int64_t room = filters ? vocabulary : 0;
+        const int64_t room = filters ? padded(vocabulary) : 0;
         Scratch<W> z(room), x(room), weight(room);
         for (int64_t task = begin; task < end; ++task) {
             const int64_t i = looked[task / pieces], b = i / block, s = i % block, from = task % pieces * piece_size;
             if (!rows[b].filtered)
-                found[task] = scan.piece(rows[b], b, s, from, smaller(from + piece_size, vocabulary));
+                found[task] =
+                    scan.piece(rows[b], b, s, from, smaller(from + piece_size, vocabulary), reached + task / pieces);
             else
                 found[task] = from == 0 ? scan.filtered(rows[b], b, s, z, x, weight) : Findings<W>();
         }

@@ -1,14 +1,15 @@
 """One remasking step, from logits to tokens. Definition: `reference/remask.py`; kernel: `csrc/cpu/remask.cpp`."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from twotower_kernels import cpu
 from twotower_kernels.ops._library import define
-from twotower_kernels.ops.remask_checks import REAL, WHOLE, check, check_values, ids, split
+from twotower_kernels.ops.remask_checks import PER_ROW, REAL, WHOLE, check, check_values, ids, split_all
 from twotower_kernels.remask_policy import CHOICES, OPTIONS, RemaskPolicy
 
 
@@ -82,16 +83,14 @@ def remask(
         TypeError: wrong type or dtype. ValueError: wrong shape, device or value; logits that require grad.
     """
     check(logits, tokens, mask_token_id, policy, editable, valid_lens, candidates, rank_noise)
-    given: dict[str, Any] = {"step": step, "num_steps": num_steps, "top_k": top_k, "seed": seed, "offset": offset}
-    given |= {"initial_num_masked": initial_num_masked, "temperature": temperature, "top_p": top_p}
-    given["gate_bound"] = policy.gate_bound if gate_bound is None else gate_bound
-    per_row = {name: split(name, given[name], logits) for name in (*WHOLE, *REAL)}
-    whole, real = ([per_row[name][0] for name in names] for names in (WHOLE, REAL))
+    whole, whole_rows = split_all(WHOLE, (step, num_steps, top_k, seed, offset, initial_num_masked), logits)
+    bound = policy.gate_bound if gate_bound is None else gate_bound
+    real, real_rows = split_all(REAL, (temperature, top_p, bound), logits)
     options, bounds = policy.encoded()
     suppressed, suppress_tensor = ids("suppress_ids", suppress_ids, logits)
     unscored, unscore_tensor = ids("confidence_suppress_ids", confidence_suppress_ids, logits)
     return RemaskResult(
-        *torch.ops.twotower.remask(
+        *torch.ops.twotower.remask.default(
             logits,
             tokens,
             mask_token_id,
@@ -99,7 +98,8 @@ def remask(
             bounds,
             whole,
             real,
-            *(rows for _, rows in per_row.values()),
+            *whole_rows,
+            *real_rows,
             suppressed,
             suppress_tensor,
             unscored,
@@ -114,26 +114,39 @@ def remask(
 
 # --- registration ---------------------------------------------------------------------------------------------------
 
+_SUPPRESS_MASK, _SCHEDULE = OPTIONS.index("suppress_mask"), OPTIONS.index("schedule")
+_POSTERIOR = CHOICES["schedule"].index("posterior")
+
 
 def _outputs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-    shape = tokens.shape
+    rows = tokens.shape[:1]
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+    def empty(dtype: torch.dtype) -> Tensor:  # half the time of new_empty, and as contiguous
+        return torch.empty_like(tokens, dtype=dtype, memory_format=torch.contiguous_format)
+
     return (
-        tokens.new_empty(shape),
-        tokens.new_empty(shape, dtype=torch.bool),
-        tokens.new_empty(shape, dtype=torch.int64),
-        logits.new_empty(shape, dtype=wide),
-        logits.new_empty(shape, dtype=wide),
-        tokens.new_empty(shape[:1], dtype=torch.int64),
-        tokens.new_empty(shape[:1], dtype=torch.bool),
+        empty(tokens.dtype),
+        empty(torch.bool),
+        empty(torch.int64),
+        empty(wide),
+        empty(wide),
+        tokens.new_empty(rows, dtype=torch.int64),
+        tokens.new_empty(rows, dtype=torch.bool),
     )
+
+
+@lru_cache(maxsize=64)
+def _listed(tokens: tuple[int, ...]) -> Tensor:
+    return torch.tensor(sorted(tokens))
 
 
 def _sorted(listed: list[int], tensor: Tensor | None) -> Tensor | None:
     """Token numbers as the kernel looks them up: int64 [n], ascending; None if there are none."""
     if tensor is not None:
         listed = [*listed, *tensor.tolist()]
-    return torch.tensor(sorted(listed)) if listed else None
+        return torch.tensor(sorted(listed)) if listed else None
+    return _listed(tuple(listed)) if listed else None
 
 
 def _remask(
@@ -163,20 +176,15 @@ def _remask(
     rank_noise: Tensor | None,
 ) -> tuple[Tensor, ...]:
     rows = (step, num_steps, top_k, seed, offset, initial_num_masked, temperature, top_p, gate_bound)
-    per_row = dict(zip((*WHOLE, *REAL), rows, strict=True))
+    per_row = {name: tensor for name, tensor in zip(PER_ROW, rows, strict=True) if tensor is not None}
     tensors_of_ids = {"suppress_ids": suppress_ids, "confidence_suppress_ids": confidence_suppress_ids}
     check_values(logits, per_row, tensors_of_ids, valid_lens, candidates, rank_noise)
 
-    def row_view(name: str) -> Tensor | None:
-        rows = per_row[name]
-        if rows is None:
-            return None
-        return rows.to(torch.int64 if name in WHOLE else torch.float64).expand(logits.shape[0])
+    def row_view(name: str, tensor: Tensor) -> Tensor:
+        return tensor.to(torch.int64 if name in WHOLE else torch.float64).expand(logits.shape[0])
 
-    option = dict(zip(OPTIONS, options, strict=False))
     mask = -1 if mask_token_id is None else mask_token_id
-    posterior = option["schedule"] == CHOICES["schedule"].index("posterior")
-    if mask >= 0 and (option["suppress_mask"] or posterior):
+    if mask >= 0 and (options[_SUPPRESS_MASK] or options[_SCHEDULE] == _POSTERIOR):
         suppressed = [*suppressed, mask]
     results = _outputs(logits, tokens)
     cpu.call(
@@ -188,7 +196,7 @@ def _remask(
         bounds,
         whole,
         real,
-        *map(row_view, per_row),
+        *(None if tensor is None else row_view(name, tensor) for name, tensor in zip(PER_ROW, rows, strict=True)),
         _sorted(suppressed, suppress_ids),
         _sorted(unscored, confidence_suppress_ids),
         editable,

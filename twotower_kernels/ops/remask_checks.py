@@ -43,10 +43,31 @@ REAL = {
 }
 
 
+PER_ROW = {**WHOLE, **REAL}
+_LEAST, _MOST = -(2**63), 2**63 - 1
+
+
+def split_all(rules: dict[str, PerRow], values: tuple[Any, ...], logits: Tensor) -> tuple[list[Any], list[Any]]:
+    """Parameters of one kind as the op takes them: the numbers, and the tensors that replace them. Plain numbers, which
+    nearly all are in nearly all calls, are through at the first comparison."""
+    numbers, tensors = [], []
+    for (name, rule), value in zip(rules.items(), values, strict=True):
+        if rule.whole:
+            plain = type(value) is int and rule.absent is None and _LEAST <= value <= _MOST
+        else:
+            plain = type(value) is float
+        number, tensor = (value, None) if plain and rule.low <= value <= rule.high else split(name, value, logits)
+        numbers.append(number)
+        tensors.append(tensor)
+    return numbers, tensors
+
+
 def split(name: str, value: Any, logits: Tensor) -> tuple[Any, Tensor | None]:
     """A per-row parameter as the op takes it: a number, and a tensor that replaces it if one was given."""
-    rule = WHOLE.get(name) or REAL[name]
+    rule = PER_ROW[name]
     kind = "an int" if rule.whole else "a number"
+    if value is None and rule.absent is not None:
+        return rule.absent, None
     if isinstance(value, Tensor):
         if value.dtype not in (INTEGERS if rule.whole else INTEGERS + FLOATING):
             raise TypeError(f"{name}: expected {kind} or a tensor of them, got {value.dtype}")
@@ -56,8 +77,6 @@ def split(name: str, value: Any, logits: Tensor) -> tuple[Any, Tensor | None]:
             value = value.to(logits.device)
         same_device(logits, **{name: value})
         return (1 if name == "num_steps" else 0), value
-    if value is None and rule.absent is not None:
-        return rule.absent, None
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt) if rule.whole else (int, float)):
         raise TypeError(f"{name}: expected {kind} or a tensor of them, got {type(value).__name__}")
     if name == "seed":
@@ -130,7 +149,7 @@ def check(
 
 def check_values(
     logits: Tensor,
-    per_row: dict[str, Tensor | None],
+    per_row: dict[str, Tensor],
     ids: dict[str, Tensor | None],
     valid_lens: Tensor | None,
     candidates: Tensor | None,
@@ -139,10 +158,10 @@ def check_values(
     """ValueError unless what the tensors hold lies in its range: for the entry of a kernel on the host."""
     _, block, vocabulary = logits.shape
     for name, tensor in per_row.items():
-        rule = WHOLE.get(name) or REAL[name]
+        rule = PER_ROW[name]
         _within(name, tensor, rule.low, block if name == "initial_num_masked" else rule.high)
-    for name, tensor in ids.items():
-        _within(name, tensor, 0, vocabulary - 1)
+    for name, listed in ids.items():
+        _within(name, listed, 0, vocabulary - 1)
     _within("valid_lens", valid_lens, 0, block)
     _within("candidates", candidates, -1, vocabulary - 1)
     if rank_noise is not None and not ((rank_noise >= 0) & (rank_noise < 1)).all():

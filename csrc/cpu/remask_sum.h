@@ -1,0 +1,259 @@
+// Stage A of a remasking step, its arithmetic: the largest of some logits, the sums of their softmax and its entropy.
+//
+// Sums are taken by the stretch, whose largest value is known beforehand: every term lies between 0 and 1, so nothing
+// overflows, and a certain token has exactly the probability 1. Finding that value costs no pass of its own. While a
+// stretch is summed, the largest value of the next one is found: those loads and comparisons fill what the exponentials
+// leave idle, and fetch the next stretch from memory.
+//
+// Per vector: 8 fused multiply-adds, 1 product, 3 sums, 2 maxima, 1 shift, which a Zen 3 could start in 4.8 cycles, and
+// for which it takes 7 (8 floats in 2.3 ns at 3 GHz). Tried: the polynomial in pairs (Estrin), a tenth slower; sums
+// brought together every 512 tokens in scalars, an eighth slower; four vectors' instructions in turn instead of one
+// vector after the other, the same with float32, a tenth faster with bfloat16, and so kept. A table of eighths would
+// save two terms of the polynomial, but its permutation takes as long as they do.
+#pragma once
+
+#include "exponential.h"
+#include "philox.h"
+
+#if defined(__FMA__) || defined(__aarch64__)
+#define TT_FUSED true
+#else
+#define TT_FUSED false
+#endif
+
+namespace tt {
+namespace TT_ISA {
+
+// Arrays that are summed are padded with -infinity to a multiple of `padding`. Floats are added up over `block` tokens
+// only, then as doubles.
+constexpr int64_t stretch = 2048, block = 512, padding = 4 * lanes_of<float>;
+template <class W>
+constexpr W infinity = W(__builtin_inff());
+
+inline int64_t padded(int64_t n) {
+    return (n + padding - 1) / padding * padding;
+}
+template <class W>
+void pad(W* x, int64_t n) {
+    for (int64_t i = n; i < padded(n); ++i) x[i] = -infinity<W>;
+}
+
+// Two vectors from memory that holds X, in an order that is always the same, but not always that of memory.
+template <class W, class X>
+struct LoadTwo {
+    static void from(const X* p, Vector<W>& a, Vector<W>& b) {
+        a = Load<W, X>::from(p), b = Load<W, X>::from(p + lanes_of<W>);
+    }
+};
+template <>
+struct LoadTwo<float, bf16> {  // the even ones and the odd ones: one instruction each
+    static void from(const bf16* p, FloatVector& a, FloatVector& b) {
+        const WordVector bits = unaligned<WordVector>(p);
+        a = (FloatVector)(bits << 16), b = (FloatVector)(bits & 0xffff0000u);
+    }
+};
+
+template <class V>
+inline V larger_of(V a, V b) {  // b where one is NaN
+    return a > b ? a : b;
+}
+template <class W>
+inline W largest_of(Vector<W> v) {
+    W largest = v[0];
+    for (int i = 1; i < lanes_of<W>; ++i) largest = v[i] > largest ? v[i] : largest;
+    return largest;
+}
+inline DoubleVector doubled(FloatVector v) {  // in half as many sums
+    HalfFloats half[2];
+    std::memcpy(half, &v, sizeof(v));
+    return widened(half[0]) + widened(half[1]);
+}
+
+// The largest of n values, n padded; NaN is passed over.
+template <class W, class X>
+W peak(const X* x, int64_t n) {
+    Vector<W> best[2] = {Vector<W>{} - infinity<W>, Vector<W>{} - infinity<W>};
+    for (int64_t i = 0; i < n; i += 2 * lanes_of<W>) {
+        Vector<W> a, b;
+        LoadTwo<W, X>::from(x + i, a, b);
+        best[0] = larger_of(a, best[0]), best[1] = larger_of(b, best[1]);
+    }
+    return largest_of<W>(larger_of(best[0], best[1]));
+}
+
+// Whether one of n values, n padded, is NaN or +infinity.
+template <class W, class X>
+bool unusable(const X* x, int64_t n) {
+    constexpr W most = sizeof(W) == 4 ? W(__FLT_MAX__) : W(__DBL_MAX__);
+    auto odd = Vector<W>{} != 0;
+    for (int64_t i = 0; i < n; i += 2 * lanes_of<W>) {
+        Vector<W> a, b;
+        LoadTwo<W, X>::from(x + i, a, b);
+        odd |= ~(a <= most) | ~(b <= most);
+    }
+    return any(odd);
+}
+
+// The first place of a value that is there.
+template <class W, class X>
+int64_t place_of(const X* x, W value) {
+    constexpr int lanes = lanes_of<W>;
+    int64_t i = 0;
+    for (;; i += 4 * lanes) {
+        auto found = Load<W, X>::from(x + i) == value;
+        for (int j = 1; j < 4; ++j) found |= Load<W, X>::from(x + i + j * lanes) == value;
+        if (any(found)) break;
+    }
+    while (W(widen(x[i])) != value) ++i;
+    return i;
+}
+
+// e^(u / t) for u <= 0 and one t. u is split into n t log 2 + r with |r| <= t log(2) / 2; the polynomial's terms
+// contain the powers of 1 / t, so that no temperature costs a division, or a rounding more than the temperature 1.
+struct Exponential {
+    // For others, u / t is what is to be handed over, and t = 1.
+    static bool serves(double t) { return t >= 1e-6 && t <= 1e7; }
+
+    explicit Exponential(double t) {
+        const double step = t * 0.693147180559945309;
+        two_parts = !TT_FUSED || ::fabs(double(float(step)) / step - 1) > 4e-9;
+        // n times the first part is exact; a fused multiply-add needs no second one where one float is as good
+        high = two_parts ? bit_cast<float>(bit_cast<uint32_t>(float(step)) & 0xffffff80u) : float(step);
+        low = float(step - double(high));
+        per = float(1 / step);
+        floor = float(-88 * t);
+        double power = 1;
+        for (int i = 0; i < 5; ++i) term[i] = float(terms[i] * (power /= t));
+    }
+    // e^(u / t) of K vectors within 2 units in the last place, 0 below -87.7, where results would be subnormal; NaN
+    // stays NaN. u >= floor. Instructions of the K alternate: each waits for the one before, and a processor does not
+    // look far enough ahead to find the next vector's by itself.
+    template <bool in_two_parts, int K>
+    void of(const FloatVector* u, FloatVector* e) const {
+        FloatVector shifted[K], r[K];
+#pragma GCC unroll 4
+        for (int j = 0; j < K; ++j) shifted[j] = u[j] * per + biased;
+#pragma GCC unroll 4
+        for (int j = 0; j < K; ++j) r[j] = shifted[j] - biased;
+#pragma GCC unroll 4
+        for (int j = 0; j < K; ++j) e[j] = u[j] - r[j] * high;
+#pragma GCC unroll 4
+        for (int j = 0; j < K; ++j) r[j] = in_two_parts ? e[j] - r[j] * low : e[j];
+#pragma GCC unroll 4
+        for (int j = 0; j < K; ++j) e[j] = r[j] * term[4] + term[3];
+#pragma GCC unroll 3
+        for (int i = 2; i >= 0; --i)
+#pragma GCC unroll 4
+            for (int j = 0; j < K; ++j) e[j] = e[j] * r[j] + term[i];
+#pragma GCC unroll 4
+        for (int j = 0; j < K; ++j) e[j] = e[j] * r[j] + 1.f;
+#pragma GCC unroll 4
+        for (int j = 0; j < K; ++j) e[j] *= (FloatVector)((WordVector)shifted[j] << 23);  // 2^n; n = -127 makes 0
+    }
+
+    float per, high, low, floor, term[5];
+    bool two_parts;
+
+    // Adding it leaves n + 127, an exponent, in the last bits.
+    static constexpr float biased = 0x1.8p23f + 127;
+    // The polynomial that is 1 at 0 with the least largest relative error, 9e-8.
+    static constexpr double terms[5] = {0.9999997063133584, 0.4999914784113307, 0.16667638127240636,
+                                        0.041898159618241046, 0.008290272112428693};
+};
+
+struct Moments {
+    double mass, moment;
+    float ahead;  // the largest value of what comes next
+};
+
+// The sums of e^(u / t) and of u e^(u / t), u = x - top, over n values, n padded, of which `top` is the largest; and
+// the largest of as many values at `next`. A NaN in x makes NaN of the sums, but is passed over in `next`.
+template <bool in_two_parts, class X>
+Moments moments(const X* x, const X* next, int64_t n, float top, const Exponential& exponential) {
+    constexpr int lanes = lanes_of<float>, vectors = 4;
+    const FloatVector zero{}, high = zero + top, floor = zero + exponential.floor;
+    FloatVector best = zero - infinity<float>;
+    DoubleVector masses{}, moments{};
+    const int64_t ahead = stretch * int64_t(sizeof(X));  // nothing is read there, so it may lie behind the logits
+    for (int64_t begin = 0; begin < n; begin += block) {
+        FloatVector m[2] = {}, d[2] = {};
+        for (int64_t i = begin; i < smaller(begin + block, n); i += vectors * lanes) {
+            FloatVector u[vectors], v[2], e[vectors];
+#pragma GCC unroll 2
+            for (int j = 0; j < vectors; j += 2) LoadTwo<float, X>::from(x + i + j * lanes, u[j], u[j + 1]);
+#pragma GCC unroll 4
+            for (int j = 0; j < vectors; ++j) u[j] = larger_of(floor, u[j] - high);
+            for (int64_t line = 0; line < vectors * lanes * int64_t(sizeof(X)); line += 64)
+                __builtin_prefetch(reinterpret_cast<const char*>(next + i) + line + ahead);
+#pragma GCC unroll 2
+            for (int j = 0; j < vectors; j += 2) {
+                LoadTwo<float, X>::from(next + i + j * lanes, v[0], v[1]);
+                best = larger_of(larger_of(v[0], best), larger_of(v[1], best));
+            }
+            exponential.of<in_two_parts, vectors>(u, e);
+#pragma GCC unroll 4
+            for (int j = 0; j < vectors; ++j) m[j & 1] += e[j], d[j & 1] += u[j] * e[j];
+        }
+        masses += doubled(m[0] + m[1]);
+        moments += doubled(d[0] + d[1]);
+    }
+    Moments sums = {0, 0, largest_of<float>(best)};
+    for (int i = 0; i < lanes_of<double>; ++i) sums.mass += masses[i], sums.moment += moments[i];
+    return sums;
+}
+
+// Sum of e^((x - top) / t), and of it times (top - x) / t, from which entropy follows without cancellation.
+template <class W>
+struct Sum {
+    W top = -infinity<W>;
+    double mass = 0, drop = 0;
+
+    void lift(W to, double t) {
+        if (!(to > top)) return;
+        if (mass > 0) {
+            const double by = (double(to) - double(top)) / t, factor = ::exp(-by);
+            drop = factor > 0 ? factor * (drop + mass * by) : 0;
+            mass *= factor;
+        }
+        top = to;
+    }
+    // n floats, n padded, of which `largest` is the largest. Returns the largest of as many at `next`.
+    template <class X>
+    float add(const X* x, const X* next, int64_t n, float largest, const Exponential& exponential, double t) {
+        lift(largest, t);
+        const Moments sums = exponential.two_parts ? moments<true>(x, next, n, top, exponential)
+                                                   : moments<false>(x, next, n, top, exponential);
+        mass += sums.mass;
+        drop -= sums.moment / t;
+        return sums.ahead;
+    }
+    // float64 logits: there is no wider type to add up in, so the rounding errors are added up too.
+    void add_exactly(const double* x, int64_t n, double largest, double t) {
+        lift(largest, t);
+        double lost_mass = 0, lost_drop = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            const double u = (x[i] - top) / t, e = ::exp(u);
+            two_sum(mass, lost_mass, e);
+            two_sum(drop, lost_drop, e > 0 ? -u * e : 0);
+        }
+        mass += lost_mass;
+        drop += lost_drop;
+    }
+    static void two_sum(double& sum, double& lost, double x) {
+        const double next = sum + x, added = next - sum;
+        lost += (sum - (next - added)) + (x - added);
+        sum = next;
+    }
+    void merge(Sum other, double t) {
+        if (other.mass == 0) return;
+        lift(other.top, t);
+        other.lift(top, t);
+        mass += other.mass;
+        drop += other.drop;
+    }
+    double log() const { return ::log(mass); }  // of the mass above; the logarithm of all is top / t more
+    double entropy() const { return ::log(mass) + drop / mass; }
+};
+
+}  // namespace TT_ISA
+}  // namespace tt
