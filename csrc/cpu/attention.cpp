@@ -1,11 +1,10 @@
 // Attention of a block over its context and over itself (reference/attention.py has the formulas).
 //
 // Softmax is computed online, one tile of keys after the other (Milakov & Gimelshein 2018; Dao et al. 2022): the
-// context is read once, where it lies, and the block's own keys are just more tiles. A tile is widened to float once
-// and serves all query rows of its key head, S * Hq / Hkv of them, which are packed with one row per SIMD lane: then
-// both products take a tile's numbers one by one as scalars, so that neither keys nor values are transposed, and
-// maximum and sum of the softmax go straight down the lanes. Sums over a tile start from zero, which errs less than one
-// running sum.
+// context is read once, where it lies, and the block's own keys are just more tiles. A tile is widened to float, or its
+// bfloat16 numbers paired where the processor multiplies pairs, once for all query rows of its key head,
+// S * Hq / Hkv of them; attention_tile.h has what is done with it. Sums over a tile start from zero, which errs less
+// than one running sum.
 //
 // Work is split over batch rows, key heads and pieces of the query rows; when those would leave threads idle, also over
 // the keys, and the parts are merged by their maxima and sums. How many parts there are depends on shapes, lengths and
@@ -141,14 +140,16 @@ struct Problem {
         });
     }
 
-    void read_tile(Tile<Kind>& tile, const Item& item, int64_t t) const {
+    // f(tokens, key, value) for a tile; key(i) and value(i) point to a token's.
+    template <class F>
+    void with_tile(const Item& item, int64_t t, F f) const {
         if (t >= item.context_tiles) {
             const int64_t begin = (t - item.context_tiles) * keys_of_tile;
             auto at = [&](const View& view) {
                 const int64_t from = item.b * view.stride[0] + begin * view.stride[1] + item.head * view.stride[2];
                 return [&view, from](int64_t i) { return view.as<T>() + from + i * view.stride[1]; };
             };
-            return tile.read(smaller(keys_of_tile, item.own - begin), at(a.k), at(a.v));
+            return f(smaller(keys_of_tile, item.own - begin), at(a.k), at(a.v));
         }
         const int64_t begin = item.begin + t * keys_of_tile;
         auto at = [&](const View& view) {
@@ -157,7 +158,21 @@ struct Problem {
                 return view.as<T>() + context.offset(begin + i) + item.head * view.stride[2];
             };
         };
-        tile.read(smaller(keys_of_tile, item.end - begin), at(a.k_context), at(a.v_context));
+        f(smaller(keys_of_tile, item.end - begin), at(a.k_context), at(a.v_context));
+    }
+
+    void look_ahead(Ahead& ahead, const Item& item, int64_t t) const {
+        with_tile(item, t, [&](int64_t n, auto key, auto value) {
+            for (int64_t i = 0; i < n; ++i) {
+                ahead.rows[2 * i] = reinterpret_cast<const char*>(key(i));
+                ahead.rows[2 * i + 1] = reinterpret_cast<const char*>(value(i));
+            }
+            ahead.count = 2 * n;
+        });
+        ahead.bytes = dim * int64_t(sizeof(T));
+        ahead.next = ahead.offset = 0;
+        const int64_t goes = (item.real + widest - 1) / widest * (keys_of_tile / 6);
+        ahead.lines = (ahead.count * up_to(ahead.bytes, 64) / 64 + goes - 1) / goes;
     }
 
     // What a thread works with.
@@ -188,14 +203,17 @@ struct Problem {
         if (begin == end)
             each_panel(room.queries, state, 0, item.real,
                        [&](const Panel<Kind>& panel, int64_t) { panel.clear(width); });
+        Ahead ahead;
         for (int64_t t = begin; t < end; ++t) {
-            read_tile(room.tile, item, t);
+            with_tile(item, t, [&](int64_t n, auto key, auto value) { room.tile.read(n, key, value); });
+            ahead.count = 0;
+            if (t + 1 < end) look_ahead(ahead, item, t + 1);
             const bool causal = a.causal && t >= item.context_tiles;
             const int64_t own = (t - item.context_tiles) * keys_of_tile;
             each_panel(room.queries, state, 0, item.real, [&](const Panel<Kind>& panel, int64_t r) {
                 const int64_t hidden = causal ? own * group - item.first - r : -room.tile.keys * group;  // from no row
                 if (hidden < panel.vectors * L)
-                    panel.add(room.tile, softmax, hidden, group, t == begin, room.logits);
+                    panel.add(room.tile, softmax, hidden, group, t == begin, room.logits, ahead);
                 else if (t == begin)
                     panel.clear(width);
             });
@@ -268,8 +286,8 @@ struct Problem {
         }
         const bool even = items % threads == 0 && longest * items <= total + total / 8;
         const bool fine = longest * threads * 4 <= total;
-        if (!even && !fine)  // two parts for every thread, each of two tiles at least
-            parts = larger(smaller((2 * threads + items - 1) / items, longest / 2), int64_t(1));
+        if (!even && !fine)  // two parts for every thread, each of a tile at least
+            parts = larger(smaller((2 * threads + items - 1) / items, longest), int64_t(1));
         if (parts == 1) {
             parallel_for(items, 1, [&](int64_t begin, int64_t end) {
                 Room room(*this);

@@ -23,8 +23,7 @@ constexpr int64_t up_to(int64_t n, int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
 
-// --- functions of vectors
-// ---------------------------------------------------------------------------------------------
+// --- functions of vectors -------------------------------------------------------------------------------------------
 
 // 2^f - 1, |f| <= 1/2, within 1.5e-7 of itself: f times the polynomial that errs least.
 inline FloatVector exp2_less_1(FloatVector f) {
@@ -113,8 +112,7 @@ inline void transpose(V (&rows)[n]) {
     }
 }
 
-// --- the numbers that are multiplied
-// ----------------------------------------------------------------------------------
+// --- the numbers that are multiplied --------------------------------------------------------------------------------
 
 // As they are: factors of the accumulator's type, one for each number.
 template <class T>
@@ -191,8 +189,7 @@ template <class Kind, int R, int N>
         for (int j = 0; j < N; ++j) sums[r][j] = c[r][j];
 }
 
-// --- a tile
-// -----------------------------------------------------------------------------------------------------------
+// --- a tile ---------------------------------------------------------------------------------------------------------
 
 // Columns of the values in blocks of six and, so that few are padding, of four.
 struct Columns {
@@ -211,17 +208,20 @@ struct Tile {
     using Number = typename Kind::Number;
     using W = typename Kind::W;
     using Factor = typename Kind::Factor;
-    static constexpr int64_t steps = keys_of_tile / Kind::fold;  // of the second product, in a whole tile
+    static constexpr int64_t steps = keys_of_tile / Kind::fold;           // of the second product, in a whole tile
+    static constexpr int64_t block6 = 6 * steps + 2, block4 = 4 * steps;  // numbers from one block to the next
 
     static int64_t size(int64_t dim) {  // in factors
-        const int64_t width = Columns(dim).width;
-        return up_to(keys_of_tile * factors_of<Kind>(dim), 16) + up_to(steps * width, 16) + up_to(width, 16);
+        const Columns columns(dim);
+        return up_to(keys_of_tile * factors_of<Kind>(dim), 16) + up_to(size_of_values(columns), 16) +
+               up_to(columns.width + 2, 16);
     }
+    static int64_t size_of_values(const Columns& columns) { return columns.sixes * block6 + columns.fours * block4; }
     Tile(Factor* memory, int64_t dim) : columns(dim), dim(dim), row(factors_of<Kind>(dim)) {
         k = memory;
         v = k + up_to(keys_of_tile * row, 16);
-        line = v + up_to(steps * columns.width, 16);
-        for (int64_t d = dim; d < columns.width; ++d) line[d] = 0;
+        line = v + up_to(size_of_values(columns), 16);
+        for (int64_t d = dim; d < columns.width + 2; ++d) line[d] = 0;
     }
 
     // Reads keys and values of n tokens; `key(i)` and `value(i)` say where.
@@ -235,12 +235,13 @@ struct Tile {
         for (int64_t i = 0; i < n; i += Kind::fold) {
             Kind::widen_rows(line, value(i), i + 1 < n ? value(i + 1) : nullptr, dim);
             const Factor* from = line;
-            Factor* to = v + i / Kind::fold * 6;
-            for (int64_t c = 0; c < columns.sixes; ++c, from += 6, to += 6 * steps)
-                std::memcpy(to, from, 6 * sizeof(W));
-            to -= i / Kind::fold * 2;
-            for (int64_t c = 0; c < columns.fours; ++c, from += 4, to += 4 * steps)
-                std::memcpy(to, from, 4 * sizeof(W));
+            const int64_t step = i / Kind::fold;
+            Factor* to = v + step * 6;  // two more than six are copied, in one go; the next step writes over them
+            for (int64_t c = 0; c < columns.sixes; ++c, from += 6, to += block6)
+                std::memcpy(to, from, 8 * sizeof(Factor));
+            to -= step * 2;
+            for (int64_t c = 0; c < columns.fours; ++c, from += 4, to += block4)
+                std::memcpy(to, from, 4 * sizeof(Factor));
         }
     }
 
@@ -249,11 +250,25 @@ struct Tile {
     int64_t keys = 0;
     Factor* k;     // [keys, row]
     Factor* v;     // blocks of columns, [steps, 6] and then [steps, 4]
-    Factor* line;  // [width], of values on their way
+    Factor* line;  // [width + 2], of values on their way
 };
 
-// --- query rows
-// -------------------------------------------------------------------------------------------------------
+// Rows that will be read next, brought near a few cache lines at a time while the processor multiplies. (Fetched in one
+// go, by reading them or ahead of that, the memory is what it waits for.)
+struct Ahead {
+    void fetch() {
+        for (int64_t line = 0; line < lines && next < count; ++line) {
+            __builtin_prefetch(rows[next] + offset, 0, 2);
+            offset += 64;
+            if (offset >= bytes) offset = 0, ++next;
+        }
+    }
+    const char* rows[2 * keys_of_tile];
+    int64_t bytes = 0, lines = 0;  // of a row; of a go
+    int64_t count = 0, next = 0, offset = 0;
+};
+
+// --- query rows -----------------------------------------------------------------------------------------------------
 
 // logit = scale * product, or softcap * tanh(scale * product / softcap) if there is one.
 struct Softmax {
@@ -280,26 +295,29 @@ struct Panel {
     }
 
     // Adds a tile's keys. Key i is hidden from the first hidden + i * group lanes. logits: [keys_of_tile, lanes].
-    void add(const Tile<Kind>& tile, const Softmax& softmax, int64_t hidden, int64_t group, bool first,
-             W* logits) const {
-        if (most_vectors >= 4 && vectors == 4) return add_to<most_vectors>(tile, softmax, hidden, group, first, logits);
-        if (vectors == 2) return add_to<2>(tile, softmax, hidden, group, first, logits);
-        add_to<1>(tile, softmax, hidden, group, first, logits);
+    void add(const Tile<Kind>& tile, const Softmax& softmax, int64_t hidden, int64_t group, bool first, W* logits,
+             Ahead& ahead) const {
+        if (most_vectors >= 4 && vectors == 4)
+            return add_to<most_vectors>(tile, softmax, hidden, group, first, logits, ahead);
+        if (vectors == 2) return add_to<2>(tile, softmax, hidden, group, first, logits, ahead);
+        add_to<1>(tile, softmax, hidden, group, first, logits, ahead);
     }
 
    private:
     template <int N>
-    void add_to(const Tile<Kind>& tile, const Softmax& softmax, int64_t hidden, int64_t group, bool first,
-                W* logits) const {
+    void add_to(const Tile<Kind>& tile, const Softmax& softmax, int64_t hidden, int64_t group, bool first, W* logits,
+                Ahead& ahead) const {
         const int64_t n = tile.keys;
         const W scale = W(softmax.scale);
         Lanes before[N], top[N];
         for (int j = 0; j < N; ++j) before[j] = top[j] = first ? Lanes{} - W(INFINITY) : lanes(max)[j];
-        for (int64_t i = 0; i < n; i += 6)
+        for (int64_t i = 0; i < n; i += 6) {
+            ahead.fetch();
             if (n - i <= 4)
                 dot<4, N>(tile, i, scale, logits, top);
             else
                 dot<6, N>(tile, i, scale, logits, top);
+        }
         const bool masked = hidden + (n - 1) * group > 0;
         if (softmax.softcap > 0) cap(n * N, W(softmax.softcap), logits);
         if (masked) mask<N>(n, hidden, group, logits);
@@ -320,9 +338,12 @@ struct Panel {
             lanes(all)[j] = first ? sums[j] : lanes(all)[j] * kept[j] + sums[j];
         }
         const Factor* weights = reinterpret_cast<const Factor*>(logits);
-        int64_t d = 0;
-        for (int64_t c = 0; c < tile.columns.sixes; ++c, d += 6) gather<6, N>(tile, d, steps, weights, kept, first);
-        for (int64_t c = 0; c < tile.columns.fours; ++c, d += 4) gather<4, N>(tile, d, steps, weights, kept, first);
+        const Factor* v = tile.v;
+        Lanes* to = lanes(sum);
+        for (int64_t c = 0; c < tile.columns.sixes; ++c, v += Tile<Kind>::block6, to += 6 * N)
+            gather<6, N>(v, steps, weights, kept, first, to);
+        for (int64_t c = 0; c < tile.columns.fours; ++c, v += Tile<Kind>::block4, to += 4 * N)
+            gather<4, N>(v, steps, weights, kept, first, to);
     }
 
     static Lanes* lanes(W* at) { return reinterpret_cast<Lanes*>(at); }
@@ -385,13 +406,12 @@ struct Panel {
         return steps;
     }
 
-    // R columns of values from d on, times the weights.
+    // A block of R columns of values times the weights.
     template <int R, int N>
-    void gather(const Tile<Kind>& tile, int64_t d, int64_t steps, const Factor* weights, const Lanes (&kept)[N],
-                bool first) const {
+    static void gather(const Factor* v, int64_t steps, const Factor* weights, const Lanes (&kept)[N], bool first,
+                       Lanes* to) {
         Lanes sums[R][N];
-        product<Kind>(sums, tile.v + d * Tile<Kind>::steps, 1, R, weights, steps);
-        Lanes* to = lanes(sum + d * N * L);
+        product<Kind>(sums, v, 1, R, weights, steps);
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
