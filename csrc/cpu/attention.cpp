@@ -1,20 +1,17 @@
 // Attention of a block over its context and over itself (reference/attention.py has the formulas).
 //
 // Softmax is computed online, one tile of keys after the other (Milakov & Gimelshein 2018; Dao et al. 2022): the
-// context is read once, where it lies, and the block's own keys are just more tiles. A tile is widened to float once
-// and serves all query rows of its key head, S * Hq / Hkv of them, which are packed with one row per SIMD lane: then
-// both products take a tile's numbers one by one as scalars, so that neither keys nor values are transposed, and
-// maximum and sum of the softmax go straight down the lanes. Sums over a tile start from zero, which errs less than one
-// running sum.
+// context is read once, where it lies, and the block's own keys are just more tiles. A tile is widened to float, or its
+// bfloat16 numbers paired where the processor multiplies pairs, once for all query rows of its key head,
+// S * Hq / Hkv of them; attention_tile.h has what is done with it. Sums over a tile start from zero, which errs less
+// than one running sum.
 //
 // Work is split over batch rows, key heads and pieces of the query rows; when those would leave threads idle, also over
 // the keys, and the parts are merged by their maxima and sums. How many parts there are depends on shapes, lengths and
 // the number of threads, and so do the last bits of the result.
 #include "attention.h"
 
-#include <cstring>
-
-#include "pair.h"
+#include "attention_tile.h"
 #include "parallel.h"
 
 namespace tt {
@@ -22,15 +19,8 @@ namespace TT_ISA {
 
 namespace {
 
-constexpr int64_t SIX = 6;     // rows of a product held in registers: with two vectors each, 12 sums of 16 registers
-constexpr int64_t KEYS = 60;   // keys of a tile: K and V of head dimension 128 take 60 KB, well inside L2
-constexpr int64_t TERMS = 64;  // of a logit that are summed on their own: one long sum of 512 would err more
-constexpr int64_t ROWS = 256;  // query rows of a piece, and
-constexpr int64_t PIECE = 1 << 15;  // numbers of a piece: queries and sums take 128 KB each
-
-constexpr int64_t up_to(int64_t n, int64_t multiple) {
-    return (n + multiple - 1) / multiple * multiple;
-}
+constexpr int64_t rows_of_piece = 256;         // query rows of a piece, and
+constexpr int64_t numbers_of_piece = 1 << 15;  // its numbers: queries and sums take 128 KB each
 
 int64_t index_or(const View& view, int64_t i, int64_t otherwise) {
     return view ? index_at(view, i) : otherwise;
@@ -51,60 +41,31 @@ struct Context {
     int64_t row;
 };
 
-// sums[i] = sum over k < n of a[i * row + k * step] * b[k], for six i; b[k] is a pair of vectors.
-template <class W>
-[[gnu::always_inline]] inline void product(Pair<W> (&sums)[SIX], const W* a, int64_t row, int64_t step, const W* b,
-                                           int64_t n) {
-    Pair<W> c0{}, c1{}, c2{}, c3{}, c4{}, c5{};
-    for (int64_t k = 0; k < n; ++k, a += step, b += Pair<W>::lanes) {
-        const Pair<W> p = load_pair(b);
-        c0 = c0 + a[0] * p;
-        c1 = c1 + a[row] * p;
-        c2 = c2 + a[2 * row] * p;
-        c3 = c3 + a[3 * row] * p;
-        c4 = c4 + a[4 * row] * p;
-        c5 = c5 + a[5 * row] * p;
-    }
-    sums[0] = c0, sums[1] = c1, sums[2] = c2, sums[3] = c3, sums[4] = c4, sums[5] = c5;
-}
-
-// One lane per query row: the query, and what has been summed so far over keys, relative to the largest logit.
-template <class W>
-struct Panel {
-    W* q;    // [D, lanes]
-    W* sum;  // [width, lanes], of values
-    W* max;  // [lanes]
-    W* all;  // [lanes], of weights
-};
-
-template <class W>
-struct Tile {
-    explicit Tile(int64_t dim, int64_t width) : k(KEYS * dim), v(KEYS * width), logits(KEYS * Pair<W>::lanes) {
-        std::memset(v, 0, size_t(KEYS * width) * sizeof(W));  // columns from dim to width stay 0
-    }
-    Scratch<W> k, v, logits;  // [KEYS, D], [KEYS, width], [KEYS, lanes]
-    int64_t n = 0;
-};
-
 // A problem in numbers, the same for all of its pieces.
-template <class T>
+template <class Kind>
 struct Problem {
-    using W = Wide<T>;
-    static constexpr int64_t lanes = Pair<W>::lanes;
+    using T = typename Kind::Number;
+    using W = typename Kind::W;
+    using Factor = typename Kind::Factor;
+    using Lanes = Vector<W>;
+    static constexpr int64_t L = lanes_of<W>, widest = most_vectors * L;  // lanes of a vector, and of a full panel
 
     explicit Problem(const BlockAttention& a)
         : a(a),
+          softmax{a.scale, a.softcap},
           batch(a.q.size[0]),
           length(a.q.size[1]),
           dim(a.q.size[3]),
-          width(up_to(dim, SIX)),
+          width(Columns(dim).width),
           kv_heads(a.k ? a.k.size[2] : a.k_context.size[2]),
           group(a.q.size[2] / kv_heads),
           rows(length * group),
-          piece(smaller(smaller(ROWS, larger(PIECE / dim / lanes, int64_t(1)) * lanes), up_to(rows, lanes))),
+          piece(smaller(smaller(rows_of_piece, larger(numbers_of_piece / dim / widest, int64_t(1)) * widest),
+                        up_to(rows, L))),
           pieces(piece ? (rows + piece - 1) / piece : 0) {}
 
     const BlockAttention& a;
+    Softmax softmax;
     int64_t batch, length, dim, width, kv_heads, group, rows, piece, pieces;
 
     // A work item: some query rows of one key head of one batch row, and the keys they see.
@@ -128,151 +89,189 @@ struct Problem {
             if (a.window >= 0) item.begin = larger(item.end - a.window, int64_t(0));
         }
         if (item.real && a.k) item.own = a.causal ? (item.first + item.real - 1) / group + 1 : tokens;
-        item.context_tiles = (item.end - item.begin + KEYS - 1) / KEYS;
-        item.tiles = item.context_tiles + (item.own + KEYS - 1) / KEYS;
+        item.context_tiles = (item.end - item.begin + keys_of_tile - 1) / keys_of_tile;
+        item.tiles = item.context_tiles + (item.own + keys_of_tile - 1) / keys_of_tile;
         return item;
     }
 
-    // State of one item: queries, sums of values, maxima, sums of weights.
+    // State of one item: sums of values, maxima, sums of weights.
     int64_t state_size() const { return piece * (width + 2); }
-    Panel<W> panel(W* queries, W* state, int64_t row) const {
-        return {queries + row * dim, state + row * width, state + piece * width + row,
-                state + piece * (width + 1) + row};
+    // Panels for rows [begin, end) of an item, as wide as they are full: f(panel, first row).
+    template <class F>
+    void each_panel(Factor* queries, W* state, int64_t begin, int64_t end, F f) const {
+        int vectors = most_vectors;
+        for (int64_t r = begin; r < end; r += vectors * L) {
+            while ((vectors - 1) * L >= end - r) vectors /= 2;
+            f(Panel<Kind>{queries + r * factors_of<Kind>(dim), state + r * width, state + piece * width + r,
+                          state + piece * (width + 1) + r, vectors},
+              r);
+        }
     }
 
-    const T* query(const Item& item, int64_t r) const {
+    // Where row r of an item is in a tensor [B, S, Hq, ...].
+    int64_t offset(const View& view, const Item& item, int64_t r) const {
         const int64_t row = item.first + r, head = item.head * group + row % group;
-        return a.q.as<T>() + item.b * a.q.stride[0] + row / group * a.q.stride[1] + head * a.q.stride[2];
+        return item.b * view.stride[0] + row / group * view.stride[1] + head * view.stride[2];
     }
 
-    void pack(const Item& item, W* queries) const {
-        for (int64_t r = 0; r < up_to(item.real, lanes); ++r) {
-            W* to = queries + r / lanes * lanes * dim + r % lanes;
-            const T* from = r < item.real ? query(item, r) : nullptr;
-            for (int64_t d = 0; d < dim; ++d) to[d * lanes] = from ? widen(from[d]) : W(0);
-        }
-    }
-
-    static void widen_row(W* to, const View& view, int64_t offset, int64_t n) {
-        const T* from = view.as<T>() + offset;
-        for (int64_t d = 0; d < n; ++d) to[d] = widen(from[d]);
-    }
-
-    void read_context(Tile<W>& tile, const Item& item, int64_t begin) const {
-        const Context keys(a.k_context, a.context_index, a.block_table, item.b);
-        const Context values(a.v_context, a.context_index, a.block_table, item.b);
-        tile.n = smaller(KEYS, item.end - begin);
-        for (int64_t i = 0; i < tile.n; ++i) {
-            widen_row(tile.k + i * dim, a.k_context, keys.offset(begin + i) + item.head * a.k_context.stride[2], dim);
-            widen_row(tile.v + i * width, a.v_context, values.offset(begin + i) + item.head * a.v_context.stride[2],
-                      dim);
-        }
-    }
-
-    void read_own(Tile<W>& tile, const Item& item, int64_t begin) const {
-        tile.n = smaller(KEYS, item.own - begin);
-        auto offset = [&](const View& view, int64_t i) {
-            return item.b * view.stride[0] + (begin + i) * view.stride[1] + item.head * view.stride[2];
-        };
-        for (int64_t i = 0; i < tile.n; ++i) {
-            widen_row(tile.k + i * dim, a.k, offset(a.k, i), dim);
-            widen_row(tile.v + i * width, a.v, offset(a.v, i), dim);
-        }
-    }
-
-    // Adds a tile's keys to a panel. Key i is hidden from the first hidden + i * group lanes.
-    void add(const Panel<W>& panel, Tile<W>& tile, int64_t hidden) const {
-        W* logits = tile.logits;
-        const W *keys = tile.k, *weights = logits, *values = tile.v;
-        Pair<W> sums[SIX], more[SIX];
-        for (int64_t i = 0; i < tile.n; i += SIX) {
-            product(sums, keys + i * dim, dim, 1, panel.q, smaller(dim, TERMS));
-            for (int64_t d = TERMS; d < dim; d += TERMS) {
-                product(more, keys + i * dim + d, dim, 1, panel.q + d * lanes, smaller(dim - d, TERMS));
-                for (int64_t j = 0; j < SIX; ++j) sums[j] = sums[j] + more[j];
+    // Queries as factors, rows along the lanes. lines: [L, up_to(factors, L)].
+    void pack(const Item& item, Factor* queries, Factor* lines) const {
+        using Factors = typename Kind::Factors;
+        const int64_t factors = factors_of<Kind>(dim), line = up_to(factors, L);
+        std::memset(lines, 0, size_t(L * line) * sizeof(Factor));
+        each_panel(queries, nullptr, 0, item.real, [&](const Panel<Kind>& panel, int64_t first) {
+            for (int64_t j = 0; j < panel.vectors; ++j) {
+                for (int64_t i = 0; i < L; ++i) {
+                    const int64_t r = first + j * L + i;
+                    Factor* to = lines + i * line;
+                    if (r < item.real)
+                        Kind::widen_row(to, a.q.as<T>() + offset(a.q, item, r), dim);
+                    else
+                        std::memset(to, 0, size_t(factors) * sizeof(Factor));
+                }
+                Factors* to = reinterpret_cast<Factors*>(panel.q) + j;
+                for (int64_t d = 0; d < factors; d += L) {
+                    Factors block[L];
+                    for (int64_t i = 0; i < L; ++i) block[i] = *reinterpret_cast<Factors*>(lines + i * line + d);
+                    transpose(block);
+                    for (int64_t i = 0; i < smaller(L, factors - d); ++i) to[(d + i) * panel.vectors] = block[i];
+                }
             }
-            for (int64_t j = 0; j < SIX; ++j) store_pair(logits + (i + j) * lanes, W(a.scale) * sums[j]);
-        }
-        if (a.softcap > 0)
-            for (int64_t i = 0; i < tile.n * lanes; ++i) logits[i] = W(a.softcap) * std::tanh(logits[i] / W(a.softcap));
-        for (int64_t i = 0; i < tile.n && hidden + (tile.n - 1) * group > 0; ++i)
-            for (int64_t lane = 0; lane < smaller(hidden + i * group, lanes); ++lane)
-                logits[i * lanes + lane] = -INFINITY;
-
-        const Pair<W> before = load_pair(panel.max);
-        Pair<W> top = before, all{};
-        for (int64_t i = 0; i < tile.n; ++i) top = larger(top, load_pair(logits + i * lanes));
-        const Pair<W> base = replaced(top, W(-INFINITY), W(0));  // no key yet: -inf less -inf would be NaN
-        const Pair<W> kept = exp_negative(before - base);
-        for (int64_t i = 0; i < tile.n; ++i) {
-            const Pair<W> weight = exp_negative(load_pair(logits + i * lanes) - base);
-            all = all + weight;
-            store_pair(logits + i * lanes, weight);
-        }
-        store_pair(panel.max, top);
-        store_pair(panel.all, load_pair(panel.all) * kept + all);
-        for (int64_t d = 0; d < width; d += SIX) {
-            product(sums, values + d, 1, width, weights, tile.n);
-            W* sum = panel.sum + d * lanes;
-            for (int64_t j = 0; j < SIX; ++j) store_pair(sum + j * lanes, load_pair(sum + j * lanes) * kept + sums[j]);
-        }
+        });
     }
+
+    // f(tokens, key, value) for a tile; key(i) and value(i) point to a token's.
+    template <class F>
+    void with_tile(const Item& item, int64_t t, F f) const {
+        if (t >= item.context_tiles) {
+            const int64_t begin = (t - item.context_tiles) * keys_of_tile;
+            auto at = [&](const View& view) {
+                const int64_t from = item.b * view.stride[0] + begin * view.stride[1] + item.head * view.stride[2];
+                return [&view, from](int64_t i) { return view.as<T>() + from + i * view.stride[1]; };
+            };
+            return f(smaller(keys_of_tile, item.own - begin), at(a.k), at(a.v));
+        }
+        const int64_t begin = item.begin + t * keys_of_tile;
+        auto at = [&](const View& view) {
+            const Context context(view, a.context_index, a.block_table, item.b);
+            return [&view, &item, context, begin](int64_t i) {
+                return view.as<T>() + context.offset(begin + i) + item.head * view.stride[2];
+            };
+        };
+        f(smaller(keys_of_tile, item.end - begin), at(a.k_context), at(a.v_context));
+    }
+
+    void look_ahead(Ahead& ahead, const Item& item, int64_t t) const {
+        with_tile(item, t, [&](int64_t n, auto key, auto value) {
+            for (int64_t i = 0; i < n; ++i) {
+                ahead.rows[2 * i] = reinterpret_cast<const char*>(key(i));
+                ahead.rows[2 * i + 1] = reinterpret_cast<const char*>(value(i));
+            }
+            ahead.count = 2 * n;
+        });
+        ahead.bytes = dim * int64_t(sizeof(T));
+        ahead.next = ahead.offset = 0;
+        const int64_t goes = (item.real + widest - 1) / widest * (keys_of_tile / 6);
+        ahead.lines = (ahead.count * up_to(ahead.bytes, 64) / 64 + goes - 1) / goes;
+    }
+
+    // What a thread works with.
+    struct Room {
+        explicit Room(const Problem& p)
+            : queries_size(up_to(p.piece * factors_of<Kind>(p.dim), 16)),
+              tile_size(up_to(Tile<Kind>::size(p.dim), 16)),
+              lines_size(up_to(L * up_to(p.width, L), 16)),
+              memory((queries_size + tile_size + lines_size) * int64_t(sizeof(Factor)) +
+                     (keys_of_tile * widest + p.state_size()) * int64_t(sizeof(W))),
+              queries(reinterpret_cast<Factor*>(static_cast<char*>(memory))),
+              tile(queries + queries_size, p.dim),
+              lines(queries + queries_size + tile_size),
+              logits(reinterpret_cast<W*>(lines + lines_size)),
+              state(logits + keys_of_tile * widest) {}
+        int64_t queries_size, tile_size, lines_size;
+        Scratch<char> memory;
+        Factor* queries;  // [piece, factors], panel by panel
+        Tile<Kind> tile;
+        Factor* lines;  // [L, up_to(width, L)], for transpositions
+        W* logits;      // [keys_of_tile, widest]
+        W* state;
+    };
 
     // All of an item's keys in tiles [begin, end), into a fresh state.
-    void attend(const Item& item, int64_t begin, int64_t end, W* state) const {
-        Scratch<W> queries(piece * dim);
-        Tile<W> tile(dim, width);
-        pack(item, queries);
-        for (int64_t i = 0; i < piece * width; ++i) state[i] = 0;
-        for (int64_t i = 0; i < piece; ++i) state[piece * width + i] = -INFINITY, state[piece * (width + 1) + i] = 0;
+    void attend(const Item& item, int64_t begin, int64_t end, Room& room, W* state) const {
+        pack(item, room.queries, room.lines);
+        if (begin == end)
+            each_panel(room.queries, state, 0, item.real,
+                       [&](const Panel<Kind>& panel, int64_t) { panel.clear(width); });
+        Ahead ahead;
         for (int64_t t = begin; t < end; ++t) {
-            const int64_t own = (t - item.context_tiles) * KEYS;  // of the tile's first key, if it is an own key
-            if (own < 0)
-                read_context(tile, item, item.begin + t * KEYS);
-            else
-                read_own(tile, item, own);
-            for (int64_t i = tile.n; i < up_to(tile.n, SIX); ++i)
-                std::memset(tile.k + i * dim, 0, size_t(dim) * sizeof(W));
-            for (int64_t r = 0; r < item.real; r += lanes) {
-                int64_t hidden = -tile.n * group;  // from no row
-                if (own >= 0 && a.causal) hidden = own * group - item.first - r;
-                if (hidden < lanes) add(panel(queries, state, r), tile, hidden);
-            }
+            with_tile(item, t, [&](int64_t n, auto key, auto value) { room.tile.read(n, key, value); });
+            ahead.count = 0;
+            if (t + 1 < end) look_ahead(ahead, item, t + 1);
+            const bool causal = a.causal && t >= item.context_tiles;
+            const int64_t own = (t - item.context_tiles) * keys_of_tile;
+            each_panel(room.queries, state, 0, item.real, [&](const Panel<Kind>& panel, int64_t r) {
+                const int64_t hidden = causal ? own * group - item.first - r : -room.tile.keys * group;  // from no row
+                if (hidden < panel.vectors * L)
+                    panel.add(room.tile, softmax, hidden, group, t == begin, room.logits, ahead);
+                else if (t == begin)
+                    panel.clear(width);
+            });
         }
     }
 
-    // Merges the states of an item's parts into the first, for one panel.
-    void merge(W* states, int64_t parts, int64_t row) const {
-        const Panel<W> first = panel(nullptr, states, row);
-        Pair<W> top = load_pair(first.max), all{};
-        for (int64_t p = 1; p < parts; ++p)
-            top = larger(top, load_pair(panel(nullptr, states + p * state_size(), row).max));
-        const Pair<W> base = replaced(top, W(-INFINITY), W(0));
-        for (int64_t p = 0; p < parts; ++p) {
-            const Panel<W> part = panel(nullptr, states + p * state_size(), row);
-            const Pair<W> weight = exp_negative(load_pair(part.max) - base);
-            all = all + weight * load_pair(part.all);
-            for (int64_t d = 0; d < dim; ++d) {
-                const Pair<W> sum = weight * load_pair(part.sum + d * lanes);
-                store_pair(first.sum + d * lanes, p ? load_pair(first.sum + d * lanes) + sum : sum);
+    // Merges the states of an item's parts into the first, for the panels of rows [begin, end).
+    void merge(W* states, int64_t parts, int64_t begin, int64_t end) const {
+        each_panel(nullptr, states, begin, end, [&](const Panel<Kind>& first, int64_t) {
+            for (int64_t j = 0; j < first.vectors; ++j) {
+                auto at = [&](W* place, int64_t part, int64_t row) -> Lanes& {
+                    return reinterpret_cast<Lanes*>(place + part * state_size())[row * first.vectors + j];
+                };
+                Lanes top = at(first.max, 0, 0), all{};
+                for (int64_t p = 1; p < parts; ++p) top = larger_of(top, at(first.max, p, 0));
+                const Lanes base = replaced(top, W(-INFINITY), W(0));
+                for (int64_t p = 0; p < parts; ++p) {
+                    const Lanes weight = weight_of(at(first.max, p, 0) - base);
+                    all += weight * at(first.all, p, 0);
+                    for (int64_t d = 0; d < dim; ++d) {
+                        const Lanes sum = weight * at(first.sum, p, d);
+                        at(first.sum, 0, d) = p ? at(first.sum, 0, d) + sum : sum;
+                    }
+                }
+                at(first.max, 0, 0) = top;
+                at(first.all, 0, 0) = all;
             }
-        }
-        store_pair(first.max, top);
-        store_pair(first.all, all);
+        });
     }
 
-    // Divides a panel by its weights and writes its rows; rows that saw no key, and padding, get 0 and -inf.
-    void finish(const Item& item, W* state, int64_t row) const {
-        const Panel<W> panel = this->panel(nullptr, state, row);
-        const Pair<W> weights = replaced(load_pair(panel.all), W(0), W(1));
-        for (int64_t d = 0; d < dim; ++d) store_pair(panel.sum + d * lanes, load_pair(panel.sum + d * lanes) / weights);
-        for (int64_t lane = 0; lane < smaller(lanes, item.rows - row); ++lane) {
-            const int64_t r = item.first + row + lane, s = r / group, head = item.head * group + r % group;
-            const bool real = row + lane < item.real;
-            T* out = a.out.as<T>() + item.b * a.out.stride[0] + s * a.out.stride[1] + head * a.out.stride[2];
-            for (int64_t d = 0; d < dim; ++d) out[d] = narrow<T>(real ? panel.sum[d * lanes + lane] : W(0));
-            W* lse = a.lse.as<W>() + item.b * a.lse.stride[0] + s * a.lse.stride[1] + head * a.lse.stride[2];
-            *lse = real ? panel.max[lane] + std::log(panel.all[lane]) : W(-INFINITY);
+    // Divides sums by weights and writes rows [begin, end); rows that saw no key, and padding, get 0 and -inf.
+    // lines: [L, up_to(dim, L)].
+    void finish(const Item& item, W* state, int64_t begin, int64_t end, W* lines) const {
+        const int64_t line = up_to(dim, L);
+        each_panel(nullptr, state, begin, smaller(end, item.real), [&](const Panel<Kind>& panel, int64_t first) {
+            for (int64_t j = 0; j < panel.vectors && first + j * L < item.real; ++j) {
+                const Lanes* sums = reinterpret_cast<Lanes*>(panel.sum) + j;
+                const Lanes all = reinterpret_cast<Lanes*>(panel.all)[j];
+                const Lanes weights = replaced(all, W(0), W(1));
+                for (int64_t d = 0; d < dim; d += L) {
+                    Lanes block[L];
+                    for (int64_t i = 0; i < L; ++i)
+                        block[i] = d + i < dim ? sums[(d + i) * panel.vectors] / weights : Lanes{};
+                    transpose(block);
+                    for (int64_t i = 0; i < L; ++i) *reinterpret_cast<Lanes*>(lines + i * line + d) = block[i];
+                }
+                for (int64_t i = 0; i < smaller(L, item.real - first - j * L); ++i) {
+                    const int64_t r = first + j * L + i;
+                    T* out = a.out.as<T>() + offset(a.out, item, r);
+                    for (int64_t d = 0; d < dim; ++d) out[d] = narrow<T>(lines[i * line + d]);
+                    a.lse.as<W>()[offset(a.lse, item, r)] = panel.max[j * L + i] + std::log(panel.all[j * L + i]);
+                }
+            }
+        });
+        for (int64_t r = larger(begin, item.real); r < end; ++r) {
+            T* out = a.out.as<T>() + offset(a.out, item, r);
+            for (int64_t d = 0; d < dim; ++d) out[d] = narrow<T>(W(0));
+            a.lse.as<W>()[offset(a.lse, item, r)] = -INFINITY;
         }
     }
 
@@ -287,15 +286,15 @@ struct Problem {
         }
         const bool even = items % threads == 0 && longest * items <= total + total / 8;
         const bool fine = longest * threads * 4 <= total;
-        if (!even && !fine)  // two parts for every thread, each of two tiles at least
-            parts = larger(smaller((2 * threads + items - 1) / items, longest / 2), int64_t(1));
+        if (!even && !fine)  // two parts for every thread, each of a tile at least
+            parts = larger(smaller((2 * threads + items - 1) / items, longest), int64_t(1));
         if (parts == 1) {
             parallel_for(items, 1, [&](int64_t begin, int64_t end) {
-                Scratch<W> state(state_size());
+                Room room(*this);
                 for (int64_t n = begin; n < end; ++n) {
                     const Item item = this->item(n);
-                    attend(item, 0, item.tiles, state);
-                    for (int64_t r = 0; r < item.rows; r += lanes) finish(item, state, r);
+                    attend(item, 0, item.tiles, room, room.state);
+                    finish(item, room.state, 0, item.rows, reinterpret_cast<W*>(room.lines));
                 }
             });
             return;
@@ -303,21 +302,23 @@ struct Problem {
         Scratch<W> states(items * parts * state_size());
         W* all = states;
         parallel_for(items * parts, 1, [&](int64_t begin, int64_t end) {
+            Room room(*this);
             for (int64_t n = begin; n < end; ++n) {
                 const Item item = this->item(n / parts);
                 const int64_t part = n % parts;
-                attend(item, item.tiles * part / parts, item.tiles * (part + 1) / parts, all + n * state_size());
+                attend(item, item.tiles * part / parts, item.tiles * (part + 1) / parts, room, all + n * state_size());
             }
         });
-        const int64_t panels = piece / lanes;
+        const int64_t panels = (piece + widest - 1) / widest;
         parallel_for(items * panels, 1, [&](int64_t begin, int64_t end) {
+            Scratch<W> lines(L * up_to(dim, L));
             for (int64_t n = begin; n < end; ++n) {
                 const Item item = this->item(n / panels);
-                const int64_t row = n % panels * lanes;
+                const int64_t row = n % panels * widest;
                 if (row >= item.rows) continue;
                 W* state = all + n / panels * parts * state_size();
-                merge(state, parts, row);
-                finish(item, state, row);
+                merge(state, parts, row, smaller(row + widest, item.real));
+                finish(item, state, row, smaller(row + widest, item.rows), lines);
             }
         });
     }
@@ -369,7 +370,10 @@ void append_rows(const View& context, const View& block, const AppendKv& a) {
 }  // namespace
 
 void block_attention(const BlockAttention& a) {
-    for_float(a.q.dtype, [&](auto type) { Problem<typename decltype(type)::type>(a).run(); });
+#if defined(TT_BF16_DOT)
+    if (a.q.dtype == DType::bfloat16) return Problem<Paired>(a).run();
+#endif
+    for_float(a.q.dtype, [&](auto type) { Problem<Plain<typename decltype(type)::type>>(a).run(); });
 }
 
 void merge_attention(const MergeAttention& m) {

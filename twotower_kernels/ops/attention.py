@@ -224,18 +224,24 @@ def _context(
 # --- registration ---------------------------------------------------------------------------------------------------
 
 
-def _attend_into(
+def _attend(
     q: Tensor, k: Tensor | None, v: Tensor | None, k_context: Tensor | None, v_context: Tensor | None,
     context_lens: Tensor | None, context_index: Tensor | None, block_table: Tensor | None, block_lens: Tensor | None,
     causal: bool, window: int | None, scale: float | None, softcap: float, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
+    """Into results whose last dimension is contiguous."""
     check_lengths("block_lens", block_lens, q.shape[1])
     if k_context is not None:
         check_places(k_context, context_lens, context_index, block_table)
-    results = [x if cpu.rows_contiguous(x) is x else x.new_empty(x.shape) for x in (out, lse)]
-    tensors = q, k, v, k_context, v_context, context_lens, context_index, block_table, block_lens, *results
+    tensors = q, k, v, k_context, v_context, context_lens, context_index, block_table, block_lens, out, lse
     scale = q.shape[3] ** -0.5 if scale is None else scale
     cpu.call("block_attention", *tensors, scale, softcap, -1 if window is None else window, causal)
+
+
+def _attend_into(q: Tensor, *arguments: Any) -> None:
+    *others, out, lse = arguments
+    results = [x if cpu.rows_contiguous(x) is x else x.new_empty(x.shape) for x in (out, lse)]
+    _attend(*(q, *others, *results))
     for x, result in zip((out, lse), results, strict=True):
         if result is not x:
             x.copy_(result)
@@ -247,19 +253,18 @@ def _results(q: Tensor) -> tuple[Tensor, Tensor]:
 
 def _block_attention(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     results = _results(q)
-    _attend_into(*(q, *arguments, *results))
+    _attend(*(q, *arguments, *results))
     return results
 
 
 def _context_attention_into(q: Tensor, *arguments: Any) -> None:
     *context, window, scale, softcap, out, lse = arguments
-    _attend_into(*(q, None, None, *context, False, window, scale, softcap, out, lse))
+    _attend_into(q, None, None, *context, False, window, scale, softcap, out, lse)
 
 
 def _context_attention(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    results = _results(q)
-    _context_attention_into(q, *arguments, *results)
-    return results
+    *context, window, scale, softcap = arguments
+    return _block_attention(q, None, None, *context, False, window, scale, softcap)
 
 
 def _merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

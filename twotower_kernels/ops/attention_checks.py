@@ -20,12 +20,14 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 def check_alike(first_name: str, first: Tensor, /, **others: Tensor) -> None:
     """All are [batch, tokens, heads, head_dim] of one floating dtype on one device."""
-    for name, x in {first_name: first, **others}.items():
+    dtype = first.dtype
+    for name, x in ((first_name, first), *others.items()):
         if x.ndim != 4:
             raise ValueError(f"{name}: expected 4 axes [batch, tokens, heads, head_dim], got shape {list(x.shape)}")
-        check_float(**{name: x})
-        if x.dtype != first.dtype:
-            raise TypeError(f"{name}: expected {first.dtype} as {first_name}, got {x.dtype}")
+        if x is first or x.dtype != dtype:
+            check_float(**{name: x})
+        if x.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype} as {first_name}, got {x.dtype}")
     same_device(first, **others)
 
 

@@ -1,0 +1,432 @@
+// A tile of keys and the query rows that attend to it, per instruction set (see isa.h): both products and the softmax.
+//
+// Query rows lie along the SIMD lanes. So both products take a tile's numbers one by one as scalars, keys are not
+// transposed, and maximum and sum of the softmax go straight down the lanes. A product holds 6 keys (or 6 columns of
+// the values) by 2 vectors of rows in registers, by 4 where there are 32 registers: 12 or 24 sums, enough to hide a
+// multiply-add's latency, and 8 or 10 loads for them, fewer than the processor can do meanwhile.
+//
+// Measured on two cores of a Zen 3 at 198 GFLOP/s of multiply-adds in registers, 16 x 32 queries of dimension 128 on 2
+// key heads over 8192 tokens: 169 GFLOP/s for bfloat16, which is widened there, and 157 for float, whose context is
+// twice as long in bytes. With tiles of 60 keys, rows of values whole and the exponential over both vectors at once it
+// was 155 and 143: sums were loaded and stored more often, columns padded from 128 to 132, constants spilled.
+//
+// With AVX512-BF16 the inner loops of both products are 24 vdpbf16ps to 10 loads, of the 38 instructions that GCC 12
+// makes of them, and nothing is spilled; softmax takes about 22 instructions for a vector of weights beside the 128
+// dot products of head dimension 128. There it has run under emulation only: its speed is not measured.
+//
+// Logits are rounded where a naive program rounds them: product, scale, cap. Large ones err as much as two neighbouring
+// floats differ, and no less can be asked of the weights.
+#pragma once
+
+#include "bf16_dot.h"
+#include "exponential.h"
+
+namespace tt {
+namespace TT_ISA {
+
+constexpr int64_t keys_of_tile = 96;   // K and V of head dimension 128 take 96 KB in float, well inside L2
+constexpr int64_t terms_of_sum = 128;  // of a logit that are summed on their own: one long sum of 512 would err more
+constexpr int most_vectors = vector_registers == 32 ? 4 : 2;  // of query rows, side by side
+
+constexpr int64_t up_to(int64_t n, int64_t multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
+
+// --- functions of vectors -------------------------------------------------------------------------------------------
+
+// 2^f - 1, |f| <= 1/2, within 1.5e-7 of itself: f times the polynomial that errs least.
+inline FloatVector exp2_less_1(FloatVector f) {
+    FloatVector sum = f * 0.000153533619f + 0.00133988744f;
+    sum = sum * f + 0.00961843736f;
+    sum = sum * f + 0.0555033247f;
+    sum = sum * f + 0.240226479f;
+    sum = sum * f + 0.693147203f;
+    return sum * f;
+}
+
+// e^x for x <= 0: 2^n 2^f with n + f = x log2(e). The error is that of log2(e) in float and of the polynomial, 2 units
+// in the last place where it matters, near 1, and 4e-6 at 1e-37. 0 below 2^-125, NaN for NaN.
+inline FloatVector weight_of(FloatVector x) {
+    const FloatVector shifted = x * log2_e + nearest_integer, zero{};
+    const FloatVector part = exp2_less_1(x * log2_e - (shifted - nearest_integer)) + 1.f;
+    const WordVector power = ((WordVector)shifted << 23) + 0x3f800000u;
+    return x < zero - 86.6f ? zero : part * (FloatVector)power;
+}
+inline DoubleVector weight_of(DoubleVector x) {
+    return exp_negative(x);
+}
+
+// tanh x = -z / (z + 2) with z = e^(-2x) - 1, for |x| and with x's sign: as good for small x as for large.
+inline FloatVector hyperbolic_tangent(FloatVector x) {
+    const FloatVector zero{}, size = (FloatVector)((WordVector)x & 0x7fffffffu);
+    FloatVector t = size * (-2 * log2_e);
+    t = t < zero - 40.f ? zero - 40.f : t;  // 1 from here; NaN passes
+    const FloatVector shifted = t + nearest_integer;
+    const FloatVector power = (FloatVector)(((WordVector)shifted << 23) + 0x3f800000u);
+    const FloatVector z = exp2_less_1(t - (shifted - nearest_integer)) * power + (power - 1.f);
+    const FloatVector y = -z / (z + 2.f);
+    return (FloatVector)((WordVector)y | ((WordVector)x & 0x80000000u));
+}
+inline DoubleVector hyperbolic_tangent(DoubleVector x) {
+    for (int i = 0; i < lanes_of<double>; ++i) x[i] = ::tanh(x[i]);
+    return x;
+}
+
+template <class V>
+inline V larger_of(V a, V b) {
+    return a > b ? a : b;
+}
+template <class W>
+inline Vector<W> replaced(Vector<W> a, W value, W by) {  // a, with `by` where it is `value`
+    const Vector<W> zero{};
+    return a == value + zero ? by + zero : a;
+}
+
+// Elements of two vectors in turn: the first halves, then the second halves.
+template <class V>
+inline void interleave(V& a, V& b) {
+    using Index = decltype(a < b);
+    constexpr int n = int(sizeof(V) / sizeof(a[0]));
+    const V x = a, y = b;
+#if defined(__clang__)
+    for (int i = 0; i < n; ++i) {
+        a[i] = i % 2 ? y[i / 2] : x[i / 2];
+        b[i] = i % 2 ? y[(n + i) / 2] : x[(n + i) / 2];
+    }
+#else
+    Index low, high;
+    for (int i = 0; i < n; ++i) {
+        low[i] = i / 2 + i % 2 * n;
+        high[i] = (n + i) / 2 + i % 2 * n;
+    }
+    a = __builtin_shuffle(x, y, low);
+    b = __builtin_shuffle(x, y, high);
+#endif
+}
+
+// A square of numbers, rows to columns.
+template <class V, int n>
+inline void transpose(V (&rows)[n]) {
+#pragma GCC unroll 4
+    for (int stage = 1; stage < n; stage *= 2) {
+        V next[n];
+#pragma GCC unroll 16
+        for (int i = 0; i < n / 2; ++i) {
+            next[2 * i] = rows[i];
+            next[2 * i + 1] = rows[i + n / 2];
+            interleave(next[2 * i], next[2 * i + 1]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i) rows[i] = next[i];
+    }
+}
+
+// --- the numbers that are multiplied --------------------------------------------------------------------------------
+
+// As they are: factors of the accumulator's type, one for each number.
+template <class T>
+struct Plain {
+    using Number = T;
+    using W = Wide<T>;
+    using Factor = W;
+    using Factors = Vector<W>;
+    static constexpr int64_t fold = 1;  // numbers in a factor
+
+    static Vector<W> multiply_add(Vector<W> sum, Factor a, Factors b) { return sum + a * b; }
+
+    // A row of n numbers.
+    static void widen_row(Factor* to, const T* from, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+    }
+    // Rows one below the other, `fold` of them, the second null where there is none.
+    static void widen_rows(Factor* to, const T* from, const T*, int64_t n) { widen_row(to, from, n); }
+    // Weights of `fold` keys, the second's at `from + step`.
+    static Factors weights(const Vector<W>* w) { return w[0]; }
+};
+
+#if defined(TT_BF16_DOT)
+// Two bfloat16 numbers in a word, for the instruction that adds both products: twice as many in the same time.
+struct Paired {
+    using Number = bf16;
+    using W = float;
+    using Factor = uint32_t;
+    using Factors = WordVector;
+    static constexpr int64_t fold = 2;
+
+    static FloatVector multiply_add(FloatVector sum, Factor a, Factors b) { return bf16_dot(sum, Factors{} + a, b); }
+
+    static void widen_row(Factor* to, const bf16* from, int64_t n) {
+        std::memcpy(to, from, size_t(n / 2) * sizeof(Factor));
+        if (n % 2) to[n / 2] = from[n - 1].bits;
+    }
+    static void widen_rows(Factor* to, const bf16* low, const bf16* high, int64_t n) {
+        if (high)
+            for (int64_t i = 0; i < n; ++i) to[i] = low[i].bits | uint32_t(high[i].bits) << 16;
+        else
+            for (int64_t i = 0; i < n; ++i) to[i] = low[i].bits;
+    }
+    // To nearest: a tie, one case of 2^16, is rounded up.
+    static Factors weights(const FloatVector* w) {
+        return ((WordVector)w[0] + 0x8000u) >> 16 | (((WordVector)w[1] + 0x8000u) & 0xffff0000u);
+    }
+};
+#endif
+
+template <class Kind>
+constexpr int64_t factors_of(int64_t n) {
+    return (n + Kind::fold - 1) / Kind::fold;
+}
+
+// sums[r] = sum over k < n of a[r * row + k * step] * b[k], for R rows; b[k] is N vectors.
+template <class Kind, int R, int N>
+[[gnu::always_inline]] inline void product(Vector<typename Kind::W> (&sums)[R][N], const typename Kind::Factor* a,
+                                           int64_t row, int64_t step, const typename Kind::Factor* b, int64_t n) {
+    using Factors = typename Kind::Factors;
+    Vector<typename Kind::W> c[R][N] = {};
+    for (; n > 0; --n, a += step, b += N * lanes_of<typename Kind::W>) {
+        Factors p[N];
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) p[j] = reinterpret_cast<const Factors*>(b)[j];
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int j = 0; j < N; ++j) c[r][j] = Kind::multiply_add(c[r][j], a[r * row], p[j]);
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) sums[r][j] = c[r][j];
+}
+
+// --- a tile ---------------------------------------------------------------------------------------------------------
+
+// Columns of the values in blocks of six and, so that few are padding, of four.
+struct Columns {
+    explicit Columns(int64_t dim) {
+        const int64_t even = up_to(dim, 2);
+        fours = even % 6 == 0 ? 0 : even % 6 == 4 || even == 2 ? 1 : 2;
+        sixes = (even - 4 * fours) > 0 ? (even - 4 * fours) / 6 : 0;
+        width = 6 * sixes + 4 * fours;
+    }
+    int64_t sixes, fours, width;
+};
+
+// Keys and values of a tile as factors.
+template <class Kind>
+struct Tile {
+    using Number = typename Kind::Number;
+    using W = typename Kind::W;
+    using Factor = typename Kind::Factor;
+    static constexpr int64_t steps = keys_of_tile / Kind::fold;           // of the second product, in a whole tile
+    static constexpr int64_t block6 = 6 * steps + 2, block4 = 4 * steps;  // numbers from one block to the next
+
+    static int64_t size(int64_t dim) {  // in factors
+        const Columns columns(dim);
+        return up_to(keys_of_tile * factors_of<Kind>(dim), 16) + up_to(size_of_values(columns), 16) +
+               up_to(columns.width + 2, 16);
+    }
+    static int64_t size_of_values(const Columns& columns) { return columns.sixes * block6 + columns.fours * block4; }
+    Tile(Factor* memory, int64_t dim) : columns(dim), dim(dim), row(factors_of<Kind>(dim)) {
+        k = memory;
+        v = k + up_to(keys_of_tile * row, 16);
+        line = v + up_to(size_of_values(columns), 16);
+        for (int64_t d = dim; d < columns.width + 2; ++d) line[d] = 0;
+    }
+
+    // Reads keys and values of n tokens; `key(i)` and `value(i)` say where.
+    template <class Key, class Value>
+    void read(int64_t n, Key key, Value value) {
+        keys = n;
+        for (int64_t i = 0; i < n; ++i) Kind::widen_row(k + i * row, key(i), dim);
+        // The last rows of the first product: any key that is there already changes no maximum.
+        for (int64_t i = n; i < n / 6 * 6 + (n % 6 == 0 ? 0 : n % 6 <= 4 ? 4 : 6); ++i)
+            std::memcpy(k + i * row, k + (n - 1) * row, size_t(row) * sizeof(Factor));
+        for (int64_t i = 0; i < n; i += Kind::fold) {
+            Kind::widen_rows(line, value(i), i + 1 < n ? value(i + 1) : nullptr, dim);
+            const Factor* from = line;
+            const int64_t step = i / Kind::fold;
+            Factor* to = v + step * 6;  // two more than six are copied, in one go; the next step writes over them
+            for (int64_t c = 0; c < columns.sixes; ++c, from += 6, to += block6)
+                std::memcpy(to, from, 8 * sizeof(Factor));
+            to -= step * 2;
+            for (int64_t c = 0; c < columns.fours; ++c, from += 4, to += block4)
+                std::memcpy(to, from, 4 * sizeof(Factor));
+        }
+    }
+
+    Columns columns;
+    int64_t dim, row;  // row: factors of a key
+    int64_t keys = 0;
+    Factor* k;     // [keys, row]
+    Factor* v;     // blocks of columns, [steps, 6] and then [steps, 4]
+    Factor* line;  // [width + 2], of values on their way
+};
+
+// Rows that will be read next, brought near a few cache lines at a time while the processor multiplies. (Fetched in one
+// go, by reading them or ahead of that, the memory is what it waits for.)
+struct Ahead {
+    void fetch() {
+        for (int64_t line = 0; line < lines && next < count; ++line) {
+            __builtin_prefetch(rows[next] + offset, 0, 2);
+            offset += 64;
+            if (offset >= bytes) offset = 0, ++next;
+        }
+    }
+    const char* rows[2 * keys_of_tile];
+    int64_t bytes = 0, lines = 0;  // of a row; of a go
+    int64_t count = 0, next = 0, offset = 0;
+};
+
+// --- query rows -----------------------------------------------------------------------------------------------------
+
+// logit = scale * product, or softcap * tanh(scale * product / softcap) if there is one.
+struct Softmax {
+    double scale, softcap;
+};
+
+// One lane per query row: the query, and what has been summed so far over keys, relative to the largest logit.
+template <class Kind>
+struct Panel {
+    using W = typename Kind::W;
+    using Factor = typename Kind::Factor;
+    using Lanes = Vector<W>;
+    static constexpr int L = lanes_of<W>;
+
+    Factor* q;    // [row, lanes]
+    W* sum;       // [width, lanes], of values
+    W* max;       // [lanes]
+    W* all;       // [lanes], of weights
+    int vectors;  // lanes are so many vectors
+
+    void clear(int64_t width) const {
+        for (int64_t i = 0; i < width * vectors * L; ++i) sum[i] = 0;
+        for (int64_t i = 0; i < vectors * L; ++i) max[i] = -INFINITY, all[i] = 0;
+    }
+
+    // Adds a tile's keys. Key i is hidden from the first hidden + i * group lanes. logits: [keys_of_tile, lanes].
+    void add(const Tile<Kind>& tile, const Softmax& softmax, int64_t hidden, int64_t group, bool first, W* logits,
+             Ahead& ahead) const {
+        if (most_vectors >= 4 && vectors == 4)
+            return add_to<most_vectors>(tile, softmax, hidden, group, first, logits, ahead);
+        if (vectors == 2) return add_to<2>(tile, softmax, hidden, group, first, logits, ahead);
+        add_to<1>(tile, softmax, hidden, group, first, logits, ahead);
+    }
+
+   private:
+    template <int N>
+    void add_to(const Tile<Kind>& tile, const Softmax& softmax, int64_t hidden, int64_t group, bool first, W* logits,
+                Ahead& ahead) const {
+        const int64_t n = tile.keys;
+        const W scale = W(softmax.scale);
+        Lanes before[N], top[N];
+        for (int j = 0; j < N; ++j) before[j] = top[j] = first ? Lanes{} - W(INFINITY) : lanes(max)[j];
+        for (int64_t i = 0; i < n; i += 6) {
+            ahead.fetch();
+            if (n - i <= 4)
+                dot<4, N>(tile, i, scale, logits, top);
+            else
+                dot<6, N>(tile, i, scale, logits, top);
+        }
+        const bool masked = hidden + (n - 1) * group > 0;
+        if (softmax.softcap > 0) cap(n * N, W(softmax.softcap), logits);
+        if (masked) mask<N>(n, hidden, group, logits);
+        if (masked || softmax.softcap > 0)
+            for (int j = 0; j < N; ++j) {
+                top[j] = before[j];
+                for (int64_t i = 0; i < n; ++i) top[j] = larger_of(top[j], lanes(logits)[i * N + j]);
+            }
+
+        Lanes base[N], kept[N], sums[N] = {};
+        for (int j = 0; j < N; ++j) {
+            base[j] = replaced(top[j], W(-INFINITY), W(0));  // no key yet: -inf less -inf would be NaN
+            kept[j] = weight_of(before[j] - base[j]);
+        }
+        const int64_t steps = weigh<N>(n, base, logits, sums);
+        for (int j = 0; j < N; ++j) {
+            lanes(max)[j] = top[j];
+            lanes(all)[j] = first ? sums[j] : lanes(all)[j] * kept[j] + sums[j];
+        }
+        const Factor* weights = reinterpret_cast<const Factor*>(logits);
+        const Factor* v = tile.v;
+        Lanes* to = lanes(sum);
+        for (int64_t c = 0; c < tile.columns.sixes; ++c, v += Tile<Kind>::block6, to += 6 * N)
+            gather<6, N>(v, steps, weights, kept, first, to);
+        for (int64_t c = 0; c < tile.columns.fours; ++c, v += Tile<Kind>::block4, to += 4 * N)
+            gather<4, N>(v, steps, weights, kept, first, to);
+    }
+
+    static Lanes* lanes(W* at) { return reinterpret_cast<Lanes*>(at); }
+
+    // Logits of R keys from i on, and the largest so far.
+    template <int R, int N>
+    void dot(const Tile<Kind>& tile, int64_t i, W scale, W* logits, Lanes (&top)[N]) const {
+        constexpr int64_t terms = terms_of_sum / Kind::fold;
+        Lanes sums[R][N], more[R][N];
+        const Factor* keys = tile.k + i * tile.row;
+        product<Kind>(sums, keys, tile.row, 1, q, smaller(tile.row, terms));
+        for (int64_t d = terms; d < tile.row; d += terms) {
+            product<Kind>(more, keys + d, tile.row, 1, q + d * N * L, smaller(tile.row - d, terms));
+            for (int r = 0; r < R; ++r)
+                for (int j = 0; j < N; ++j) sums[r][j] += more[r][j];
+        }
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int j = 0; j < N; ++j) {
+                const Lanes logit = sums[r][j] * scale;
+                top[j] = larger_of(top[j], logit);
+                lanes(logits)[(i + r) * N + j] = logit;
+            }
+    }
+
+    static void cap(int64_t n, W softcap, W* logits) {
+        for (int64_t i = 0; i < n; ++i) lanes(logits)[i] = hyperbolic_tangent(lanes(logits)[i] / softcap) * softcap;
+    }
+
+    template <int N>
+    static void mask(int64_t n, int64_t hidden, int64_t group, W* logits) {
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t lane = 0; lane < smaller(hidden + i * group, int64_t(N * L)); ++lane)
+                logits[i * N * L + lane] = -INFINITY;
+    }
+
+    // Logits become weights, in place, and are added up. Returns the steps of the second product.
+    template <int N>
+    static int64_t weigh(int64_t n, const Lanes (&base)[N], W* logits, Lanes (&sums)[N]) {
+        constexpr int fold = int(Kind::fold);
+        using Factors = typename Kind::Factors;
+        for (int64_t i = n; i < up_to(n, fold); ++i)  // a key that is not there
+            for (int j = 0; j < N; ++j) lanes(logits)[i * N + j] = Lanes{} - W(INFINITY);
+        const int64_t steps = (n + fold - 1) / fold;
+        for (int j = 0; j < N; ++j) {  // one after the other, for there are constants to hold in registers
+            const Lanes zero = base[j];
+            Lanes sum{};
+            for (int64_t step = 0; step < steps; ++step) {
+                Lanes w[fold];
+#pragma GCC unroll 2
+                for (int r = 0; r < fold; ++r) {
+                    w[r] = weight_of(lanes(logits)[(step * fold + r) * N + j] - zero);
+                    sum += w[r];
+                }
+                reinterpret_cast<Factors*>(logits)[step * N + j] = Kind::weights(w);
+            }
+            sums[j] = sum;
+        }
+        return steps;
+    }
+
+    // A block of R columns of values times the weights.
+    template <int R, int N>
+    static void gather(const Factor* v, int64_t steps, const Factor* weights, const Lanes (&kept)[N], bool first,
+                       Lanes* to) {
+        Lanes sums[R][N];
+        product<Kind>(sums, v, 1, R, weights, steps);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int j = 0; j < N; ++j) to[r * N + j] = first ? sums[r][j] : to[r * N + j] * kept[j] + sums[r][j];
+    }
+};
+
+}  // namespace TT_ISA
+}  // namespace tt
