@@ -44,7 +44,7 @@ def main() -> None:
                     {
                         "twotower_kernels": turns(lambda w, x=x: torch.ops.twotower.linear(x, w, None)),
                         "F.linear": turns(lambda w, x=x: F.linear(x, w)),
-                        "sum of as many bytes": turns(lambda w: w.view(torch.int32).sum()),
+                        "sum of as many bytes": turns(lambda w: w.view(torch.int64).sum()),
                     },
                     bytes=size,
                     flops=2 * rows * k * n,
