@@ -1,5 +1,7 @@
 """The experts' kernel: against the specification on every instruction set, dtype and layout; registration; errors."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -116,7 +118,10 @@ def test_nan_stays_in_its_row(activation: str) -> None:
 def test_every_number_of_16_bits_is_widened_exactly(dtype: torch.dtype, isa: str) -> None:
     """As weights of the second product, with 1 in between: the output is the weights, special numbers included."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
-    one = torch.ones(1, 1, dtype=dtype)
+    one, expected = torch.ones(1, 1, dtype=dtype), numbers
+    if dtype == torch.bfloat16 and (isa == "avx512bf16" or "emulate" in os.environ.get("KERNEL_LIBRARY", "")):
+        # AVX512-BF16's dot product takes subnormal numbers for zeros.
+        expected = torch.where(numbers.abs() < torch.finfo(dtype).tiny, 0, numbers)
     for i in (1, 16):  # the rest of a row, and a whole vector
         w_up, w_down = torch.zeros(1, i, 2**16, dtype=dtype), torch.zeros(1, 2**16, i, dtype=dtype)
         x = torch.zeros(1, 2**16, dtype=dtype)
@@ -126,7 +131,7 @@ def test_every_number_of_16_bits_is_widened_exactly(dtype: torch.dtype, isa: str
         with instruction_set(isa):
             got = tt.moe_experts(x, w_up, w_down, one, torch.zeros(1, 1, dtype=torch.int32))[0]
         finite = ~numbers.isnan()
-        assert torch.equal(got[finite], numbers[finite]) and got[~finite].isnan().all()
+        assert torch.equal(got[finite], expected[finite]) and got[~finite].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -131,6 +131,8 @@ struct Plain {
     using Factor = W;
     using Factors = Vector<W>;
     static constexpr int64_t fold = 1;  // numbers in a factor
+    // Keys whose values are summed on their own: a sum of 96 would show in a result of full precision.
+    static constexpr int64_t keys_of_sum = sizeof(T) == 4 ? 48 : keys_of_tile;
 
     static Vector<W> multiply_add(Vector<W> sum, Factor a, Factors b) { return sum + a * b; }
 
@@ -152,6 +154,7 @@ struct Paired {
     using Factor = uint32_t;
     using Factors = WordVector;
     static constexpr int64_t fold = 2;
+    static constexpr int64_t keys_of_sum = keys_of_tile;
 
     static FloatVector multiply_add(FloatVector sum, Factor a, Factors b) { return bf16_dot(sum, Factors{} + a, b); }
 
@@ -401,14 +404,18 @@ struct Panel {
         for (int j = 0; j < N; ++j) {  // one after the other, for there are constants to hold in registers
             const Lanes zero = base[j];
             Lanes sum{};
-            for (int64_t step = 0; step < steps; ++step) {
-                Lanes w[fold];
+            for (int64_t begin = 0; begin < steps; begin += 16) {  // short sums err less
+                Lanes part{};
+                for (int64_t step = begin; step < smaller(begin + 16, steps); ++step) {
+                    Lanes w[fold];
 #pragma GCC unroll 2
-                for (int r = 0; r < fold; ++r) {
-                    w[r] = weight_of(lanes(logits)[(step * fold + r) * N + j] - zero);
-                    sum += w[r];
+                    for (int r = 0; r < fold; ++r) {
+                        w[r] = weight_of(lanes(logits)[(step * fold + r) * N + j] - zero);
+                        part += w[r];
+                    }
+                    reinterpret_cast<Factors*>(logits)[step * N + j] = Kind::weights(w);
                 }
-                reinterpret_cast<Factors*>(logits)[step * N + j] = Kind::weights(w);
+                sum += part;
             }
             sums[j] = sum;
         }
@@ -420,7 +427,15 @@ struct Panel {
     static void gather(const Factor* v, int64_t steps, const Factor* weights, const Lanes (&kept)[N], bool first,
                        Lanes* to) {
         Lanes sums[R][N];
-        product<Kind>(sums, v, 1, R, weights, steps);
+        constexpr int64_t most = Kind::keys_of_sum / Kind::fold;
+        product<Kind>(sums, v, 1, R, weights, smaller(steps, most));
+        if (most < Tile<Kind>::steps)
+            for (int64_t step = most; step < steps; step += most) {
+                Lanes more[R][N];
+                product<Kind>(more, v + step * R, 1, R, weights + step * N * L, smaller(steps - step, most));
+                for (int r = 0; r < R; ++r)
+                    for (int j = 0; j < N; ++j) sums[r][j] += more[r][j];
+            }
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4

@@ -111,7 +111,7 @@ inline void for_panels(typename Factors<W, T>::Kept* data, int64_t count, int64_
 // GCC 12 would rather read a value from memory for each use, where the loads bound the loop.
 template <class V>
 inline void in_register(V& v) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(TT_EMULATE)
     asm("" : "+x"(v));
 #else
     (void)v;
