@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 from torch.nn import functional as F
-from twotower_kernels.ops.linear import linear
 
 from bench import rivals
 from bench.timing import ORIGINAL, OURS, Case, close
+from twotower_kernels.ops.linear import linear
 
 
 def case(rows: int, inputs: int, outputs: int, dtype: torch.dtype, device: str) -> Case:

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from tests.kernel_checks import DTYPES, ISAS, assert_op_within_budget, awkward, instruction_set
 from twotower_kernels.layers import Linear
-from twotower_kernels.ops.linear import MOST_ROWS, linear
+from twotower_kernels.ops import linear as linear_module
+from twotower_kernels.ops.linear import MOST_ROWS, MOST_ROWS_WIDENED, linear
 
 
 def make_inputs(
@@ -107,19 +108,29 @@ def used(*arguments: Tensor | None) -> bool:
 
 
 def test_where_the_kernel_is_used() -> None:
-    """Few rows of one dtype without gradients; everything else is F.linear's."""
+    """One dtype without gradients, in float32 few rows; everything else is F.linear's."""
     with torch.no_grad():
         for dtype, most in MOST_ROWS.items():
             x, weight, bias = make_inputs((most, 8), 4, bias=True, dtype=dtype).values()
             assert x is not None and weight is not None
             assert used(x, weight, bias) and used(x[None], weight)
-            assert not used(torch.cat([x, x[:1]]), weight, bias)
+            assert used(torch.cat([x, x[:1]]), weight, bias) == (dtype != torch.float32)
         x, weight, bias = make_inputs((3, 8), 4, bias=True, dtype=torch.float64).values()
         assert not used(x, weight, bias)
     x, weight = torch.ones(2, 8), torch.ones(4, 8, requires_grad=True)
     assert not used(x, weight)
     linear(x, weight).sum().backward()
     assert torch.equal(weight.grad, torch.full((4, 8), 2.0))
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_rows_are_the_librarys(dtype: torch.dtype, multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With weights widened piece by piece, or not, as the processor needs it."""
+    monkeypatch.setattr(linear_module, "_multiplies", lambda dtype: multiplies)
+    monkeypatch.setattr(linear_module, "PIECE", 5)
+    for bias in (False, True):
+        assert_as_specified(make_inputs((MOST_ROWS_WIDENED + 1, 20), 13, bias=bias, dtype=dtype))
 
 
 def test_the_layer_compiles_into_one_graph() -> None:

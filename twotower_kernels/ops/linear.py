@@ -1,6 +1,8 @@
-"""The model's linear layers on few rows. Kernel: `csrc/cpu/linear.cpp`. Not public: `F.linear` is what users have."""
+"""The model's linear layers on a CPU. Kernel: `csrc/cpu/linear.cpp`. Not public: `F.linear` is what users have."""
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -9,14 +11,17 @@ from torch.nn import functional as F
 from twotower_kernels import cpu
 from twotower_kernels.ops._library import define
 
-# Up to how many rows the kernel is used on a CPU; PyTorch's library is at least as fast beyond (bench/bench_linear.py).
-MOST_ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}
+# Up to how many rows the kernel is used; libraries that block all three dimensions win beyond (bench/bench_linear.py).
+MOST_ROWS = {torch.float32: 16, torch.bfloat16: 64, torch.float16: 64}
+# The same for 16-bit numbers on processors that do not multiply them: there PyTorch is slower at any number of rows,
+# and beyond this one the weight is widened for its float32 product, a piece at a time.
+MOST_ROWS_WIDENED, PIECE = 256, 4096
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x·weightᵀ + bias`, summed in float32 or wider and rounded once, by whichever program is faster.
+    """`x·weightᵀ + bias`, summed in float32 or wider and rounded once, by whichever program is fastest.
 
-    `F.linear` computes it wherever a gradient is wanted, dtypes differ, there is no kernel, or rows are many.
+    `F.linear` computes it on other devices, and wherever a gradient is wanted or dtypes differ.
 
     Args:
         x: `[..., K]`. weight: `[N, K]`. bias: `[N]` or None.
@@ -26,16 +31,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if (
         x.device.type == "cpu"
-        and x.shape[:-1].numel() <= MOST_ROWS.get(x.dtype, -1)
+        and x.dtype in MOST_ROWS
+        and (x.dtype != torch.float32 or x.shape[:-1].numel() <= MOST_ROWS[x.dtype])
         and weight.dtype == x.dtype
         and (bias is None or bias.dtype == x.dtype)
         and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)))
     ):
-        return torch.ops.twotower.linear(x, weight, bias)
+        return torch.ops.twotower.linear.default(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 # --- registration ---------------------------------------------------------------------------------------------------
+
+
+@cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies numbers of 16 bits without widening them first."""
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return dtype != torch.float16 or torch.cpu._is_amx_fp16_supported()
 
 
 def _empty(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -46,8 +60,17 @@ def _empty(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = _empty(x, weight, bias)
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    cpu.call("linear", rows, weight, bias, out.view(rows.shape[0], weight.shape[0]))
+    rows, flat = x.reshape(x.shape[:-1].numel(), x.shape[-1]), out.view(x.shape[:-1].numel(), weight.shape[0])
+    few = MOST_ROWS.get(x.dtype, 0) if _multiplies(x.dtype) else MOST_ROWS_WIDENED
+    if x.dtype.itemsize > 2 or len(rows) <= few:
+        cpu.call("linear", rows, weight, bias, flat)
+    elif _multiplies(x.dtype):
+        flat.copy_(F.linear(rows, weight, bias))
+    else:
+        wide = rows.float()
+        for begin in range(0, len(weight), PIECE):
+            part = slice(begin, begin + PIECE)
+            flat[:, part] = F.linear(wide, weight[part].float(), None if bias is None else bias[part].float())
     return out
 
 
