@@ -31,4 +31,5 @@ def test_every_kernel_builds_everywhere_without_spills() -> None:
 
 def test_every_file_of_kernels_is_built() -> None:
     files = {target.split(":")[0].removeprefix("triton.") for target in _library.CUDA.values()}
-    assert files == set(modules())
+    folder = ROOT / "twotower_kernels" / "triton"
+    assert {stem for stem in files if "@triton.jit" in (folder / f"{stem}.py").read_text()} == set(modules())
