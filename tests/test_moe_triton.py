@@ -65,13 +65,13 @@ def test_any_shape_and_layout(sizes, data, dtype, layout, seed):  # type: ignore
 @pytest.mark.parametrize("tokens", [16, 32, 64, 128])
 @pytest.mark.parametrize("activation", ["relu2", "silu_gated"])
 def test_every_tile(activation: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts of less than a tile of pairs, and of several, with a partial one."""
+    """An expert of less than a tile of pairs, and one of several with a partial one."""
     sizes = dict(n=150, e=3, top_k=1, h=80, i=160, shared=64, activation=activation)
     inputs = moe.make_inputs("moe_experts", sizes, dtype=torch.bfloat16)
     inputs["experts"][:] = torch.tensor([0] * 3 + [2] * 147).reshape(150, 1)[torch.randperm(150)]
-    tile = kernels.tuning(torch.bfloat16, 128 * tokens, 128, activation != "relu2", True, 90)
-    assert tile.tokens == tokens
-    monkeypatch.setattr(kernels, "tuning", lambda *_: tile)
+    tuning = kernels.tuning
+    assert tuning(torch.bfloat16, 128 * tokens, 128, False, True, 90).tokens == tokens
+    monkeypatch.setattr(kernels, "tuning", lambda dtype, pairs, e, *rest: tuning(dtype, 128 * tokens, 128, *rest))
     assert_op_within_budget(tt.moe_experts, moe.moe_experts, inputs)
 
 

@@ -50,7 +50,7 @@ from twotower_kernels.triton.moe_plain import moe_plan
 RELU2 = tl.constexpr(0)
 SILU = tl.constexpr(1)
 GELU = tl.constexpr(2)
-ACTIVATIONS = {"relu2": RELU2, "silu_gated": SILU, "gelu_gated": GELU}
+ACTIVATIONS = {"relu2": RELU2.value, "silu_gated": SILU.value, "gelu_gated": GELU.value}
 
 
 @triton.jit
@@ -306,6 +306,11 @@ def _architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def _options(tile: Tuning) -> dict[str, int]:
+    tiled = dict(ROWS=tile.rows, TOKENS=tile.tokens, DEPTH=tile.depth)
+    return tiled | dict(num_warps=tile.warps, num_stages=tile.stages)
+
+
 def _most_tiles(pairs: int, experts: int, tokens: int) -> int:
     """Each expert that was chosen has less than one tile's pairs beside its full tiles."""
     return (pairs + min(pairs, experts) * (tokens - 1)) // tokens
@@ -337,7 +342,6 @@ def moe_experts(
         return out
     (n, h), (e, _, i), k = x.shape, w_down.shape, experts.shape[1]
     j = 0 if shared_down is None else shared_down.shape[1]
-    gated = activation != "relu2"
     # A shared expert that is not there has no tiles, but a place in the call: any matrix will do.
     if shared_up is None or shared_down is None:
         shared_up, shared_down = w_up, w_down
@@ -345,33 +349,34 @@ def moe_experts(
     down_strides = *w_down.stride()[:2], shared_down.stride(-2)
     addresses = (tensor.data_ptr() for tensor in (x, w_up, w_down, shared_up, shared_down))
     aligned = not any(number % 16 for number in (h, i, j, *up_strides, *down_strides, *addresses))
-    tile = tuning(x.dtype, n * k, e, gated, aligned, _architecture(x.device))
-    shared_tiles = triton.cdiv(n, tile.tokens) if shared else 0
-    most = _most_tiles(n * k, e, tile.tokens)
+    arch = _architecture(x.device)
+    up = tuning(x.dtype, n * k, e, activation != "relu2", aligned, arch)
+    down = tuning(x.dtype, n * k, e, False, aligned, arch)
+    shared_tiles = triton.cdiv(n, up.tokens) if shared else 0
+    most = _most_tiles(n * k, e, up.tokens)
     hidden = x.new_empty(n * (k * i + j))
     y = x.new_empty((n * (k + shared), h))
     common = (shared_tiles, n, k, e, h, i, j)
-    constants = dict(ROWS=tile.rows, TOKENS=tile.tokens, DEPTH=tile.depth, EXPERTS=triton.next_power_of_2(max(e, 1)))
-    options = dict(num_warps=tile.warps, num_stages=tile.stages)
-    up_programs = shared_tiles * triton.cdiv(j, tile.rows) + most * triton.cdiv(i, tile.rows)
-    down_programs = (shared_tiles + most) * triton.cdiv(h, tile.rows)
+    padded = triton.next_power_of_2(max(e, 1))
+    up_programs = shared_tiles * triton.cdiv(j, up.rows) + most * triton.cdiv(i, up.rows)
+    down_programs = (shared_tiles + most) * triton.cdiv(h, down.rows)
     with on_device_of(x):
         if up_programs:
             up_kernel[(up_programs,)](
                 *(x, w_up, shared_up, offsets, pairs, hidden, *common),
                 *up_strides,
                 ACTIVATION=ACTIVATIONS[activation],
-                WHOLE=h % tile.depth == 0,
-                **constants,
-                **options,
+                WHOLE=h % up.depth == 0,
+                EXPERTS=padded,
+                **_options(up),
             )
         if down_programs:
             down_kernel[(down_programs,)](
                 *(hidden, w_down, shared_down, offsets, pairs, y, *common),
                 *down_strides,
-                WHOLE=i % tile.depth == 0 and j % tile.depth == 0,
-                **constants,
-                **options,
+                WHOLE=i % down.depth == 0 and j % down.depth == 0,
+                EXPERTS=padded,
+                **_options(down),
             )
         block = _block(h)
         combine_kernel[(n, triton.cdiv(h, block))](
@@ -419,23 +424,25 @@ def _build(kernel: Any, dtype: torch.dtype, constants: dict[str, Any], tile: Tun
 
 
 def builds(arch: int) -> Iterator[Build]:
-    """Every tile that `tuning` gives, with and without a partial tile of K; the narrowest for every activation."""
+    """Every tile that `tuning` gives; the narrowest for every activation and kind of numbers."""
     for dtype in DTYPES:
-        for pairs, gated in itertools.product((96, 4096, 8192, 16384), (False, True)):
+        widths = (96, 4096) if dtype == torch.float32 else (96, 4096, 8192, 16384)
+        for pairs, gated in itertools.product(widths, (False, True)):
             kinds = [("aligned", True, 128)]  # numbers, WHOLE, EXPERTS
-            kinds += [("aligned", False, 128)] if pairs == 96 or dtype == torch.bfloat16 else []
-            kinds += [("any", False, 128)] if pairs <= 4096 else []
-            kinds += [("one", False, 1)] if pairs == 96 else []
+            if dtype != torch.float16:  # which is bfloat16 but for an instruction
+                kinds += [("aligned", False, 128)] if pairs in (96, 16384) else []
+                kinds += [("any", False, 128)] if pairs in (96, 4096) else []
+                kinds += [("one", False, 1)] if pairs == 96 else []
             for numbers, whole, experts in kinds:
                 tile = tuning(dtype, pairs, 128, gated, numbers == "aligned", arch)
                 constants = {"WHOLE": whole, "EXPERTS": experts}
                 if not gated:
-                    yield _build(up_kernel, dtype, constants | {"ACTIVATION": RELU2}, tile, numbers)
+                    yield _build(up_kernel, dtype, constants | {"ACTIVATION": RELU2.value}, tile, numbers)
                     yield _build(down_kernel, dtype, constants, tile, numbers)
                     continue
-                yield _build(up_kernel, dtype, constants | {"ACTIVATION": SILU}, tile, numbers)
+                yield _build(up_kernel, dtype, constants | {"ACTIVATION": SILU.value}, tile, numbers)
                 if pairs == 96:
-                    yield _build(up_kernel, dtype, constants | {"ACTIVATION": GELU}, tile, numbers)
+                    yield _build(up_kernel, dtype, constants | {"ACTIVATION": GELU.value}, tile, numbers)
         for shared, h in itertools.product((False, True), (64, 2688)):
             yield _build(combine_kernel, dtype, dict(SHARED=shared, CHOICES=8, BLOCK=_block(h)), None, "aligned")
         yield _build(combine_kernel, dtype, dict(SHARED=True, CHOICES=1, BLOCK=1), None, "one")
