@@ -1,4 +1,5 @@
-"""Mixture of experts: router, choice, plan, experts. Formulas: `reference/moe.py`; kernels: `csrc/cpu/moe_*.cpp`."""
+"""Mixture of experts: router, choice, plan, experts. Formulas: `reference/moe.py`; kernels: `csrc/cpu/moe_*.cpp`,
+`triton/moe.py`."""
 
 from typing import NamedTuple
 
@@ -117,7 +118,7 @@ def moe_plan(experts: Tensor, num_experts: int) -> MoePlan:
         counts `[E]`, offsets `[E+1]`, pairs `[N·k]`; int64, on the device of `experts`. Not differentiable.
 
     Raises:
-        ValueError: wrong shape, experts outside `[0, E)`. TypeError: wrong dtype.
+        ValueError: wrong shape, on a CPU experts outside `[0, E)`, which a GPU leaves out. TypeError: wrong dtype.
     """
     _check_experts(experts)
     if num_experts < 0:
@@ -158,8 +159,9 @@ def moe_experts(
         `[N, H]` in the dtype of `x`. Not differentiable.
 
     Raises:
-        ValueError: wrong shape or device, an unknown activation, one shared matrix without the other, experts outside
-            `[0, E)`, another plan, an argument that requires grad. TypeError: wrong dtype.
+        ValueError: wrong shape or device, an unknown activation, one shared matrix without the other, an argument that
+            requires grad; on a CPU experts outside `[0, E)` and another plan. A GPU does not wait to look at them: a
+            token with such an expert becomes NaN. TypeError: wrong dtype. NotImplementedError: float64 on a GPU.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
@@ -297,22 +299,26 @@ def _experts(
 define(
     "moe_gate(Tensor x, Tensor gate_weight) -> Tensor",
     cpu=_gate,
+    cuda="triton.moe_plain:moe_gate",
     fake=_empty_logits,
 )
 define(
     "moe_route(Tensor logits, Tensor? correction_bias, int top_k, bool softmax, int n_group, int topk_group, "
     "bool renormalize, float scaling) -> (Tensor, Tensor)",
     cpu=_route,
+    cuda="triton.moe_plain:moe_route",
     fake=lambda logits, correction_bias, top_k, *_: _empty_choice(logits, top_k),
 )
 define(
     "moe_plan(Tensor experts, int num_experts) -> (Tensor, Tensor, Tensor)",
     cpu=_plan,
+    cuda="triton.moe_plain:moe_plan",
     fake=_empty_plan,
 )
 define(
     "moe_experts(Tensor x, Tensor w_up, Tensor w_down, Tensor weights, Tensor experts, Tensor? counts, "
     "Tensor? offsets, Tensor? pairs, Tensor? shared_up, Tensor? shared_down, str activation) -> Tensor",
     cpu=_experts,
+    cuda="triton.moe:moe_experts",
     fake=lambda x, *_: x.new_empty(x.shape),
 )
