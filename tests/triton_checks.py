@@ -8,7 +8,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 
 from twotower_kernels.ops import _library
@@ -26,6 +29,36 @@ def triton_kernels() -> Iterator[None]:
             for name, target in _library.CUDA.items():
                 if target.startswith("triton."):
                     overlay.impl(name, _library.cuda_kernel(name), "CPU", allow_override=True)
-        yield
+        with bfloat16_as_on_a_gpu():
+            yield
     finally:
         overlay._destroy()
+
+
+@contextmanager
+def bfloat16_as_on_a_gpu() -> Iterator[None]:
+    """Triton 3.6's interpreter keeps bfloat16 as bits, which it cuts off where a GPU rounds to nearest, and multiplies
+    as integers in `tl.dot`. Inside, it rounds and multiplies numbers."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = torch.from_numpy(np.ascontiguousarray(handle.data).view(np.int16))
+        return TensorHandle(bits.view(torch.bfloat16).float().numpy().reshape(handle.data.shape), tl.float32)
+
+    def cast_to(self: Any, source: Any, target: Any) -> Any:
+        source = widened(source)
+        if target.scalar != tl.bfloat16:
+            return source if target.scalar == source.dtype.scalar else cast(self, source, target)
+        numbers = torch.from_numpy(np.ascontiguousarray(source.data, dtype=np.float32)).bfloat16()
+        return TensorHandle(numbers.view(torch.int16).numpy().view(np.uint16).reshape(source.data.shape), tl.bfloat16)
+
+    def dot_of(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, widened(a), widened(b), *rest)
+
+    with mock.patch.multiple(InterpreterBuilder, cast_impl=cast_to, create_dot=dot_of):
+        yield
