@@ -31,16 +31,21 @@ STRIDES = (
 
 
 @triton.jit
-def logits_of(q, keys, factor, inner, SOFTCAP: tl.constexpr):
-    """Logits [M, N] of queries [M, D] and keys [N, D], natural or of base 2 as `factor` makes them."""
-    x = tl.dot(q, tl.trans(keys), input_precision="ieee")
+def capped(x, inner, SOFTCAP: tl.constexpr):
+    """tanh(x * inner), or x as it is without a softcap."""
     if SOFTCAP:
         x *= inner
         square = x * x
         near = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
         far = 1 - 2 / (tl.exp(2 * x) + 1)  # digits of a small x would be lost in the difference
         x = tl.where(square < 0.0625, near, far)
-    return x * factor
+    return x
+
+
+@triton.jit
+def logits_of(q, keys, factor, inner, SOFTCAP: tl.constexpr):
+    """Logits [M, N] of queries [M, D] and keys [N, D], natural or of base 2 as `factor` makes them."""
+    return capped(tl.dot(q, tl.trans(keys), input_precision="ieee"), inner, SOFTCAP) * factor
 
 
 @triton.jit
@@ -62,6 +67,33 @@ def length_at(lens, place, most):
     if lens is None:
         return most
     return tl.minimum(tl.maximum(tl.load(lens + place), 0), most).to(tl.int32)
+
+
+@triton.jit
+def row_at(context_index, b, stride, rows):
+    """The context row that batch row b reads."""
+    if context_index is None:
+        return b
+    return tl.minimum(tl.maximum(tl.load(context_index + b * stride).to(tl.int64), 0), rows - 1)
+
+
+@triton.jit
+def places(
+    start, seen, entry, table_page, pages, k_row, k_place, v_row, v_place, PAGE: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Offsets of the keys and of the values of a tile that begins at `start`: within a context row, or among pages."""
+    position = start + tl.arange(0, BLOCK_N)
+    if PAGE == 0:
+        place = position.to(tl.int64)
+        return place * k_place, place * v_place
+    else:
+        if PAGE % BLOCK_N == 0:  # the tile lies within one page
+            page = tl.load(entry + start // PAGE * table_page)
+        else:
+            page = tl.load(entry + position // PAGE * table_page, mask=seen, other=0)
+        page = tl.minimum(tl.maximum(page.to(tl.int64), 0), pages - 1)
+        place = (position % PAGE).to(tl.int64)
+        return page * k_row + place * k_place, page * v_row + place * v_place
 
 
 @triton.jit
@@ -164,31 +196,20 @@ def block_attention_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
 
     if k_context is not None:
-        row = b
-        if context_index is not None:
-            row = tl.load(context_index + b * index_stride).to(tl.int64)
-            row = tl.minimum(tl.maximum(row, 0), context_rows - 1)
+        row = row_at(context_index, b, index_stride, context_rows)
         k_past = k_context + head.to(tl.int64) * k_context_head
         v_past = v_context + head.to(tl.int64) * v_context_head
+        entry = block_table
         if PAGE == 0:
             k_past += row * k_row
             v_past += row * v_row
+        else:
+            entry += row * table_row
         for t in range(low, tl.minimum(high, past)):
             start = (begin // BLOCK_N + t) * BLOCK_N
             position = start + tl.arange(0, BLOCK_N)
             seen = (position >= begin) & (position < end)
-            if PAGE == 0:
-                place = position.to(tl.int64)
-                k_at, v_at = place * k_place, place * v_place
-            else:
-                entry = block_table + row * table_row
-                if PAGE % BLOCK_N == 0:  # the tile lies within one page
-                    page = tl.load(entry + start // PAGE * table_page)
-                else:
-                    page = tl.load(entry + position // PAGE * table_page, mask=seen, other=0)
-                page = tl.minimum(tl.maximum(page.to(tl.int64), 0), pages - 1)
-                place = (position % PAGE).to(tl.int64)
-                k_at, v_at = page * k_row + place * k_place, page * v_row + place * v_place
+            k_at, v_at = places(start, seen, entry, table_page, pages, k_row, k_place, v_row, v_place, PAGE, BLOCK_N)
             there = within(seen, column, DIM)
             keys = tl.load(k_past + k_at[:, None] + column[None, :], mask=there, other=0)
             x = logits_of(queries, keys, factor, inner, SOFTCAP) + tl.where(seen, 0.0, float("-inf"))[None, :]
@@ -251,7 +272,7 @@ def tuning(dtype: torch.dtype, rows: int, dim: int, arch: int) -> Tuning:
     if dim <= 128:
         return Tuning(128, 64, 8, 3 if large else 2) if rows > 64 else Tuning(64, 64, 4, 3 if large else 2)
     if rows > 64 and large:
-        return Tuning(128, 64, 8, 2)
+        return Tuning(128, 32, 8, 3)
     return Tuning(64, 64, 8, 2) if large else Tuning(64, 32, 8, 2)
 
 

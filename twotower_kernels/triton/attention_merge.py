@@ -16,7 +16,7 @@ from torch import Tensor
 
 from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, on_device_of, rows_contiguous
 
-COUNTS = ("splits", "length", "kv_heads", "group", "dim")  # no kernel for each divisibility of these
+COUNTS = ("splits", "length", "kv_heads", "group")  # no kernel for each divisibility of these
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -29,20 +29,20 @@ def merge_splits_kernel(
     length,
     kv_heads,
     group,
-    dim,
     out_batch,
     out_token,
     out_head,
     UNIT: tl.constexpr,
     SPLITS: tl.constexpr,  # a power of two, at least splits
-    BLOCK_D: tl.constexpr,
+    DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,  # of a row for one program
 ):
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
     pair, r = row // (length * group), row % (length * group)
     b, head, token = pair // kv_heads, pair % kv_heads * group + r % group, r // group
     split = tl.arange(0, SPLITS)
-    column = tl.arange(0, BLOCK_D)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     at = split * rows + row
     there = split < splits
     total = tl.load(stats + splits * rows + at, mask=there, other=0)
@@ -50,33 +50,36 @@ def merge_splits_kernel(
     top = tl.load(stats + at, mask=there, other=float("-inf"))
     above = tl.max(top, 0)
     weight = tl.exp2((top - tl.where(above == float("-inf"), 0.0, above)) * UNIT)
-    where = there[:, None] & (column < dim)[None, :]
-    parts = tl.load(partial + at[:, None] * dim + column[None, :], mask=where, other=0)
+    where = there[:, None] & (column < DIM)[None, :]
+    parts = tl.load(partial + at[:, None] * DIM + column[None, :], mask=where, other=0)
     total = tl.sum(weight * total, 0)
     total = tl.where(total == 0, 1.0, total)
     result = tl.sum(weight[:, None] * parts, 0) / total
     to = out + b * out_batch + token * out_token + head * out_head
-    tl.store(to + column, result.to(out.dtype.element_ty), mask=column < dim)
+    tl.store(to + column, result.to(out.dtype.element_ty), mask=column < DIM)
     logarithm = above * (UNIT * 0.6931471805599453) + tl.log2(total) * 0.6931471805599453
-    tl.store(lse + (b * length + token) * kv_heads * group + head, logarithm)
+    tl.store(lse + (b * length + token) * kv_heads * group + head, logarithm, mask=tl.program_id(1) == 0)
 
 
 def merge_splits(partial: Tensor, stats: Tensor, out: Tensor, lse: Tensor, kv_heads: int, unit: float) -> None:
     """Merges what the splits of the keys have left, into out [B, S, Hq, D] of any strides and lse."""
     splits, rows, dim = partial.shape
-    parts, depth = triton.next_power_of_2(splits), triton.next_power_of_2(dim)
-    merge_splits_kernel[(rows,)](
-        *(partial, stats, out, lse, splits, out.shape[1], kv_heads, out.shape[2] // kv_heads, dim, *out.stride()[:3]),
+    parts, columns, warps = _tuning(splits, dim)
+    merge_splits_kernel[(rows, triton.cdiv(dim, columns))](
+        *(partial, stats, out, lse, splits, out.shape[1], kv_heads, out.shape[2] // kv_heads, *out.stride()[:3]),
         UNIT=unit,
         SPLITS=parts,
-        BLOCK_D=depth,
-        num_warps=_warps(parts * depth),
+        DIM=dim,
+        COLUMNS=columns,
+        num_warps=warps,
     )
 
 
-def _warps(numbers: int) -> int:
-    """At most 64 numbers per thread, all in flight together."""
-    return min(max(numbers // 2048, 1), 16)
+def _tuning(splits: int, dim: int) -> tuple[int, int, int]:
+    """(SPLITS, COLUMNS, num_warps): 32 numbers per thread, all in flight together."""
+    parts = triton.next_power_of_2(splits)
+    columns = min(triton.next_power_of_2(dim), 64, 8192 // parts)
+    return parts, columns, min(max(parts * columns // 1024, 1), 8)
 
 
 @triton.jit(do_not_specialize=["rows", "dim"])
@@ -231,12 +234,13 @@ def builds(arch: int) -> Iterator[Build]:
     """What the launchers ask for in every dtype, at the released head_dim and the widest. The same on every
     architecture."""
     for dtype, name in DTYPES.items():
-        for dim, splits in ((128, 64), (256, 128)):
+        for dim, splits in ((128, 33), (256, 129)):
             unit = math.log2(math.e) if dtype == torch.float32 else 1.0
-            constants: dict[str, object] = {"UNIT": unit, "SPLITS": splits, "BLOCK_D": dim}
+            parts, columns, warps = _tuning(splits, dim)
+            constants: dict[str, object] = {"UNIT": unit, "SPLITS": parts, "DIM": dim, "COLUMNS": columns}
             types = {"partial": "*fp32", "stats": "*fp32", "out": f"*{name}", "lse": "*fp32"}
             types |= _integers(merge_splits_kernel, types, constants)
-            yield Build(merge_splits_kernel, types, constants, num_warps=_warps(splits * dim), odd=frozenset(COUNTS))
+            yield Build(merge_splits_kernel, types, constants, num_warps=warps, odd=frozenset(COUNTS))
 
             constants = {"BLOCK_ROWS": 2048 // dim, "BLOCK_D": dim}
             types = {x: f"*{name}" for x in ("out_a", "out_b", "out")} | {x: "*fp32" for x in ("lse_a", "lse_b", "lse")}
