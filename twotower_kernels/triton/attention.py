@@ -2,8 +2,21 @@
 
 The S * Hq / Hkv query rows of a key head are packed into tiles, so that keys and values are read once for all of them,
 where they lie: dense, paged or shared. Softmax is computed online in base 2 (Milakov & Gimelshein 2018; Dao et al.
-2022), with sums in float32; the block's own keys are more tiles behind those of the context.
+2022), with sums in float32; the block's own keys are just more tiles behind those of the context.
 
+A denoising step has few tiles of rows (4 at batch 1), so the keys are cut into splits as long as processors would idle:
+how many depends on shapes alone, what each of them takes on the row's length, which only the device knows. Splits leave
+their sums in float32, and a second kernel merges them. Merging in the same launch, by the last split to arrive, would
+need a counter that somebody sets to zero, for the microsecond that a launch costs in a graph.
+
+Predicted for an H200, not measured (16 queries, 32 query heads on 2 key heads, head_dim 128, bfloat16, batch 1):
+  context of 131072: 134 MB, 31 us at 4.3 TB/s; 34 GFLOP, 44 us at 790 TFLOP/s. Loads run two tiles ahead, but products
+    and exponentials of a tile wait for each other: 65 to 75 us, at 60 to 65 % of the tensor cores' peak.
+  context of 4096: 4 MB and 1 GFLOP in 33 splits of two tiles, 9 MB of sums through the cache: latency, about 10 us.
+  causal prefill of 4096 without context: 137 GFLOP under the diagonal, 0.3 ms at 450 TFLOP/s.
+Tiles of 128 rows and 64 keys in eight warps take 190 registers and 128 KB of shared memory. Tried, by compiling: 64 keys
+at head_dim 256 and four warps in float32 spill registers; head_dim as a run-time number hides from the compiler that
+rows are whole, and nothing is loaded ahead.
 """
 
 from __future__ import annotations
@@ -66,7 +79,8 @@ def length_at(lens, place, most):
     """A length from the device, within what there is room for: nothing beyond is ever read."""
     if lens is None:
         return most
-    return tl.minimum(tl.maximum(tl.load(lens + place), 0), most).to(tl.int32)
+    else:
+        return tl.minimum(tl.maximum(tl.load(lens + place), 0), most).to(tl.int32)
 
 
 @triton.jit
@@ -74,7 +88,8 @@ def row_at(context_index, b, stride, rows):
     """The context row that batch row b reads."""
     if context_index is None:
         return b
-    return tl.minimum(tl.maximum(tl.load(context_index + b * stride).to(tl.int64), 0), rows - 1)
+    else:
+        return tl.minimum(tl.maximum(tl.load(context_index + b * stride).to(tl.int64), 0), rows - 1)
 
 
 @triton.jit
@@ -301,17 +316,18 @@ def machine(device: torch.device) -> tuple[int, int]:
     return 10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def block_attention_out(
-    q: Tensor, k: Tensor | None, v: Tensor | None, k_context: Tensor | None, v_context: Tensor | None,
+def arguments_of(
+    op: str, q: Tensor, k: Tensor | None, v: Tensor | None, k_context: Tensor | None, v_context: Tensor | None,
     context_lens: Tensor | None, context_index: Tensor | None, block_table: Tensor | None, block_lens: Tensor | None,
-    causal: bool, window: int | None, scale: float | None, softcap: float, out: Tensor, lse: Tensor,
-) -> None:  # fmt: skip
-    check_dtype("block_attention", q=q)
-    batch, length, heads, dim = q.shape
+    causal: bool, window: int | None, scale: float | None, softcap: float, out: Tensor,
+) -> dict[str, Any]:  # fmt: skip
+    """What all of attention's kernels are told, by name. A context without room for a token is none."""
+    check_dtype(op, q=q)
+    dim = q.shape[3]
     if dim > 256:
-        raise NotImplementedError(f"block_attention on {q.device.type}: expected head_dim up to 256, got {dim}")
+        raise NotImplementedError(f"{op} on {q.device.type}: expected head_dim up to 256, got {dim}")
     kv_heads = (k if k is not None else k_context).shape[2]  # type: ignore[union-attr]
-    group, page, rows, capacity, pages = heads // kv_heads, 0, 0, 0, 0
+    page, rows, capacity, pages = 0, 0, 0, 0
     if k_context is not None:
         rows, capacity = k_context.shape[:2]
         if block_table is not None:
@@ -320,51 +336,63 @@ def block_attention_out(
         if 0 in (rows, capacity) or (page and not pages) or window == 0:
             k_context = v_context = context_lens = context_index = block_table = None
             capacity = page = 0
-    if out.numel() == 0:
-        return
-    written = [x if rows_contiguous(x) is x else x.new_empty(x.shape) for x in (out, lse)]
-    if not lse.is_contiguous():
-        written[1] = lse.new_empty(lse.shape)
-    q, k, v, k_context, v_context = map(rows_contiguous, (q, k, v, k_context, v_context))  # type: ignore[assignment]
-
-    arch, processors = machine(q.device)
-    tune = tuning(q.dtype, length * group, dim, arch)
-    window = capacity if window is None else min(window, capacity)
-    items = batch * kv_heads * -(-length * group // tune.block_m)
-    tiles = -(-window // tune.block_n) + (0 if k is None else -(-length // tune.block_n))
-    splits = splits_for(items, tiles, processors)
-    partial = stats = None
-    if splits > 1:
-        all_rows = batch * length * heads
-        partial = q.new_empty((splits, all_rows, dim), dtype=torch.float32)
-        stats = q.new_empty((2, splits, all_rows), dtype=torch.float32)
-
-    scale = dim**-0.5 if scale is None else scale
-    strides = [
-        n for x in (q, k, v, k_context, v_context, written[0]) for n in ((0, 0, 0) if x is None else x.stride()[:3])
-    ]
+    tensors = {"q": q, "k": k, "v": v, "k_context": k_context, "v_context": v_context}
+    tensors = {name: rows_contiguous(x) for name, x in tensors.items()}
+    strides = [n for x in (*tensors.values(), out) for n in ((0, 0, 0) if x is None else x.stride()[:3])]
     strides += [0 if x is None else x.stride(0) for x in (context_lens, context_index)]
     strides += (0, 0) if block_table is None else block_table.stride()
     strides += [0 if block_lens is None else block_lens.stride(0)]
+    tensors |= {"context_lens": context_lens, "context_index": context_index}
+    tensors |= {"block_table": block_table, "block_lens": block_lens}
+    seen = capacity if window is None else min(window, capacity)
+    counts = q.shape[1], kv_heads, q.shape[2] // kv_heads, capacity, rows, pages, seen
+    scale = dim**-0.5 if scale is None else scale
+    return (
+        tensors
+        | dict(zip(COUNTS[:-1], counts, strict=True))
+        | dict(zip(STRIDES, strides, strict=True))
+        | {"factor": (softcap or scale) * math.log2(math.e) / unit(q.dtype)}
+        | {"inner": scale / softcap if softcap else 0.0}
+        | {"CAUSAL": causal, "SOFTCAP": softcap > 0, "UNIT": unit(q.dtype), "PAGE": page}
+        | {"DIM": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
+    )
+
+
+def block_attention_out(q: Tensor, k: Tensor | None, *arguments: Any) -> None:
+    out, lse = arguments[-2:]
+    written: list[Any] = [
+        out if rows_contiguous(out) is out else out.new_empty(out.shape),
+        lse if lse.is_contiguous() else lse.new_empty(lse.shape),
+    ]
+    given = arguments_of("block_attention", *(q, k, *arguments[:-2], written[0]))
+    if out.numel() == 0:
+        return
+    batch, length, heads, dim = q.shape
+    arch, processors = machine(q.device)
+    rows = length * given["group"]
+    tune = tuning(q.dtype, rows, dim, arch)
+    items = batch * given["kv_heads"] * -(-rows // tune.block_m)
+    tiles = -(-given["window"] // tune.block_n) + (0 if k is None else -(-length // tune.block_n))
+    splits = splits_for(items, tiles, processors)
+    partial = stats = None
+    if splits > 1:
+        partial = q.new_empty((splits, batch * length * heads, dim), dtype=torch.float32)
+        stats = q.new_empty((2, splits, batch * length * heads), dtype=torch.float32)
     with on_device_of(q):
         block_attention_kernel[(items, splits)](
-            *(q, k, v, k_context, v_context, context_lens, context_index, block_table, block_lens, *written),
-            *(partial, stats, length, kv_heads, group, capacity, rows, pages, window, splits, *strides),
-            factor=(softcap or scale) * math.log2(math.e) / unit(q.dtype),
-            inner=scale / softcap if softcap else 0.0,
-            CAUSAL=causal,
-            SOFTCAP=softcap > 0,
-            UNIT=unit(q.dtype),
-            PAGE=page,
+            **given,
+            out=written[0],
+            lse=written[1],
+            partial=partial,
+            stats=stats,
+            splits=splits,
             BLOCK_M=tune.block_m,
             BLOCK_N=tune.block_n,
-            DIM=dim,
-            BLOCK_D=max(16, triton.next_power_of_2(dim)),
             num_warps=tune.num_warps,
             num_stages=tune.num_stages,
         )
         if partial is not None and stats is not None:
-            merge_splits(partial, stats, written[0], written[1], kv_heads, unit(q.dtype))
+            merge_splits(partial, stats, written[0], written[1], given["kv_heads"], given["UNIT"])
     for x, result in zip((out, lse), written, strict=True):
         if result is not x:
             x.copy_(result)
@@ -403,13 +431,13 @@ def _build(
     causal: bool, split: bool, context: bool = True, paged: bool = False,
 ) -> Build:  # fmt: skip
     tune, name = tuning(dtype, rows, dim, arch), f"*{DTYPES[dtype]}"
-    types = {x: name for x in ("q", "k", "v", "out")} | {"lse": "*fp32", "block_lens": "*i64"}
+    types = {x: name for x in ("q", "k", "v", "out")} | {"lse": "*fp32"} | ({"block_lens": "*i64"} if causal else {})
     types |= {"k_context": name, "v_context": name, "context_lens": "*i64"} if context else {}
-    types |= {"block_table": "*i32"} if context and paged else {}
+    types |= {"block_table": "*i32", "context_index": "*i64"} if context and paged else {}
     types |= {"partial": "*fp32", "stats": "*fp32"} if split else {}
-    absent = {"k_context", "v_context", "context_lens", "context_index", "block_table", "partial", "stats"} - set(types)
+    pointers = block_attention_kernel.arg_names[:13]
     types |= {x: "i32" for x in COUNTS + STRIDES} | {"factor": "fp32", "inner": "fp32"}
-    constants: dict[str, Any] = {x: None for x in absent}
+    constants: dict[str, Any] = {x: None for x in pointers if x not in types}
     constants |= {"CAUSAL": causal, "SOFTCAP": False, "UNIT": unit(dtype), "PAGE": 64 if context and paged else 0}
     constants |= {"BLOCK_M": tune.block_m, "BLOCK_N": tune.block_n, "DIM": dim, "BLOCK_D": dim}
     needs = ("wgmma",) if dtype != torch.float32 else ()
