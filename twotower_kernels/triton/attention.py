@@ -14,9 +14,9 @@ Predicted for an H200, not measured (16 queries, 32 query heads on 2 key heads, 
     and exponentials of a tile wait for each other: 65 to 75 us, at 60 to 65 % of the tensor cores' peak.
   context of 4096: 4 MB and 1 GFLOP in 33 splits of two tiles, 9 MB of sums through the cache: latency, about 10 us.
   causal prefill of 4096 without context: 137 GFLOP under the diagonal, 0.3 ms at 450 TFLOP/s.
-Tiles of 128 rows and 64 keys in eight warps take 190 registers and 128 KB of shared memory. Tried, by compiling: 64 keys
-at head_dim 256 and four warps in float32 spill registers; head_dim as a run-time number hides from the compiler that
-rows are whole, and nothing is loaded ahead.
+Tiles of 128 rows and 64 keys in eight warps take 190 registers and 128 KB of shared memory. Tried, by compiling: 64
+keys at head_dim 256, and four warps in float32, spill registers; head_dim as a run-time number hides from the compiler
+that rows are whole, and nothing is loaded ahead.
 """
 
 from __future__ import annotations
@@ -285,8 +285,10 @@ def tuning(dtype: torch.dtype, rows: int, dim: int, arch: int) -> Tuning:
         return Tuning(32, 32, 8, 1)
     large = arch in (90, 100)  # 227 KB of shared memory: two tiles of keys and values are on their way
     if dim <= 128:
-        return Tuning(128, 64, 8, 3 if large else 2) if rows > 64 else Tuning(64, 64, 4, 3 if large else 2)
-    if rows > 64 and large:
+        if rows > 64:
+            return Tuning(128, 64, 8, 3 if large else 2)
+        return Tuning(64, 64, 4, 3) if large else Tuning(64, 32, 4, 2)
+    if rows > 64 and arch == 90:
         return Tuning(128, 32, 8, 3)
     return Tuning(64, 64, 8, 2) if large else Tuning(64, 32, 8, 2)
 

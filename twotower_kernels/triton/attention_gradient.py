@@ -158,10 +158,10 @@ def query_gradient_kernel(
             position = start + tl.arange(0, BLOCK_N)
             seen = (position >= begin) & (position < end)
             k_at, v_at = places(start, seen, entry, table_page, pages, k_row, k_place, v_row, v_place, PAGE, BLOCK_N)
-            there = within(seen, column, DIM)
-            keys = tl.load(k_past + k_at[:, None] + column[None, :], mask=there, other=0)
+            inside = within(seen, column, DIM)
+            keys = tl.load(k_past + k_at[:, None] + column[None, :], mask=inside, other=0)
             products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-            values = tl.load(v_past + v_at[:, None] + column[None, :], mask=there, other=0)
+            values = tl.load(v_past + v_at[:, None] + column[None, :], mask=inside, other=0)
             towards = tl.dot(grads, tl.trans(values), input_precision="ieee")
             _, slopes = weights_and_slopes(
                 products, towards, seen[None, :], base[:, None], inverse[:, None], below[:, None],
@@ -176,11 +176,11 @@ def query_gradient_kernel(
         v_own = v + b * v_batch + head.to(tl.int64) * v_head
         for t in range(0, tl.cdiv(own, BLOCK_N)):
             position = t * BLOCK_N + tl.arange(0, BLOCK_N)
-            there = within(position < own, column, DIM)
+            inside = within(position < own, column, DIM)
             place = position.to(tl.int64)
-            keys = tl.load(k_own + place[:, None] * k_token + column[None, :], mask=there, other=0)
+            keys = tl.load(k_own + place[:, None] * k_token + column[None, :], mask=inside, other=0)
             products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-            values = tl.load(v_own + place[:, None] * v_token + column[None, :], mask=there, other=0)
+            values = tl.load(v_own + place[:, None] * v_token + column[None, :], mask=inside, other=0)
             towards = tl.dot(grads, tl.trans(values), input_precision="ieee")
             seen = (position < own)[None, :]
             if CAUSAL:
@@ -260,11 +260,11 @@ def key_gradient_kernel(
         token = r // group
         real = token < tokens
         q_heads = (head * group + r % group).to(tl.int64)
-        there = within(real, column, DIM)
-        at = b * q_batch + token.to(tl.int64) * q_token + q_heads * q_head
-        queries = tl.load(q + at[:, None] + column[None, :], mask=there, other=0)
-        at = b * out_batch + token.to(tl.int64) * out_token + q_heads * out_head
-        grads = tl.load(grad_out + at[:, None] + column[None, :], mask=there, other=0)
+        inside = within(real, column, DIM)
+        q_at = b * q_batch + token.to(tl.int64) * q_token + q_heads * q_head
+        queries = tl.load(q + q_at[:, None] + column[None, :], mask=inside, other=0)
+        out_at = b * out_batch + token.to(tl.int64) * out_token + q_heads * out_head
+        grads = tl.load(grad_out + out_at[:, None] + column[None, :], mask=inside, other=0)
         packed = pair.to(tl.int64) * rows + r
         top = tl.load(stats + packed, mask=real, other=float("-inf"))
         total = tl.load(stats + total_rows + packed, mask=real, other=0)
@@ -288,12 +288,12 @@ def key_gradient_kernel(
     tl.store(grad_v + to, of_values.to(grad_v.dtype.element_ty), mask=where)
 
 
-def tuning(dtype: torch.dtype, dim: int, arch: int) -> Tuning:
-    """Tiles of queries and keys, for both kernels: sums of [block, D] in float32 fill half of the registers."""
+def tuning(dtype: torch.dtype, dim: int) -> tuple[Tuning, Tuning]:
+    """Tiles for the gradients of queries and of keys, at head_dim up to 128: beyond, three or four tiles of [block, D]
+    leave no registers."""
     if dtype == torch.float32:
-        return Tuning(32, 32, 8, 1)
-    large = arch in (90, 100)
-    return Tuning(64, 64, 8 if dim > 64 else 4, 2) if dim <= 128 else Tuning(64, 64 if large else 32, 8, 1)
+        return (Tuning(32, 32, 8, 1),) * 2 if dim <= 64 else (Tuning(16, 16, 8, 1), Tuning(16, 16, 8, 1))
+    return Tuning(64, 64, 8, 2), Tuning(32, 64, 8, 2)
 
 
 def attention_backward(
@@ -301,6 +301,10 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_q = q.new_zeros(q.shape)
     grad_k, grad_v = (q.new_zeros(() if x is None else x.shape) for x in (k, v))
+    if q.shape[3] > 128:
+        raise NotImplementedError(
+            f"attention_backward on {q.device.type}: expected head_dim up to 128, got {q.shape[3]}"
+        )
     grad_out, grad_lse = rows_contiguous(grad_out), grad_lse.contiguous()  # type: ignore[assignment]
     given = attention.arguments_of("attention_backward", *(q, k, v, *arguments, grad_out))
     if q.numel() == 0:
@@ -313,43 +317,47 @@ def attention_backward(
     sums = q.new_empty((batch * length * heads, dim), dtype=torch.float32)
     stats = q.new_empty((2, batch * length * heads), dtype=torch.float32)
     delta = q.new_empty(batch * length * heads, dtype=torch.float32)
-    forward, tune = attention.tuning(q.dtype, rows, dim, arch), tuning(q.dtype, dim, arch)
-    launch = {"num_warps": tune.num_warps, "num_stages": tune.num_stages}
+    forward = attention.tuning(q.dtype, rows, dim, arch)
+    of_queries, of_keys = tuning(q.dtype, dim)
     with on_device_of(q):
         attention.block_attention_kernel[(pairs * -(-rows // forward.block_m), 1)](
             **given,
             **{"out": None, "lse": None, "partial": sums, "stats": stats, "splits": 1},
-            **{"BLOCK_M": forward.block_m, "BLOCK_N": forward.block_n},
-            **{"num_warps": forward.num_warps, "num_stages": forward.num_stages},
+            **_launch(forward),
         )
         given |= {"grad_out": grad_out, "stats": stats, "delta": delta, "scale": scale}
-        given |= {"BLOCK_M": tune.block_m, "BLOCK_N": tune.block_n}
-        query_gradient_kernel[(pairs * -(-rows // tune.block_m),)](
-            **given, **launch, grad_lse=grad_lse, sums=sums, grad_q=grad_q
+        query_gradient_kernel[(pairs * -(-rows // of_queries.block_m),)](
+            **given, **_launch(of_queries), grad_lse=grad_lse, sums=sums, grad_q=grad_q
         )
         if k is not None:
             names = key_gradient_kernel.arg_names
             given |= {"grad_k": grad_k, "grad_v": grad_v}
-            key_gradient_kernel[(pairs * -(-length // tune.block_n),)](
-                **{name: x for name, x in given.items() if name in names}, **launch
+            key_gradient_kernel[(pairs * -(-length // of_keys.block_n),)](
+                **{name: x for name, x in given.items() if name in names}, **_launch(of_keys)
             )
     return grad_q, grad_k, grad_v
 
 
+def _launch(tune: Tuning) -> dict[str, int]:
+    tiles = {"BLOCK_M": tune.block_m, "BLOCK_N": tune.block_n}
+    return tiles | {"num_warps": tune.num_warps, "num_stages": tune.num_stages}
+
+
 def builds(arch: int) -> Iterator[Build]:
-    """What the launcher asks for: a block in training, with and without a context, and a causal one."""
-    for dim in (64, 128, 256):
+    """What the launcher asks for: a block in training, with and without a context, and a causal one. The same on
+    every architecture."""
+    for dim in (64, 128):
         for dtype, name in DTYPES.items():
-            tune = tuning(dtype, dim, arch)
+            of_queries, of_keys = tuning(dtype, dim)
             needs = ("wgmma",) if dtype != torch.float32 else ()
             for causal, context in ((False, True), (True, False)):
                 constants: dict[str, Any] = {"CAUSAL": causal, "SOFTCAP": False, "UNIT": unit(dtype)}
-                constants |= {"BLOCK_M": tune.block_m, "BLOCK_N": tune.block_n, "DIM": dim, "BLOCK_D": dim}
+                constants |= {"DIM": dim, "BLOCK_D": dim}
                 floats = {x: "fp32" for x in ("scale", "factor", "inner")}
                 types = {x: f"*{name}" for x in ("q", "k", "v", "grad_out")} | {"block_lens": "*i64"}
                 types |= {x: "*fp32" for x in ("stats", "delta")} | floats
                 given = types | {x: f"*{name}" for x in ("grad_k", "grad_v")}
-                yield _build(key_gradient_kernel, given, constants, tune, needs)
+                yield _build(key_gradient_kernel, given, constants, of_keys, needs)
 
                 types |= {"grad_q": f"*{name}", "sums": "*fp32", "grad_lse": "*fp32"}
                 past = {
@@ -359,12 +367,13 @@ def builds(arch: int) -> Iterator[Build]:
                     "context_index": "*i64",
                 }
                 constants |= {"PAGE": 0, "block_table": None} | ({} if context else {x: None for x in past})
-                yield _build(query_gradient_kernel, types | (past if context else {}), constants, tune, needs)
+                yield _build(query_gradient_kernel, types | (past if context else {}), constants, of_queries, needs)
 
 
 def _build(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], tune: Tuning, needs: tuple[str, ...]
 ) -> Build:
+    constants = constants | {"BLOCK_M": tune.block_m, "BLOCK_N": tune.block_n}
     integers = {x: "i32" for x in (*COUNTS, *STRIDES) if x in kernel.arg_names}
     odd = frozenset(COUNTS) | {x for x in STRIDES if x.endswith("_stride") or x.startswith("table")}
     return Build(kernel, types | integers, constants, tune.num_warps, tune.num_stages, odd, needs)
