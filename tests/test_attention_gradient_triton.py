@@ -55,3 +55,10 @@ def test_gradients_are_the_same_bits_every_time() -> None:
     with triton_kernels():
         first, second = (gradients(tt.block_attention, inputs) for _ in range(2))
     assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 65), (torch.bfloat16, 129)])
+def test_what_has_no_kernel_is_refused(dtype: torch.dtype, dim: int) -> None:
+    inputs = attention.make_inputs("block_attention", {"block": 1, "head_dim": dim}, dtype=dtype)
+    with triton_kernels(), pytest.raises(NotImplementedError, match=f"head_dim up to {dim - 1} for"):
+        gradients(tt.block_attention, inputs)
