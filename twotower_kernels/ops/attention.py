@@ -292,22 +292,35 @@ _OUT = ", Tensor(a!) out, Tensor(b!) lse"
 define(
     f"block_attention({_BLOCK}{_OPTIONS}) -> (Tensor, Tensor)",
     cpu=_block_attention,
+    cuda="triton.attention:block_attention",
     fake=lambda q, *_: _results(q),
     backward=gradient.block_backward,
     setup_context=gradient.save_block,
 )
-define(f"block_attention_out({_BLOCK}{_OPTIONS}{_OUT}) -> ()", cpu=_attend_into, fake=lambda *_: None)
+define(
+    f"block_attention_out({_BLOCK}{_OPTIONS}{_OUT}) -> ()",
+    cpu=_attend_into,
+    cuda="triton.attention:block_attention_out",
+    fake=lambda *_: None,
+)
 define(
     f"context_attention({_PAST}{_OPTIONS}) -> (Tensor, Tensor)",
     cpu=_context_attention,
+    cuda="triton.attention:context_attention",
     fake=lambda q, *_: _results(q),
     backward=gradient.context_backward,
     setup_context=gradient.save_context,
 )
-define(f"context_attention_out({_PAST}{_OPTIONS}{_OUT}) -> ()", cpu=_context_attention_into, fake=lambda *_: None)
+define(
+    f"context_attention_out({_PAST}{_OPTIONS}{_OUT}) -> ()",
+    cpu=_context_attention_into,
+    cuda="triton.attention:context_attention_out",
+    fake=lambda *_: None,
+)
 define(
     "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)",
     cpu=_merge_attention,
+    cuda="triton.attention_merge:merge_attention",
     fake=lambda out_a, lse_a, *_: (out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)),
     backward=gradient.merge_backward,
     setup_context=gradient.save_merge,
@@ -316,5 +329,6 @@ define(
     "append_kv(Tensor(a!) k_context, Tensor(b!) v_context, Tensor k, Tensor v, Tensor context_lens, "
     "Tensor? context_index, Tensor? block_table, Tensor? block_lens) -> ()",
     cpu=_append_kv,
+    cuda="triton.attention_merge:append_kv",
     fake=lambda *_: None,
 )

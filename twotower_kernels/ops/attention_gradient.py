@@ -93,6 +93,7 @@ define(
     "Tensor? v_context, Tensor? context_lens, Tensor? context_index, Tensor? block_table, Tensor? block_lens, "
     "bool causal, int? window, float? scale, float softcap) -> (Tensor, Tensor, Tensor)",
     cpu=_attention_backward,
+    cuda="triton.attention_gradient:attention_backward",
     fake=lambda grad_out, grad_lse, q, k, v, *_: (
         q.new_empty(q.shape), *(q.new_empty(() if x is None else x.shape) for x in (k, v))
     ),

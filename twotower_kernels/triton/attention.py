@@ -1,0 +1,447 @@
+"""Attention of a block over a context and over itself. Formulas: `reference/attention.py`.
+
+The S * Hq / Hkv query rows of a key head are packed into tiles, so that keys and values are read once for all of them,
+where they lie: dense, paged or shared. Softmax is computed online in base 2 (Milakov & Gimelshein 2018; Dao et al.
+2022), with sums in float32; the block's own keys are just more tiles behind those of the context.
+
+A denoising step has few tiles of rows (4 at batch 1), so the keys are cut into splits as long as processors would idle:
+how many depends on shapes alone, what each of them takes on the row's length, which only the device knows. Splits leave
+their sums in float32, and a second kernel merges them. Merging in the same launch, by the last split to arrive, would
+need a counter that somebody sets to zero, for the microsecond that a launch costs in a graph.
+
+Predicted for an H200, not measured (16 queries, 32 query heads on 2 key heads, head_dim 128, bfloat16, batch 1):
+  context of 131072: 134 MB, 31 us at 4.3 TB/s; 34 GFLOP, 44 us at 790 TFLOP/s. Loads run two tiles ahead, but products
+    and exponentials of a tile wait for each other: 65 to 75 us, at 60 to 65 % of the tensor cores' peak.
+  context of 4096: 4 MB and 1 GFLOP in 33 splits of two tiles, 9 MB of sums through the cache: latency, about 10 us.
+  causal prefill of 4096 without context: 137 GFLOP under the diagonal, 0.3 ms at 450 TFLOP/s.
+Tiles of 128 rows and 64 keys in eight warps take 190 registers and 128 KB of shared memory. Tried, by compiling: 64
+keys at head_dim 256, and four warps in float32, spill registers; head_dim as a run-time number hides from the compiler
+that rows are whole, and nothing is loaded ahead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from twotower_kernels.triton.attention_merge import merge_splits
+from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, on_device_of, rows_contiguous
+
+COUNTS = ("length", "kv_heads", "group", "capacity", "context_rows", "pages", "window", "splits")
+STRIDES = (
+    *("q_batch", "q_token", "q_head", "k_batch", "k_token", "k_head", "v_batch", "v_token", "v_head"),
+    *("k_row", "k_place", "k_context_head", "v_row", "v_place", "v_context_head", "out_batch", "out_token", "out_head"),
+    *("lens_stride", "index_stride", "table_row", "table_page", "tokens_stride"),
+)
+
+
+@triton.jit
+def capped(x, inner, SOFTCAP: tl.constexpr):
+    """tanh(x * inner), or x as it is without a softcap."""
+    if SOFTCAP:
+        x *= inner
+        square = x * x
+        near = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+        far = 1 - 2 / (tl.exp(2 * x) + 1)  # digits of a small x would be lost in the difference
+        x = tl.where(square < 0.0625, near, far)
+    return x
+
+
+@triton.jit
+def logits_of(q, keys, factor, inner, SOFTCAP: tl.constexpr):
+    """Logits [M, N] of queries [M, D] and keys [N, D], natural or of base 2 as `factor` makes them."""
+    return capped(tl.dot(q, tl.trans(keys), input_precision="ieee"), inner, SOFTCAP) * factor
+
+
+@triton.jit
+def add_keys(x, values, sums, top, total, UNIT: tl.constexpr):
+    """Takes keys of logits x [M, N] and values [N, D] into the softmax so far: sums of values [M, D] and of weights
+    [M], both relative to 2**(top * UNIT)."""
+    above = tl.maximum(top, tl.max(x, 1))
+    base = tl.where(above == float("-inf"), 0.0, above)  # no key yet: -inf less -inf would be NaN
+    kept = tl.exp2((top - base) * UNIT)
+    weights = tl.exp2((x - base[:, None]) * UNIT)
+    total = total * kept + tl.sum(weights, 1)
+    sums = tl.dot(weights.to(values.dtype), values, sums * kept[:, None], input_precision="ieee")
+    return sums, above, total
+
+
+@triton.jit
+def length_at(lens, place, most):
+    """A length from the device, within what there is room for: nothing beyond is ever read."""
+    if lens is None:
+        return most
+    else:
+        return tl.minimum(tl.maximum(tl.load(lens + place), 0), most).to(tl.int32)
+
+
+@triton.jit
+def row_at(context_index, b, stride, rows):
+    """The context row that batch row b reads."""
+    if context_index is None:
+        return b
+    else:
+        return tl.minimum(tl.maximum(tl.load(context_index + b * stride).to(tl.int64), 0), rows - 1)
+
+
+@triton.jit
+def places(
+    start, seen, entry, table_page, pages, k_row, k_place, v_row, v_place, PAGE: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Offsets of the keys and of the values of a tile that begins at `start`: within a context row, or among pages."""
+    position = start + tl.arange(0, BLOCK_N)
+    if PAGE == 0:
+        place = position.to(tl.int64)
+        return place * k_place, place * v_place
+    else:
+        if PAGE % BLOCK_N == 0:  # the tile lies within one page
+            page = tl.load(entry + start // PAGE * table_page)
+        else:
+            page = tl.load(entry + position // PAGE * table_page, mask=seen, other=0)
+        page = tl.minimum(tl.maximum(page.to(tl.int64), 0), pages - 1)
+        place = (position % PAGE).to(tl.int64)
+        return page * k_row + place * k_place, page * v_row + place * v_place
+
+
+@triton.jit
+def within(rows, column, dim: tl.constexpr):
+    """Mask of a tile: its rows that are there, and columns below dim. Without columns to hide, loads stay wide."""
+    if column.shape[0] == dim:
+        return rows[:, None]
+    else:
+        return rows[:, None] & (column < dim)[None, :]
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def block_attention_kernel(
+    q,  # [B, S, Hq, D]
+    k,  # [B, S, Hkv, D] or None, the block's own
+    v,
+    k_context,  # [rows, T, Hkv, D], or pages [P, PAGE, Hkv, D], or None
+    v_context,
+    context_lens,  # [B] or None
+    context_index,  # [B] or None
+    block_table,  # [rows, n] or None
+    block_lens,  # [B] or None
+    out,  # [B, S, Hq, D]
+    lse,  # [B, S, Hq] contiguous
+    partial,  # [splits, B * Hkv * S * group, D] contiguous, or None: one split, which writes out and lse
+    stats,  # [2, splits, B * Hkv * S * group] contiguous or None: largest logits, sums of weights
+    length,
+    kv_heads,
+    group,  # query heads per key head
+    capacity,  # T, or n * PAGE
+    context_rows,
+    pages,
+    window,
+    splits,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    k_row,
+    k_place,
+    k_context_head,
+    v_row,
+    v_place,
+    v_context_head,
+    out_batch,
+    out_token,
+    out_head,
+    lens_stride,
+    index_stride,
+    table_row,
+    table_page,
+    tokens_stride,
+    factor,  # from products, or their tanh, to logits; to those of base 2 unless float32, see unit
+    inner,  # from products to the argument of tanh
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    UNIT: tl.constexpr,
+    PAGE: tl.constexpr,  # tokens of a page, 0: dense
+    BLOCK_M: tl.constexpr,  # query rows of a tile
+    BLOCK_N: tl.constexpr,  # keys of a tile
+    DIM: tl.constexpr,  # D
+    BLOCK_D: tl.constexpr,  # a power of two, at least D
+):
+    rows = length * group
+    tiles = tl.cdiv(rows, BLOCK_M)
+    pair = tl.program_id(0) // tiles
+    first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M  # under a causal mask the last rows see the most
+    split = tl.program_id(1)
+    head = pair % kv_heads
+    b = (pair // kv_heads).to(tl.int64)
+    tokens = length_at(block_lens, b * tokens_stride, length)
+    r = first + tl.arange(0, BLOCK_M)
+    token = r // group
+    real = token < tokens
+    q_heads = head * group + r % group
+    column = tl.arange(0, BLOCK_D)
+
+    # Tiles of keys: the context's, then the block's own. Every split takes its share of what there is.
+    begin, end, own = 0, 0, 0
+    if k_context is not None:
+        end = length_at(context_lens, b * lens_stride, capacity)
+        begin = tl.maximum(end - window, 0)
+    if k is not None:
+        own = tl.minimum(tokens, (first + BLOCK_M - 1) // group + 1) if CAUSAL else tokens
+    past = tl.cdiv(end, BLOCK_N) - begin // BLOCK_N
+    past = tl.where(end > begin, past, 0)
+    count = tl.where(first < tokens * group, past + tl.cdiv(own, BLOCK_N), 0).to(tl.int64)
+    low, high = (count * split // splits).to(tl.int32), (count * (split + 1) // splits).to(tl.int32)
+
+    at = b * q_batch + token.to(tl.int64) * q_token + q_heads.to(tl.int64) * q_head
+    here = real & (low < high)
+    queries = tl.load(q + at[:, None] + column[None, :], mask=within(here, column, DIM), other=0)
+    sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+
+    if k_context is not None:
+        row = row_at(context_index, b, index_stride, context_rows)
+        k_past = k_context + head.to(tl.int64) * k_context_head
+        v_past = v_context + head.to(tl.int64) * v_context_head
+        entry = block_table
+        if PAGE == 0:
+            k_past += row * k_row
+            v_past += row * v_row
+        else:
+            entry += row * table_row
+        for t in range(low, tl.minimum(high, past)):
+            start = (begin // BLOCK_N + t) * BLOCK_N
+            position = start + tl.arange(0, BLOCK_N)
+            seen = (position >= begin) & (position < end)
+            k_at, v_at = places(start, seen, entry, table_page, pages, k_row, k_place, v_row, v_place, PAGE, BLOCK_N)
+            there = within(seen, column, DIM)
+            keys = tl.load(k_past + k_at[:, None] + column[None, :], mask=there, other=0)
+            x = logits_of(queries, keys, factor, inner, SOFTCAP) + tl.where(seen, 0.0, float("-inf"))[None, :]
+            values = tl.load(v_past + v_at[:, None] + column[None, :], mask=there, other=0)
+            sums, top, total = add_keys(x, values, sums, top, total, UNIT)
+
+    if k is not None:
+        k_own = k + b * k_batch + head.to(tl.int64) * k_head
+        v_own = v + b * v_batch + head.to(tl.int64) * v_head
+        for t in range(tl.maximum(low, past) - past, high - past):
+            position = t * BLOCK_N + tl.arange(0, BLOCK_N)
+            seen = position < own
+            place = position.to(tl.int64)
+            there = within(seen, column, DIM)
+            keys = tl.load(k_own + place[:, None] * k_token + column[None, :], mask=there, other=0)
+            x = logits_of(queries, keys, factor, inner, SOFTCAP)
+            if CAUSAL:
+                x = tl.where((position[None, :] <= token[:, None]) & seen[None, :], x, float("-inf"))
+            else:
+                x += tl.where(seen, 0.0, float("-inf"))[None, :]
+            values = tl.load(v_own + place[:, None] * v_token + column[None, :], mask=there, other=0)
+            sums, top, total = add_keys(x, values, sums, top, total, UNIT)
+
+    inside = r < rows
+    if partial is None:
+        weights = tl.where(total == 0, 1.0, total)
+        result = tl.where(real[:, None], sums / weights[:, None], 0.0)
+        at = b * out_batch + token.to(tl.int64) * out_token + q_heads.to(tl.int64) * out_head
+        where = within(inside, column, DIM)
+        tl.store(out + at[:, None] + column[None, :], result.to(out.dtype.element_ty), mask=where)
+        at = (b * length + token) * kv_heads * group + q_heads
+        logarithm = top * (UNIT * 0.6931471805599453) + tl.log2(weights) * 0.6931471805599453
+        tl.store(lse + at, tl.where(real, logarithm, float("-inf")), mask=inside)
+    else:
+        total = tl.where(real, total, 0.0)
+        total_rows = (tl.num_programs(0) // tiles).to(tl.int64) * rows
+        at = split * total_rows + pair.to(tl.int64) * rows + r
+        tl.store(stats + at, top, mask=inside)
+        tl.store(stats + splits * total_rows + at, total, mask=inside)
+        where = within(inside & (total != 0), column, DIM)  # NaN is no 0
+        tl.store(partial + at[:, None] * DIM + column[None, :], sums, mask=where)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Rows of queries and keys per tile, and how a program is run."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def tuning(dtype: torch.dtype, rows: int, dim: int, arch: int) -> Tuning:
+    """Tiles for `rows` packed query rows. Products of 16-bit numbers want 64 rows for each group of four warps, and
+    sums of [block_m, dim] fill half of the registers; float32 runs without tensor cores, in small tiles."""
+    if dtype == torch.float32:
+        return Tuning(32, 32, 8, 1)
+    large = arch in (90, 100)  # 227 KB of shared memory: two tiles of keys and values are on their way
+    if dim <= 128:
+        if rows > 64:
+            return Tuning(128, 64, 8, 3 if large else 2)
+        return Tuning(64, 64, 4, 3) if large else Tuning(64, 32, 4, 2)
+    if rows > 64 and arch == 90:
+        return Tuning(128, 32, 8, 3)
+    return Tuning(64, 64, 8, 2) if large else Tuning(64, 32, 8, 2)
+
+
+def unit(dtype: torch.dtype) -> float:
+    """Logits times it are exponents of 2. The factor to base 2 rounds every logit by a part in 2**25, which 16-bit
+    inputs drown and float32 shows when logits are large: there logits are natural, and differences are scaled."""
+    return math.log2(math.e) if dtype == torch.float32 else 1.0
+
+
+@cache
+def splits_for(items: int, tiles: int, processors: int) -> int:
+    """Into how many parts to cut the keys of `items` tiles of rows with at most `tiles` tiles of keys each: what leaves
+    the longest queue of tiles on a processor the shortest. Starting a part and merging it costs about two tiles, and
+    four parts per processor, which the scratch must hold, are as good as more."""
+    most = min(processors, tiles // 2, 4 * processors // max(items, 1))
+    counts = range(1, max(most, 1) + 1)
+    return min(counts, key=lambda n: -(-items * n // processors) * (-(-tiles // n) + 2 * (n > 1)))
+
+
+@cache
+def machine(device: torch.device) -> tuple[int, int]:
+    """Compute capability, as 90, and number of processors; an H200's in the interpreter."""
+    if device.type != "cuda":
+        return 90, 132
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def arguments_of(
+    op: str, q: Tensor, k: Tensor | None, v: Tensor | None, k_context: Tensor | None, v_context: Tensor | None,
+    context_lens: Tensor | None, context_index: Tensor | None, block_table: Tensor | None, block_lens: Tensor | None,
+    causal: bool, window: int | None, scale: float | None, softcap: float, out: Tensor,
+) -> dict[str, Any]:  # fmt: skip
+    """What all of attention's kernels are told, by name. A context without room for a token is none."""
+    check_dtype(op, q=q)
+    dim = q.shape[3]
+    if dim > 256:
+        raise NotImplementedError(f"{op} on {q.device.type}: expected head_dim up to 256, got {dim}")
+    kv_heads = (k if k is not None else k_context).shape[2]  # type: ignore[union-attr]
+    page, rows, capacity, pages = 0, 0, 0, 0
+    if k_context is not None:
+        rows, capacity = k_context.shape[:2]
+        if block_table is not None:
+            pages, page = rows, capacity
+            rows, capacity = block_table.shape[0], block_table.shape[1] * page
+        if 0 in (rows, capacity) or (page and not pages) or window == 0:
+            k_context = v_context = context_lens = context_index = block_table = None
+            capacity = page = 0
+    tensors = {"q": q, "k": k, "v": v, "k_context": k_context, "v_context": v_context}
+    tensors = {name: rows_contiguous(x) for name, x in tensors.items()}
+    strides = [n for x in (*tensors.values(), out) for n in ((0, 0, 0) if x is None else x.stride()[:3])]
+    strides += [0 if x is None else x.stride(0) for x in (context_lens, context_index)]
+    strides += (0, 0) if block_table is None else block_table.stride()
+    strides += [0 if block_lens is None else block_lens.stride(0)]
+    tensors |= {"context_lens": context_lens, "context_index": context_index}
+    tensors |= {"block_table": block_table, "block_lens": block_lens}
+    seen = capacity if window is None else min(window, capacity)
+    counts = q.shape[1], kv_heads, q.shape[2] // kv_heads, capacity, rows, pages, seen
+    scale = dim**-0.5 if scale is None else scale
+    return (
+        tensors
+        | dict(zip(COUNTS[:-1], counts, strict=True))
+        | dict(zip(STRIDES, strides, strict=True))
+        | {"factor": (softcap or scale) * math.log2(math.e) / unit(q.dtype)}
+        | {"inner": scale / softcap if softcap else 0.0}
+        | {"CAUSAL": causal, "SOFTCAP": softcap > 0, "UNIT": unit(q.dtype), "PAGE": page}
+        | {"DIM": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
+    )
+
+
+def block_attention_out(q: Tensor, k: Tensor | None, *arguments: Any) -> None:
+    out, lse = arguments[-2:]
+    written: list[Any] = [
+        out if rows_contiguous(out) is out else out.new_empty(out.shape),
+        lse if lse.is_contiguous() else lse.new_empty(lse.shape),
+    ]
+    given = arguments_of("block_attention", *(q, k, *arguments[:-2], written[0]))
+    if out.numel() == 0:
+        return
+    batch, length, heads, dim = q.shape
+    arch, processors = machine(q.device)
+    rows = length * given["group"]
+    tune = tuning(q.dtype, rows, dim, arch)
+    items = batch * given["kv_heads"] * -(-rows // tune.block_m)
+    tiles = -(-given["window"] // tune.block_n) + (0 if k is None else -(-length // tune.block_n))
+    splits = splits_for(items, tiles, processors)
+    partial = stats = None
+    if splits > 1:
+        partial = q.new_empty((splits, batch * length * heads, dim), dtype=torch.float32)
+        stats = q.new_empty((2, splits, batch * length * heads), dtype=torch.float32)
+    with on_device_of(q):
+        block_attention_kernel[(items, splits)](
+            **given,
+            out=written[0],
+            lse=written[1],
+            partial=partial,
+            stats=stats,
+            splits=splits,
+            BLOCK_M=tune.block_m,
+            BLOCK_N=tune.block_n,
+            num_warps=tune.num_warps,
+            num_stages=tune.num_stages,
+        )
+        if partial is not None and stats is not None:
+            merge_splits(partial, stats, written[0], written[1], given["kv_heads"], given["UNIT"])
+    for x, result in zip((out, lse), written, strict=True):
+        if result is not x:
+            x.copy_(result)
+
+
+def block_attention(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    results = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    block_attention_out(*(q, *arguments, *results))
+    return results
+
+
+def context_attention_out(q: Tensor, *arguments: Any) -> None:
+    *context, window, scale, softcap, out, lse = arguments
+    block_attention_out(*(q, None, None, *context, False, window, scale, softcap, out, lse))
+
+
+def context_attention(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    results = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    context_attention_out(q, *arguments, *results)
+    return results
+
+
+def builds(arch: int) -> Iterator[Build]:
+    """What the launchers ask for at head_dim 64, 128 and 256: denoising over a dense and a paged context, commit and
+    prefill, cut into splits and whole."""
+    for dim in (64, 128, 256):
+        for dtype in DTYPES:
+            yield _build(dtype, dim, 256, arch, causal=False, split=True)
+            yield _build(dtype, dim, 256, arch, causal=True, split=False, paged=True)
+        yield _build(torch.bfloat16, dim, 16, arch, causal=True, split=True, paged=True)
+        yield _build(torch.bfloat16, dim, 65536, arch, causal=True, split=False, context=False)
+
+
+def _build(
+    dtype: torch.dtype, dim: int, rows: int, arch: int, *,
+    causal: bool, split: bool, context: bool = True, paged: bool = False,
+) -> Build:  # fmt: skip
+    tune, name = tuning(dtype, rows, dim, arch), f"*{DTYPES[dtype]}"
+    types = {x: name for x in ("q", "k", "v", "out")} | {"lse": "*fp32"} | ({"block_lens": "*i64"} if causal else {})
+    types |= {"k_context": name, "v_context": name, "context_lens": "*i64"} if context else {}
+    types |= {"block_table": "*i32", "context_index": "*i64"} if context and paged else {}
+    types |= {"partial": "*fp32", "stats": "*fp32"} if split else {}
+    pointers = block_attention_kernel.arg_names[:13]
+    types |= {x: "i32" for x in COUNTS + STRIDES} | {"factor": "fp32", "inner": "fp32"}
+    constants: dict[str, Any] = {x: None for x in pointers if x not in types}
+    constants |= {"CAUSAL": causal, "SOFTCAP": False, "UNIT": unit(dtype), "PAGE": 64 if context and paged else 0}
+    constants |= {"BLOCK_M": tune.block_m, "BLOCK_N": tune.block_n, "DIM": dim, "BLOCK_D": dim}
+    needs = ("wgmma",) if dtype != torch.float32 else ()
+    odd = frozenset(COUNTS) | {x for x in STRIDES if x.endswith("_stride") or x.startswith("table")}
+    return Build(block_attention_kernel, types, constants, tune.num_warps, tune.num_stages, odd, needs)

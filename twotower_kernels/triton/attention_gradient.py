@@ -1,0 +1,382 @@
+"""Gradients of attention in q and in the block's own keys and values. Formulas: `reference/attention.py`.
+
+The context is frozen, so nobody but a block's own queries looks at its keys: every sum is taken by one program, in one
+order, without atomics. Three launches: the forward kernel once more, which leaves each row's sums, largest logit and
+weight in float32 (what a log-sum-exp would round away where logits are large); then one program per tile of query rows,
+over all the keys that it sees; then one per tile of own keys, over all the rows that see it.
+
+With the logits' weights p, `delta` the product of a row's output and its gradient, and g the gradient of its
+log-sum-exp: ds = p * (grad_out . v - delta + g), grad_q = scale * ds k, grad_k = scale * ds^T q, grad_v = p^T grad_out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from twotower_kernels.triton import attention
+from twotower_kernels.triton.attention import (
+    COUNTS,
+    STRIDES,
+    Tuning,
+    capped,
+    length_at,
+    places,
+    row_at,
+    unit,
+    within,
+)
+from twotower_kernels.triton.launch import DTYPES, Build, on_device_of, rows_contiguous
+
+
+@triton.jit
+def weights_and_slopes(
+    products, towards, seen, base, inverse, delta, factor, inner, SOFTCAP: tl.constexpr, UNIT: tl.constexpr
+):
+    """Weights of the softmax and gradients of products (without the scale), from products q k and grad_out v. Of
+    queries and keys either may come first: what belongs to a query's row comes with its axis."""
+    bounded = capped(products, inner, SOFTCAP)
+    x = tl.where(seen, bounded * factor, float("-inf"))
+    weights = tl.exp2((x - base) * UNIT) * inverse
+    slopes = weights * (towards - delta)
+    if SOFTCAP:
+        slopes *= 1 - bounded * bounded
+    return weights, slopes
+
+
+@triton.jit(do_not_specialize=COUNTS[:-1])
+def query_gradient_kernel(
+    q,  # these as in block_attention_kernel
+    k,
+    v,
+    k_context,
+    v_context,
+    context_lens,
+    context_index,
+    block_table,
+    block_lens,
+    grad_out,  # [B, S, Hq, D]
+    grad_lse,  # [B, S, Hq] contiguous
+    sums,  # [B * Hkv * S * group, D], what the forward pass left of its values
+    stats,  # [2, B * Hkv * S * group], and of its largest logits and weights
+    delta,  # [B * Hkv * S * group] out: grad_out . out - grad_lse
+    grad_q,  # [B, S, Hq, D] contiguous, out
+    length,
+    kv_heads,
+    group,
+    capacity,
+    context_rows,
+    pages,
+    window,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    k_row,
+    k_place,
+    k_context_head,
+    v_row,
+    v_place,
+    v_context_head,
+    out_batch,
+    out_token,
+    out_head,
+    lens_stride,
+    index_stride,
+    table_row,
+    table_page,
+    tokens_stride,
+    scale,
+    factor,
+    inner,
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    UNIT: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = length * group
+    tiles = tl.cdiv(rows, BLOCK_M)
+    pair = tl.program_id(0) // tiles
+    first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
+    head = pair % kv_heads
+    b = (pair // kv_heads).to(tl.int64)
+    tokens = length_at(block_lens, b * tokens_stride, length)
+    r = first + tl.arange(0, BLOCK_M)
+    token = r // group
+    real = token < tokens
+    q_heads = (head * group + r % group).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    there = within(real, column, DIM)
+    at = b * q_batch + token.to(tl.int64) * q_token + q_heads * q_head
+    queries = tl.load(q + at[:, None] + column[None, :], mask=there, other=0)
+    at = b * out_batch + token.to(tl.int64) * out_token + q_heads * out_head
+    grads = tl.load(grad_out + at[:, None] + column[None, :], mask=there, other=0)
+
+    total_rows = (tl.num_programs(0) // tiles).to(tl.int64) * rows
+    packed = pair.to(tl.int64) * rows + r
+    top = tl.load(stats + packed, mask=real, other=float("-inf"))
+    total = tl.load(stats + total_rows + packed, mask=real, other=0)
+    some = real & (total != 0)  # NaN is no 0
+    inverse = 1 / tl.where(total == 0, 1.0, total)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    result = tl.load(sums + packed[:, None] * DIM + column[None, :], mask=within(some, column, DIM), other=0)
+    below = tl.sum(result * grads.to(tl.float32), 1) * inverse
+    unpacked = (b * length + token) * kv_heads * group + q_heads
+    below -= tl.load(grad_lse + unpacked, mask=some, other=0)
+    tl.store(delta + packed, below, mask=real)
+
+    gradient = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    live = first < tokens * group
+    if k_context is not None:
+        end = tl.where(live, length_at(context_lens, b * lens_stride, capacity), 0)
+        begin = tl.maximum(end - window, 0)
+        row = row_at(context_index, b, index_stride, context_rows)
+        k_past = k_context + head.to(tl.int64) * k_context_head
+        v_past = v_context + head.to(tl.int64) * v_context_head
+        entry = block_table
+        if PAGE == 0:
+            k_past += row * k_row
+            v_past += row * v_row
+        else:
+            entry += row * table_row
+        for t in range(begin // BLOCK_N, tl.cdiv(end, BLOCK_N)):
+            start = t * BLOCK_N
+            position = start + tl.arange(0, BLOCK_N)
+            seen = (position >= begin) & (position < end)
+            k_at, v_at = places(start, seen, entry, table_page, pages, k_row, k_place, v_row, v_place, PAGE, BLOCK_N)
+            inside = within(seen, column, DIM)
+            keys = tl.load(k_past + k_at[:, None] + column[None, :], mask=inside, other=0)
+            products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+            values = tl.load(v_past + v_at[:, None] + column[None, :], mask=inside, other=0)
+            towards = tl.dot(grads, tl.trans(values), input_precision="ieee")
+            _, slopes = weights_and_slopes(
+                products, towards, seen[None, :], base[:, None], inverse[:, None], below[:, None],
+                factor, inner, SOFTCAP, UNIT,
+            )  # fmt: skip
+            gradient = tl.dot(slopes.to(keys.dtype), keys, gradient, input_precision="ieee")
+
+    if k is not None:
+        own = tl.minimum(tokens, (first + BLOCK_M - 1) // group + 1) if CAUSAL else tokens
+        own = tl.where(live, own, 0)
+        k_own = k + b * k_batch + head.to(tl.int64) * k_head
+        v_own = v + b * v_batch + head.to(tl.int64) * v_head
+        for t in range(0, tl.cdiv(own, BLOCK_N)):
+            position = t * BLOCK_N + tl.arange(0, BLOCK_N)
+            inside = within(position < own, column, DIM)
+            place = position.to(tl.int64)
+            keys = tl.load(k_own + place[:, None] * k_token + column[None, :], mask=inside, other=0)
+            products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+            values = tl.load(v_own + place[:, None] * v_token + column[None, :], mask=inside, other=0)
+            towards = tl.dot(grads, tl.trans(values), input_precision="ieee")
+            seen = (position < own)[None, :]
+            if CAUSAL:
+                seen = seen & (position[None, :] <= token[:, None])
+            _, slopes = weights_and_slopes(
+                products, towards, seen, base[:, None], inverse[:, None], below[:, None], factor, inner, SOFTCAP, UNIT
+            )
+            gradient = tl.dot(slopes.to(keys.dtype), keys, gradient, input_precision="ieee")
+
+    gradient = tl.where(real[:, None], gradient * scale, 0.0)
+    where = within(r < rows, column, DIM)
+    to = grad_q + unpacked[:, None] * DIM + column[None, :]
+    tl.store(to, gradient.to(grad_q.dtype.element_ty), mask=where)
+
+
+@triton.jit(do_not_specialize=("length", "kv_heads", "group"))
+def key_gradient_kernel(
+    q,  # these as in block_attention_kernel
+    k,
+    v,
+    block_lens,
+    grad_out,
+    stats,  # these as query_gradient_kernel took and left them
+    delta,
+    grad_k,  # [B, S, Hkv, D] contiguous, out
+    grad_v,
+    length,
+    kv_heads,
+    group,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    out_batch,
+    out_token,
+    out_head,
+    tokens_stride,
+    scale,
+    factor,
+    inner,
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = length * group
+    tiles = tl.cdiv(length, BLOCK_N)
+    pair = tl.program_id(0) // tiles
+    start = tl.program_id(0) % tiles * BLOCK_N  # under a causal mask the first keys are seen by the most
+    head = pair % kv_heads
+    b = (pair // kv_heads).to(tl.int64)
+    tokens = length_at(block_lens, b * tokens_stride, length)
+    position = start + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_D)
+    there = within(position < tokens, column, DIM)
+    place = position.to(tl.int64)
+    at = b * k_batch + place * k_token + head.to(tl.int64) * k_head
+    keys = tl.load(k + at[:, None] + column[None, :], mask=there, other=0)
+    at = b * v_batch + place * v_token + head.to(tl.int64) * v_head
+    values = tl.load(v + at[:, None] + column[None, :], mask=there, other=0)
+
+    of_keys = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    of_values = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    total_rows = (tl.num_programs(0) // tiles).to(tl.int64) * rows
+    begin = start * group // BLOCK_M if CAUSAL else 0
+    end = tl.where(start < tokens, tl.cdiv(tokens * group, BLOCK_M), 0)
+    for t in range(begin, end):
+        r = t * BLOCK_M + tl.arange(0, BLOCK_M)
+        token = r // group
+        real = token < tokens
+        q_heads = (head * group + r % group).to(tl.int64)
+        inside = within(real, column, DIM)
+        q_at = b * q_batch + token.to(tl.int64) * q_token + q_heads * q_head
+        queries = tl.load(q + q_at[:, None] + column[None, :], mask=inside, other=0)
+        out_at = b * out_batch + token.to(tl.int64) * out_token + q_heads * out_head
+        grads = tl.load(grad_out + out_at[:, None] + column[None, :], mask=inside, other=0)
+        packed = pair.to(tl.int64) * rows + r
+        top = tl.load(stats + packed, mask=real, other=float("-inf"))
+        total = tl.load(stats + total_rows + packed, mask=real, other=0)
+        below = tl.load(delta + packed, mask=real, other=0)
+        inverse = 1 / tl.where(total == 0, 1.0, total)
+        base = tl.where(top == float("-inf"), 0.0, top)
+        products = tl.dot(keys, tl.trans(queries), input_precision="ieee")
+        towards = tl.dot(values, tl.trans(grads), input_precision="ieee")
+        seen = real[None, :] & (position < tokens)[:, None]
+        if CAUSAL:
+            seen = seen & (position[:, None] <= token[None, :])
+        weights, slopes = weights_and_slopes(
+            products, towards, seen, base[None, :], inverse[None, :], below[None, :], factor, inner, SOFTCAP, UNIT
+        )
+        of_values = tl.dot(weights.to(grads.dtype), grads, of_values, input_precision="ieee")
+        of_keys = tl.dot(slopes.to(queries.dtype), queries, of_keys, input_precision="ieee")
+
+    where = within(position < length, column, DIM)
+    to = ((b * length + place) * kv_heads + head)[:, None] * DIM + column[None, :]
+    tl.store(grad_k + to, (of_keys * scale).to(grad_k.dtype.element_ty), mask=where)
+    tl.store(grad_v + to, of_values.to(grad_v.dtype.element_ty), mask=where)
+
+
+def tuning(dtype: torch.dtype) -> tuple[Tuning, Tuning]:
+    """Tiles for the gradients of queries and of keys. At head_dim 256, or 128 in float32, what a program holds of rows
+    [block, D] leaves it no registers: with tiles of 16 and 32 rows too, by compiling."""
+    if dtype == torch.float32:
+        return Tuning(32, 32, 8, 1), Tuning(16, 32, 8, 1)
+    return Tuning(64, 64, 8, 2), Tuning(32, 64, 8, 2)
+
+
+def attention_backward(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_q = q.new_zeros(q.shape)
+    grad_k, grad_v = (q.new_zeros(() if x is None else x.shape) for x in (k, v))
+    most = 64 if q.dtype == torch.float32 else 128
+    if q.shape[3] > most:
+        raise NotImplementedError(
+            f"attention_backward on {q.device.type}: expected head_dim up to {most} for {q.dtype}, got {q.shape[3]}"
+        )
+    grad_out, grad_lse = rows_contiguous(grad_out), grad_lse.contiguous()  # type: ignore[assignment]
+    given = attention.arguments_of("attention_backward", *(q, k, v, *arguments, grad_out))
+    if q.numel() == 0:
+        return grad_q, grad_k, grad_v
+    batch, length, heads, dim = q.shape
+    arch, _ = attention.machine(q.device)
+    rows, pairs = length * given["group"], batch * given["kv_heads"]
+    scale = arguments[-2]
+    scale = dim**-0.5 if scale is None else scale
+    sums = q.new_empty((batch * length * heads, dim), dtype=torch.float32)
+    stats = q.new_empty((2, batch * length * heads), dtype=torch.float32)
+    delta = q.new_empty(batch * length * heads, dtype=torch.float32)
+    forward = attention.tuning(q.dtype, rows, dim, arch)
+    of_queries, of_keys = tuning(q.dtype)
+    with on_device_of(q):
+        attention.block_attention_kernel[(pairs * -(-rows // forward.block_m), 1)](
+            **given,
+            **{"out": None, "lse": None, "partial": sums, "stats": stats, "splits": 1},
+            **_launch(forward),
+        )
+        given |= {"grad_out": grad_out, "stats": stats, "delta": delta, "scale": scale}
+        query_gradient_kernel[(pairs * -(-rows // of_queries.block_m),)](
+            **given, **_launch(of_queries), grad_lse=grad_lse, sums=sums, grad_q=grad_q
+        )
+        if k is not None:
+            names = key_gradient_kernel.arg_names
+            given |= {"grad_k": grad_k, "grad_v": grad_v}
+            key_gradient_kernel[(pairs * -(-length // of_keys.block_n),)](
+                **{name: x for name, x in given.items() if name in names}, **_launch(of_keys)
+            )
+    return grad_q, grad_k, grad_v
+
+
+def _launch(tune: Tuning) -> dict[str, int]:
+    tiles = {"BLOCK_M": tune.block_m, "BLOCK_N": tune.block_n}
+    return tiles | {"num_warps": tune.num_warps, "num_stages": tune.num_stages}
+
+
+def builds(arch: int) -> Iterator[Build]:
+    """What the launcher asks for: a block in training, with and without a context, and a causal one. The same on
+    every architecture."""
+    for dim in (64, 128):
+        for dtype, name in DTYPES.items():
+            if dtype == torch.float32 and dim > 64:
+                continue
+            of_queries, of_keys = tuning(dtype)
+            needs = ("wgmma",) if dtype != torch.float32 else ()
+            for causal, context in ((False, True), (True, False)):
+                constants: dict[str, Any] = {"CAUSAL": causal, "SOFTCAP": False, "UNIT": unit(dtype)}
+                constants |= {"DIM": dim, "BLOCK_D": dim}
+                floats = {x: "fp32" for x in ("scale", "factor", "inner")}
+                types = {x: f"*{name}" for x in ("q", "k", "v", "grad_out")} | {"block_lens": "*i64"}
+                types |= {x: "*fp32" for x in ("stats", "delta")} | floats
+                given = types | {x: f"*{name}" for x in ("grad_k", "grad_v")}
+                yield _build(key_gradient_kernel, given, constants, of_keys, needs)
+
+                types |= {"grad_q": f"*{name}", "sums": "*fp32", "grad_lse": "*fp32"}
+                past = {
+                    "k_context": f"*{name}",
+                    "v_context": f"*{name}",
+                    "context_lens": "*i64",
+                    "context_index": "*i64",
+                }
+                constants |= {"PAGE": 0, "block_table": None} | ({} if context else {x: None for x in past})
+                yield _build(query_gradient_kernel, types | (past if context else {}), constants, of_queries, needs)
+
+
+def _build(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], tune: Tuning, needs: tuple[str, ...]
+) -> Build:
+    constants = constants | {"BLOCK_M": tune.block_m, "BLOCK_N": tune.block_n}
+    integers = {x: "i32" for x in (*COUNTS, *STRIDES) if x in kernel.arg_names}
+    odd = frozenset(COUNTS) | {x for x in STRIDES if x.endswith("_stride") or x.startswith("table")}
+    return Build(kernel, types | integers, constants, tune.num_warps, tune.num_stages, odd, needs)
