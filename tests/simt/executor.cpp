@@ -7,7 +7,8 @@
 // Races: with -fsanitize=thread the compiler announces every access to memory. Its runtime is not linked; the hooks at
 // the end are, and they know which barriers lie between two accesses, instead of locks. Two threads that touch the same
 // byte of shared memory, one of them writing, are in order if the block's barrier lies between, or in the same warp
-// __syncwarp. Shuffles and votes order nothing, as CUDA has it. Atomic operations race only with plain ones.
+// __syncwarp. Shuffles and votes order nothing, as CUDA has it. Atomic operations race only with plain ones. The hooks
+// also stop a write to anything but shared memory, the arrays and a thread's own stack, before it does harm.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -72,6 +73,8 @@ bool detecting = false;
 
 void (*kernel)(void**);
 void** arguments;
+const int64_t* arrays;  // address and size of each
+int array_count;
 
 void fail(const char* format, ...) {
     if (!failure.empty()) return;
@@ -179,9 +182,22 @@ void run_block(int n, std::mt19937& random) {
     }
 }
 
+bool inside(const char* at, const char* start, int64_t size) {
+    return at >= start && at < start + size;
+}
+
 void access(const void* address, int64_t size, Kind kind) {
-    const int64_t start = static_cast<const char*>(address) - shared;
-    if (!detecting || current < 0 || start < 0 || start >= shared_bytes) return;
+    if (!detecting || current < 0) return;
+    const char* where = static_cast<const char*>(address);
+    if (!inside(where, shared, shared_bytes)) {
+        bool known = kind == reading || inside(where, stacks.data(), int64_t(stacks.size()));
+        for (int i = 0; i < array_count; ++i)
+            known = known || inside(where, reinterpret_cast<char*>(arrays[2 * i]), arrays[2 * i + 1]);
+        if (known) return;
+        fail("block %u, thread %d: a write outside of every array", block_index.x, current);
+        stop();
+    }
+    const int64_t start = where - shared;
     const int w = current / 32, lane = current % 32;
     for (int64_t at = start; at < std::min(start + size, shared_bytes); ++at) {
         Touched& byte = touched[at];
@@ -249,9 +265,11 @@ void trap(int line) {
 
 // Returns what went wrong, or null. `detect`: report races, if the kernel was compiled for it.
 extern "C" const char* simt_launch(void (*call)(void**), void** arguments, int grid, int block, int64_t shared_bytes,
-                                   int64_t seed, int detect) {
+                                   int64_t seed, int detect, const int64_t* arrays, int array_count) {
     using namespace simt;
     failure.clear();
+    simt::arrays = arrays;
+    simt::array_count = array_count;
     if (block % 32 || block < 32 || block > 1024 || grid < 1 || shared_bytes < 0) {
         fail("expected 32, 64, ... 1024 threads and at least one block, got %d and %d", block, grid);
         return failure.c_str();

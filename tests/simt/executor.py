@@ -83,7 +83,7 @@ def _load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     loaded.simt_launch.restype = ctypes.c_char_p
     loaded.simt_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int] * 2, *[ctypes.c_int64] * 2]
-    loaded.simt_launch.argtypes.append(ctypes.c_int)
+    loaded.simt_launch.argtypes += [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
     return loaded
 
 
@@ -158,8 +158,11 @@ def launch(
 
     held = list(values())
     pointers = (ctypes.c_void_p * len(held))(*[ctypes.addressof(value) for value in held])
-    detect = int(build == "race")
-    failure = loaded.simt_launch(ctypes.cast(entry, ctypes.c_void_p), pointers, grid, block, shared, seed, detect)
+    arrays = (ctypes.c_int64 * (2 * len(guarded)))(*[x for array in guarded for x in (array.pointer, array.size)])
+    failure = loaded.simt_launch(
+        *(ctypes.cast(entry, ctypes.c_void_p), pointers, grid, block, shared, seed),
+        *(int(build == "race"), arrays, len(guarded)),
+    )
     intact = [array.finish() for array in guarded]
     if failure is not None:
         raise SimtError(failure.decode())
