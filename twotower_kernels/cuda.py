@@ -67,9 +67,7 @@ def _core() -> ModuleType:
 @cache
 def _nvrtc_version() -> str:
     try:
-        from cuda.bindings import nvrtc
-
-        status, major, minor = nvrtc.nvrtcVersion()
+        status, major, minor = importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
     except (ImportError, RuntimeError) as error:  # RuntimeError: the library itself is not found
         raise ImportError(_advice(error)) from error
     if int(status) != 0:

@@ -39,7 +39,14 @@ def moe_plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
         most = cuda.SHARED_LIMIT // 8
         raise NotImplementedError(f"moe_plan on cuda: expected at most {most} experts, got {num_experts}")
     warps = max(1, min(32, rows - 1, -(-n * top_k // 32)))
-    arguments = (experts, cuda.DTYPES.index(experts.dtype), *experts.stride(), n, top_k, num_experts)
+    arguments: tuple[cuda.Argument, ...] = (
+        experts,
+        cuda.DTYPES.index(experts.dtype),
+        *experts.stride(),
+        n,
+        top_k,
+        num_experts,
+    )
     shared = 4 * num_experts * (1 + warps)
     cuda.launch(Kernel("moe_plan", "moe_plan_kernel"), 1, 32 * warps, shared, (*arguments, counts, offsets, pairs))
     return plan
@@ -85,7 +92,7 @@ class _Routing:
         self.weights = logits.new_empty((n, top_k), dtype=torch.float32)
         self.experts = logits.new_empty((n, top_k), dtype=torch.int32)
         told_of_bias = (0, 0) if bias is None else (cuda.DTYPES.index(bias.dtype), bias.stride(0))
-        self.arguments = (
+        self.arguments: tuple[cuda.Argument, ...] = (
             *(logits, *logits.stride(), bias, *told_of_bias, self.weights, self.experts),
             *(n, e, top_k, softmax, n_group, topk_group, renormalize, float(scaling)),
         )
