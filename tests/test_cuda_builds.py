@@ -1,12 +1,16 @@
 """CUDA C++ kernels: all are in the table of builds, and what is kept on disk can be trusted."""
 
+import importlib
 import os
 import re
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.build_kernels import cuda_modules
 from tests.paths import ROOT
@@ -17,8 +21,6 @@ PLAN = ("moe_plan", (), "sm_90a")
 
 def test_every_source_is_built() -> None:
     """tests/test_triton_builds.py compiles them all, for every GPU."""
-    import importlib
-
     modules = [importlib.import_module(f"twotower_kernels.{name}") for name in cuda_modules()]
     built = {source for module in modules for source, _ in module.builds()}
     assert built == {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
@@ -131,9 +133,7 @@ def test_what_to_install_is_said(gone: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, gone, None)
     monkeypatch.setitem(sys.modules, "cuda.core.experimental", None)
     if gone == "cuda.bindings.nvrtc":
-        import cuda.bindings as bindings
-
-        monkeypatch.delattr(bindings, "nvrtc", raising=False)
+        monkeypatch.delattr(importlib.import_module("cuda.bindings"), "nvrtc", raising=False)
     cuda._core.cache_clear()
     cuda._nvrtc_version.cache_clear()
     try:
@@ -142,3 +142,29 @@ def test_what_to_install_is_said(gone: str, monkeypatch: pytest.MonkeyPatch) -> 
     finally:
         cuda._core.cache_clear()
         cuda._nvrtc_version.cache_clear()
+
+
+def test_a_launch_as_cuda_core_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: what is handed to `cuda.core.launch`, in which order."""
+    calls = []
+    core = SimpleNamespace(
+        Stream=SimpleNamespace(from_handle=lambda handle: ("stream", handle)),
+        LaunchConfig=cuda._core().LaunchConfig,
+        launch=lambda *arguments: calls.append(arguments),
+    )
+    monkeypatch.setattr(cuda, "_core", lambda: core)
+    monkeypatch.setattr(cuda, "_loaded", lambda kernel, device: kernel.name)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    tensor = torch.zeros(2)
+    cuda.launch(cuda.Kernel("moe_plan", "moe_plan_kernel"), 2, 64, 100, (tensor, None, True, 3, 2.5))
+    ((stream, config, function, *values),) = calls
+    assert (stream, function, values) == (("stream", 7), "moe_plan_kernel", [tensor.data_ptr(), 0, 1, 3, 2.5])
+    assert [type(value) for value in values] == [int, int, int, int, float]
+    assert (config.grid[0], config.block[0], config.shmem_size) == (2, 64, 100)
+
+
+def test_nothing_is_loaded_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="call it once before capturing"):
+        cuda._loaded(cuda.Kernel("moe_plan", "moe_plan_kernel"), 0)
