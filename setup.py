@@ -1,4 +1,5 @@
 """Builds `twotower_kernels._C`: every csrc/cpu/*.cpp once per instruction set, then one shared library, by ninja.
+The sources of CUDA C++ kernels, csrc/cuda, go into the package as they are: they are compiled at first use.
 
 Needs a C++17 compiler (CXX, else c++), pybind11, ninja. No torch and no CUDA: the kernels take pointers. CXXFLAGS and
 LDFLAGS are appended to the flags below. All metadata is in pyproject.toml.
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CXX = os.environ.get("CXX", "c++")
@@ -86,5 +88,19 @@ class BuildKernels(build_ext):
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(build), "--quiet"], check=True)
 
 
+class CopySources(build_py):
+    """`build_py` that adds csrc/cuda as twotower_kernels/csrc_cuda. A checkout, installed or not, reads csrc itself."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(
+                ROOT / "csrc" / "cuda", Path(self.build_lib) / "twotower_kernels" / "csrc_cuda", dirs_exist_ok=True
+            )
+
+
 sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.cpp"))]
-setup(ext_modules=[Extension("twotower_kernels._C", sources)], cmdclass={"build_ext": BuildKernels})
+setup(
+    ext_modules=[Extension("twotower_kernels._C", sources)],
+    cmdclass={"build_ext": BuildKernels, "build_py": CopySources},
+)

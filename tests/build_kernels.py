@@ -1,8 +1,8 @@
 """Compiles every GPU kernel for every GPU, on any machine: `python -m tests.build_kernels build/kernels.json`.
 
-Needs neither GPU nor driver: Triton and its wheel's ptxas and cuobjdump are enough. The file lists, per build, kernel,
-configuration, architecture, registers per thread, bytes of shared memory, bytes spilled to local memory, and which
-instructions asked for are missing.
+Needs neither GPU nor driver: Triton, its wheel's ptxas and cuobjdump, and NVRTC for CUDA C++ are enough. The file
+lists, per build, kernel, configuration, architecture, registers per thread, bytes of shared memory, bytes spilled to
+local memory, and which instructions asked for are missing.
 """
 
 from __future__ import annotations
@@ -71,8 +71,29 @@ def compiled(build: Build, arch: int) -> Built:
     return Built(name, described(build), f"sm_{arch}", registers, done.metadata.shared, spills, missing)
 
 
-def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread and bytes of local memory of the one kernel in it."""
+def cuda_modules() -> list[str]:
+    """The launchers of CUDA C++ kernels: twotower_kernels/cuda_*.py."""
+    folder = Path(twotower_kernels.triton.__file__).parents[1]
+    return sorted(path.stem for path in folder.glob("cuda_*.py"))
+
+
+def cuda_builds_of(module: str, arch: int) -> list[Built]:
+    """As `builds_of`, for CUDA C++. Shared memory is asked for at launch, so the table shows none."""
+    from twotower_kernels import cuda
+
+    found = []
+    for source, defines in importlib.import_module(f"twotower_kernels.{module}").builds():
+        cubin = cuda.compile(source, defines, f"sm_{arch}{'a' if arch >= 90 else ''}")
+        config = " ".join(f"{name}={value}" for name, value in defines)
+        text = (cuda.folder() / f"{source}.cu").read_text(encoding="utf-8")
+        for kernel in re.findall(r"\b(\w+_kernel)\(", text):
+            registers, spills = resources(cubin, kernel)
+            found.append(Built(kernel, config, f"sm_{arch}", registers, 0, spills, ()))
+    return found
+
+
+def resources(cubin: bytes, kernel: str = "") -> tuple[int, int]:
+    """Registers per thread and bytes of local memory of this kernel, or of the one that is in it."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -80,6 +101,8 @@ def resources(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    if kernel:
+        text = text[text.index(f"Function {kernel}:") :].split("Function ")[1]
     registers, stack, local = (int(re.findall(rf"{name}:(\d+)", text)[-1]) for name in ("REG", "STACK", "LOCAL"))
     return registers, stack + local
 
@@ -94,6 +117,8 @@ def main() -> None:
     jobs = [(name, arch) for name in modules() for arch in ARCHITECTURES]
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         found = [built for part in pool.map(builds_of, *zip(*jobs, strict=True)) for built in part]
+        jobs = [(name, arch) for name in cuda_modules() for arch in ARCHITECTURES]
+        found += [built for part in pool.map(cuda_builds_of, *zip(*jobs, strict=True)) for built in part]
     path = Path(sys.argv[1])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([asdict(built) for built in found], indent=1), encoding="utf-8")

@@ -21,6 +21,7 @@ def test_wheel_holds_the_package_and_its_model(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, source)
     for name in ("twotower_kernels", "reference"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "csrc" / "cuda", source / "csrc" / "cuda")
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(source)], check=True, stdin=subprocess.DEVNULL)
     (wheel,) = tmp_path.glob("*.whl")
@@ -34,6 +35,8 @@ def test_wheel_holds_the_package_and_its_model(tmp_path: Path) -> None:
     demo = {path.relative_to(ROOT).as_posix() for path in (ROOT / "twotower_kernels" / "demo").iterdir()}
     assert "twotower_kernels/demo/model.safetensors" in demo
     assert demo <= names
+    kernels = {f"twotower_kernels/csrc_cuda/{path.name}" for path in (ROOT / "csrc" / "cuda").iterdir()}
+    assert kernels and kernels <= names
 
 
 def test_demo_path_is_the_shipped_model() -> None:

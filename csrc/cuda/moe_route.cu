@@ -1,0 +1,213 @@
+// The choice of experts (reference/moe.py), alone or together with the plan that sorts tokens by expert.
+//
+//     moe_route_kernel       weights and experts of any number of tokens, a warp for each
+//     moe_route_plan_kernel  the same and the plan, for up to 64 tokens, in one block
+//
+// A warp keeps a token's E selection scores as integers in their order (`ordered`) and takes the largest k times: a
+// reduction in hardware of each half, and one that finds the lowest expert among equals. So ties and NaN cost nothing
+// extra, and float64 is compared exactly. Scores and keys lie in shared memory, and the loops over them are not
+// unrolled: with both in registers and everything unrolled, compiled for 4, 8, 16 or 32 experts in each lane, cubins
+// had 105 to 500 KB instead of 75, and NVRTC took 5 to 40 s for one instead of 2, on a busy machine. What runs once per
+// launch also waits for each instruction it fetches.
+//
+// The plan needs no sort up to 64 tokens, since one choice of a token differs from its others: every expert keeps a
+// mask of the tokens that chose it. Its size is the expert's count, and the bits below a token's own are the token's
+// place among the expert's. The result is ordered by token whatever the order in which the bits arrived.
+//
+// Predicted, not measured: 16 tokens and 128 experts in float64 on an H200 take at most 4 us with the launch, for both.
+// Half of that is the launch; then one wait for the logits (0.6 us), 128 exponentials a warp (0.3), six selections
+// (0.1 each), the scan and two barriers (0.3). More tokens than 64 take moe_route_kernel and moe_plan.cu.
+//
+// Compiled for LOGIT float or double.
+#include "warp.h"
+
+template <class W>
+struct KeyOf {
+    using type = uint64;
+};
+template <>
+struct KeyOf<float> {
+    using type = unsigned;
+};
+using Key = KeyOf<LOGIT>::type;
+
+// What both kernels are told.
+struct Routing {
+    const LOGIT* logits;
+    int64 logits_row, logits_column;  // strides, in elements
+    const void* bias;                 // [E] of bias_type, or null
+    int64 bias_type, bias_stride;
+    float* weights;  // [N, k]
+    int* experts;    // [N, k]
+    int64 n;
+    int e, k, softmax, n_group, topk_group, renormalize;
+    double scaling;
+};
+
+// A warp's part of shared memory, `_Routing.scratch` bytes in twotower_kernels/cuda_moe.py.
+struct Scratch {
+    LOGIT* scores;  // [E]
+    Key* keys;      // [E], 0: taken. Lane i % 32 alone touches key i
+    Key* groups;    // [n_group]
+    int* chosen;    // [k]
+};
+
+__device__ inline Scratch scratch_at(uint64* words, const Routing& a) {
+    const int own = ((2 * a.e + a.n_group) * int(sizeof(LOGIT)) + a.k * int(sizeof(int)) + 7) / 8;
+    LOGIT* scores = reinterpret_cast<LOGIT*>(words + warp_id() * own);
+    Key* keys = reinterpret_cast<Key*>(scores + a.e);
+    return {scores, keys, keys + a.e, reinterpret_cast<int*>(keys + a.e + a.n_group)};
+}
+
+__device__ inline void scores_of(LOGIT* scores, const Routing& a, int64 token) {
+    const int lane = lane_id();
+    const LOGIT* logits = a.logits + token * a.logits_row;
+    if (!a.softmax) {
+#pragma unroll 4
+        for (int i = lane; i < a.e; i += lanes) scores[i] = 1 / (1 + exp(-logits[i * a.logits_column]));
+        return;
+    }
+    Key top = 0;
+#pragma unroll 1
+    for (int i = lane; i < a.e; i += lanes) {
+        scores[i] = logits[i * a.logits_column];
+        const Key key = ordered(scores[i]);
+        if (key > top) top = key;
+    }
+    const LOGIT most = number(warp_max(top));
+    LOGIT sum = 0;
+#pragma unroll 4
+    for (int i = lane; i < a.e; i += lanes) sum += scores[i] = exp(scores[i] - most);
+    sum = warp_sum(sum);
+#pragma unroll 1
+    for (int i = lane; i < a.e; i += lanes) scores[i] /= sum;
+}
+
+// Where the largest of n keys is, the lowest among equals; every lane looks at its own and all know the answer.
+__device__ inline int largest(const Key* keys, int n) {
+    Key top = 0;
+    unsigned at = 0;
+#pragma unroll 1
+    for (int i = lane_id(); i < n; i += lanes) {
+        if (keys[i] > top) {
+            top = keys[i];
+            at = unsigned(i);
+        }
+    }
+    const Key best = warp_max(top);
+    return int(__reduce_min_sync(whole_warp, top == best ? at : ~0u));
+}
+
+// The choices outside the topk_group groups with the largest sums of their two best become 0.
+__device__ inline void drop_groups(Key* keys, const Routing& a, Key* groups) {
+    const int lane = lane_id(), size = a.e / a.n_group;
+#pragma unroll 1
+    for (int g = 0; g < a.n_group; ++g) {
+        Key first = 0, second = 0;  // of this lane
+        const int start = g * size, from = start + (lane - start % lanes + lanes) % lanes;
+#pragma unroll 1
+        for (int i = from; i < start + size; i += lanes) {
+            const Key key = keys[i];
+            if (key > first) {
+                second = first;
+                first = key;
+            } else if (key > second) {
+                second = key;
+            }
+        }
+        const Key best = warp_max(first);
+        if (lane == __ffs(int(__ballot_sync(whole_warp, first == best))) - 1) first = second;
+        const Key next = warp_max(first);
+        // Lane g % 32 alone reads what it writes here, until the barrier.
+        if (lane == g % lanes) groups[g] = ordered(size > 1 ? number(best) + number(next) : number(best));
+    }
+#pragma unroll 1
+    for (int kept = 0; kept < a.topk_group; ++kept) {
+        const int place = largest(groups, a.n_group);
+        if (lane == place % lanes) groups[place] = 0;  // it stays, and is not taken twice
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int i = lane; i < a.e; i += lanes)
+        if (groups[i / size] != 0) keys[i] = ordered(LOGIT(0));
+}
+
+// One warp chooses for one token. What is in `scratch` may be overwritten after the warp's next barrier.
+__device__ inline void route(const Routing& a, int64 token, const Scratch& scratch) {
+    const int lane = lane_id();
+    scores_of(scratch.scores, a, token);
+#pragma unroll 1
+    for (int i = lane; i < a.e; i += lanes) {
+        const LOGIT score = scratch.scores[i];
+        scratch.keys[i] = ordered(a.bias ? score + number_at<LOGIT>(a.bias, a.bias_type, i * a.bias_stride) : score);
+    }
+    if (a.n_group > 1) drop_groups(scratch.keys, a, scratch.groups);
+    __syncwarp();
+    LOGIT sum = 0;
+#pragma unroll 1
+    for (int c = 0; c < a.k; ++c) {
+        const int place = largest(scratch.keys, a.e);
+        if (lane == place % lanes) scratch.keys[place] = 0;
+        if (lane == c % lanes) scratch.chosen[c] = place;  // the lane that reads it below
+        sum += scratch.scores[place];
+    }
+#pragma unroll 1
+    for (int c = lane; c < a.k; c += lanes) {
+        LOGIT weight = scratch.scores[scratch.chosen[c]];
+        if (a.renormalize) weight /= sum + LOGIT(1e-20);
+        a.weights[token * a.k + c] = float(weight * LOGIT(a.scaling));
+        a.experts[token * a.k + c] = scratch.chosen[c];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(512)
+    moe_route_kernel(const LOGIT* logits, int64 logits_row, int64 logits_column, const void* bias, int64 bias_type,
+                     int64 bias_stride, float* weights, int* experts, int64 n, int64 e, int64 k, int64 softmax,
+                     int64 n_group, int64 topk_group, int64 renormalize, double scaling) {
+    SHARED_MEMORY(shared);
+    const Routing a = {logits,           logits_row, logits_column, bias,   bias_type,    bias_stride,  weights,
+                       experts,          n,          int(e),        int(k), int(softmax), int(n_group), int(topk_group),
+                       int(renormalize), scaling};
+    const int64 token = int64(blockIdx.x) * (blockDim.x / lanes) + warp_id();
+    if (token < n) route(a, token, scratch_at(shared, a));
+}
+
+// One block on a processor: without that 1, sm_100 and sm_120 keep to 64 registers and spill three of them.
+extern "C" __global__ void __launch_bounds__(512, 1)
+    moe_route_plan_kernel(const LOGIT* logits, int64 logits_row, int64 logits_column, const void* bias, int64 bias_type,
+                          int64 bias_stride, float* weights, int* experts, int64 n, int64 e, int64 k, int64 softmax,
+                          int64 n_group, int64 topk_group, int64 renormalize, double scaling, int64* counts,
+                          int64* offsets, int64* pairs) {
+    SHARED_MEMORY(shared);
+    const Routing a = {logits,           logits_row, logits_column, bias,   bias_type,    bias_stride,  weights,
+                       experts,          n,          int(e),        int(k), int(softmax), int(n_group), int(topk_group),
+                       int(renormalize), scaling};
+    const int warps = int(blockDim.x) / lanes;
+    uint64* tokens = shared;                                       // [E], which tokens chose an expert
+    unsigned* starts = reinterpret_cast<unsigned*>(shared + a.e);  // [E], where an expert's pairs start
+    const Scratch scratch = scratch_at(shared + a.e + (a.e + 1) / 2, a);
+
+#pragma unroll 1
+    for (int i = threadIdx.x; i < a.e; i += blockDim.x) tokens[i] = 0;
+    __syncthreads();
+#pragma unroll 1
+    for (int token = warp_id(); token < n; token += warps) {
+        route(a, token, scratch);
+#pragma unroll 1
+        for (int c = lane_id(); c < a.k; c += lanes) atomicOr(&tokens[scratch.chosen[c]], uint64(1) << token);
+        __syncwarp();
+    }
+    __syncthreads();
+    if (warp_id() == 0) scan([=](int i) { return unsigned(__popcll(tokens[i])); }, a.e, starts, counts, offsets);
+    __syncthreads();
+#pragma unroll 1
+    for (int token = warp_id(); token < n; token += warps) {
+        const uint64 below = (uint64(1) << token) - 1;
+#pragma unroll 1
+        for (int c = lane_id(); c < a.k; c += lanes) {
+            const int64 pair = int64(token) * a.k + c;
+            const int expert = experts[pair];  // this thread wrote it
+            pairs[starts[expert] + __popcll(tokens[expert] & below)] = pair;
+        }
+    }
+}

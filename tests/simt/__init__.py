@@ -1,0 +1,1 @@
+"""CUDA C++ kernels run on a host, so that they are tested without a GPU."""

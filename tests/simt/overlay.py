@@ -1,0 +1,52 @@
+"""The CUDA C++ launchers on CPU tensors, their kernels run by the executor."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from tests.simt import executor
+from twotower_kernels import cuda, cuda_moe
+
+
+@contextmanager
+def simulated(*, build: str = "plain", seed: int = 0) -> Iterator[None]:
+    """Inside, `twotower_kernels.cuda.launch` runs the same sources on the host."""
+
+    def launch(kernel: cuda.Kernel, grid: int, block: int, shared: int, arguments: Sequence[cuda.Argument]) -> None:
+        text = (executor.SOURCES / f"{kernel.source}.cu").read_text(encoding="utf-8")
+        executor.launch(text, kernel.name, dict(kernel.defines), grid, block, shared, arguments, build=build, seed=seed)
+
+    with patch.object(cuda, "launch", launch):
+        yield
+
+
+@contextmanager
+def cuda_kernels(*, build: str = "plain") -> Iterator[None]:
+    """Inside, `tt.moe_route` and `tt.moe_plan` run their CUDA C++ kernels on CPU tensors; every choice is also made by
+    the kernel that plans with it."""
+
+    def route(*arguments: Any) -> tuple[Tensor, Tensor]:
+        weights, experts = cuda_moe.moe_route(*arguments)
+        both = cuda_moe.moe_route_plan(*arguments)
+        plan = cuda_moe.moe_plan(experts, arguments[0].shape[1])
+        for one, other in zip(both, (weights, experts, *plan), strict=True):
+            assert one.numpy().tobytes() == other.numpy().tobytes()  # NaN too
+        return weights, experts
+
+    overlay = torch.library.Library("twotower", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch says that a kernel is laid over another: so it should be
+            overlay.impl("moe_route", route, "CPU", allow_override=True)
+            overlay.impl("moe_plan", cuda_moe.moe_plan, "CPU", allow_override=True)
+        with simulated(build=build):
+            yield
+    finally:
+        overlay._destroy()

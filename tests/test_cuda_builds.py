@@ -1,0 +1,170 @@
+"""CUDA C++ kernels: all are in the table of builds, and what is kept on disk can be trusted."""
+
+import importlib
+import os
+import re
+import sys
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.build_kernels import cuda_modules
+from tests.paths import ROOT
+from twotower_kernels import cuda
+
+PLAN = ("moe_plan", (), "sm_90a")
+
+
+def test_every_source_is_built() -> None:
+    """tests/test_triton_builds.py compiles them all, for every GPU."""
+    modules = [importlib.import_module(f"twotower_kernels.{name}") for name in cuda_modules()]
+    built = {source for module in modules for source, _ in module.builds()}
+    assert built == {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    for path in cuda.folder().glob("*.cu"):
+        kernels = re.findall(r"__global__[^;{]*?\b(\w+)\(\s*(?:const|void|int)", path.read_text(encoding="utf-8"))
+        assert kernels and all(name.endswith("_kernel") for name in kernels), path.name
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The cache is in an empty folder, and a compiler that is quick says what it compiled."""
+    made: list[str] = []
+
+    def quick(source: str, defines: object, arch: str) -> bytes:
+        made.append(arch)
+        return f"{source} {defines} {arch}".encode()
+
+    monkeypatch.setattr(cuda, "compile", quick)
+    monkeypatch.setattr(cuda, "_nvrtc_version", lambda: "13.0")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return made
+
+
+def kept() -> Path:
+    (path,) = cuda.cache_folder().iterdir()
+    return path
+
+
+def test_a_kernel_is_compiled_once(compiled: list[str]) -> None:
+    first = cuda.cubin(*PLAN)
+    assert cuda.cubin(*PLAN) == first and compiled == ["sm_90a"]
+    assert cuda.cache_folder().stat().st_mode & 0o777 == 0o700
+
+
+def test_whatever_changes_the_result_is_in_the_key(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda.cubin(*PLAN)
+    cuda.cubin("moe_plan", (("A", "1"),), "sm_90a")
+    cuda.cubin("moe_plan", (), "sm_80")
+    monkeypatch.setattr(cuda, "_nvrtc_version", lambda: "13.1")
+    cuda.cubin(*PLAN)
+    assert len(compiled) == len(list(cuda.cache_folder().iterdir())) == 4
+
+
+def test_a_changed_header_is_in_the_key(compiled: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for path in cuda.folder().iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    cuda.cubin(*PLAN)
+    monkeypatch.setattr(cuda, "folder", lambda: tmp_path)
+    cuda.cubin(*PLAN)
+    assert len(compiled) == 1
+    with (tmp_path / "warp.h").open("a") as file:
+        file.write("// changed\n")
+    cuda.cubin(*PLAN)
+    assert len(compiled) == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "empty", "of another key"])
+def test_a_damaged_file_is_compiled_anew(damage: str, compiled: list[str]) -> None:
+    good = cuda.cubin(*PLAN)
+    path = kept()
+    content = path.read_bytes()
+    if damage == "of another key":
+        path.rename(path.with_suffix(".other"))
+        cuda.cubin("moe_plan", (), "sm_80")
+        content = next(other for other in cuda.cache_folder().glob("*.cubin")).read_bytes()
+        compiled.clear()
+    path.write_bytes({"truncated": content[:-1], "changed": content[:-1] + b"?", "empty": b""}.get(damage, content))
+    compiled.clear()
+    assert cuda.cubin(*PLAN) == good and compiled == ["sm_90a"]
+    assert cuda.cubin(*PLAN) == good and compiled == ["sm_90a"]
+
+
+def test_a_folder_that_others_can_write_is_not_used(compiled: list[str]) -> None:
+    cuda.cache_folder().mkdir(parents=True)
+    cuda.cache_folder().chmod(0o777)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="others can write here"):
+            cuda.cubin(*PLAN)
+    assert len(compiled) == 2 and not list(cuda.cache_folder().iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_no_error(compiled: list[str], tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        assert cuda.cubin(*PLAN)
+
+
+def test_a_file_that_cannot_be_written_is_no_error(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.warns(UserWarning, match="no space left"):
+        assert cuda.cubin(*PLAN)
+    assert not list(cuda.cache_folder().iterdir())
+
+
+def test_nvrtc_compiles_and_names_what_it_refuses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cuda.compile(*PLAN)[:4] == b"\x7fELF"
+    (tmp_path / "bad.cu").write_text("int f() { return unknown; }")
+    monkeypatch.setattr(cuda, "folder", lambda: tmp_path)
+    with pytest.raises(RuntimeError, match=r"(?s)bad\.cu for sm_90a.*unknown"):
+        cuda.compile("bad", (), "sm_90a")
+
+
+@pytest.mark.parametrize("gone", ["cuda.core", "cuda.bindings.nvrtc"])
+def test_what_to_install_is_said(gone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, gone, None)
+    monkeypatch.setitem(sys.modules, "cuda.core.experimental", None)
+    if gone == "cuda.bindings.nvrtc":
+        monkeypatch.delattr(importlib.import_module("cuda.bindings"), "nvrtc", raising=False)
+    cuda._core.cache_clear()
+    cuda._nvrtc_version.cache_clear()
+    try:
+        with pytest.raises(ImportError, match=r"pip install 'twotower-kernels\[cuda1[23]\]'"):
+            cuda.compile(*PLAN)
+    finally:
+        cuda._core.cache_clear()
+        cuda._nvrtc_version.cache_clear()
+
+
+def test_a_launch_as_cuda_core_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: what is handed to `cuda.core.launch`, in which order."""
+    calls = []
+    core = SimpleNamespace(
+        Stream=SimpleNamespace(from_handle=lambda handle: ("stream", handle)),
+        LaunchConfig=cuda._core().LaunchConfig,
+        launch=lambda *arguments: calls.append(arguments),
+    )
+    monkeypatch.setattr(cuda, "_core", lambda: core)
+    monkeypatch.setattr(cuda, "_loaded", lambda kernel, device: kernel.name)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    tensor = torch.zeros(2)
+    cuda.launch(cuda.Kernel("moe_plan", "moe_plan_kernel"), 2, 64, 100, (tensor, None, True, 3, 2.5))
+    ((stream, config, function, *values),) = calls
+    assert (stream, function, values) == (("stream", 7), "moe_plan_kernel", [tensor.data_ptr(), 0, 1, 3, 2.5])
+    assert [type(value) for value in values] == [int, int, int, int, float]
+    assert (config.grid[0], config.block[0], config.shmem_size) == (2, 64, 100)
+
+
+def test_nothing_is_loaded_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="call it once before capturing"):
+        cuda._loaded(cuda.Kernel("moe_plan", "moe_plan_kernel"), 0)

@@ -1,0 +1,70 @@
+"""The router's CUDA C++ kernels, run on a host: the CPU kernels' demands, and what is peculiar to them."""
+
+import pytest
+import torch
+
+import twotower_kernels as tt
+from reference import moe
+from tests import test_moe_kernel as cpu_tests
+from tests.kernel_checks import assert_op_within_budget
+from tests.simt.executor import SimtError
+from tests.simt.overlay import cuda_kernels, simulated
+from twotower_kernels import cuda_moe
+
+PROPERTIES = (
+    cpu_tests.test_ties_take_the_lowest_expert_and_group,
+    cpu_tests.test_nan_and_infinity_are_ranked_as_torch_ranks_them,
+    cpu_tests.test_only_scores_within_four_ulp_may_change_places,
+    cpu_tests.test_float64_logits_are_honoured,
+    cpu_tests.test_plan_of_any_experts,
+)
+
+
+@pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__.removeprefix("test_"))
+def test_as_on_a_cpu(check) -> None:  # type: ignore[no-untyped-def]
+    with cuda_kernels():
+        check()
+
+
+@pytest.mark.parametrize("build", ["plain", "race"])
+@pytest.mark.parametrize("case", moe.CASES["moe_route"])
+def test_every_routing_and_plan(case: str, build: str) -> None:
+    with cuda_kernels(build=build):
+        for dtype in (torch.float64, torch.float32):
+            assert_op_within_budget(tt.moe_route, moe.moe_route, moe.make_inputs("moe_route", case, dtype=dtype))
+        assert_op_within_budget(tt.moe_plan, moe.moe_plan, moe.make_inputs("moe_plan", case))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(n=64, e=128, top_k=6),  # the last bit of a mask
+        dict(n=65, e=20, top_k=3),  # two launches, and a last block that is not full
+        dict(n=3, e=1024, top_k=8, n_group=8, topk_group=4),  # two warps have room
+        dict(n=2, e=96, top_k=40, n_group=48, topk_group=33),  # more choices and groups than lanes
+    ],
+)
+def test_sizes_at_the_edges(sizes: dict) -> None:
+    with cuda_kernels():
+        for dtype in (torch.float64, torch.float32):
+            assert_op_within_budget(tt.moe_route, moe.moe_route, moe.make_inputs("moe_route", sizes, dtype=dtype))
+
+
+def test_plan_of_many_pairs() -> None:
+    """Several rounds of every warp."""
+    experts = torch.randint(0, 5, (1500, 2), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    with cuda_kernels():
+        assert_op_within_budget(tt.moe_plan, moe.moe_plan, dict(experts=experts, num_experts=5))
+
+
+@pytest.mark.parametrize("bad", [-1, 3])
+def test_experts_out_of_bounds_stop_the_plan(bad: int) -> None:
+    with simulated(), pytest.raises(SimtError, match="trap"):
+        cuda_moe.moe_plan(torch.tensor([[0, bad]], dtype=torch.int32), 3)
+
+
+def test_too_many_experts_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match="moe_route on cuda: expected at most 1024 experts, got 1025"):
+        cuda_moe.moe_route(torch.zeros(1, 1025), None, 1, False, 1, 1, True, 1.0)
+    with pytest.raises(NotImplementedError, match="moe_plan on cuda: expected at most 6144 experts, got 6145"):
+        cuda_moe.moe_plan(torch.zeros(1, 1, dtype=torch.int32), 6145)

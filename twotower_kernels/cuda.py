@@ -1,0 +1,204 @@
+"""CUDA C++ kernels (`csrc/cuda/*.cu`): compiled at first use, kept on disk, launched on PyTorch's current stream.
+
+NVRTC compiles them through cuda-python, so that nobody needs nvcc and nothing is compiled for a GPU that is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import stat
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)  # as in warp.h
+SHARED_LIMIT = 48 * 1024  # bytes of shared memory that a block may have on every GPU without asking
+
+Argument = Tensor | None | int | float
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An entry kernel: file `source`.cu, function `name`, macros that specialise it."""
+
+    source: str
+    name: str
+    defines: tuple[tuple[str, str], ...] = ()
+
+
+# --- compiling --------------------------------------------------------------------------------------------------------
+
+
+def folder() -> Path:
+    """Where the sources are: in an installed package inside it, in a checkout in csrc/cuda."""
+    installed = Path(__file__).parent / "csrc_cuda"  # put there by setup.py
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "csrc" / "cuda"
+
+
+@cache
+def _core() -> ModuleType:
+    """cuda.core, which was cuda.core.experimental before its version 1.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    for name in ("cuda.core", "cuda.core.experimental"):
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            missing = error
+        else:
+            if hasattr(module, "Program"):
+                return module
+            missing = ImportError(f"{name} has no Program")
+    raise ImportError(_advice(missing)) from missing
+
+
+@cache
+def _nvrtc_version() -> str:
+    try:
+        status, major, minor = importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
+    except (ImportError, RuntimeError) as error:  # RuntimeError: the library itself is not found
+        raise ImportError(_advice(error)) from error
+    if int(status) != 0:
+        raise ImportError(_advice(status))
+    return f"{major}.{minor}"
+
+
+def _advice(error: object) -> str:
+    version = (torch.version.cuda or "13").split(".")[0]
+    return (
+        f"kernels in CUDA C++ need cuda-python with NVRTC, and a driver to run: pip install "
+        f"'twotower-kernels[cuda{version}]' ({error})"
+    )
+
+
+def compile(source: str, defines: Sequence[tuple[str, str]], arch: str) -> bytes:
+    """The cubin of `source`.cu for "sm_90a" and the like. Needs NVRTC, but neither GPU nor driver.
+
+    Raises:
+        ImportError: NVRTC is not installed.
+        RuntimeError: the compiler refuses; its log is in the message.
+    """
+    core = _core()
+    _nvrtc_version()
+    macros = list(defines) or None  # an empty list is refused
+    options = core.ProgramOptions(arch=arch, std="c++17", define_macro=macros, include_path=[str(folder())])
+    text = (folder() / f"{source}.cu").read_text(encoding="utf-8")
+    try:
+        return bytes(core.Program(text, "c++", options).compile("cubin").code)
+    except Exception as error:
+        raise RuntimeError(f"{source}.cu for {arch} with {dict(defines)} does not compile: {error}") from error
+
+
+# --- the cache on disk ------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: $XDG_CACHE_HOME/twotower_kernels, by default ~/.cache/twotower_kernels."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twotower_kernels"
+
+
+def _trusted_folder() -> Path | None:
+    """`cache_folder()`, made if need be. None, with a warning, unless it is ours alone: whoever can write there can
+    run code here."""
+    path = cache_folder()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = path.stat()
+    except OSError as error:
+        warnings.warn(f"{path}: compiled kernels cannot be kept ({error})", stacklevel=2)
+        return None
+    if state.st_uid != os.getuid() or state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        warnings.warn(f"{path}: others can write here, so compiled kernels are not kept; chmod 700 it", stacklevel=2)
+        return None
+    return path
+
+
+def _key(source: str, defines: Sequence[tuple[str, str]], arch: str) -> str:
+    """Of everything that the cubin depends on."""
+    parts = [_nvrtc_version(), arch, repr(tuple(defines)), source]
+    for path in (folder() / f"{source}.cu", *sorted(folder().glob("*.h"))):
+        parts.append(path.read_text(encoding="utf-8"))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def cubin(source: str, defines: Sequence[tuple[str, str]], arch: str) -> bytes:
+    """As `compile`, but from the disk where it was compiled before.
+
+    A file begins with the digest of its key and content: one that is corrupt, or was made for another key, is compiled
+    anew.
+    """
+    key, where = _key(source, defines, arch), _trusted_folder()
+    if where is None:
+        return compile(source, defines, arch)
+    path = where / f"{key}.cubin"
+    try:
+        kept = path.read_bytes()
+    except OSError:
+        kept = b""
+    digest, content = kept[:32], kept[32:]
+    if content and digest == hashlib.sha256(key.encode() + content).digest():
+        return content
+    content = compile(source, defines, arch)
+    temporary = None
+    try:
+        # Written aside and renamed, so that another process sees the whole file or none.
+        with tempfile.NamedTemporaryFile(dir=where, delete=False) as file:
+            temporary = file.name
+            file.write(hashlib.sha256(key.encode() + content).digest() + content)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        warnings.warn(f"{path}: a compiled kernel cannot be kept ({error})", stacklevel=2)
+    return content
+
+
+# --- launching --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _loaded(kernel: Kernel, device: int) -> Any:
+    """The kernel on a device, ready to launch."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{kernel.name} is not loaded yet, which cannot be captured; call it once before capturing")
+    core = _core()
+    core.Device(device).set_current()
+    major, minor = torch.cuda.get_device_capability(device)
+    arch = f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+    return core.ObjectCode.from_cubin(cubin(kernel.source, kernel.defines, arch)).get_kernel(kernel.name)
+
+
+def launch(kernel: Kernel, grid: int, block: int, shared: int, arguments: Sequence[Argument]) -> None:
+    """Runs `grid` blocks of `block` threads with `shared` bytes each, on the current stream of the tensors' device.
+
+    Tensors become pointers (None: a null pointer), integers and booleans 64-bit integers, floats doubles: no kernel
+    takes anything else.
+    """
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    with torch.cuda.device(device):
+        function = _loaded(kernel, device.index)
+        core = _core()
+        stream = core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
+        core.launch(
+            stream, core.LaunchConfig(grid=grid, block=block, shmem_size=shared), function, *map(_value, arguments)
+        )
+
+
+def _value(argument: Argument) -> int | float:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, float):
+        return argument
+    return int(argument or 0)
