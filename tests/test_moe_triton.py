@@ -1,4 +1,4 @@
-"""The experts' Triton kernels in the interpreter, and the router's stand-ins: the CPU kernels' demands."""
+"""The experts' Triton kernels in the interpreter, and the router's product on GPUs: the CPU kernels' demands."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,17 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import twotower_kernels as tt
 from reference import moe
 from tests.kernel_checks import DTYPES as WIDER_DTYPES
 from tests.kernel_checks import assert_op_within_budget
 from tests.test_moe_experts_kernel import PLAN, SHARED, SMALL
-from tests.test_moe_kernel import assert_faithful, routings
+from tests.test_moe_kernel import assert_faithful
 from tests.triton_checks import DTYPES, triton_kernels
 from twotower_kernels.triton import moe as kernels
-from twotower_kernels.triton import moe_plain
 
 
 @pytest.fixture(autouse=True)
@@ -209,51 +207,3 @@ def test_gate_of_any_shape_layout_and_pair_of_dtypes(n, e, h, dtypes, layout, se
     inputs = moe.make_inputs("moe_gate", dict(n=n, e=e, h=h), dtype=dtypes[0], seed=seed)
     inputs["gate_weight"] = inputs["gate_weight"].to(dtypes[1])
     assert_faithful(inputs, layout)
-
-
-@pytest.mark.parametrize("case", moe.CASES["moe_route"])
-def test_every_routing_and_plan(case: str) -> None:
-    for dtype in (torch.float64, torch.float32):
-        assert_op_within_budget(tt.moe_route, moe.moe_route, moe.make_inputs("moe_route", case, dtype=dtype))
-    assert_op_within_budget(tt.moe_plan, moe.moe_plan, moe.make_inputs("moe_plan", case))
-
-
-@settings(max_examples=100)
-@given(inputs=routings([-800.0, 0.0, 50.0, 800.0], [-0.75, -0.5, 0.0, 0.25]), layout=st.integers(0, 3))
-def test_ties_take_the_lowest_expert_and_group(inputs: dict, layout: int) -> None:
-    assert_op_within_budget(tt.moe_route, moe.moe_route, inputs, layout=layout)
-
-
-@settings(max_examples=60)
-@given(
-    inputs=routings([float("nan"), float("inf"), -float("inf"), -800.0, 0.0, 0.5, 800.0], [0.0, float("inf")]),
-    score=st.sampled_from(moe.SCORES),
-)
-def test_nan_and_infinity_are_ranked_as_torch_ranks_them(inputs: dict, score: str) -> None:
-    expected, experts = moe.moe_route(**inputs, score=score)
-    got = tt.moe_route(**inputs, score=score)
-    assert torch.equal(got[1], experts)
-    torch.testing.assert_close(got[0], expected, rtol=1e-6, atol=0, equal_nan=True)
-
-
-@settings(max_examples=60)
-@given(
-    e=st.integers(1, 9),
-    n=st.integers(0, 7),
-    top_k=st.integers(0, 5),
-    dtype=st.sampled_from([torch.int32, torch.int64]),
-    layout=st.integers(0, 3),
-    seed=st.integers(0, 2**31),
-)
-def test_plan_of_any_experts(e, n, top_k, dtype, layout, seed):  # type: ignore[no-untyped-def]
-    experts = torch.randint(0, e, (n, top_k), generator=torch.Generator().manual_seed(seed), dtype=dtype)
-    assert_op_within_budget(tt.moe_plan, moe.moe_plan, dict(experts=experts, num_experts=e), layout=layout)
-
-
-def test_nothing_waits_for_the_device() -> None:
-    """Fake tensors have shapes but no values: whoever reads one fails."""
-    with FakeTensorMode():
-        logits = moe_plain.moe_gate(torch.zeros(5, 8), torch.zeros(12, 8))
-        weights, experts = moe_plain.moe_route(logits, torch.zeros(12), 3, False, 4, 2, True, 2.5)
-        counts, offsets, pairs = moe_plain.moe_plan(experts, 12)
-    assert [list(t.shape) for t in (weights, experts, counts, offsets, pairs)] == [[5, 3], [5, 3], [12], [13], [15]]

@@ -22,6 +22,9 @@ namespace TT_ISA {
 static_assert(TT_VECTOR_BYTES == 64, "the instruction has 16 sums");
 
 // sum[i] + a[2i+1] b[2i+1] + a[2i] b[2i], with two bfloat16 numbers in each 32-bit word of a and b, the even one low.
+#if !defined(__AVX512BF16__)
+[[gnu::noinline]]  // it is large, and used in loops that are unrolled
+#endif
 inline FloatVector bf16_dot(FloatVector sum, WordVector a, WordVector b) {
 #if defined(__AVX512BF16__)
     return (FloatVector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)a, (__m512bh)(__m512i)b);

@@ -306,13 +306,13 @@ define(
     "moe_route(Tensor logits, Tensor? correction_bias, int top_k, bool softmax, int n_group, int topk_group, "
     "bool renormalize, float scaling) -> (Tensor, Tensor)",
     cpu=_route,
-    cuda="triton.moe_plain:moe_route",
+    cuda="cuda_moe:moe_route",
     fake=lambda logits, correction_bias, top_k, *_: _empty_choice(logits, top_k),
 )
 define(
     "moe_plan(Tensor experts, int num_experts) -> (Tensor, Tensor, Tensor)",
     cpu=_plan,
-    cuda="triton.moe_plain:moe_plan",
+    cuda="cuda_moe:moe_plan",
     fake=_empty_plan,
 )
 define(
