@@ -45,7 +45,6 @@ def prefill(length: int, dtype: torch.dtype, device: str) -> Case:
     q, k, v = (inputs[name] for name in "qkv")
     programs = {
         OURS: lambda: tt.block_attention(**inputs),
-        ORIGINAL: lambda: rivals.eager_attention(**inputs),
         "PyTorch: SDPA, causal": lambda: rivals.grouped_attention(q, k, v, causal=True),
     }
     flops = 2 * length * (length + 1) * HEADS * DIM

@@ -80,9 +80,7 @@ class Result:
 
 
 def interleaved(programs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Timing]:
-    """All programs in turns, after one call of each to warm up, until each had `seconds`, and three calls at least."""
-    for call in programs.values():
-        call()
+    """All programs in turns until each had `seconds`, and three calls at least. (`measure` has called each before.)"""
     taken: dict[str, list[float]] = {name: [] for name in programs}
     while any(len(t) < 3 or sum(t) < seconds for t in taken.values()):
         for name, call in programs.items():
