@@ -141,8 +141,10 @@ def moe_experts(
     """`Σ_k weight_k · down_k(act(up_k·x))`, plus `down(act(up·x))` of the shared expert.
 
     Source: DeepSeekMoE (arXiv 2401.06066, eq. 9); squared ReLU: Primer (arXiv 2109.08668); gated activations:
-    arXiv 2002.05202. Everything between `x` and the result is float32 (float64 for float64) and rounded once; experts
-    are added in ascending order, the shared one last. A token's result does not depend on the other tokens.
+    arXiv 2002.05202. Sums are float32 (float64 for float64); each product, the activation and each expert's result are
+    rounded to the dtype of `x`, as when such models are trained. Experts are added in ascending order, the shared one
+    last. A token's result does not depend on the other tokens. (Processors with AVX512-BF16 take subnormal bfloat16
+    weights for zeros.)
 
     Args:
         x: `[N, H]`; float64, float32, bfloat16 or float16; any strides.

@@ -45,7 +45,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, on_device_of, rows_contiguous
-from twotower_kernels.triton.moe_plain import moe_plan
+from twotower_kernels.triton.moe_plain import plan as plain_plan
 
 RELU2 = tl.constexpr(0)
 SILU = tl.constexpr(1)
@@ -332,7 +332,7 @@ def moe_experts(
     """Numbers of experts outside [0, E) cannot be refused without waiting for the device: their tokens become NaN."""
     check_dtype("moe_experts", x=x)
     if offsets is None or pairs is None:
-        _, offsets, pairs = moe_plan(experts, w_up.shape[0])
+        _, offsets, pairs = plain_plan(experts, w_up.shape[0])
     offsets, pairs = offsets.contiguous(), pairs.contiguous()
     shared = shared_up is not None
     x, w_up, w_down, weights, experts = map(rows_contiguous, (x, w_up, w_down, weights, experts))  # type: ignore[assignment]
