@@ -153,7 +153,7 @@ def cases(device: str = "cpu") -> Iterator[Case]:
         wanted: Goals = (6, 2, 1 / 1.6) if dtype == torch.bfloat16 else NO_GOALS
         yield step(model, 1, 8192, wanted)
         if dtype == torch.bfloat16:
-            yield step(model, 4, 8192)
+            yield step(model, 4, 8192, rivalled=False)
             for context in (1024, 8192, 32768, 131072):
                 yield step(model, 1, context, rivalled=False)
         del model
