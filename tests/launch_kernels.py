@@ -8,6 +8,7 @@ kernels' names.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any
 from unittest import mock
 
@@ -52,7 +53,8 @@ def main() -> None:
             for op, cases in family.CASES.items():
                 for case in cases:
                     if not case.startswith("released"):
-                        getattr(tt, op)(**family.make_inputs(op, case, dtype=torch.bfloat16))
+                        with suppress(NotImplementedError):  # said before anything is launched
+                            getattr(tt, op)(**family.make_inputs(op, case, dtype=torch.bfloat16))
     print(*sorted(launched))
 
 
