@@ -73,10 +73,16 @@ def random_state(model: tt.TwoTowerModel, batch: int, context: int) -> tt.Contex
     )
 
 
-def per_position(ours: Tensor, theirs: Tensor) -> None:
-    """In relative size. A narrow model's experts may flip at a few positions: the median must agree."""
-    error = (ours - theirs).norm(dim=-1) / ours.norm(dim=-1)
-    assert error.median() < 5e-2, f"outputs differ by {error.median():.1e}"
+def per_position(dtype: torch.dtype) -> Callable[[Tensor, Tensor], None]:
+    """In relative size, the median over positions. In float32, which is measured first, this says that the programs are
+    the same; rounding to bfloat16 makes a random model's routers choose other experts here and there."""
+    limit = 1e-4 if dtype == torch.float32 else 0.25
+
+    def check(ours: Tensor, theirs: Tensor) -> None:
+        error = (ours - theirs).norm(dim=-1) / ours.norm(dim=-1)
+        assert error.median() < limit, f"outputs differ by {error.median():.1e}"
+
+    return check
 
 
 def of_parameters(model: tt.TwoTowerModel, rows: int) -> tuple[int, int]:
@@ -123,7 +129,7 @@ def step(model: tt.TwoTowerModel, batch: int, context: int, goals: Goals = NO_GO
         """Weights at the speed of memory, then attention at 60 % of the peak: neither hides behind the other."""
         return moved / c.read / 1e9 + attention / (0.6 * c.matrix(dtype)) / 1e9
 
-    return Case("denoiser step", shape, dtype, programs, per_position, moved, flops, goals, floor)
+    return Case("denoiser step", shape, dtype, programs, per_position(dtype), moved, flops, goals, floor)
 
 
 def prefill(dtype: torch.dtype, tokens: int, goals: Goals) -> Case:
@@ -141,14 +147,14 @@ def prefill(dtype: torch.dtype, tokens: int, goals: Goals) -> Case:
     heads = CONFIG.num_attention_heads * CONFIG.head_dim * len(CONFIG.layers("*"))
     flops += 2 * heads * tokens * (tokens + 1)
     programs = {OURS: run({}), ORIGINAL: run(rivals.ORIGINAL), "PyTorch: best operations": run(rivals.BEST)}
-    return Case("prefill", f"{tokens} tokens", dtype, programs, per_position, flops=flops, goals=goals)
+    return Case("prefill", f"{tokens} tokens", dtype, programs, per_position(dtype), flops=flops, goals=goals)
 
 
 def cases(device: str = "cpu") -> Iterator[Case]:
     if device != "cpu":
         return  # bench/gpu_model.py measures the released size
     torch.manual_seed(0)
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.float32, torch.bfloat16):
         model = tt.TwoTowerModel(CONFIG, dtype=dtype, towers="denoiser")
         wanted: Goals = (6, 2, 1 / 1.6) if dtype == torch.bfloat16 else NO_GOALS
         yield step(model, 1, 8192, wanted)
