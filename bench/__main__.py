@@ -32,7 +32,11 @@ def main() -> None:
     console.print(report.heading(limits), highlight=False)
     for name in track(options.op or FILES, description="measuring", console=console, transient=True):
         for case in importlib.import_module(f"bench.bench_{name}").cases(options.device):
-            results.append(measure(case, options.seconds, options.device))
+            try:
+                results.append(measure(case, options.seconds, options.device))
+            except NotImplementedError as error:
+                console.print(f"{case.op}, {case.shape}: skipped, {error}", highlight=False, markup=False)
+                continue
             console.print("  ".join(report.cells(results[-1], limits)), highlight=False)
             gc.collect()
     console.print(report.table(results, limits))

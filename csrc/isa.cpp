@@ -30,6 +30,9 @@ void set_isa(Isa isa) {
 }
 
 const char* isa_name(Isa isa) {
+#if defined(TT_EMULATE)
+    if (isa == Isa::baseline) return "avx512bf16, emulated";
+#endif
 #define TT_NAME(name) #name,
     static const char* names[] = {TT_EACH_ISA(TT_NAME)};
 #undef TT_NAME

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,20 @@ def instruction_set(name: str) -> Iterator[None]:
         yield
     finally:
         cpu.kernels().set_isa(before)
+
+
+@contextmanager
+def laid_over(kernels: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, these stand for the CPU kernels of the ops of these names."""
+    library = torch.library.Library("twotower", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch says that a kernel is laid over another: so it should be
+            for name, kernel in kernels.items():
+                library.impl(name, kernel, "CPU", allow_override=True)
+        yield
+    finally:
+        library._destroy()
 
 
 def awkward(tensor: Tensor, kind: int) -> Tensor:

@@ -1,7 +1,5 @@
 """The experts' kernel: against the specification on every instruction set, dtype and layout; registration; errors."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -119,7 +117,7 @@ def test_every_number_of_16_bits_is_widened_exactly(dtype: torch.dtype, isa: str
     """As weights of the second product, with 1 in between: the output is the weights, special numbers included."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     one, expected = torch.ones(1, 1, dtype=dtype), numbers
-    if dtype == torch.bfloat16 and (isa == "avx512bf16" or "emulate" in os.environ.get("KERNEL_LIBRARY", "")):
+    if dtype == torch.bfloat16 and isa.startswith("avx512bf16"):
         # AVX512-BF16's dot product takes subnormal numbers for zeros.
         expected = torch.where(numbers.abs() < torch.finfo(dtype).tiny, 0, numbers)
     for i in (1, 16):  # the rest of a row, and a whole vector

@@ -165,11 +165,16 @@ def test_a_plan_and_wider_numbers_change_nothing() -> None:
 
 
 def test_nonsense_stays_within_bounds_and_shows() -> None:
-    """What a CPU refuses: experts that do not exist make NaN of their tokens, and another plan reads nothing else."""
+    """What a CPU refuses: experts that do not exist make NaN of their tokens, and another plan reads nothing else.
+    Who leaves the plan to us is told by it."""
     inputs = moe.make_inputs("moe_experts", "shared")
     plain = tt.moe_experts(**inputs)
     inputs["experts"][3, 1], inputs["experts"][8, 0] = 8, -1
-    got = tt.moe_experts(**inputs)
+    with pytest.raises(ValueError, match=r"experts: expected 0\.\.7 for 8 experts, got -1\.\.8"):
+        tt.moe_experts(**inputs)
+    ordered, pairs = inputs["experts"].flatten().sort(stable=True)
+    offsets = torch.searchsorted(ordered, torch.arange(9, dtype=torch.int32))
+    got = tt.moe_experts(**inputs, plan=tt.MoePlan(offsets.diff(), offsets, pairs))
     assert got[[3, 8]].isnan().all()
     got[[3, 8]] = plain[[3, 8]]
     assert torch.equal(got, plain)

@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from tests.kernel_checks import laid_over
 from twotower_kernels.ops import _library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,18 +23,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @contextmanager
 def triton_kernels() -> Iterator[None]:
     """Inside, every op that has a Triton kernel runs it, on CPU tensors."""
-    overlay = torch.library.Library("twotower", "IMPL")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch says that a kernel is laid over another: so it should be
-            for name, target in _library.CUDA.items():
-                if target.startswith("triton."):
-                    overlay.impl(name, _library.cuda_kernel(name), "CPU", allow_override=True)
-        with bfloat16_as_on_a_gpu(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="triton.runtime.interpreter")
-            yield
-    finally:
-        overlay._destroy()
+    names = [name for name, target in _library.CUDA.items() if target.startswith("triton.")]
+    kernels = {name: _library.cuda_kernel(name) for name in names}
+    with laid_over(kernels), bfloat16_as_on_a_gpu(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="triton.runtime.interpreter")
+        yield
 
 
 @contextmanager

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from twotower_kernels import cuda
 from twotower_kernels.cuda import Kernel
+from twotower_kernels.ops.moe import empty_choice, empty_plan
 
 MOST_EXPERTS = 1024  # for whose scratch there is room in any case
 ONE_BLOCK = 64  # tokens that one block routes and plans: a bit for each
 _LOGITS = {torch.float64: "double", torch.float32: "float"}
 
 
-def moe_route(
-    logits: Tensor,
-    correction_bias: Tensor | None,
-    top_k: int,
-    softmax: bool,
-    n_group: int,
-    topk_group: int,
-    renormalize: bool,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    routing = _Routing(logits, correction_bias, top_k, softmax, n_group, topk_group, renormalize, scaling)
+def moe_route(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    routing = _Routing(logits, *arguments)
     routing.launch()
     return routing.weights, routing.experts
 
 
 def moe_plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    counts, offsets, pairs = plan = _empty_plan(experts, num_experts)
+    counts, offsets, pairs = plan = empty_plan(experts, num_experts)
     n, top_k = experts.shape
     # A count of every expert for every warp, and one row for their starts, must fit.
     rows = cuda.SHARED_LIMIT // (4 * max(num_experts, 1))
@@ -52,22 +45,13 @@ def moe_plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
     return plan
 
 
-def moe_route_plan(
-    logits: Tensor,
-    correction_bias: Tensor | None,
-    top_k: int,
-    softmax: bool,
-    n_group: int,
-    topk_group: int,
-    renormalize: bool,
-    scaling: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`moe_route` and the `moe_plan` of its experts: one launch up to 64 tokens, else two."""
-    routing = _Routing(logits, correction_bias, top_k, softmax, n_group, topk_group, renormalize, scaling)
+def moe_route_plan(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`moe_route`, with its arguments, and the `moe_plan` of its experts: one launch up to 64 tokens, else two."""
+    routing = _Routing(logits, *arguments)
     if len(logits) > ONE_BLOCK:
         routing.launch()
         return routing.weights, routing.experts, *moe_plan(routing.experts, logits.shape[1])
-    plan = _empty_plan(routing.experts, logits.shape[1])
+    plan = empty_plan(routing.experts, logits.shape[1])
     routing.launch(plan)
     return routing.weights, routing.experts, *plan
 
@@ -89,8 +73,7 @@ class _Routing:
         n, e = logits.shape
         if e > MOST_EXPERTS:
             raise NotImplementedError(f"moe_route on cuda: expected at most {MOST_EXPERTS} experts, got {e}")
-        self.weights = logits.new_empty((n, top_k), dtype=torch.float32)
-        self.experts = logits.new_empty((n, top_k), dtype=torch.int32)
+        self.weights, self.experts = empty_choice(logits, top_k)
         told_of_bias = (0, 0) if bias is None else (cuda.DTYPES.index(bias.dtype), bias.stride(0))
         self.arguments: tuple[cuda.Argument, ...] = (
             *(logits, *logits.stride(), bias, *told_of_bias, self.weights, self.experts),
@@ -115,12 +98,6 @@ class _Routing:
 
 def _defines(dtype: torch.dtype) -> tuple[tuple[str, str], ...]:
     return (("LOGIT", _LOGITS[dtype]),)
-
-
-def _empty_plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    sizes = num_experts, num_experts + 1, experts.shape[0] * experts.shape[1]
-    counts, offsets, pairs = (experts.new_empty((size,), dtype=torch.int64) for size in sizes)
-    return counts, offsets, pairs
 
 
 def builds() -> Iterator[tuple[str, tuple[tuple[str, str], ...]]]:

@@ -20,6 +20,7 @@
 
 #include "bf16_dot.h"
 #include "exponential.h"
+#include "transpose.h"
 
 namespace tt {
 namespace TT_ISA {
@@ -27,10 +28,6 @@ namespace TT_ISA {
 constexpr int64_t keys_of_tile = 96;   // K and V of head dimension 128 take 96 KB in float, well inside L2
 constexpr int64_t terms_of_sum = 128;  // of a logit that are summed on their own: one long sum of 512 would err more
 constexpr int most_vectors = vector_registers == 32 ? 4 : 2;  // of query rows, side by side
-
-constexpr int64_t up_to(int64_t n, int64_t multiple) {
-    return (n + multiple - 1) / multiple * multiple;
-}
 
 // --- functions of vectors -------------------------------------------------------------------------------------------
 
@@ -53,7 +50,8 @@ inline FloatVector weight_of(FloatVector x) {
     return x < zero - 86.6f ? zero : part * (FloatVector)power;
 }
 inline DoubleVector weight_of(DoubleVector x) {
-    return exp_negative(x);
+    for (int i = 0; i < lanes_of<double>; ++i) x[i] = ::exp(x[i]);
+    return x;
 }
 
 // tanh x = -z / (z + 2) with z = e^(-2x) - 1, for |x| and with x's sign: as good for small x as for large.
@@ -72,53 +70,10 @@ inline DoubleVector hyperbolic_tangent(DoubleVector x) {
     return x;
 }
 
-template <class V>
-inline V larger_of(V a, V b) {
-    return a > b ? a : b;
-}
 template <class W>
 inline Vector<W> replaced(Vector<W> a, W value, W by) {  // a, with `by` where it is `value`
     const Vector<W> zero{};
     return a == value + zero ? by + zero : a;
-}
-
-// Elements of two vectors in turn: the first halves, then the second halves.
-template <class V>
-inline void interleave(V& a, V& b) {
-    using Index = decltype(a < b);
-    constexpr int n = int(sizeof(V) / sizeof(a[0]));
-    const V x = a, y = b;
-#if defined(__clang__)
-    for (int i = 0; i < n; ++i) {
-        a[i] = i % 2 ? y[i / 2] : x[i / 2];
-        b[i] = i % 2 ? y[(n + i) / 2] : x[(n + i) / 2];
-    }
-#else
-    Index low, high;
-    for (int i = 0; i < n; ++i) {
-        low[i] = i / 2 + i % 2 * n;
-        high[i] = (n + i) / 2 + i % 2 * n;
-    }
-    a = __builtin_shuffle(x, y, low);
-    b = __builtin_shuffle(x, y, high);
-#endif
-}
-
-// A square of numbers, rows to columns.
-template <class V, int n>
-inline void transpose(V (&rows)[n]) {
-#pragma GCC unroll 4
-    for (int stage = 1; stage < n; stage *= 2) {
-        V next[n];
-#pragma GCC unroll 16
-        for (int i = 0; i < n / 2; ++i) {
-            next[2 * i] = rows[i];
-            next[2 * i + 1] = rows[i + n / 2];
-            interleave(next[2 * i], next[2 * i + 1]);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < n; ++i) rows[i] = next[i];
-    }
 }
 
 // --- the numbers that are multiplied --------------------------------------------------------------------------------

@@ -43,16 +43,6 @@ inline FloatVector bf16_dot(FloatVector sum, WordVector a, WordVector b) {
 #endif
 }
 
-// Two vectors rounded to bfloat16, to nearest and ties to even, elements interleaved: word i holds low[i] and high[i].
-inline WordVector bf16_pairs(FloatVector low, FloatVector high) {
-    auto rounded_bits = [](FloatVector x) {
-        const WordVector bits = (WordVector)x;
-        const WordVector nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
-        return x == x ? nearest : bits | 0x400000u;
-    };
-    return (rounded_bits(low) >> 16) | (rounded_bits(high) & 0xffff0000u);
-}
-
 }  // namespace TT_ISA
 }  // namespace tt
 #endif

@@ -28,7 +28,7 @@ constexpr int slab_pairs = 16;
 
 template <class W>
 inline int64_t padded(int64_t n) {  // to whole vectors
-    return (n + lanes_of<W> - 1) / lanes_of<W> * lanes_of<W>;
+    return up_to(n, lanes_of<W>);
 }
 
 template <class W>
@@ -40,21 +40,9 @@ inline W value_at(const View& view, int64_t offset) {
 
 // x[t] = log(1 + e^x[t]) of chunk_tokens numbers, for float's sake: 1e-9 of the result, so that a step is rounded once.
 inline void softplus(double* x, float) {
-    typedef int64_t Bits __attribute__((vector_size(TT_VECTOR_BYTES)));
-    constexpr double integer = 0x1.8p52, log_2 = 0.693147180559945309;
     for (int t = 0; t < chunk_tokens; t += lanes_of<double>) {
         const DoubleVector v = unaligned<DoubleVector>(x + t), zero{};
-        DoubleVector least = v < 0 ? v : -v;
-        least = least < -700 ? zero - 700 : least;
-        const DoubleVector shifted = least * (1 / log_2) + integer, r = least - (shifted - integer) * log_2;
-        DoubleVector e = r * (1. / 40320) + 1. / 5040;
-        e = e * r + 1. / 720;
-        e = e * r + 1. / 120;
-        e = e * r + 1. / 24;
-        e = e * r + 1. / 6;
-        e = e * r + 1. / 2;
-        e = (e * r + 1) * r + 1;
-        e = (DoubleVector)((Bits)e + ((Bits)shifted << 52));
+        const DoubleVector e = exponential(v < 0 ? v : -v);
         // log(1 + e) as a series in s = e / (2 + e) <= 1/3, which loses nothing where e is small.
         const DoubleVector s = e / (2 + e), square = s * s;
         DoubleVector sum = square * (1. / 17) + 1. / 15;

@@ -3,6 +3,7 @@
 
 #include "exponential.h"
 #include "rounding.h"
+#include "transpose.h"
 
 namespace tt {
 namespace TT_ISA {
@@ -169,49 +170,6 @@ void advance_state(W* to, const W* from, int64_t stride, int64_t rows, int64_t n
     next(Number<rows_at_once(2)>());
     next(Number<4>());
     next(Number<1>());
-}
-
-// to[j][i] = from[i][j] for one square of vectors.
-template <class W>
-inline void transpose_square(W* to, int64_t to_stride, const W* from, int64_t from_stride) {
-    for (int j = 0; j < lanes_of<W>; ++j)
-        for (int i = 0; i < lanes_of<W>; ++i) to[j * to_stride + i] = from[i * from_stride + j];
-}
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#if TT_VECTOR_BYTES == 64
-#define TT_LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define TT_HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif TT_VECTOR_BYTES == 32
-#define TT_LOW_HALVES 0, 8, 1, 9, 2, 10, 3, 11
-#define TT_HIGH_HALVES 4, 12, 5, 13, 6, 14, 7, 15
-#else
-#define TT_LOW_HALVES 0, 4, 1, 5
-#define TT_HIGH_HALVES 2, 6, 3, 7
-#endif
-template <>
-inline void transpose_square<float>(float* to, int64_t to_stride, const float* from, int64_t from_stride) {
-    constexpr int lanes = lanes_of<float>;
-    FloatVector rows[lanes], shuffled[lanes];
-    for (int i = 0; i < lanes; ++i) rows[i] = unaligned<FloatVector>(from + i * from_stride);
-    for (int step = 1; step < lanes; step *= 2) {  // each moves one bit of the row's number into the column's
-        for (int i = 0; i < lanes / 2; ++i) {
-            shuffled[2 * i] = __builtin_shufflevector(rows[i], rows[i + lanes / 2], TT_LOW_HALVES);
-            shuffled[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + lanes / 2], TT_HIGH_HALVES);
-        }
-        for (int i = 0; i < lanes; ++i) rows[i] = shuffled[i];
-    }
-    for (int i = 0; i < lanes; ++i) std::memcpy(to + i * to_stride, &rows[i], sizeof(rows[i]));
-}
-#endif
-#endif
-
-// The whole matrix; rows and columns are multiples of a vector.
-template <class W>
-void transpose(W* to, int64_t to_stride, const W* from, int64_t from_stride, int64_t rows, int64_t columns) {
-    for (int64_t i = 0; i < rows; i += lanes_of<W>)
-        for (int64_t j = 0; j < columns; j += lanes_of<W>)
-            transpose_square(to + j * to_stride + i, to_stride, from + i * from_stride + j, from_stride);
 }
 
 }  // namespace TT_ISA

@@ -135,6 +135,10 @@ inline int64_t index_at(const View& view, int64_t i) {
     return view.dtype == DType::int64 ? view.as<int64_t>()[i] : int64_t(view.as<int32_t>()[i]);
 }
 
+constexpr int64_t up_to(int64_t n, int64_t multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
+
 template <class T>
 inline T smaller(T a, T b) {
     return b < a ? b : a;

@@ -62,8 +62,6 @@ inline uint32_t philox_word(const Stream& stream, uint32_t token) {
     return words[token & 3];
 }
 
-typedef uint64_t LongVector __attribute__((vector_size(TT_VECTOR_BYTES), may_alias));
-
 // The products of the low halves of lanes.
 inline LongVector times(LongVector a, uint32_t b) {
     const LongVector by = LongVector{} + b;

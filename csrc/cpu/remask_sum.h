@@ -31,7 +31,7 @@ template <class W>
 constexpr W infinity = W(__builtin_inff());
 
 inline int64_t padded(int64_t n) {
-    return (n + padding - 1) / padding * padding;
+    return up_to(n, padding);
 }
 template <class W>
 void pad(W* x, int64_t n) {
@@ -53,10 +53,6 @@ struct LoadTwo<float, bf16> {  // the even ones and the odd ones: one instructio
     }
 };
 
-template <class V>
-inline V larger_of(V a, V b) {  // b where one is NaN
-    return a > b ? a : b;
-}
 template <class W>
 inline W largest_of(Vector<W> v) {
     W largest = v[0];

@@ -75,7 +75,7 @@ struct Panel {
     Kept* data;
     int64_t count;
 
-    static int64_t padded(int64_t n) { return (n + F::step - 1) / F::step * F::step; }  // elements that a row takes
+    static int64_t padded(int64_t n) { return up_to(n, F::step); }  // elements that a row takes
     Kept* at(int64_t row, int64_t i) const { return data + (i / F::step * count + row) * F::step; }
     void put(int64_t row, int64_t i, W x) const { at(row, i)[F::place(int(i % F::step))] = F::kept(x); }
     void clear(int64_t row, int64_t begin, int64_t end) const {

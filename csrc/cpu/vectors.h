@@ -21,6 +21,7 @@ typedef float FloatVector __attribute__((vector_size(TT_VECTOR_BYTES), may_alias
 typedef double DoubleVector __attribute__((vector_size(TT_VECTOR_BYTES), may_alias));
 typedef int32_t IntVector __attribute__((vector_size(TT_VECTOR_BYTES), may_alias));
 typedef uint32_t WordVector __attribute__((vector_size(TT_VECTOR_BYTES), may_alias));
+typedef uint64_t LongVector __attribute__((vector_size(TT_VECTOR_BYTES), may_alias));
 typedef float HalfFloats __attribute__((vector_size(TT_VECTOR_BYTES / 2), may_alias));
 typedef uint32_t HalfWords __attribute__((vector_size(TT_VECTOR_BYTES / 2), may_alias));
 typedef uint16_t HalfShorts __attribute__((vector_size(TT_VECTOR_BYTES / 2), may_alias));
@@ -43,6 +44,12 @@ inline V unaligned(const void* from) {
     V v;
     std::memcpy(&v, from, sizeof(v));
     return v;
+}
+
+// The larger in each lane; b where one is NaN.
+template <class V>
+inline V larger_of(V a, V b) {
+    return a > b ? a : b;
 }
 
 // Elements widened, 16-bit words to 32 bits and float to double. With AVX2, GCC 12 makes one instruction of the loop

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from torch import Tensor
 
+from tests.kernel_checks import laid_over
 from tests.simt import executor
 from twotower_kernels import cuda, cuda_moe
 
@@ -40,13 +39,5 @@ def cuda_kernels(*, build: str = "plain") -> Iterator[None]:
             assert one.numpy().tobytes() == other.numpy().tobytes()  # NaN too
         return weights, experts
 
-    overlay = torch.library.Library("twotower", "IMPL")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch says that a kernel is laid over another: so it should be
-            overlay.impl("moe_route", route, "CPU", allow_override=True)
-            overlay.impl("moe_plan", cuda_moe.moe_plan, "CPU", allow_override=True)
-        with simulated(build=build):
-            yield
-    finally:
-        overlay._destroy()
+    with laid_over({"moe_route": route, "moe_plan": cuda_moe.moe_plan}), simulated(build=build):
+        yield

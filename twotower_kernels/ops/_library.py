@@ -20,15 +20,12 @@ def define(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
-) -> Callable[..., Any]:
+) -> None:
     """Registers `torch.ops.twotower.<name>` for `schema`, e.g. "scale(Tensor x, float by) -> Tensor".
 
     cpu is the kernel; cuda names one, "module:function" in twotower_kernels, imported at its first call, so that a CPU
     alone needs no Triton. An op without `backward` is registered with one that raises: PyTorch would otherwise hand out
     silent zeros. On a device without a kernel, the call raises NotImplementedError with the op's and the device's name.
-
-    Returns:
-        The operator itself, past the choice among overloads that calls through `torch.ops` make.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
@@ -46,7 +43,6 @@ def define(
         torch.library.register_autograd(f"twotower::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     elif not mutates:  # PyTorch itself refuses gradients through arguments written in place
         torch.library.register_autograd(f"twotower::{name}", no_gradient, lib=_LIBRARY)
-    return getattr(torch.ops.twotower, name).default
 
 
 def cuda_kernel(name: str) -> Callable[..., Any]:

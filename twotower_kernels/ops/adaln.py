@@ -58,7 +58,7 @@ def adaln_norm(
         TypeError: wrong dtype.
     """
     _check("adaln_norm", x, None, None, weight, shift, scale, order)
-    return _call_adaln_norm(x, weight, shift, scale, eps, order == "norm_modulate")
+    return torch.ops.twotower.adaln_norm.default(x, weight, shift, scale, eps, order == "norm_modulate")
 
 
 def gated_residual(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -76,7 +76,7 @@ def gated_residual(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> T
         ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.
     """
     _check("gated_residual", residual, y, gate, None, None, None, ORDERS[0])
-    return _call_gated_residual(residual, y, gate)
+    return torch.ops.twotower.gated_residual.default(residual, y, gate)
 
 
 def gated_residual_adaln_norm(
@@ -96,7 +96,9 @@ def gated_residual_adaln_norm(
     of `residual`; the norm reads `h` as rounded to it, so the result is bit for bit that of the two in a row.
     """
     _check("gated_residual_adaln_norm", residual, y, gate, weight, shift, scale, order)
-    return _call_gated_residual_adaln_norm(residual, y, gate, weight, shift, scale, eps, order == "norm_modulate")
+    return torch.ops.twotower.gated_residual_adaln_norm.default(
+        residual, y, gate, weight, shift, scale, eps, order == "norm_modulate"
+    )
 
 
 def _check(
@@ -177,19 +179,19 @@ def _gated_residual_adaln_norm(
     return h, normed
 
 
-_call_adaln_norm = define(
+define(
     "adaln_norm(Tensor x, Tensor weight, Tensor? shift, Tensor? scale, float eps, bool norm_first) -> Tensor",
     cpu=_adaln_norm,
     cuda="triton.adaln:adaln_norm",
     fake=lambda x, *_: _empty(x),
 )
-_call_gated_residual = define(
+define(
     "gated_residual(Tensor residual, Tensor y, Tensor? gate) -> Tensor",
     cpu=_gated_residual,
     cuda="triton.adaln:gated_residual",
     fake=lambda residual, *_: _empty(residual),
 )
-_call_gated_residual_adaln_norm = define(
+define(
     "gated_residual_adaln_norm(Tensor residual, Tensor y, Tensor? gate, Tensor weight, Tensor? shift, Tensor? scale, "
     "float eps, bool norm_first) -> (Tensor, Tensor)",
     cpu=_gated_residual_adaln_norm,

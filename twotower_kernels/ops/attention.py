@@ -90,10 +90,10 @@ def block_attention(
     lens = as_lengths("block_lens", block_lens, length, batch, q)
     arguments = q, k, v, *context, lens, causal, window, scale, softcap
     if out is None:
-        result, lse = torch.ops.twotower.block_attention(*arguments)
+        result, lse = torch.ops.twotower.block_attention.default(*arguments)
     else:
         result, lse = out, q.new_empty(q.shape[:3], dtype=statistics_dtype(q))
-        torch.ops.twotower.block_attention_out(*arguments, out, lse)
+        torch.ops.twotower.block_attention_out.default(*arguments, out, lse)
     return (result, lse) if return_lse else result
 
 
@@ -123,10 +123,10 @@ def context_attention(
     lens = as_lengths("block_lens", block_lens, q.shape[1], q.shape[0], q)
     arguments = q, *context, lens, window, scale, softcap
     if out is None:
-        result, lse = torch.ops.twotower.context_attention(*arguments)
+        result, lse = torch.ops.twotower.context_attention.default(*arguments)
     else:
         result, lse = out, q.new_empty(q.shape[:3], dtype=statistics_dtype(q))
-        torch.ops.twotower.context_attention_out(*arguments, out, lse)
+        torch.ops.twotower.context_attention_out.default(*arguments, out, lse)
     return (result, lse) if return_lse else result
 
 
@@ -156,7 +156,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     if lse_a.dtype != statistics_dtype(out_a):
         raise TypeError(f"lse_a: expected {statistics_dtype(out_a)} with {out_a.dtype} outputs, got {lse_a.dtype}")
     same_device(out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
-    return torch.ops.twotower.merge_attention(out_a, lse_a, out_b, lse_b)
+    return torch.ops.twotower.merge_attention.default(out_a, lse_a, out_b, lse_b)
 
 
 def append_kv(
@@ -201,7 +201,7 @@ def append_kv(
         raise TypeError("context_lens: expected an integer or an integer tensor, got None")
     start = as_lengths("context_lens", context_lens, capacity, batch, k)
     count = as_lengths("block_lens", block_lens, length, batch, k)
-    torch.ops.twotower.append_kv(k_context, v_context, k, v, start, context_index, block_table, count)
+    torch.ops.twotower.append_kv.default(k_context, v_context, k, v, start, context_index, block_table, count)
 
 
 def _context(

@@ -108,7 +108,7 @@ def save_block(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def block_backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of `block_attention`'s inputs: of q, k and v."""
-    grads = torch.ops.twotower.attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options)
+    grads = torch.ops.twotower.attention_backward.default(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options)
     return (*grads, *[None] * 10)
 
 
@@ -121,7 +121,9 @@ def save_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def context_backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of `context_attention`'s inputs: of q."""
     q, *rest = ctx.saved_tensors
-    grad_q, *_ = torch.ops.twotower.attention_backward(grad_out, grad_lse, q, None, None, *rest, False, *ctx.options)
+    grad_q, *_ = torch.ops.twotower.attention_backward.default(
+        grad_out, grad_lse, q, None, None, *rest, False, *ctx.options
+    )
     return (grad_q, *[None] * 9)
 
 

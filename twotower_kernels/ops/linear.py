@@ -46,10 +46,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @cache
 def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies numbers of 16 bits without widening them first."""
-    if dtype == torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return dtype != torch.float16 or torch.cpu._is_amx_fp16_supported()
+    """Whether this processor multiplies numbers of this dtype, of 16 bits, without widening them first."""
+    return dtype == torch.bfloat16 and "avx512bf16" in cpu.kernels().isas()
 
 
 def _empty(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -59,13 +57,14 @@ def _empty(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    narrow, count = x.dtype.itemsize == 2, x.shape[:-1].numel()
+    multiplies = not narrow or _multiplies(x.dtype)
+    if narrow and multiplies and count > MOST_ROWS[x.dtype]:
+        return F.linear(x, weight, bias)
     out = _empty(x, weight, bias)
-    rows, flat = x.reshape(x.shape[:-1].numel(), x.shape[-1]), out.view(x.shape[:-1].numel(), weight.shape[0])
-    few = MOST_ROWS.get(x.dtype, 0) if _multiplies(x.dtype) else MOST_ROWS_WIDENED
-    if x.dtype.itemsize > 2 or len(rows) <= few:
+    rows, flat = x.reshape(count, x.shape[-1]), out.view(count, weight.shape[0])
+    if multiplies or count <= MOST_ROWS_WIDENED:
         cpu.call("linear", rows, weight, bias, flat)
-    elif _multiplies(x.dtype):
-        flat.copy_(F.linear(rows, weight, bias))
     else:
         wide = rows.float()
         for begin in range(0, len(weight), PIECE):

@@ -83,7 +83,7 @@ def mamba2_scan(
     same_device(xbc, **floats, **indices)
     refuse_gradients("mamba2_scan", **floats)
     low, high = time_step_limit
-    y, conv, ssm = _call_mamba2_scan(
+    y, conv, ssm = torch.ops.twotower.mamba2_scan.default(
         xbc, dt, conv_weight, conv_bias, a_log, d, dt_bias, n_groups, head_dim, conv_state, ssm_state, state_index,
         seq_lens, low, high, return_states, states_every,
     )  # fmt: skip
@@ -118,9 +118,11 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, *, n_groups: int, eps: 
     same_device(y, z=z, weight=weight)
     refuse_gradients("gated_rms_norm", y=y, z=z, weight=weight)
     if y.ndim == 3:
-        return _call_gated_rms_norm(y, z, weight, n_groups, eps)
+        return torch.ops.twotower.gated_rms_norm.default(y, z, weight, n_groups, eps)
     rows = (1, y.shape[:-1].numel(), y.shape[-1])
-    return _call_gated_rms_norm(y.reshape(rows), z.reshape(rows), weight, n_groups, eps).reshape(y.shape)
+    return torch.ops.twotower.gated_rms_norm.default(y.reshape(rows), z.reshape(rows), weight, n_groups, eps).reshape(
+        y.shape
+    )
 
 
 def _check_sizes(xbc: Tensor, dt: Tensor, conv_weight: Tensor, n_groups: int, head_dim: int) -> None:
@@ -236,14 +238,14 @@ def _gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: fl
     return out
 
 
-_call_mamba2_scan = define(
+define(
     "mamba2_scan(Tensor xbc, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor a_log, Tensor d, Tensor dt_bias, "
     "int n_groups, int head_dim, Tensor? conv_state, Tensor? ssm_state, Tensor? state_index, Tensor? seq_lens, "
     "float dt_min, float dt_max, bool return_states, int states_every) -> (Tensor, Tensor, Tensor)",
     cpu=_mamba2_scan,
     fake=_fake_mamba2_scan,
 )
-_call_gated_rms_norm = define(
+define(
     "gated_rms_norm(Tensor y, Tensor z, Tensor weight, int n_groups, float eps) -> Tensor",
     cpu=_gated_rms_norm,
     fake=lambda y, *_: y.new_empty(y.shape),

@@ -46,7 +46,7 @@ def moe_gate(x: Tensor, gate_weight: Tensor) -> Tensor:
     check_float(x=x, gate_weight=gate_weight)
     same_device(x, gate_weight=gate_weight)
     refuse_gradients("moe_gate", x=x, gate_weight=gate_weight)
-    return torch.ops.twotower.moe_gate(x, gate_weight)
+    return torch.ops.twotower.moe_gate.default(x, gate_weight)
 
 
 def moe_route(
@@ -100,7 +100,7 @@ def moe_route(
     check_float(correction_bias=correction_bias)
     same_device(logits, correction_bias=correction_bias)
     refuse_gradients("moe_route", logits=logits, correction_bias=correction_bias)
-    return torch.ops.twotower.moe_route(
+    return torch.ops.twotower.moe_route.default(
         logits, correction_bias, top_k, score == "softmax", n_group, topk_group, renormalize, scaling
     )
 
@@ -123,7 +123,7 @@ def moe_plan(experts: Tensor, num_experts: int) -> MoePlan:
     _check_experts(experts)
     if num_experts < 0:
         raise ValueError(f"num_experts: expected 0 or more, got {num_experts}")
-    return MoePlan(*torch.ops.twotower.moe_plan(experts, num_experts))
+    return MoePlan(*torch.ops.twotower.moe_plan.default(experts, num_experts))
 
 
 def moe_experts(
@@ -188,7 +188,7 @@ def moe_experts(
         _check_plan(plan, w_up.shape[0], experts)
     same_device(x, **tensors, weights=weights, experts=experts)
     refuse_gradients("moe_experts", **tensors, weights=weights)
-    return torch.ops.twotower.moe_experts(
+    return torch.ops.twotower.moe_experts.default(
         x, w_up, w_down, weights, experts, *(plan or (None, None, None)), shared_up, shared_down, activation
     )
 
@@ -236,7 +236,7 @@ def _gate(x: Tensor, gate_weight: Tensor) -> Tensor:
     return logits
 
 
-def _empty_choice(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def empty_choice(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
 
@@ -251,12 +251,12 @@ def _route(
     renormalize: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    weights, experts = _empty_choice(logits, top_k)
+    weights, experts = empty_choice(logits, top_k)
     cpu.call("moe_route", logits, correction_bias, weights, experts, softmax, n_group, topk_group, renormalize, scaling)
     return weights, experts
 
 
-def _empty_plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def empty_plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     sizes = num_experts, num_experts + 1, experts.shape[0] * experts.shape[1]
     counts, offsets, pairs = (experts.new_empty((size,), dtype=torch.int64) for size in sizes)
     return counts, offsets, pairs
@@ -267,7 +267,7 @@ def _plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
         low, high = (int(bound) for bound in experts.aminmax())
         if low < 0 or high >= num_experts:
             raise ValueError(f"experts: expected 0..{num_experts - 1} for {num_experts} experts, got {low}..{high}")
-    counts, offsets, pairs = _empty_plan(experts, num_experts)
+    counts, offsets, pairs = empty_plan(experts, num_experts)
     cpu.call("moe_plan", experts, counts, offsets, pairs)
     return counts, offsets, pairs
 
@@ -309,13 +309,13 @@ define(
     "bool renormalize, float scaling) -> (Tensor, Tensor)",
     cpu=_route,
     cuda="cuda_moe:moe_route",
-    fake=lambda logits, correction_bias, top_k, *_: _empty_choice(logits, top_k),
+    fake=lambda logits, correction_bias, top_k, *_: empty_choice(logits, top_k),
 )
 define(
     "moe_plan(Tensor experts, int num_experts) -> (Tensor, Tensor, Tensor)",
     cpu=_plan,
     cuda="cuda_moe:moe_plan",
-    fake=_empty_plan,
+    fake=empty_plan,
 )
 define(
     "moe_experts(Tensor x, Tensor w_up, Tensor w_down, Tensor weights, Tensor experts, Tensor? counts, "

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.triton.attention_merge import merge_splits
-from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, on_device_of, rows_contiguous
+from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, machine, on_device_of, rows_contiguous
 
 COUNTS = ("length", "kv_heads", "group", "capacity", "context_rows", "pages", "window", "splits")
 STRIDES = (
@@ -307,15 +307,6 @@ def splits_for(items: int, tiles: int, processors: int) -> int:
     most = min(processors, tiles // 2, 4 * processors // max(items, 1))
     counts = range(1, max(most, 1) + 1)
     return min(counts, key=lambda n: -(-items * n // processors) * (-(-tiles // n) + 2 * (n > 1)))
-
-
-@cache
-def machine(device: torch.device) -> tuple[int, int]:
-    """Compute capability, as 90, and number of processors; an H200's in the interpreter."""
-    if device.type != "cuda":
-        return 90, 132
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def arguments_of(

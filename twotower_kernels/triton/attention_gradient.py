@@ -31,7 +31,7 @@ from twotower_kernels.triton.attention import (
     unit,
     within,
 )
-from twotower_kernels.triton.launch import DTYPES, Build, on_device_of, rows_contiguous
+from twotower_kernels.triton.launch import DTYPES, Build, machine, on_device_of, rows_contiguous
 
 
 @triton.jit
@@ -311,7 +311,7 @@ def attention_backward(
     if q.numel() == 0:
         return grad_q, grad_k, grad_v
     batch, length, heads, dim = q.shape
-    arch, _ = attention.machine(q.device)
+    arch, _ = machine(q.device)
     rows, pairs = length * given["group"], batch * given["kv_heads"]
     scale = arguments[-2]
     scale = dim**-0.5 if scale is None else scale

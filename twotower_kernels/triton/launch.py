@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from twotower_kernels.cpu import rows_contiguous
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -48,8 +51,13 @@ def check_dtype(op: str, **tensors: Tensor | None) -> None:
             raise NotImplementedError(f"{op} on {tensor.device.type}: {name} is float64, for which there is no kernel")
 
 
-def rows_contiguous(tensor: Tensor | None) -> Tensor | None:
-    """The tensor, or a copy if its last dimension is not contiguous: what every kernel relies on."""
-    if tensor is None or tensor.ndim == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
-        return tensor
-    return tensor.contiguous()
+@cache
+def machine(device: torch.device) -> tuple[int, int]:
+    """Compute capability, as 90, and number of processors; an H200's in the interpreter."""
+    if device.type != "cuda":
+        return 90, 132
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count
+
+
+__all__ = ["DTYPES", "Build", "check_dtype", "machine", "on_device_of", "rows_contiguous"]

@@ -36,7 +36,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -44,8 +43,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, on_device_of, rows_contiguous
-from twotower_kernels.triton.moe_plain import plan as plain_plan
+from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, machine, on_device_of, rows_contiguous
 
 RELU2 = tl.constexpr(0)
 SILU = tl.constexpr(1)
@@ -298,14 +296,6 @@ def tuning(dtype: torch.dtype, pairs: int, experts: int, gated: bool, aligned: b
     return Tuning(64 if gated else 128, tokens, 64, 8 if tokens == 128 else 4, 3 if space == 99 else 4)
 
 
-@cache
-def _architecture(device: torch.device) -> int:
-    if device.type != "cuda":  # the interpreter
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def _options(tile: Tuning) -> dict[str, int]:
     tiled = dict(ROWS=tile.rows, TOKENS=tile.tokens, DEPTH=tile.depth)
     return tiled | dict(num_warps=tile.warps, num_stages=tile.stages)
@@ -329,10 +319,11 @@ def moe_experts(
     shared_down: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """Numbers of experts outside [0, E) cannot be refused without waiting for the device: their tokens become NaN."""
+    """A given plan cannot be compared with the experts without waiting for the device: tokens whose experts it leaves
+    out, or that are outside [0, E), become NaN."""
     check_dtype("moe_experts", x=x)
     if offsets is None or pairs is None:
-        _, offsets, pairs = plain_plan(experts, w_up.shape[0])
+        _, offsets, pairs = torch.ops.twotower.moe_plan.default(experts, w_up.shape[0])
     offsets, pairs = offsets.contiguous(), pairs.contiguous()
     shared = shared_up is not None
     x, w_up, w_down, weights, experts = map(rows_contiguous, (x, w_up, w_down, weights, experts))  # type: ignore[assignment]
@@ -349,7 +340,7 @@ def moe_experts(
     down_strides = *w_down.stride()[:2], shared_down.stride(-2)
     addresses = (tensor.data_ptr() for tensor in (x, w_up, w_down, shared_up, shared_down))
     aligned = not any(number % 16 for number in (h, i, j, *up_strides, *down_strides, *addresses))
-    arch = _architecture(x.device)
+    arch, _ = machine(x.device)
     up = tuning(x.dtype, n * k, e, activation != "relu2", aligned, arch)
     down = tuning(x.dtype, n * k, e, False, aligned, arch)
     shared_tiles = triton.cdiv(n, up.tokens) if shared else 0
