@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower_kernels.config import TwoTowerConfig
+from twotower_kernels.huge_pages import on_huge_pages
 from twotower_kernels.ops import (
     append_kv,
     block_attention,
@@ -122,6 +123,7 @@ class Conv1d(nn.Conv1d):
 def draw_weights(model: nn.Module) -> None:
     """Random weights that keep activations near 1: normal over the root of the inputs; no biases, norms of weight 1."""
     for name, p in model.named_parameters():
+        on_huge_pages(p)
         if name.endswith(("norm.weight", "norm_f.weight", "mixer.D")):
             p.fill_(1)
         elif name.endswith("A_log"):

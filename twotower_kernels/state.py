@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twotower_kernels.huge_pages import on_huge_pages
 from twotower_kernels.ops.linear import linear
 
 _SPARE = 64  # tokens of room to spare at least
@@ -114,7 +115,8 @@ class ContextState:
             return self.replaced(longest=longest)
 
         def moved(storage: Tensor) -> Tensor:  # [R, T, Hkv, D] -> [B, needed and spare, Hkv, D]
-            fresh = storage.new_empty(self.batch_size, needed + needed // 2 + _SPARE, *storage.shape[2:])
+            room = needed + needed // 2 + _SPARE
+            fresh = on_huge_pages(storage.new_empty(self.batch_size, room, *storage.shape[2:]))
             used = storage[:, :longest]
             fresh[:, :longest] = used if self.index is None else used.index_select(0, self.index)
             return fresh

@@ -88,14 +88,15 @@ void rows(const GatedResidualAdalnNorm& a) {
 }  // namespace
 
 void gated_residual_adaln_norm(const GatedResidualAdalnNorm& a) {
-    for_float(a.x.dtype, [&](auto type) {
+    const auto run = [&](auto type) {
         using X = typename decltype(type)::type;
         if (!a.y || a.y.dtype == a.x.dtype) return rows<X, X>(a);
         for_float(a.y.dtype, [&](auto other) {  // never a wider one
             using Y = typename decltype(other)::type;
             if constexpr (sizeof(Y) < sizeof(X)) rows<X, Y>(a);
         });
-    });
+    };
+    for_fast(a.x.dtype, run, [&] { baseline::gated_residual_adaln_norm(a); });
 }
 
 }  // namespace TT_ISA

@@ -370,10 +370,9 @@ void append_rows(const View& context, const View& block, const AppendKv& a) {
 }  // namespace
 
 void block_attention(const BlockAttention& a) {
-#if defined(TT_BF16_DOT)
-    if (a.q.dtype == DType::bfloat16) return Problem<Paired>(a).run();
-#endif
-    for_float(a.q.dtype, [&](auto type) { Problem<Plain<typename decltype(type)::type>>(a).run(); });
+    for_fast(
+        a.q.dtype, [&](auto type) { Problem<typename KindOf<typename decltype(type)::type>::type>(a).run(); },
+        [&] { baseline::block_attention(a); });
 }
 
 void merge_attention(const MergeAttention& m) {

@@ -20,14 +20,14 @@ struct BlockAttention {
     int64_t window;             // -1: none
     bool causal;
 };
-TT_KERNEL(block_attention, BlockAttention)
+TT_KERNEL_BF16(block_attention, BlockAttention)
 
 // Attention over two disjoint sets of keys, from the attention over each.
 struct MergeAttention {
     View out_a, lse_a, out_b, lse_b;  // [N, D], [N]
     View out, lse;                    // [N, D], [N] out
 };
-TT_KERNEL(merge_attention, MergeAttention)
+TT_KERNEL_BF16(merge_attention, MergeAttention)
 
 // k, v [B, S, Hkv, D] go behind the first context_lens[b] tokens of each row's context; views as in BlockAttention.
 struct AppendKv {
@@ -35,6 +35,6 @@ struct AppendKv {
     View k, v;
     View context_lens, context_index, block_table, block_lens;
 };
-TT_KERNEL(append_kv, AppendKv)
+TT_KERNEL_BF16(append_kv, AppendKv)
 
 }  // namespace tt

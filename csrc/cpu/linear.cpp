@@ -28,10 +28,9 @@ void product(const Linear& a) {
         });
     });
     const int64_t blocks = (n + skinny_rows - 1) / skinny_rows;
-    const int64_t turns = smaller<int64_t>(blocks / (32 * max_threads()), 16);
-    const int64_t worth =
-        65536 / larger<int64_t>(1, skinny_rows * k);  // about 2^16 products are worth a thread's while
-    parallel_for(blocks, larger(larger<int64_t>(1, turns), worth), [&](int64_t begin, int64_t end) {
+    // About 2^16 products are worth a thread's while.
+    const int64_t worth = larger<int64_t>(1, 65536 / larger<int64_t>(1, skinny_rows * k));
+    parallel_for(blocks, worth, [&](int64_t begin, int64_t end) {
         W y[skinny_panel * skinny_rows], bias[skinny_rows] = {};
         for (int64_t block = begin; block < end; ++block) {
             const int64_t r0 = block * skinny_rows;
@@ -53,7 +52,7 @@ void product(const Linear& a) {
 }  // namespace
 
 void linear(const Linear& a) {
-    for_float(a.x.dtype, [&](auto type) { product<typename decltype(type)::type>(a); });
+    for_fast(a.x.dtype, [&](auto type) { product<typename decltype(type)::type>(a); }, [&] { baseline::linear(a); });
 }
 
 }  // namespace TT_ISA

@@ -12,6 +12,6 @@ struct Linear {
     View bias;    // [N], any float, or null
     View out;     // [M, N] out, dtype of x, contiguous
 };
-TT_KERNEL(linear, Linear)
+TT_KERNEL_BF16(linear, Linear)
 
 }  // namespace tt

@@ -52,6 +52,6 @@ struct MoeExperts {
     View out;          // [N, H] out, dtype of x, contiguous
     Activation activation;
 };
-TT_KERNEL(moe_experts, MoeExperts)
+TT_KERNEL_BF16(moe_experts, MoeExperts)
 
 }  // namespace tt

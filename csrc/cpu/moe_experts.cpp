@@ -121,11 +121,9 @@ void gather(const Experts& experts, Group<T>& group) {
     });
 }
 
-// How many pieces of work a thread takes at a time: about 2^16 products at least, which is worth its while, and then
-// as many as leave it 32 turns, up to `most`: neighbours lie together in memory.
-inline int64_t grain(int64_t pieces, int64_t products, int64_t most) {
-    const int64_t turns = smaller(pieces / (32 * max_threads()), most);
-    return larger(larger<int64_t>(1, turns), 65536 / larger<int64_t>(1, products));
+// Pieces of so many products that together are worth a thread's while, about 2^16.
+inline int64_t grain(int64_t products) {
+    return larger<int64_t>(1, 65536 / larger<int64_t>(1, products));
 }
 
 // hidden = act(up x): one piece of work is 16 of I of one tile.
@@ -142,7 +140,7 @@ void up(const Experts& experts, Group<T>& group) {
     const auto first_row = [&](int64_t piece) {
         return experts.row<T>(w, tiles[piece / blocks].expert, piece % blocks * skinny_rows);
     };
-    parallel_for(pieces, grain(pieces, skinny_rows * h, 16), [&](int64_t begin, int64_t end) {
+    parallel_for(pieces, grain(skinny_rows * h), [&](int64_t begin, int64_t end) {
         W gate[skinny_panel * skinny_rows], value[skinny_panel * skinny_rows];
         for (int64_t piece = begin; piece < end; ++piece) {
             const Tile tile = tiles[piece / blocks];
@@ -177,7 +175,7 @@ void down(const Experts& experts, Group<T>& group) {
     const W* weight = group.weight;
     const int64_t* token = group.token;
     const int64_t products = skinny_rows * i_size * group.tile_count;
-    parallel_for(blocks, grain(blocks, products, 4), [&](int64_t begin, int64_t end) {
+    parallel_for(blocks, grain(products), [&](int64_t begin, int64_t end) {
         W y[skinny_panel * skinny_rows];
         for (int64_t t = 0; t < group.tile_count; ++t) {
             const Tile tile = tiles[t];
@@ -239,7 +237,8 @@ void experts_of(const MoeExperts& a) {
 }  // namespace
 
 void moe_experts(const MoeExperts& a) {
-    for_float(a.x.dtype, [&](auto type) { experts_of<typename decltype(type)::type>(a); });
+    for_fast(
+        a.x.dtype, [&](auto type) { experts_of<typename decltype(type)::type>(a); }, [&] { baseline::moe_experts(a); });
 }
 
 }  // namespace TT_ISA

@@ -168,7 +168,8 @@ void plan(const MoePlan& a) {
 }  // namespace
 
 void moe_gate(const MoeGate& a) {
-    for_float(a.weight.dtype, [&](auto type) { gate<typename decltype(type)::type>(a); });
+    for_fast(
+        a.weight.dtype, [&](auto type) { gate<typename decltype(type)::type>(a); }, [&] { baseline::moe_gate(a); });
 }
 
 void moe_route(const MoeRoute& a) {

@@ -119,6 +119,24 @@ inline void for_float(DType dtype, F f) {
     }
 }
 
+// As for_float; float64, which is for checking gradients and not for speed, is left to the portable baseline: it would
+// be a third of every object file. `baseline` calls that.
+template <class F, class Baseline>
+inline void for_fast(DType dtype, F f, Baseline baseline) {
+#if defined(TT_FLOAT64)
+    (void)baseline;
+    for_float(dtype, f);
+#else
+    switch (dtype) {
+        case DType::float64: return baseline();
+        case DType::float32: return f(Type<float>{});
+        case DType::bfloat16: return f(Type<bf16>{});
+        case DType::float16: return f(Type<fp16>{});
+        default: return;
+    }
+#endif
+}
+
 // Copies n elements of a view's dtype, starting `offset` elements in, to floats (or doubles).
 template <class W>
 inline void load(W* out, const View& view, int64_t offset, int64_t n) {

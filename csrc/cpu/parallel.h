@@ -9,7 +9,8 @@
 namespace tt {
 namespace TT_ISA {
 
-// f(begin, end) over [0, n) in pieces of `grain`, handed out as threads become free. Pieces must be independent.
+// f(begin, end) over [0, n), in independent pieces of `grain`. A thread that is free takes half of its share of what
+// is left: long runs of neighbours at first, single pieces in the end, when all should finish together.
 template <class F>
 inline void parallel_for(int64_t n, int64_t grain, F f) {
     if (n <= 0) return;
@@ -18,16 +19,25 @@ inline void parallel_for(int64_t n, int64_t grain, F f) {
     if (threads <= 1) return f(int64_t(0), n);
     struct Loop {
         F* f;
-        int64_t n, grain, next;
+        int64_t n, grain, pieces, threads, next;
+        bool take(int64_t& begin, int64_t& count) {
+            begin = __atomic_load_n(&next, __ATOMIC_RELAXED);
+            do {  // a failure leaves in `begin` what another thread has made of it
+                if (begin >= pieces) return false;
+                count = (pieces - begin) / (2 * threads);
+                if (count < 1) count = 1;
+            } while (
+                !__atomic_compare_exchange_n(&next, &begin, begin + count, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+            return true;
+        }
         static void work(void* data) {
             Loop& loop = *static_cast<Loop*>(data);
-            for (;;) {
-                int64_t begin = __atomic_fetch_add(&loop.next, loop.grain, __ATOMIC_RELAXED);
-                if (begin >= loop.n) return;
-                (*loop.f)(begin, begin + loop.grain < loop.n ? begin + loop.grain : loop.n);
+            for (int64_t begin, count; loop.take(begin, count);) {
+                const int64_t end = (begin + count) * loop.grain;
+                (*loop.f)(begin* loop.grain, end < loop.n ? end : loop.n);
             }
         }
-    } loop{&f, n, grain, 0};
+    } loop{&f, n, grain, pieces, threads, 0};
     run_on_threads(&Loop::work, &loop, threads);
 }
 

@@ -180,7 +180,7 @@ Moments moments(const X* x, const X* next, int64_t n, float top, const Exponenti
 #pragma GCC unroll 4
             for (int j = 0; j < vectors; ++j) u[j] = larger_of(floor, u[j] - high);
             for (int64_t line = 0; line < vectors * lanes * int64_t(sizeof(X)); line += 64)
-                __builtin_prefetch(reinterpret_cast<const char*>(next + i) + line + ahead);
+                __builtin_prefetch(reinterpret_cast<const char*>(next + i) + line + ahead, 0, 2);  // second level
 #pragma GCC unroll 2
             for (int j = 0; j < vectors; j += 2) {
                 LoadTwo<float, X>::from(next + i + j * lanes, v[0], v[1]);

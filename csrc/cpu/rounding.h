@@ -3,10 +3,6 @@
 
 #include "vectors.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 namespace tt {
 namespace TT_ISA {
 
@@ -41,23 +37,29 @@ struct Rounding<bf16> {  // to nearest, ties to even; NaN stays NaN
 
 template <>
 struct Rounding<fp16> {
-    static WordVector nearest(FloatVector x) {  // as Narrow<fp16>
+    static HalfShorts nearest(FloatVector x) {
+#if TT_VECTOR_BYTES == 64 && defined(__AVX512F__)
+        return (HalfShorts)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif TT_VECTOR_BYTES == 32
+        return (HalfShorts)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else  // as Narrow<fp16>
         const WordVector bits = (WordVector)x, magnitude = bits & 0x7fffffffu;
         const WordVector subnormal = (WordVector)((FloatVector)magnitude + 0.5f) - 0x3f000000u;
         WordVector half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
         half = magnitude < 0x38800000u ? subnormal : half;
         half = magnitude >= 0x477ff000u ? WordVector{} + 0x7c00u : half;
         half = magnitude > 0x7f800000u ? WordVector{} + 0x7e00u : half;
-        return ((bits >> 16) & 0x8000u) | half;
+        return narrowed(((bits >> 16) & 0x8000u) | half);
+#endif
     }
     static FloatVector rounded(FloatVector x) {
-        const HalfShorts narrow = narrowed(nearest(x));
+        const HalfShorts narrow = nearest(x);
         fp16 stored[lanes_of<float>];
         std::memcpy(stored, &narrow, sizeof(narrow));
         return Load<float, fp16>::from(stored);
     }
     static void store(fp16* to, FloatVector x) {
-        const HalfShorts narrow = narrowed(nearest(x));
+        const HalfShorts narrow = nearest(x);
         std::memcpy(to, &narrow, sizeof(narrow));
     }
 };

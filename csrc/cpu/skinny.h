@@ -4,8 +4,9 @@
 //
 // With few rows of x this is bound by the memory that w lies in, so w is read once, as it is stored, and made operands
 // in registers; all rows of x are multiplied while the 16 rows of w are in the second-level cache, and the 16 that come
-// next are fetched into it meanwhile. With more rows it is bound by arithmetic, so a tile of R rows of w and M rows of
-// x is held in registers, and x is kept as the tile reads it: step by step of i, the rows' vectors one after the other.
+// next are fetched into it meanwhile, evenly: a burst would be what the processor waits for. With more rows it is bound
+// by arithmetic, so a tile of R rows of w and M rows of x is held in registers, and x is kept as the tile reads it:
+// step by step of i, the rows' vectors one after the other.
 //
 // A product is summed in vector lanes over stretches, these are added up, and the lanes last. That order does not
 // depend on R, M or the number of rows, so a row's result is bit for bit the same alone as in a batch; and short
@@ -16,7 +17,7 @@
 #pragma once
 
 #include "bf16_dot.h"
-#include "vectors.h"
+#include "transpose.h"
 
 namespace tt {
 namespace TT_ISA {
@@ -132,18 +133,27 @@ inline void add_part(const T* w, int64_t w_stride, const typename Factors<W, T>:
     }
 }
 
-// Adds the products of R rows of w and M rows of a panel, over the n elements of a stretch, to total[r][m]. `ahead`
-// elements behind each row of w lies one that is wanted soon.
+// Rows of w that will be wanted soon, brought into the second-level cache line by line.
+struct Ahead {
+    const char *next, *end;
+    int lines;  // of a go
+    inline void fetch() {
+        if (next >= end) return;
+#pragma GCC unroll 1
+        for (int i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+    }
+};
+
+// Adds the products of R rows of w and M rows of a panel, over the n elements of a stretch, to total[r][m].
 template <int R, int M, class W, class T>
 inline void add_tile(const T* w, int64_t w_stride, const typename Factors<W, T>::Kept* x, int64_t x_step, int n,
-                     int64_t ahead, Vector<W>* total, int64_t total_stride) {
+                     Ahead& ahead, Vector<W>* total, int64_t total_stride) {
     using F = Factors<W, T>;
     Vector<W> sums[R][M] = {};
     int i = 0;
 #pragma GCC unroll 1
     for (; i + F::step <= n; i += F::step, x += x_step) {
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) __builtin_prefetch(w + r * w_stride + i + ahead, 0, 2);  // to the second level
+        ahead.fetch();
         add_part<0, R, M, W, T>(w + i, w_stride, x, sums);
         if constexpr (F::parts == 2) add_part<1, R, M, W, T>(w + i, w_stride, x, sums);
     }
@@ -160,38 +170,45 @@ inline void add_tile(const T* w, int64_t w_stride, const typename Factors<W, T>:
         for (int m = 0; m < M; ++m) total[r * total_stride + m] += sums[r][m];
 }
 
-template <class W>
-constexpr int64_t skinny_stretch = 1024 / sizeof(W);  // how many products are summed in one go
+// How many products are summed in one go.
+template <class W, class T>
+constexpr int64_t skinny_stretch = 1024 / int64_t(sizeof(typename Factors<W, T>::Kept));
 
 // The products of all rows of w with M rows of a panel, over [begin, end).
 template <int M, class W, class T>
 void add_rows(const T* w, int64_t w_stride, int rows, const Panel<W, T>& x, int first, int64_t begin, int64_t end,
-              int64_t ahead, Vector<W>* total) {
+              Ahead& ahead, Vector<W>* total) {
     constexpr int R = M <= 2 || vector_registers == 32 ? 4 : 2;
-    constexpr int64_t stretch = skinny_stretch<W>;
+    constexpr int64_t stretch = skinny_stretch<W, T>;
     const int64_t x_step = x.count * Factors<W, T>::step;
     int r = 0;
     for (; r + R <= rows; r += R)
         for (int64_t i = begin; i < end; i += stretch)
             add_tile<R, M, W, T>(w + r * w_stride + i, w_stride, x.at(first, i), x_step, int(smaller(stretch, end - i)),
                                  ahead, total + r * x.count, x.count);
-    for (; r < rows; ++r)
-        for (int64_t i = begin; i < end; i += stretch)
-            add_tile<1, M, W, T>(w + r * w_stride + i, w_stride, x.at(first, i), x_step, int(smaller(stretch, end - i)),
-                                 ahead, total + r * x.count, x.count);
+    for (; r < rows; ++r)  // the last rows of a matrix, one by one
+        for (int m = 0; m < M; ++m)
+            for (int64_t i = begin; i < end; i += stretch)
+                add_tile<1, 1, W, T>(w + r * w_stride + i, w_stride, x.at(first + m, i), x_step,
+                                     int(smaller(stretch, end - i)), ahead, total + r * x.count + m, x.count);
 }
 
-template <class W>
-inline W sum_of_lanes(Vector<W> v) {
-    W a[lanes_of<W>];
-    std::memcpy(a, &v, sizeof(a));
-    for (int half = lanes_of<W> / 2; half > 0; half /= 2)
-        for (int j = 0; j < half; ++j) a[j] += a[j + half];
-    return a[0];
+// The sum over each vector's lanes, of as many vectors as they have lanes: halves are added, then halves of these, as
+// when the numbers are transposed.
+template <class V, int n>
+inline V sums_of_lanes(V (&v)[n]) {
+#pragma GCC unroll 4
+    for (int half = n / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i) {
+            interleave(v[i], v[i + half]);
+            v[i] += v[i + half];
+        }
+    return v[0];
 }
 
-// out[m * 16 + r], r < rows <= 16, for the rows m of a panel. `next`: rows of w that will be wanted after these, laid
-// out like them, or these again where nothing is known.
+// out[m * 16 + r], r < rows <= 16, for the rows m of a panel (rows beyond are zero). `next`: rows of w that will be
+// wanted after these, laid out like them, or these again where nothing is known.
 template <class W, class T>
 void skinny(const T* w, int64_t w_stride, int rows, const Panel<W, T>& x, int64_t n, const T* next, W* out) {
     constexpr int tile = Factors<W, T>::parts == 2 && vector_registers == 16 ? 5 : 6;
@@ -199,11 +216,15 @@ void skinny(const T* w, int64_t w_stride, int rows, const Panel<W, T>& x, int64_
     Vector<W> total[skinny_rows * skinny_panel];
     for (int i = 0; i < rows * count; ++i) total[i] = Vector<W>{};
     // A panel that fits in the first-level cache: w is streamed row by row. Otherwise stretch by stretch.
-    const int64_t run = count * n * int64_t(sizeof(*x.data)) <= 24576 ? n : skinny_stretch<W>;
+    const int64_t run = count * n * int64_t(sizeof(*x.data)) <= 24576 ? n : skinny_stretch<W, T>;
+    // One tile of 4 rows takes 4 lines of w a step; of more tiles, each fetches its share. Rows with gaps are not
+    // fetched.
+    const char* first_line = reinterpret_cast<const char*>(next);
+    const bool wanted = next != w && w_stride == n;
+    Ahead ahead = {first_line, first_line + (wanted ? rows * n * int64_t(sizeof(T)) : 0), (4 + tiles - 1) / tiles};
     for (int64_t begin = 0; begin < n; begin += run) {
         const int64_t end = smaller(begin + run, n);
-        int64_t ahead = next - w;
-        for (int t = 0; t < tiles; ++t, ahead = 0) {
+        for (int t = 0; t < tiles; ++t) {
             const int first = count * t / tiles;
             Vector<W>* to = total + first;
             switch (count * (t + 1) / tiles - first) {
@@ -217,8 +238,15 @@ void skinny(const T* w, int64_t w_stride, int rows, const Panel<W, T>& x, int64_
             }
         }
     }
+    constexpr int lanes = lanes_of<W>;
     for (int m = 0; m < count; ++m)
-        for (int r = 0; r < rows; ++r) out[m * skinny_rows + r] = sum_of_lanes<W>(total[r * count + m]);
+        for (int r = 0; r < rows; r += lanes) {
+            Vector<W> lines[lanes];
+#pragma GCC unroll 16
+            for (int i = 0; i < lanes; ++i) lines[i] = r + i < rows ? total[(r + i) * count + m] : Vector<W>{};
+            const Vector<W> sums = sums_of_lanes(lines);
+            std::memcpy(out + m * skinny_rows + r, &sums, sizeof(sums));
+        }
 }
 
 }  // namespace TT_ISA

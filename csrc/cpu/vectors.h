@@ -1,9 +1,13 @@
 // SIMD vectors of the widest kind the instruction set has (see isa.h), by the compiler's vector types: arithmetic is
-// written with operators, and no intrinsic ties it to a processor. (GCC's loop vectoriser does not keep an array of
-// sums in registers by itself.)
+// written with operators, and no intrinsic ties it to a processor, save where GCC 12 finds no instruction for a
+// conversion. (GCC's loop vectoriser does not keep an array of sums in registers by itself.)
 #pragma once
 
 #include "numeric.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace tt {
 namespace TT_ISA {
@@ -56,7 +60,7 @@ inline V larger_of(V a, V b) {
 // and up to six of the conversion.
 inline WordVector widened(HalfShorts narrow) {
 #if defined(__AVX2__)
-    WordVector wide;
+    WordVector wide{};
     for (int i = 0; i < TT_VECTOR_BYTES / 4; ++i) wide[i] = narrow[i];
     return wide;
 #else
@@ -65,7 +69,7 @@ inline WordVector widened(HalfShorts narrow) {
 }
 inline DoubleVector widened(HalfFloats narrow) {
 #if defined(__AVX2__)
-    DoubleVector wide;
+    DoubleVector wide{};
     for (int i = 0; i < TT_VECTOR_BYTES / 8; ++i) wide[i] = narrow[i];
     return wide;
 #else
@@ -77,7 +81,7 @@ inline DoubleVector widened(HalfFloats narrow) {
 template <class W, class T>
 struct Load {
     static Vector<W> from(const T* p) {  // a double of float16: only a router's weights could be read so
-        Vector<W> v;
+        Vector<W> v{};
         for (int i = 0; i < lanes_of<W>; ++i) v[i] = W(widen(p[i]));
         return v;
     }
@@ -104,12 +108,18 @@ struct Load<float, bf16> {
 };
 template <>
 struct Load<float, fp16> {
-    static FloatVector from(const fp16* p) {  // F16C's conversion is not reached from vectors in GCC 12
+    static FloatVector from(const fp16* p) {
+#if TT_VECTOR_BYTES == 64 && defined(__AVX512F__)
+        return (FloatVector)_mm512_maskz_cvtph_ps(0xffff, (__m256i)unaligned<HalfShorts>(p));
+#elif TT_VECTOR_BYTES == 32
+        return (FloatVector)_mm256_cvtph_ps((__m128i)unaligned<HalfShorts>(p));
+#else
         const WordVector bits = widened(unaligned<HalfShorts>(p));
         const FloatVector scaled = FloatVector((bits & 0x7fff) << 13) * 0x1p112f;  // subnormal too
         const WordVector special =
             WordVector(IntVector(scaled >= FloatVector{} + 0x1p16f)) & 0x7f800000;  // infinity, NaN
         return FloatVector(WordVector(scaled) | special | ((bits & 0x8000) << 16));
+#endif
     }
 };
 
