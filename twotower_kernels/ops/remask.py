@@ -118,7 +118,7 @@ _SUPPRESS_MASK, _SCHEDULE = OPTIONS.index("suppress_mask"), OPTIONS.index("sched
 _POSTERIOR = CHOICES["schedule"].index("posterior")
 
 
-def _outputs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+def results(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
     rows = tokens.shape[:1]
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
 
@@ -186,7 +186,7 @@ def _remask(
     mask = -1 if mask_token_id is None else mask_token_id
     if mask >= 0 and (options[_SUPPRESS_MASK] or options[_SCHEDULE] == _POSTERIOR):
         suppressed = [*suppressed, mask]
-    results = _outputs(logits, tokens)
+    out = results(logits, tokens)
     cpu.call(
         "remask",
         logits,
@@ -203,9 +203,9 @@ def _remask(
         valid_lens,
         None if candidates is None else candidates.long(),
         None if rank_noise is None else rank_noise.double(),
-        *results,
+        *out,
     )
-    return results
+    return out
 
 
 define(
@@ -217,5 +217,6 @@ define(
     "Tensor? suppress_ids, int[] unscored, Tensor? confidence_suppress_ids, Tensor? editable, Tensor? valid_lens, "
     "Tensor? candidates, Tensor? rank_noise) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=_remask,
-    fake=lambda logits, tokens, *_: _outputs(logits, tokens),
+    cuda="cuda_remask:remask",
+    fake=lambda logits, tokens, *_: results(logits, tokens),
 )

@@ -1,0 +1,248 @@
+// Stage A of a remasking step: what one piece of one position's logits says.
+//
+// A block takes a piece of 32 tokens a thread, at most 8192, in registers: 16-byte loads that are all under way at once,
+// then everything that is wanted of the logits without reading them again. Pieces have a fixed size, whatever the batch
+// and the GPU, so results depend on neither; 16 positions of 131072 tokens are 256 blocks, two for each processor.
+//
+// The largest logit of the piece is known before the sums, so terms lie between 0 and 1, nothing is scaled afterwards,
+// and a certain token has exactly the probability 1. An exponential is one instruction of base 2.
+//
+// Noise costs two accurate logarithms a token, which only tokens that may win deserve. Of every token a bound of its
+// noise is computed from the word's exponent, a few instructions; every thread takes the token with the largest bound
+// and computes its noise; the second largest of these in the block is no more than the piece's second best. Tokens whose
+// bound lies below it cannot be among the two best; of the others, a handful in a block, noise is computed. The margin is
+// wider than all rounding, so the two best are those of the definition.
+//
+// Predicted, not measured: 16 x 131072 float32 on an H200 in 4 us greedy with the launch, where reading alone takes 2;
+// 1024 x 131072 in 140 us greedy, bound by memory, and 250 us sampled, bound by Philox's products.
+//
+// Compiled for LOGIT_TYPE (warp.h) and SAMPLED 0 or 1.
+#include "remask.h"
+#include "remask_logit.h"
+
+constexpr int per_thread = 32, width = 16 / int(sizeof(Logit)), vectors = per_thread / width, most_warps = 8;
+
+struct Shared {
+    unsigned most[most_warps], scored_most[most_warps];
+    Two<unsigned> reached[most_warps];  // by the tokens that were tried
+    float mass[most_warps], drop[most_warps];
+    unsigned best_token[most_warps];
+    Two<unsigned> scored[most_warps];
+    Two<uint64> drawn[most_warps];
+    // and behind it the bits of the piece's suppressed and unscored tokens
+};
+
+// Token i of this thread, counted from the piece's first: width neighbours, then as many a block further.
+__device__ inline int token_of(int i) {
+    return (i / width * int(blockDim.x) + int(threadIdx.x)) * width + i % width;
+}
+
+__device__ inline void load(float* x, const Remask& a, const Logit* logits, int64 begin) {
+    const int64 size = a.vocabulary - begin;
+    if (a.logits_token == 1 && size >= int64(per_thread) * blockDim.x && uint64(logits + begin) % 16 == 0) {
+        const uint4* from = reinterpret_cast<const uint4*>(logits + begin);
+        uint4 all[vectors];
+#pragma unroll
+        for (int j = 0; j < vectors; ++j) all[j] = from[j * blockDim.x + threadIdx.x];
+#pragma unroll
+        for (int j = 0; j < vectors; ++j) unpack(all[j], x + j * width);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < per_thread; ++i) {
+        const int at = token_of(i);
+        x[i] = at < size ? widen(logits[(begin + at) * a.logits_token]) : -infinity();
+    }
+}
+
+// Bit i: token i of this thread is among the marked ones.
+__device__ inline unsigned marked(const unsigned* bits) {
+    unsigned mine = 0;
+#pragma unroll
+    for (int i = 0; i < per_thread; i += width) {
+        const int at = token_of(i);
+        mine |= (bits[at / 32] >> (at % 32) & ((1u << width) - 1)) << i;
+    }
+    return mine;
+}
+
+// The largest of the block's warps.
+__device__ inline unsigned block_max(const unsigned* keys) {
+    unsigned most = keys[0];
+    for (int w = 1; w < int(blockDim.x) / lanes; ++w) most = keys[w] > most ? keys[w] : most;
+    return most;
+}
+
+#if SAMPLED
+// Leaves the two best of each warp's kept tokens with noise in `shared`. Overwrites x.
+__device__ inline void draw(float* x, unsigned kept, const Remask& a, const Row& row, int64 b, int64 s,
+                            const Logit* logits, int64 begin, Shared& shared) {
+    const Stream stream = stream_of(a, row, b, s);
+    const float t = temperature_of(row), per = 1 / t;
+    const auto noisy = [&](int i) {
+        const int64 token = begin + token_of(i);
+        return widen(logits[token * a.logits_token]) / t + gumbel(philox_word(stream, unsigned(token)));
+    };
+    float most = -infinity();
+    int at = 0;
+#pragma unroll
+    for (int i = 0; i < per_thread; i += 4) {
+        const uint4 four = philox(stream, unsigned((begin + token_of(i)) / 4));
+        const unsigned words[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int j = i; j < i + 4; ++j) {
+            x[j] = kept >> j & 1 ? x[j] * per + most_gumbel(words[j - i]) : -infinity();
+            if (x[j] > most) most = x[j], at = j;
+        }
+    }
+    Two<unsigned> reached;
+    if (most > -infinity()) reached.first = ordered(noisy(at));
+    reached = warp_two(reached);
+    if (lane_id() == 0) shared.reached[warp_id()] = reached;
+    __syncthreads();
+    Two<unsigned> all;
+    for (int w = 0; w < int(blockDim.x) / lanes; ++w) {
+        all.offer(shared.reached[w].first);
+        all.offer(shared.reached[w].second);
+    }
+    const float best = all.second ? number(all.first) : -infinity(), second = all.second ? number(all.second) : -infinity();
+    const float bound = second - (1e-3f + 1e-5f * (fabsf(best) + fabsf(second)));
+    unsigned may_win = 0;
+#pragma unroll
+    for (int i = 0; i < per_thread; ++i) may_win |= unsigned(x[i] != -infinity() && !(x[i] < bound)) << i;
+    Two<uint64> drawn;
+#pragma unroll 1
+    for (; may_win; may_win &= may_win - 1) {
+        const int i = __ffs(int(may_win)) - 1;
+        const float value = noisy(i);
+        if (value > -infinity()) drawn.offer(drawn_key(value, unsigned(begin + token_of(i))));
+    }
+    drawn = warp_two(drawn);
+    if (lane_id() == 0) shared.drawn[warp_id()] = drawn;
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(256)
+    remask_scan_kernel(const void* logits, REMASK_PARAMETERS const Filter* filters, Partial* partials, int64 pieces) {
+    SHARED_MEMORY(memory);
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    const Remask a = REMASK_ARGUMENTS;
+    const int64 position = blockIdx.x / pieces, b = position / a.block, s = position % a.block;
+    if (!waits(a, b, s)) return;
+    const int lane = lane_id(), warps = int(blockDim.x) / lanes, words = int(blockDim.x);
+    const int64 begin = blockIdx.x % pieces * per_thread * blockDim.x;
+    const Logit* z = static_cast<const Logit*>(a.logits) + b * a.logits_row + s * a.logits_place;
+    Partial& out = partials[blockIdx.x];
+
+    float x[per_thread];
+    load(x, a, z, begin);
+    const Row row = row_of(a, b);
+    const bool tempered = a.options.statistics == RemaskChoice::filtered;
+
+    // Which tokens are left out, of all or of the statistics.
+    unsigned excluded = 0, scored = ~0u;
+    if (a.options.suppress_mask && a.mask >= begin && a.mask < begin + int64(per_thread) * blockDim.x) {
+        const int at = int(a.mask - begin), vector = at / width;
+        if (vector % int(blockDim.x) == int(threadIdx.x))
+            excluded |= 1u << (vector / int(blockDim.x) * width + at % width);
+    }
+    if (a.suppressed_count > 0) {
+        unsigned* bits = reinterpret_cast<unsigned*>(&shared + 1);
+        mark(bits, words, begin, a.suppressed, a.suppressed_count);
+        excluded |= marked(bits);
+    }
+    if (a.unscored_count > 0) {
+        unsigned* bits = reinterpret_cast<unsigned*>(&shared + 1) + words;
+        mark(bits, words, begin, a.unscored, a.unscored_count);
+        scored = ~marked(bits);
+    }
+    if (excluded) {
+#pragma unroll
+        for (int i = 0; i < per_thread; ++i) x[i] = excluded >> i & 1 ? -infinity() : x[i];
+    }
+    unsigned kept = ~0u;
+    if (row.filtered) {
+        const Filter filter = filters[position];
+        kept = 0;
+#pragma unroll
+        for (int i = 0; i < per_thread; ++i) kept |= unsigned(keeps(a, row, filter, x[i])) << i;
+        if (tempered) scored &= kept;
+    }
+
+    // The largest, of all and of what the statistics see.
+    float most = -infinity(), scored_most = -infinity();
+    bool wrong = false;
+#pragma unroll
+    for (int i = 0; i < per_thread; ++i) {
+        wrong |= !(x[i] <= 3.402823466e38f);
+        most = fmaxf(most, x[i]);
+        scored_most = fmaxf(scored_most, scored >> i & 1 ? x[i] : -infinity());
+    }
+    const unsigned warp_most = warp_max(wrong ? ~0u : ordered(most)), warp_scored = warp_max(ordered(scored_most));
+    if (lane == 0) shared.most[warp_id()] = warp_most, shared.scored_most[warp_id()] = warp_scored;
+    __syncthreads();
+    const unsigned best_key = block_max(shared.most);
+    if (best_key == ~0u) {
+        if (threadIdx.x == 0) out.wrong = 1;
+        return;
+    }
+    const float best = number(best_key), top = number(block_max(shared.scored_most));
+
+    // The sums, as powers of 2.
+    float mass[4] = {}, drop[4] = {};
+    if (top > -infinity()) {
+        const float per = 1.442695041f / own_temperature(a, row);
+#pragma unroll
+        for (int i = 0; i < per_thread; ++i) {
+            const float u = fmaxf(((scored >> i & 1 ? x[i] : -infinity()) - top) * per, -160.0f), e = EXP2(u);
+            mass[i % 4] += e;
+            drop[i % 4] -= u * e;
+        }
+    }
+    const float warp_mass = warp_sum((mass[0] + mass[1]) + (mass[2] + mass[3]));
+    const float warp_drop = warp_sum((drop[0] + drop[1]) + (drop[2] + drop[3]));
+
+    unsigned token = ~0u;
+    if (most == best) {
+#pragma unroll
+        for (int i = per_thread - 1; i >= 0; --i) token = x[i] == best ? unsigned(begin + token_of(i)) : token;
+    }
+    token = __reduce_min_sync(whole_warp, token);
+
+    Two<unsigned> best_scored;
+    if (a.options.score == RemaskChoice::margin) {
+#pragma unroll
+        for (int i = 0; i < per_thread; ++i) best_scored.offer(scored >> i & 1 ? ordered(x[i]) : 0);
+        best_scored = warp_two(best_scored);
+    }
+#if SAMPLED
+    if (row.sampled) draw(x, kept, a, row, b, s, z, begin, shared);
+#endif
+    if (lane == 0) {
+        shared.mass[warp_id()] = warp_mass;
+        shared.drop[warp_id()] = warp_drop;
+        shared.best_token[warp_id()] = token;
+        shared.scored[warp_id()] = best_scored;
+    }
+    __syncthreads();
+    if (warp_id() > 0) return;
+
+    // The first warp merges what the warps found.
+    const bool has = lane < warps;
+    const float all_mass = warp_sum(has ? shared.mass[lane] : 0.0f), all_drop = warp_sum(has ? shared.drop[lane] : 0.0f);
+    const unsigned best_token = __reduce_min_sync(whole_warp, has ? shared.best_token[lane] : ~0u);
+    const Two<unsigned> two_scored = warp_two(has ? shared.scored[lane] : Two<unsigned>());
+#if SAMPLED
+    const Two<uint64> drawn = warp_two(has && row.sampled ? shared.drawn[lane] : Two<uint64>());
+    if (lane == 0) out.drawn[0] = drawn.first, out.drawn[1] = drawn.second;
+#endif
+    if (lane == 0) {
+        out.top = top;
+        out.mass = all_mass;
+        out.drop = all_drop * 0.6931471806f;  // u was in powers of 2
+        out.best = best;
+        out.best_token = best_token;
+        out.second = two_scored.second ? number(two_scored.second) : -infinity();
+        out.wrong = 0;
+    }
+}
