@@ -15,9 +15,9 @@ from twotower_kernels.remask_policy import CHOICES, OPTIONS
 
 _TYPES = {torch.float32: "type_float32", torch.bfloat16: "type_bfloat16", torch.float16: "type_float16"}  # in warp.h
 _PER_THREAD = 32  # tokens of a piece that a thread takes
-_PARTIAL_BYTES, _FILTER_BYTES, _PLACE_BYTES = 48, 12, 36  # Partial and Filter in remask.h, Places in remask_select.cu
-_SCAN_SHARED = 576  # bytes of Shared in remask_scan.cu; two bits for each token come behind it
-_FILTER_SHARED = 43_000  # bytes that Shared in remask_filter.cu needs at most
+_PARTIAL_BYTES, _PLACE_BYTES = 48, 36  # Partial in remask.h, Places in remask_select.cu
+_SCAN_SHARED = 448  # bytes of Shared in remask_scan.cu; two bits for each token come behind it
+_FILTER_SHARED = 26_384  # bytes of Shared in remask_filter.cu
 _LONGEST = (cuda.SHARED_LIMIT - 8) // _PLACE_BYTES  # block whose places fit into shared memory
 
 _GREEDY, _STATISTICS, _SCHEDULE = (OPTIONS.index(name) for name in ("greedy", "statistics", "schedule"))
@@ -88,18 +88,18 @@ def remask(
     partials = logits.new_empty((batch * block * pieces, _PARTIAL_BYTES // 8), dtype=torch.int64)
     sampled = not options[_GREEDY] and (temperature is not None or real[0] > 0)
     some_filter = top_k is not None or 0 < whole[2] < vocabulary or top_p is not None or real[1] < 1
-    filters = None
+    least_kept = None
     if some_filter and (sampled or options[_STATISTICS] == _FILTERED):
-        filters = logits.new_empty((batch * block, _FILTER_BYTES // 4), dtype=torch.float32)
+        least_kept = logits.new_empty(batch * block, dtype=torch.float32)
         kernel = Kernel("remask_filter", "remask_filter_kernel", _defines(logits.dtype))
-        threads = 32 * min(32, -(-vocabulary // (32 * _PER_THREAD)))
-        cuda.launch(kernel, batch * block, threads, _FILTER_SHARED, (*common, filters))
+        threads = 32 * min(16, -(-vocabulary // (32 * _PER_THREAD)))
+        cuda.launch(kernel, batch * block, threads, _FILTER_SHARED, (*common, least_kept))
     kernel = Kernel("remask_scan", "remask_scan_kernel", _defines(logits.dtype, sampled))
     shared = _SCAN_SHARED + 2 * 4 * 32 * warps
-    cuda.launch(kernel, batch * block * pieces, 32 * warps, shared, (*common, filters, partials, pieces))
+    cuda.launch(kernel, batch * block * pieces, 32 * warps, shared, (*common, least_kept, partials, pieces))
     kernel = Kernel("remask_select", "remask_select_kernel")
     threads = 32 * min(16, block)
-    cuda.launch(kernel, batch, threads, 8 + _PLACE_BYTES * block, (*common, filters, partials, pieces, *out))
+    cuda.launch(kernel, batch, threads, 8 + _PLACE_BYTES * block, (*common, least_kept, partials, pieces, *out))
     return out
 
 

@@ -21,39 +21,45 @@ __device__ inline float infinity() {
 
 // --- arguments ------------------------------------------------------------------------------------------------------
 
-// Arguments of every kernel, behind the logits: the step's, in this order, then the policy's. A parameter per row is
-// a column: numbers [B] (or null) with their stride, and the number that stands for all rows where there are none.
+// A parameter per row: numbers [B] (or null) with their stride, and the number of all rows where there are none.
 #define REMASK_COLUMN(X, type, name) X(const type*, name##_rows) X(int64, name##_stride) X(type, name)
-#define REMASK_STEP(X)                                                                                              \
-    X(int64, logits_type) X(int64, logits_row) X(int64, logits_place) X(int64, logits_token)                        \
-    X(int64, block) X(int64, vocabulary)                                                                            \
-    X(const void*, tokens) X(int64, tokens_type) X(int64, tokens_row) X(int64, tokens_place) X(int64, mask)         \
-    X(const int64*, suppressed) X(int64, suppressed_count) X(const int64*, unscored) X(int64, unscored_count)       \
-    X(const bool*, editable) X(int64, editable_row) X(int64, editable_place)                                        \
-    X(const int64*, valid_lens) X(int64, valid_lens_stride)                                                         \
-    X(const int64*, candidates) X(int64, candidates_row) X(int64, candidates_place)                                 \
-    X(const double*, rank_noise) X(int64, rank_noise_row) X(int64, rank_noise_place)                                \
-    REMASK_COLUMN(X, int64, step) REMASK_COLUMN(X, int64, num_steps) REMASK_COLUMN(X, int64, top_k)                 \
-    REMASK_COLUMN(X, int64, seed) REMASK_COLUMN(X, int64, offset) REMASK_COLUMN(X, int64, initial)                  \
+
+// clang-format off
+// What all kernels take, between the logits and arguments of their own: this, then the policy's options and bounds.
+#define REMASK_STEP(X) \
+    X(int64, logits_type) X(int64, logits_row) X(int64, logits_place) X(int64, logits_token) /* [B, S, V] */ \
+    X(int64, block) X(int64, vocabulary) /* S, V */ \
+    X(const void*, tokens) X(int64, tokens_type) X(int64, tokens_row) X(int64, tokens_place) /* [B, S] */ \
+    X(int64, mask) \
+    X(const int64*, suppressed) X(int64, suppressed_count) /* never proposed, no probability */ \
+    X(const int64*, unscored) X(int64, unscored_count) /* no probability in the statistics */ \
+    X(const bool*, editable) X(int64, editable_row) X(int64, editable_place) /* [B, S] or null */ \
+    X(const int64*, valid_lens) X(int64, valid_lens_stride) /* [B] or null */ \
+    X(const int64*, candidates) X(int64, candidates_row) X(int64, candidates_place) /* [B, S], -1: draw; or null */ \
+    X(const double*, rank_noise) X(int64, rank_noise_row) X(int64, rank_noise_place) /* [B, S] or null */ \
+    REMASK_COLUMN(X, int64, step) REMASK_COLUMN(X, int64, num_steps) REMASK_COLUMN(X, int64, top_k) \
+    REMASK_COLUMN(X, int64, seed) REMASK_COLUMN(X, int64, offset) \
+    REMASK_COLUMN(X, int64, initial) /* -1: not known */ \
     REMASK_COLUMN(X, double, temperature) REMASK_COLUMN(X, double, top_p) REMASK_COLUMN(X, double, gate_bound)
 
 #define REMASK_FIELD(type, name) type name;
 struct Remask {
-    const void* logits;  // [B, S, V]
+    const void* logits;
     REMASK_STEP(REMASK_FIELD)
     RemaskOptions options;
     RemaskBounds bounds;
 };
-#undef REMASK_FIELD
 
-#define REMASK_ANY(type, name) type name,
-#define REMASK_WHOLE(name) int64 name,
-#define REMASK_REAL(name) double name,
-#define REMASK_PARAMETERS REMASK_STEP(REMASK_ANY) REMASK_OPTIONS(REMASK_WHOLE) REMASK_BOUNDS(REMASK_REAL)
+#define REMASK_PARAMETER(type, name) type name,
+#define REMASK_OPTION(name) int64 name,
+#define REMASK_BOUND(name) double name,
+#define REMASK_PARAMETERS REMASK_STEP(REMASK_PARAMETER) REMASK_OPTIONS(REMASK_OPTION) REMASK_BOUNDS(REMASK_BOUND)
+
 #define REMASK_VALUE(type, name) name,
 #define REMASK_NAME(name) name,
-#define REMASK_ARGUMENTS                                                                                            \
-    { logits, REMASK_STEP(REMASK_VALUE) {REMASK_OPTIONS(REMASK_NAME)}, {REMASK_BOUNDS(REMASK_NAME)} }
+#define REMASK_ARGUMENTS \
+    {logits, REMASK_STEP(REMASK_VALUE) {REMASK_OPTIONS(REMASK_NAME)}, {REMASK_BOUNDS(REMASK_NAME)}}
+// clang-format on
 
 // --- what a row is told ---------------------------------------------------------------------------------------------
 
@@ -125,28 +131,15 @@ __device__ inline bool waits(const Remask& a, int64 b, int64 s) {
 
 // --- what kernels leave for each other ------------------------------------------------------------------------------
 
-// What the filter of a position keeps: z >= least of which nucleus_value(z) >= least_x.
-struct Filter {
-    float least, least_x;
-    float largest;  // of all logits: x is tempered from here
-};
-
-__device__ inline float nucleus_value(const Remask& a, const Row& row, float z, float largest) {
-    return a.options.top_p_tempered ? (z - largest) / temperature_of(row) : z;
-}
-__device__ inline bool keeps(const Remask& a, const Row& row, const Filter& filter, float z) {
-    if (!(z >= filter.least)) return false;
-    return row.top_p >= 1 || nucleus_value(a, row, z, filter.largest) >= filter.least_x;
-}
-
-// What a piece of a position says. Sums are over what the statistics see: of e^u and of -u e^u, u = (z - top) / t.
+// What a piece of a position says. Sums are over what the statistics see and lies below `top`, which `tops` tokens
+// have: of e^u and of -u e^u, u = (z - top) / t.
 struct Partial {
     float top, mass, drop;
+    unsigned tops;
     float best;  // of what may be proposed
     unsigned best_token;
-    float second;  // of what the statistics see
-    unsigned wrong;  // NaN or +infinity: the rest may then be anything
-    unsigned unused;
+    float second;     // of what the statistics see
+    unsigned wrong;   // NaN or +infinity: the rest may then be anything
     uint64 drawn[2];  // the two best with noise, as `drawn_key` orders them; 0: there is none
 };
 

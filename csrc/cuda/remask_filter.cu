@@ -13,7 +13,7 @@
 #include "remask_logit.h"
 
 constexpr int digit = 11, bins = 1 << digit, bins_per_lane = bins / lanes;
-constexpr int section = 1 << 17;  // tokens whose marks there is room for
+constexpr int section = 8192;  // tokens that are marked at a time, where some are suppressed
 
 // Where a bin lies: the lanes of a warp, each with its own stretch of bins, then fall on different banks.
 __device__ inline int slot(int bin) {
@@ -29,6 +29,7 @@ struct Shared {
     unsigned most[lanes];
     unsigned suppressed[section / 32];
 };
+static_assert(sizeof(Shared) == 26384, "_FILTER_SHARED in twotower_kernels/cuda_remask.py");
 
 // f(z) for the position's logits, without the suppressed ones and -infinity. Every thread takes its share.
 template <class F>
@@ -133,8 +134,31 @@ __device__ inline float least_kept(const Remask& a, const Logit* logits, Shared&
     return number(prefix);
 }
 
-extern "C" __global__ void __launch_bounds__(1024)
-    remask_filter_kernel(const void* logits, REMASK_PARAMETERS Filter* filters) {
+// The least logit of the nucleus, of which the best of top-k are at least `among`.
+__device__ inline float nucleus(const Remask& a, const Row& row, const Logit* logits, Shared& shared, float largest,
+                                float among) {
+    const float t = temperature_of(row);
+    const auto value_of = [&](float z) {
+        const float x = a.options.top_p_tempered ? (z - largest) / t : z;
+        return a.options.top_p_first || z >= among ? x : -infinity();
+    };
+    const float top = value_of(largest);
+    float own = 0;
+    for_logits(a, logits, shared, [&](float z) { own += expf(value_of(z) - top); });
+    const double mass = block_sum(double(own), shared);
+    const auto weigh = [&](float x) { return uint64(double(float(double(expf(x - top)) / mass)) * 0x1p62); };
+    const uint64 budget = uint64(row.top_p * 0x1p62);
+    const float least_x = least_kept(a, logits, shared, budget, !a.options.top_p_keep_crossing, value_of, weigh);
+    unsigned least = 0;  // the largest of keys in reverse
+    for_logits(a, logits, shared, [&](float z) {
+        const unsigned key = ~ordered(z);
+        if (z >= among && value_of(z) >= least_x && key > least) least = key;
+    });
+    return number(~block_max(least, shared));
+}
+
+extern "C" __global__ void __launch_bounds__(512, 1)
+    remask_filter_kernel(const void* logits, REMASK_PARAMETERS float* least_out) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const Remask a = REMASK_ARGUMENTS;
@@ -150,27 +174,12 @@ extern "C" __global__ void __launch_bounds__(1024)
         most = key > most ? key : most;
     });
     most = block_max(most, shared);
-    Filter filter = {-infinity(), -infinity(), number(most)};
-    if (most == 0 || most == ~0u) {  // nothing finite, or not usable
-        if (threadIdx.x == 0) filters[blockIdx.x] = filter;
-        return;
-    }
-    if (row.top_k > 0 && row.top_k < a.vocabulary)
-        filter.least = least_kept(
+    float least = -infinity();
+    const bool usable = most != 0 && most != ~0u;  // something finite, and nothing else
+    if (usable && row.top_k > 0 && row.top_k < a.vocabulary)
+        least = least_kept(
             a, z, shared, uint64(row.top_k - 1), false, [](float logit) { return logit; },
             [](float) { return uint64(1); });
-    if (row.top_p < 1) {
-        const auto value_of = [&](float logit) {
-            const bool among = a.options.top_p_first || logit >= filter.least;
-            return among ? nucleus_value(a, row, logit, filter.largest) : -infinity();
-        };
-        const float top = nucleus_value(a, row, filter.largest, filter.largest);
-        float mass = 0;
-        for_logits(a, z, shared, [&](float logit) { mass += expf(value_of(logit) - top); });
-        const double all = block_sum(double(mass), shared);
-        const auto weigh = [&](float value) { return uint64(double(float(double(expf(value - top)) / all)) * 0x1p62); };
-        filter.least_x = least_kept(a, z, shared, uint64(row.top_p * 0x1p62), !a.options.top_p_keep_crossing, value_of,
-                                    weigh);
-    }
-    if (threadIdx.x == 0) filters[blockIdx.x] = filter;
+    if (usable && row.top_p < 1) least = nucleus(a, row, z, shared, number(most), least);
+    if (threadIdx.x == 0) least_out[blockIdx.x] = least;
 }

@@ -3,26 +3,29 @@
 // kernel and the GPU's, inside their namespaces, where `int64` is declared.
 #pragma once
 
-#define REMASK_OPTIONS(X)                                                                                           \
-    X(suppress_mask) X(skip_mask_candidates) X(greedy) X(statistics) X(top_p_first) X(top_p_tempered)               \
-    X(top_p_keep_crossing) X(score) X(gate) X(strict) X(gate_on) X(factor_last_free) X(entropy_includes_self)       \
-    X(schedule) X(schedule_base) X(spread_remainder) X(alpha) X(long_grid) X(min_commits) X(finish) X(window)       \
-    X(combine) X(sub_block) X(renoise) X(has_temperature_end) X(has_gate_slack) X(has_run_threshold)                \
-    X(has_complete_threshold) X(has_edit_threshold) X(has_remask_threshold)
-#define REMASK_BOUNDS(X)                                                                                            \
-    X(position_penalty) X(min_t) X(warmup) X(temperature_end) X(gate_slack) X(run_threshold) X(complete_threshold)  \
+// clang-format off
+#define REMASK_OPTIONS(X) \
+    X(suppress_mask) X(skip_mask_candidates) X(greedy) X(statistics) X(top_p_first) X(top_p_tempered) \
+    X(top_p_keep_crossing) X(score) X(gate) X(strict) X(gate_on) X(factor_last_free) X(entropy_includes_self) \
+    X(schedule) X(schedule_base) X(spread_remainder) X(alpha) X(long_grid) X(min_commits) X(finish) \
+    X(window) X(combine) X(sub_block) X(renoise) \
+    X(has_temperature_end) X(has_gate_slack) X(has_run_threshold) X(has_complete_threshold) X(has_edit_threshold) \
+    X(has_remask_threshold)
+#define REMASK_BOUNDS(X) \
+    X(position_penalty) X(min_t) X(warmup) X(temperature_end) X(gate_slack) X(run_threshold) X(complete_threshold) \
     X(edit_threshold) X(remask_threshold)
+// clang-format on
 
-#define REMASK_FIELD(name) int64 name;
+#define REMASK_OPTION(name) int64 name;
 struct RemaskOptions {
-    REMASK_OPTIONS(REMASK_FIELD)
+    REMASK_OPTIONS(REMASK_OPTION)
 };
-#undef REMASK_FIELD
-#define REMASK_FIELD(name) double name;
+#undef REMASK_OPTION
+#define REMASK_BOUND(name) double name;
 struct RemaskBounds {
-    REMASK_BOUNDS(REMASK_FIELD)
+    REMASK_BOUNDS(REMASK_BOUND)
 };
-#undef REMASK_FIELD
+#undef REMASK_BOUND
 
 struct RemaskChoice {
     enum Statistics { raw, filtered };

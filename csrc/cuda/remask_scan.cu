@@ -1,17 +1,18 @@
 // Stage A of a remasking step: what one piece of one position's logits says.
 //
-// A block takes a piece of 32 tokens a thread, at most 8192, in registers: 16-byte loads that are all under way at once,
-// then everything that is wanted of the logits without reading them again. Pieces have a fixed size, whatever the batch
-// and the GPU, so results depend on neither; 16 positions of 131072 tokens are 256 blocks, two for each processor.
+// A block takes a piece of 32 tokens a thread, at most 8192, in registers: 16-byte loads that are all under way at
+// once, then everything that is wanted of the logits without reading them again. Pieces have a fixed size, whatever the
+// batch and the GPU, so results depend on neither; 16 positions of 131072 tokens are 256 blocks, two for each
+// processor.
 //
 // The largest logit of the piece is known before the sums, so terms lie between 0 and 1, nothing is scaled afterwards,
-// and a certain token has exactly the probability 1. An exponential is one instruction of base 2.
+// and a certain token has exactly the probability 1.
 //
 // Noise costs two accurate logarithms a token, which only tokens that may win deserve. Of every token a bound of its
 // noise is computed from the word's exponent, a few instructions; every thread takes the token with the largest bound
-// and computes its noise; the second largest of these in the block is no more than the piece's second best. Tokens whose
-// bound lies below it cannot be among the two best; of the others, a handful in a block, noise is computed. The margin is
-// wider than all rounding, so the two best are those of the definition.
+// and computes its noise; the second largest of these in the block is no more than the piece's second best. Tokens
+// whose bound lies below it cannot be among the two best; of the others, a handful in a block, noise is computed. The
+// margin is wider than all rounding, so the two best are those of the definition.
 //
 // Predicted, not measured: 16 x 131072 float32 on an H200 in 4 us greedy with the launch, where reading alone takes 2;
 // 1024 x 131072 in 140 us greedy, bound by memory, and 250 us sampled, bound by Philox's products.
@@ -26,11 +27,13 @@ struct Shared {
     unsigned most[most_warps], scored_most[most_warps];
     Two<unsigned> reached[most_warps];  // by the tokens that were tried
     float mass[most_warps], drop[most_warps];
+    int tops[most_warps];
     unsigned best_token[most_warps];
     Two<unsigned> scored[most_warps];
     Two<uint64> drawn[most_warps];
     // and behind it the bits of the piece's suppressed and unscored tokens
 };
+static_assert(sizeof(Shared) == 448 && sizeof(Partial) == 48, "as in twotower_kernels/cuda_remask.py");
 
 // Token i of this thread, counted from the piece's first: width neighbours, then as many a block further.
 __device__ inline int token_of(int i) {
@@ -39,20 +42,21 @@ __device__ inline int token_of(int i) {
 
 __device__ inline void load(float* x, const Remask& a, const Logit* logits, int64 begin) {
     const int64 size = a.vocabulary - begin;
-    if (a.logits_token == 1 && size >= int64(per_thread) * blockDim.x && uint64(logits + begin) % 16 == 0) {
-        const uint4* from = reinterpret_cast<const uint4*>(logits + begin);
+    const Logit* from = logits + (begin + token_of(0)) * a.logits_token;
+    if (a.logits_token == 1 && size >= int64(per_thread) * blockDim.x && uint64(from) % 16 == 0) {
         uint4 all[vectors];
 #pragma unroll
-        for (int j = 0; j < vectors; ++j) all[j] = from[j * blockDim.x + threadIdx.x];
+        for (int j = 0; j < vectors; ++j) all[j] = reinterpret_cast<const uint4*>(from)[j * blockDim.x];
 #pragma unroll
         for (int j = 0; j < vectors; ++j) unpack(all[j], x + j * width);
         return;
     }
+    const int64 next = int64(blockDim.x) * width * a.logits_token;
 #pragma unroll
-    for (int i = 0; i < per_thread; ++i) {
-        const int at = token_of(i);
-        x[i] = at < size ? widen(logits[(begin + at) * a.logits_token]) : -infinity();
-    }
+    for (int i = 0; i < per_thread; i += width, from += next)
+#pragma unroll
+        for (int j = 0; j < width; ++j)
+            x[i + j] = token_of(i + j) < size ? widen(from[j * a.logits_token]) : -infinity();
 }
 
 // Bit i: token i of this thread is among the marked ones.
@@ -65,6 +69,27 @@ __device__ inline unsigned marked(const unsigned* bits) {
     }
     return mine;
 }
+
+// e^(u / t) as a power of 2. Its exponent is a product with log2(e) / t in two floats, and what is lost when it is
+// rounded comes back to first order: far below the largest logit, where exponents are large, that is a digit or more.
+struct Exponential {
+    float high, low, floor;
+    __device__ explicit Exponential(float t) {
+        constexpr float log2e = 1.44269502f, rest = 1.92596299e-8f;
+        high = log2e / t;
+        low = (fmaf(-high, t, log2e) + rest) / t;
+        floor = -160 / high;  // as good as -infinity
+    }
+    // Adds e^(u / t) and the negative of its product with the exponent, for u < 0; nothing for u = 0.
+    __device__ void add(float u, float& mass, float& drop) const {
+        u = fmaxf(u, floor);
+        const float power = u * high, lost = fmaf(u, low, fmaf(u, high, -power));
+        float e = EXP2(power);
+        e = u == 0 ? 0 : fmaf(e, 0.6931471806f * lost, e);
+        mass += e;
+        drop = fmaf(-power, e, drop);
+    }
+};
 
 // The largest of the block's warps.
 __device__ inline unsigned block_max(const unsigned* keys) {
@@ -105,7 +130,8 @@ __device__ inline void draw(float* x, unsigned kept, const Remask& a, const Row&
         all.offer(shared.reached[w].first);
         all.offer(shared.reached[w].second);
     }
-    const float best = all.second ? number(all.first) : -infinity(), second = all.second ? number(all.second) : -infinity();
+    const float best = all.second ? number(all.first) : -infinity(),
+                second = all.second ? number(all.second) : -infinity();
     const float bound = second - (1e-3f + 1e-5f * (fabsf(best) + fabsf(second)));
     unsigned may_win = 0;
 #pragma unroll
@@ -122,15 +148,16 @@ __device__ inline void draw(float* x, unsigned kept, const Remask& a, const Row&
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(256)
-    remask_scan_kernel(const void* logits, REMASK_PARAMETERS const Filter* filters, Partial* partials, int64 pieces) {
+extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
+    remask_scan_kernel(const void* logits, REMASK_PARAMETERS const float* least_kept, Partial* partials, int64 pieces) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const Remask a = REMASK_ARGUMENTS;
-    const int64 position = blockIdx.x / pieces, b = position / a.block, s = position % a.block;
+    const unsigned position = blockIdx.x / unsigned(pieces);
+    const int64 b = position / unsigned(a.block), s = position % unsigned(a.block);
     if (!waits(a, b, s)) return;
     const int lane = lane_id(), warps = int(blockDim.x) / lanes, words = int(blockDim.x);
-    const int64 begin = blockIdx.x % pieces * per_thread * blockDim.x;
+    const int64 begin = int64(blockIdx.x % unsigned(pieces)) * per_thread * blockDim.x;
     const Logit* z = static_cast<const Logit*>(a.logits) + b * a.logits_row + s * a.logits_place;
     Partial& out = partials[blockIdx.x];
 
@@ -162,21 +189,26 @@ extern "C" __global__ void __launch_bounds__(256)
     }
     unsigned kept = ~0u;
     if (row.filtered) {
-        const Filter filter = filters[position];
+        const float least = least_kept[position];
         kept = 0;
 #pragma unroll
-        for (int i = 0; i < per_thread; ++i) kept |= unsigned(keeps(a, row, filter, x[i])) << i;
+        for (int i = 0; i < per_thread; ++i) kept |= unsigned(x[i] >= least) << i;
         if (tempered) scored &= kept;
     }
 
     // The largest, of all and of what the statistics see.
-    float most = -infinity(), scored_most = -infinity();
+    float most = -infinity();
     bool wrong = false;
 #pragma unroll
     for (int i = 0; i < per_thread; ++i) {
         wrong |= !(x[i] <= 3.402823466e38f);
         most = fmaxf(most, x[i]);
-        scored_most = fmaxf(scored_most, scored >> i & 1 ? x[i] : -infinity());
+    }
+    float scored_most = most;
+    if (scored != ~0u) {
+        scored_most = -infinity();
+#pragma unroll
+        for (int i = 0; i < per_thread; ++i) scored_most = fmaxf(scored_most, scored >> i & 1 ? x[i] : -infinity());
     }
     const unsigned warp_most = warp_max(wrong ? ~0u : ordered(most)), warp_scored = warp_max(ordered(scored_most));
     if (lane == 0) shared.most[warp_id()] = warp_most, shared.scored_most[warp_id()] = warp_scored;
@@ -188,17 +220,21 @@ extern "C" __global__ void __launch_bounds__(256)
     }
     const float best = number(best_key), top = number(block_max(shared.scored_most));
 
-    // The sums, as powers of 2.
+    // The sums over tokens below the largest; those that are as large are counted, so that what little there may be
+    // beside them is not rounded away.
     float mass[4] = {}, drop[4] = {};
+    int tops = 0;
     if (top > -infinity()) {
-        const float per = 1.442695041f / own_temperature(a, row);
+        const Exponential exponential(own_temperature(a, row));
 #pragma unroll
-        for (int i = 0; i < per_thread; ++i) {
-            const float u = fmaxf(((scored >> i & 1 ? x[i] : -infinity()) - top) * per, -160.0f), e = EXP2(u);
-            mass[i % 4] += e;
-            drop[i % 4] -= u * e;
+        for (int i = 0; i < per_thread; ++i)
+            exponential.add((scored >> i & 1 ? x[i] : -infinity()) - top, mass[i % 4], drop[i % 4]);
+        if (scored_most == top) {
+#pragma unroll
+            for (int i = 0; i < per_thread; ++i) tops += x[i] == top && (scored >> i & 1);
         }
     }
+    tops = warp_sum(tops);
     const float warp_mass = warp_sum((mass[0] + mass[1]) + (mass[2] + mass[3]));
     const float warp_drop = warp_sum((drop[0] + drop[1]) + (drop[2] + drop[3]));
 
@@ -209,11 +245,16 @@ extern "C" __global__ void __launch_bounds__(256)
     }
     token = __reduce_min_sync(whole_warp, token);
 
-    Two<unsigned> best_scored;
+    Two<unsigned> two_scored;
     if (a.options.score == RemaskChoice::margin) {
+        float second = -infinity(), first = -infinity();
 #pragma unroll
-        for (int i = 0; i < per_thread; ++i) best_scored.offer(scored >> i & 1 ? ordered(x[i]) : 0);
-        best_scored = warp_two(best_scored);
+        for (int i = 0; i < per_thread; ++i) {
+            const float own = scored >> i & 1 ? x[i] : -infinity();
+            second = fmaxf(second, fminf(first, own));
+            first = fmaxf(first, own);
+        }
+        two_scored = warp_two(Two<unsigned>{ordered(first), ordered(second)});
     }
 #if SAMPLED
     if (row.sampled) draw(x, kept, a, row, b, s, z, begin, shared);
@@ -221,25 +262,29 @@ extern "C" __global__ void __launch_bounds__(256)
     if (lane == 0) {
         shared.mass[warp_id()] = warp_mass;
         shared.drop[warp_id()] = warp_drop;
+        shared.tops[warp_id()] = tops;
         shared.best_token[warp_id()] = token;
-        shared.scored[warp_id()] = best_scored;
+        shared.scored[warp_id()] = two_scored;
     }
     __syncthreads();
     if (warp_id() > 0) return;
 
     // The first warp merges what the warps found.
     const bool has = lane < warps;
-    const float all_mass = warp_sum(has ? shared.mass[lane] : 0.0f), all_drop = warp_sum(has ? shared.drop[lane] : 0.0f);
+    const float all_mass = warp_sum(has ? shared.mass[lane] : 0.0f),
+                all_drop = warp_sum(has ? shared.drop[lane] : 0.0f);
+    tops = warp_sum(has ? shared.tops[lane] : 0);
     const unsigned best_token = __reduce_min_sync(whole_warp, has ? shared.best_token[lane] : ~0u);
-    const Two<unsigned> two_scored = warp_two(has ? shared.scored[lane] : Two<unsigned>());
+    two_scored = warp_two(has ? shared.scored[lane] : Two<unsigned>());
 #if SAMPLED
     const Two<uint64> drawn = warp_two(has && row.sampled ? shared.drawn[lane] : Two<uint64>());
     if (lane == 0) out.drawn[0] = drawn.first, out.drawn[1] = drawn.second;
 #endif
     if (lane == 0) {
         out.top = top;
+        out.tops = unsigned(tops);
         out.mass = all_mass;
-        out.drop = all_drop * 0.6931471806f;  // u was in powers of 2
+        out.drop = all_drop * 0.6931471806f;  // its exponents were of base 2
         out.best = best;
         out.best_token = best_token;
         out.second = two_scored.second ? number(two_scored.second) : -infinity();

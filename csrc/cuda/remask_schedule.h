@@ -1,9 +1,9 @@
 // How many positions a step owes (reference/remask_schedule.py). Products that should be whole numbers are snapped to a
 // multiple of 2^-30 before they are rounded, so that no count hangs on the last digit of a cosine or a division.
 //
-// Included by both the CPU's kernel and the GPU's, inside their namespaces, where `int64`, `REMASK_FUNCTION` (what stands
-// before a function) and `quarter_cosine(t)`, cos(pi t / 2) for t in [0, 1], are declared. `Step` has options and bounds
-// (remask_policy.h); `Row` has step, num_steps, initial and leave.
+// Included by both the CPU's kernel and the GPU's, inside their namespaces, where `int64`, `REMASK_FUNCTION` (what
+// stands before a function) and `quarter_cosine(t)`, cos(pi t / 2) for t in [0, 1], are declared. `Step` has options
+// and bounds (remask_policy.h); `Row` has step, num_steps, initial and leave.
 #pragma once
 
 struct RemaskTimes {
@@ -74,8 +74,8 @@ REMASK_FUNCTION int64 spent(const Step& a, const Row& row, int64 initial, int64 
     return sum < initial ? sum : initial;
 }
 
-// Whether n0, not being given, has to be inferred: the smallest one from `waiting` to `length` that leaves as much as
-// waits after the row's steps so far, or `length`.
+// Whether n0, not being given, has to be inferred: the smallest one, from `waiting` to `length`, that leaves as much as
+// waits after the steps so far, or `length`.
 template <class Step, class Row>
 REMASK_FUNCTION bool infers_initial(const Step& a, const Row& row) {
     const int64 schedule = a.options.schedule;
@@ -104,8 +104,7 @@ REMASK_FUNCTION int64 quota(const Step& a, const Row& row, int64 initial, int64 
             return base / num_steps + (a.options.spread_remainder && step < base % num_steps);
         }
         case RemaskChoice::carried: return spent(a, row, initial, wrapped_sum(step, 1)) - (initial - n);
-        case RemaskChoice::rounded:
-            return spent(a, row, initial, wrapped_sum(step, 1)) - spent(a, row, initial, step);
+        case RemaskChoice::rounded: return spent(a, row, initial, wrapped_sum(step, 1)) - spent(a, row, initial, step);
         case RemaskChoice::noise: {
             const double s = remask_times(a.options, a.bounds.min_t, step, num_steps).s;
             const double kept = floor(snapped((1 - clean_fraction(a.options.alpha, s)) * double(length)));

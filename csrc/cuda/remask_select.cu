@@ -78,10 +78,11 @@ __device__ inline Findings merged(const Partial* partials, int64 pieces, double 
 #pragma unroll 1
     for (int64 p = lane_id(); p < pieces && !f.wrong; p += lanes) {
         const Partial& partial = partials[p];
-        if (partial.mass == 0) continue;
+        if (partial.tops == 0) continue;
+        const double own = double(partial.tops) + double(partial.mass);
         const double by = (double(f.top) - double(partial.top)) / t, factor = exp(-by);
-        mass += factor * double(partial.mass);
-        if (factor > 0) drop += factor * (double(partial.drop) + double(partial.mass) * by);
+        mass += factor * own;
+        if (factor > 0) drop += factor * (double(partial.drop) + own * by);
     }
     f.mass = warp_sum(mass);
     f.drop = warp_sum(drop);
@@ -89,8 +90,7 @@ __device__ inline Findings merged(const Partial* partials, int64 pieces, double 
 }
 
 __device__ inline float logit_at(const Remask& a, int64 b, int64 s, int64 token) {
-    return number_at<float>(a.logits, a.logits_type,
-                            b * a.logits_row + s * a.logits_place + token * a.logits_token);
+    return number_at<float>(a.logits, a.logits_type, b * a.logits_row + s * a.logits_place + token * a.logits_token);
 }
 
 // The proposal: the caller's, the sample, or the argmax.
@@ -104,8 +104,7 @@ __device__ inline int64 proposal(const Remask& a, const Row& row, int64 b, int64
     if (!(drawn_value(f.drawn.first) - drawn_value(f.drawn.second) < 1e-4f)) return first;
     const Stream stream = stream_of(a, row, b, s);
     const auto exactly = [&](int64 token) {
-        return double(logit_at(a, b, s, token)) / row.temperature +
-               exact_gumbel(philox_word(stream, unsigned(token)));
+        return double(logit_at(a, b, s, token)) / row.temperature + exact_gumbel(philox_word(stream, unsigned(token)));
     };
     const int64 low = first < second ? first : second, high = first < second ? second : first;
     return exactly(high) > exactly(low) ? high : low;
@@ -118,7 +117,7 @@ __device__ inline double position_noise(const Remask& a, const Row& row, int64 b
 }
 
 // What one position's logits come to: candidate, confidence, entropy, score; NaN where they are not usable.
-__device__ inline void judge(const Remask& a, const Row& row, int64 b, int64 s, const Filter* filter,
+__device__ inline void judge(const Remask& a, const Row& row, int64 b, int64 s, const float* least_kept,
                              const Partial* partials, int64 pieces, const Places& place) {
     const bool tempered = a.options.statistics == RemaskChoice::filtered;
     const double t = double(own_temperature(a, row));
@@ -135,12 +134,10 @@ __device__ inline void judge(const Remask& a, const Row& row, int64 b, int64 s, 
     const bool suppressed = (a.options.suppress_mask && candidate == a.mask) ||
                             listed(candidate, a.suppressed, a.suppressed_count) ||
                             listed(candidate, a.unscored, a.unscored_count);
-    if (suppressed || (tempered && row.filtered && !keeps(a, row, *filter, z))) z = -infinity();
+    if (suppressed || (tempered && row.filtered && !(z >= *least_kept))) z = -infinity();
     if (lane_id() > 0) return;
 
-    const auto probability = [&](float logit) {
-        return float(exp((double(logit) - double(f.top)) / t) / f.mass);
-    };
+    const auto probability = [&](float logit) { return float(exp((double(logit) - double(f.top)) / t) / f.mass); };
     const float confidence = probability(z), entropy = float(log(f.mass) + f.drop / f.mass);
     double score = confidence;
     if (a.options.score == RemaskChoice::margin) score = probability(f.top) - probability(f.second);
@@ -185,8 +182,7 @@ __device__ inline unsigned lowest(const Stretch& stretch, F number_of) {
 
 class Selection {
    public:
-    __device__ Selection(const Remask& a, const Row& row, const Places& place)
-        : a_(a), row_(row), place_(place) {
+    __device__ Selection(const Remask& a, const Row& row, const Places& place) : a_(a), row_(row), place_(place) {
         exact_score_ = a.options.score == RemaskChoice::random || a.options.score == RemaskChoice::leftmost;
         exact_value_ = a.options.gate_on == RemaskChoice::on_score && exact_score_;
     }
@@ -256,7 +252,8 @@ class Selection {
             bool good = options.gate != RemaskChoice::no_gate && place_.rank[i] < prefix;
             if (options.gate == RemaskChoice::threshold) good = options.strict ? value(i) > least : value(i) >= least;
             if (options.has_run_threshold)
-                good = good || (place_.has(i, usable) && best_of_run(stretch, i) && value(i) > as_value(a_.bounds.run_threshold));
+                good = good || (place_.has(i, usable) && best_of_run(stretch, i) &&
+                                value(i) > as_value(a_.bounds.run_threshold));
             place_.good[i] = good && place_.has(i, usable);
         }
         __syncwarp();
@@ -352,8 +349,8 @@ __device__ inline bool owes(const Remask& a, int64 b, const Stretch& before, con
     return double(committed) >= a.bounds.complete_threshold * double(length);
 }
 
-extern "C" __global__ void __launch_bounds__(512)
-    remask_select_kernel(const void* logits, REMASK_PARAMETERS const Filter* filters, const Partial* partials,
+extern "C" __global__ void __launch_bounds__(512, 1)
+    remask_select_kernel(const void* logits, REMASK_PARAMETERS const float* least_kept, const Partial* partials,
                          int64 pieces, void* tokens_out, bool* transfer_mask, int64* candidate, float* confidence,
                          float* entropy, int64* num_masked, bool* done) {
     SHARED_MEMORY(memory);
@@ -373,15 +370,13 @@ extern "C" __global__ void __launch_bounds__(512)
         const bool looked = waits(a, b, s);
         if (lane_id() == 0) place.is[s] = (valid(a, b, s) ? within : 0) | (looked ? waiting : 0);
         const int64 position = b * a.block + s;
-        if (looked) judge(a, row, b, s, filters + position, partials + position * pieces, pieces, place);
+        if (looked) judge(a, row, b, s, least_kept + position, partials + position * pieces, pieces, place);
     }
     __syncthreads();
 
     Selection selection(a, row, place);
     const int size = a.options.sub_block > 0 && a.options.sub_block < all ? int(a.options.sub_block) : all;
-    const auto stretch_at = [&](int begin) {
-        return Stretch{begin, begin + size < all ? begin + size : all, true};
-    };
+    const auto stretch_at = [&](int begin) { return Stretch{begin, begin + size < all ? begin + size : all, true}; };
 #pragma unroll 1
     for (int begin = warp_id() * size; begin < all; begin += warps * size) {
         Stretch stretch = stretch_at(begin);
