@@ -112,7 +112,9 @@ def _refuse(logits: Tensor, options: list[int]) -> None:
         raise NotImplementedError("remask on cuda: expected another schedule, got 'posterior'")
     for name, place in (("edit_threshold", _EDIT), ("remask_threshold", _REMASK), ("renoise", _RENOISE)):
         if options[place]:
-            raise NotImplementedError(f"remask on cuda: expected a policy without {name}, which judges committed tokens")
+            raise NotImplementedError(
+                f"remask on cuda: expected a policy without {name}, which judges committed tokens"
+            )
 
 
 def _column(rows: Tensor | None, number: int | float, dtype: torch.dtype, batch: int) -> list[cuda.Argument]:
