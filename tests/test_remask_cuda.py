@@ -195,6 +195,12 @@ def test_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert half[0][1] == {"LOGIT_TYPE": "type_bfloat16", "SAMPLED": "0"}
 
 
+def test_lists_of_tokens_are_not_copied_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="call it once before capturing"):
+        cuda_remask._listed((4, 5), torch.device("cuda"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -69,20 +69,22 @@ def remask(
         columns += _column(rows, number, torch.int64, batch)
     for rows, value in zip((temperature, top_p, gate_bound), real, strict=True):
         columns += _column(rows, float(value), torch.float64, batch)
-    editable_strides = (0, 0) if editable is None else editable.stride()
-    common: tuple[cuda.Argument, ...] = (
-        *(logits, cuda.DTYPES.index(logits.dtype), *logits.stride(), block, vocabulary),
-        *(tokens, cuda.DTYPES.index(tokens.dtype), *tokens.stride(), mask_token_id),
+    common: list[cuda.Argument] = [
+        logits,
+        *(cuda.DTYPES.index(logits.dtype), *logits.stride(), block, vocabulary),
+        tokens,
+        *(cuda.DTYPES.index(tokens.dtype), *tokens.stride()),
+        mask_token_id,
         *_ids(suppressed, suppress_ids, logits.device),
         *_ids(unscored, confidence_suppress_ids, logits.device),
-        *(editable, *editable_strides),
+        *_strided(editable, torch.bool, 2),
         *_strided(valid_lens, torch.int64, 1),
         *_strided(candidates, torch.int64, 2),
         *_strided(rank_noise, torch.float64, 2),
         *columns,
         *options,
         *bounds,
-    )
+    ]
     warps = min(8, -(-vocabulary // (32 * _PER_THREAD)))
     pieces = -(-vocabulary // (32 * _PER_THREAD * warps))
     partials = logits.new_empty((batch * block * pieces, _PARTIAL_BYTES // 8), dtype=torch.int64)
@@ -127,7 +129,7 @@ def _column(rows: Tensor | None, number: int | float, dtype: torch.dtype, batch:
 
 def _strided(tensor: Tensor | None, dtype: torch.dtype, ndim: int) -> list[cuda.Argument]:
     if tensor is None:
-        return [None] + [0] * ndim
+        return [None, *[0] * ndim]
     tensor = tensor.to(dtype)
     return [tensor, *tensor.stride()]
 

@@ -91,17 +91,17 @@ struct Exponential {
     }
 };
 
-// The largest of the block's warps.
-__device__ inline unsigned block_max(const unsigned* keys) {
-    unsigned most = keys[0];
-    for (int w = 1; w < int(blockDim.x) / lanes; ++w) most = keys[w] > most ? keys[w] : most;
-    return most;
+// x = -infinity where the bit is not set.
+__device__ inline void keep_only(float* x, unsigned bits) {
+    if (bits == ~0u) return;
+#pragma unroll
+    for (int i = 0; i < per_thread; ++i) x[i] = bits >> i & 1 ? x[i] : -infinity();
 }
 
 #if SAMPLED
-// Leaves the two best of each warp's kept tokens with noise in `shared`. Overwrites x.
-__device__ inline void draw(float* x, unsigned kept, const Remask& a, const Row& row, int64 b, int64 s,
-                            const Logit* logits, int64 begin, Shared& shared) {
+// Leaves the two best tokens of each warp with noise in `shared`. Overwrites x.
+__device__ inline void draw(float* x, const Remask& a, const Row& row, int64 b, int64 s, const Logit* logits,
+                            int64 begin, Shared& shared) {
     const Stream stream = stream_of(a, row, b, s);
     const float t = temperature_of(row), per = 1 / t;
     const auto noisy = [&](int i) {
@@ -116,7 +116,7 @@ __device__ inline void draw(float* x, unsigned kept, const Remask& a, const Row&
         const unsigned words[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
         for (int j = i; j < i + 4; ++j) {
-            x[j] = kept >> j & 1 ? x[j] * per + most_gumbel(words[j - i]) : -infinity();
+            x[j] = x[j] * per + most_gumbel(words[j - i]);
             if (x[j] > most) most = x[j], at = j;
         }
     }
@@ -125,11 +125,8 @@ __device__ inline void draw(float* x, unsigned kept, const Remask& a, const Row&
     reached = warp_two(reached);
     if (lane_id() == 0) shared.reached[warp_id()] = reached;
     __syncthreads();
-    Two<unsigned> all;
-    for (int w = 0; w < int(blockDim.x) / lanes; ++w) {
-        all.offer(shared.reached[w].first);
-        all.offer(shared.reached[w].second);
-    }
+    const bool has = lane_id() < int(blockDim.x) / lanes;
+    const Two<unsigned> all = warp_two(has ? shared.reached[lane_id()] : Two<unsigned>());
     const float best = all.second ? number(all.first) : -infinity(),
                 second = all.second ? number(all.second) : -infinity();
     const float bound = second - (1e-3f + 1e-5f * (fabsf(best) + fabsf(second)));
@@ -183,10 +180,7 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
         mark(bits, words, begin, a.unscored, a.unscored_count);
         scored = ~marked(bits);
     }
-    if (excluded) {
-#pragma unroll
-        for (int i = 0; i < per_thread; ++i) x[i] = excluded >> i & 1 ? -infinity() : x[i];
-    }
+    keep_only(x, ~excluded);
     unsigned kept = ~0u;
     if (row.filtered) {
         const float least = least_kept[position];
@@ -196,48 +190,26 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
         if (tempered) scored &= kept;
     }
 
-    // The largest, of all and of what the statistics see.
+    // The largest, of all and of what the statistics see. NaN and +infinity have the two largest keys.
     float most = -infinity();
-    bool wrong = false;
 #pragma unroll
-    for (int i = 0; i < per_thread; ++i) {
-        wrong |= !(x[i] <= 3.402823466e38f);
-        most = fmaxf(most, x[i]);
-    }
+    for (int i = 0; i < per_thread; ++i) most = LARGER(x[i], most);
     float scored_most = most;
     if (scored != ~0u) {
         scored_most = -infinity();
 #pragma unroll
         for (int i = 0; i < per_thread; ++i) scored_most = fmaxf(scored_most, scored >> i & 1 ? x[i] : -infinity());
     }
-    const unsigned warp_most = warp_max(wrong ? ~0u : ordered(most)), warp_scored = warp_max(ordered(scored_most));
+    const unsigned warp_most = warp_max(ordered(most)), warp_scored = warp_max(ordered(scored_most));
     if (lane == 0) shared.most[warp_id()] = warp_most, shared.scored_most[warp_id()] = warp_scored;
     __syncthreads();
-    const unsigned best_key = block_max(shared.most);
-    if (best_key == ~0u) {
+    const bool has = lane < warps;  // lane i of every warp merges what warp i found
+    const unsigned best_key = warp_max(has ? shared.most[lane] : 0);
+    const float best = number(best_key), top = number(warp_max(has ? shared.scored_most[lane] : 0));
+    if (best_key >= ordered(infinity())) {
         if (threadIdx.x == 0) out.wrong = 1;
         return;
     }
-    const float best = number(best_key), top = number(block_max(shared.scored_most));
-
-    // The sums over tokens below the largest; those that are as large are counted, so that what little there may be
-    // beside them is not rounded away.
-    float mass[4] = {}, drop[4] = {};
-    int tops = 0;
-    if (top > -infinity()) {
-        const Exponential exponential(own_temperature(a, row));
-#pragma unroll
-        for (int i = 0; i < per_thread; ++i)
-            exponential.add((scored >> i & 1 ? x[i] : -infinity()) - top, mass[i % 4], drop[i % 4]);
-        if (scored_most == top) {
-#pragma unroll
-            for (int i = 0; i < per_thread; ++i) tops += x[i] == top && (scored >> i & 1);
-        }
-    }
-    tops = warp_sum(tops);
-    const float warp_mass = warp_sum((mass[0] + mass[1]) + (mass[2] + mass[3]));
-    const float warp_drop = warp_sum((drop[0] + drop[1]) + (drop[2] + drop[3]));
-
     unsigned token = ~0u;
     if (most == best) {
 #pragma unroll
@@ -245,20 +217,34 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
     }
     token = __reduce_min_sync(whole_warp, token);
 
+    // The sums over tokens below the largest; those that are as large are counted, so that what little there may be
+    // beside them is not rounded away.
+    if (!SAMPLED) keep_only(x, scored);  // else the draw needs the others still
+    const auto seen = [&](int i) { return !SAMPLED || scored >> i & 1 ? x[i] : -infinity(); };
+    float mass[4] = {}, drop[4] = {};
+    int tops = 0;
+    if (top > -infinity()) {
+        const Exponential exponential(own_temperature(a, row));
+#pragma unroll
+        for (int i = 0; i < per_thread; ++i) exponential.add(seen(i) - top, mass[i % 4], drop[i % 4]);
+        if (scored_most == top) {
+#pragma unroll
+            for (int i = 0; i < per_thread; ++i) tops += seen(i) == top;
+        }
+    }
+    tops = warp_sum(tops);
+    const float warp_mass = warp_sum((mass[0] + mass[1]) + (mass[2] + mass[3]));
+    const float warp_drop = warp_sum((drop[0] + drop[1]) + (drop[2] + drop[3]));
     Two<unsigned> two_scored;
     if (a.options.score == RemaskChoice::margin) {
         float second = -infinity(), first = -infinity();
 #pragma unroll
         for (int i = 0; i < per_thread; ++i) {
-            const float own = scored >> i & 1 ? x[i] : -infinity();
-            second = fmaxf(second, fminf(first, own));
-            first = fmaxf(first, own);
+            second = fmaxf(second, fminf(first, seen(i)));
+            first = fmaxf(first, seen(i));
         }
         two_scored = warp_two(Two<unsigned>{ordered(first), ordered(second)});
     }
-#if SAMPLED
-    if (row.sampled) draw(x, kept, a, row, b, s, z, begin, shared);
-#endif
     if (lane == 0) {
         shared.mass[warp_id()] = warp_mass;
         shared.drop[warp_id()] = warp_drop;
@@ -266,11 +252,15 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
         shared.best_token[warp_id()] = token;
         shared.scored[warp_id()] = two_scored;
     }
+#if SAMPLED
+    if (row.sampled) {
+        keep_only(x, kept);
+        draw(x, a, row, b, s, z, begin, shared);
+    }
+#endif
     __syncthreads();
     if (warp_id() > 0) return;
 
-    // The first warp merges what the warps found.
-    const bool has = lane < warps;
     const float all_mass = warp_sum(has ? shared.mass[lane] : 0.0f),
                 all_drop = warp_sum(has ? shared.drop[lane] : 0.0f);
     tops = warp_sum(has ? shared.tops[lane] : 0);

@@ -69,6 +69,16 @@ __device__ inline float exp2_approximate(float x) {
 #define EXP2(x) exp2_approximate(x)
 #endif
 
+#ifndef LARGER
+// The larger of two; NaN if one of them is. One instruction, as fmaxf, which passes NaN over.
+__device__ inline float larger_or_nan(float a, float b) {
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+#define LARGER(a, b) larger_or_nan(a, b)
+#endif
+
 // --- warps ----------------------------------------------------------------------------------------------------------
 
 __device__ inline int lane_id() {

@@ -72,6 +72,10 @@ inline unsigned reduce_min(unsigned mask, unsigned value, int line) {
     return ~reduce_max(mask, ~value, line);
 }
 
+inline float larger(float a, float b) {
+    return a != a || a > b ? a : b;
+}
+
 // How Python calls a kernel: pointers to its arguments, as cuLaunchKernel takes them.
 template <class... A, size_t... I>
 void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
@@ -92,6 +96,7 @@ constexpr int count(void (*)(A...)) {
 #define __device__
 #define __launch_bounds__(...)
 #define EXP2(x) std::exp2(x)
+#define LARGER(a, b) simt::larger(a, b)
 #define SHARED_MEMORY(name) uint64* const name = static_cast<uint64*>(simt::shared_memory())
 #define threadIdx simt::thread_index
 #define blockIdx simt::block_index

@@ -1,4 +1,5 @@
-"""One remasking step, from logits to tokens. Definition: `reference/remask.py`; kernel: `csrc/cpu/remask.cpp`."""
+"""One remasking step, from logits to tokens. Definition: `reference/remask.py`; kernels: `csrc/cpu/remask.cpp`,
+`csrc/cuda/remask_*.cu`."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -80,7 +81,10 @@ def remask(
         entropy are NaN. Nothing is differentiable, and nothing is modified.
 
     Raises:
-        TypeError: wrong type or dtype. ValueError: wrong shape, device or value; logits that require grad.
+        TypeError: wrong type or dtype. ValueError: wrong shape, device or value; logits that require grad. A GPU does
+            not wait to look at what tensors hold: with values out of range the step is another, but nothing else is
+            harmed. NotImplementedError, on a GPU: float64 logits, blocks of more than 1365 positions, policies with the
+            posterior, edit_threshold, remask_threshold or renoise.
     """
     check(logits, tokens, mask_token_id, policy, editable, valid_lens, candidates, rank_noise)
     whole, whole_rows = split_all(WHOLE, (step, num_steps, top_k, seed, offset, initial_num_masked), logits)
