@@ -188,7 +188,7 @@ def test_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.empty(2, device="meta")
     assert launches(monkeypatch, temperature=rows) == [drawn, select]
     assert launches(monkeypatch, top_p=rows) == [scan, select]  # the argmax and raw statistics need no filter
-    threads = ("remask_filter_kernel", logit, 32, 512)
+    threads = ("remask_filter_kernel", logit, 32, 768)
     assert launches(monkeypatch, temperature=rows, top_k=rows.long()) == [threads, drawn, select]
     assert launches(monkeypatch, top_p=rows, policy=tt.RemaskPolicy.dream()) == [threads, scan, select]
     half = launches(monkeypatch, dtype=torch.bfloat16)

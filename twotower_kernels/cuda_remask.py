@@ -94,7 +94,7 @@ def remask(
     if some_filter and (sampled or options[_STATISTICS] == _FILTERED):
         least_kept = logits.new_empty(batch * block, dtype=torch.float32)
         kernel = Kernel("remask_filter", "remask_filter_kernel", _defines(logits.dtype))
-        threads = 32 * min(16, -(-vocabulary // (32 * _PER_THREAD)))
+        threads = 32 * min(24, -(-vocabulary // (32 * _PER_THREAD)))
         cuda.launch(kernel, batch * block, threads, _FILTER_SHARED, (*common, least_kept))
     kernel = Kernel("remask_scan", "remask_scan_kernel", _defines(logits.dtype, sampled))
     shared = _SCAN_SHARED + 2 * 4 * 32 * warps
