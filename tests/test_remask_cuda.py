@@ -128,6 +128,16 @@ def test_extreme_logits(dtype: torch.dtype) -> None:
         assert cpu_tests.result_of_certainty().entropy.tolist() == [[0.0]]
 
 
+@pytest.mark.parametrize("temperature", [1e-50, 1e-44, 1e-39, 1e-30, 1e-3, 1e6])
+def test_extreme_temperatures(temperature: float) -> None:
+    """The smallest is 0 as a float, and nothing is usable; the inverse of the next two is infinite."""
+    for policy in (RemaskPolicy.dream("entropy"), RemaskPolicy.twotower(0.8)):
+        sizes = dict(batch=2, block=3, vocab=70, num_steps=3, seed=3, policy=policy)
+        for filters in ({}, {"top_p": 0.9}):
+            with cuda_kernels():
+                assert_step_agrees(make_inputs("remask", sizes | filters | {"temperature": temperature}))
+
+
 def test_a_row_alone_gets_the_same_bits() -> None:
     case = dict(batch=3, block=4, vocab=9000, num_steps=3, policy=RemaskPolicy.dream("entropy"), seed=torch.arange(3))
     inputs = make_inputs("remask", dict(case, temperature=torch.tensor([0.0, 1.0, 0.7]), top_k=30))

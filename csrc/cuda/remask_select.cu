@@ -122,13 +122,11 @@ __device__ inline void judge(const Remask& a, const Row& row, int64 b, int64 s, 
     const bool tempered = a.options.statistics == RemaskChoice::filtered;
     const double t = double(own_temperature(a, row));
     const Findings f = merged(partials, pieces, t);
-    if (f.wrong || f.mass == 0) {
-        if (lane_id() == 0) {
-            place.candidate[s] = -1;
-            place.score[s] = place.confidence[s] = place.entropy[s] = __uint_as_float(0x7fc00000u);
-        }
-        return;
+    if (lane_id() == 0) {  // until it is known to be usable
+        place.candidate[s] = -1;
+        place.score[s] = place.confidence[s] = place.entropy[s] = __uint_as_float(0x7fc00000u);
     }
+    if (f.wrong || f.mass == 0) return;
     const int64 candidate = proposal(a, row, b, s, f);
     float z = candidate == f.best_token ? f.best : logit_at(a, b, s, candidate);
     const bool suppressed = (a.options.suppress_mask && candidate == a.mask) ||
@@ -139,6 +137,7 @@ __device__ inline void judge(const Remask& a, const Row& row, int64 b, int64 s, 
 
     const auto probability = [&](float logit) { return float(exp((double(logit) - double(f.top)) / t) / f.mass); };
     const float confidence = probability(z), entropy = float(log(f.mass) + f.drop / f.mass);
+    if (confidence != confidence) return;  // a temperature that is 0 as a float
     double score = confidence;
     if (a.options.score == RemaskChoice::margin) score = probability(f.top) - probability(f.second);
     if (a.options.score == RemaskChoice::neg_entropy) score = -entropy;
@@ -207,7 +206,7 @@ class Selection {
         for (int i = stretch.begin + lane_id(); i < stretch.end; i += lanes) {
             if (!place_.has(i, usable)) continue;
             int before = 0;
-#pragma unroll 1
+#pragma unroll 4
             for (int j = stretch.begin; j < stretch.end; ++j) {
                 const double other = place_.score[j];
                 const bool better = other > place_.score[i] || (other == place_.score[i] && j < i);
@@ -286,8 +285,9 @@ class Selection {
         if (options.window) return passed_ >= owed_ ? good : scheduled;
         if (good) return true;  // then the best of the others up to what is owed
         int64 before = passed_;
-#pragma unroll 1
-        for (int r = 0; r < rank; ++r) before += !place_.good[place_.order[stretch.begin + r]];
+#pragma unroll 4
+        for (int j = stretch.begin; j < stretch.end; ++j)
+            before += place_.has(j, usable) && !place_.good[j] && place_.rank[j] < rank;
         return before < owed_;
     }
 
