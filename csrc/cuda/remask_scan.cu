@@ -15,8 +15,8 @@
 // margin is wider than all rounding, so the two best are those of the definition.
 //
 // Predicted, not measured, float32 on an H200: 16 x 131072 in 4.5 us greedy with the launch, of which reading takes 2;
-// 1024 x 131072 in 150 us greedy, where reading takes 125 and the instructions, 20 a token, 95; in 330 us sampled,
-// bound by Philox's products and the bounds of the noise, 50 instructions more.
+// 1024 x 131072 in 150 us greedy, where reading takes 125 and the instructions, 20 a token, 95; in 250 us sampled,
+// bound by Philox's products and the bounds of the noise, 25 instructions more.
 //
 // Compiled for LOGIT_TYPE (warp.h) and SAMPLED 0 or 1.
 #include "remask.h"
