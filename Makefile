@@ -59,7 +59,7 @@ clean:  ## remove .venv and everything generated
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ninja compiles only what changed.
-$(KERNELS): $(RUNTIME) setup.py $(wildcard csrc/*.cpp csrc/cpu/*)
+$(KERNELS): $(RUNTIME) setup.py $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*.h)
 	@$(PY) setup.py -q build_ext --inplace
 	@touch $@
 

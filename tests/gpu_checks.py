@@ -8,6 +8,7 @@ Needs neither pytest nor hypothesis.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import os
 import sys
@@ -59,9 +60,22 @@ def check(ours: Callable[..., Any], reference: Callable[..., Any], inputs: dict[
             assert a.equal(b) or a.isnan().any(), f"result {n} of a replayed graph differs"
 
 
+def package_op(name: str) -> Callable[..., Any]:
+    """The package's op, which also takes the specification's policy."""
+    import twotower_kernels as tt
+
+    op = getattr(tt, name)
+
+    def with_policy(**inputs: Any) -> Any:
+        if "policy" in inputs:
+            inputs["policy"] = tt.RemaskPolicy(**dataclasses.asdict(inputs["policy"]))
+        return op(**inputs)
+
+    return with_policy
+
+
 def calls(interpreted: bool) -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any], Callable[..., Any]]]:
     """(label, op, reference, make_inputs of a dtype) of every case of every op that runs on GPUs."""
-    import twotower_kernels as tt
     from twotower_kernels.ops import _library
 
     through = {"rms_norm": "adaln_norm"}
@@ -76,7 +90,7 @@ def calls(interpreted: bool) -> Iterator[tuple[str, Callable[..., Any], Callable
                 def make(dtype: torch.dtype, module: Any = module, op: str = op, case: str = case) -> Any:
                     return module.make_inputs(op, case, dtype=dtype)
 
-                yield f"{op}[{case}]", getattr(tt, op), getattr(module, op), make
+                yield f"{op}[{case}]", package_op(op), getattr(module, op), make
 
 
 def main() -> None:

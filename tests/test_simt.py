@@ -13,11 +13,15 @@ import pytest
 import torch
 
 from reference import moe
+from reference.remask import make_inputs
+from reference.remask_policy import RemaskPolicy
+from tests.kernel_checks import laid_over
 from tests.paths import ROOT
+from tests.remask_cases import assert_step_agrees
 from tests.simt import executor
 from tests.simt.executor import SimtError, launch
 from tests.simt.overlay import simulated
-from twotower_kernels import cuda_moe
+from twotower_kernels import cuda_moe, cuda_remask
 
 # Reverses each block's part of an array through shared memory.
 REVERSE = """
@@ -122,7 +126,7 @@ def test_shared_memory_starts_as_nan() -> None:
 # --- faults in the shipped sources ------------------------------------------------------------------------------------
 
 
-def exercise() -> None:
+def exercise_moe() -> None:
     """Every path of the router's kernels, some warps with two tokens."""
     logits = torch.randn(40, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for groups in (1, 3):
@@ -133,10 +137,21 @@ def exercise() -> None:
     cuda_moe.moe_plan(torch.full((600, 2), 35), 40)  # two rounds of every warp
 
 
+def exercise_remask() -> None:
+    """Every path of a step's kernels: two pieces and a filter's two sections; penalties, a gate that few pass."""
+    policy = RemaskPolicy(gate="threshold", gate_bound=0.5, run_threshold=0.3, position_penalty=0.01, min_commits=2)
+    lists = dict(suppress_ids=[9, 8600], confidence_suppress_ids=[7])
+    sizes = dict(batch=1, block=5, vocab=8700, num_steps=9, temperature=1.0, top_k=90, top_p=0.9, policy=policy)
+    with laid_over({"remask": cuda_remask.remask}):
+        for listed in ({}, lists):
+            assert_step_agrees(make_inputs("remask", sizes | listed))
+
+
+EXERCISES = {"moe": exercise_moe, "remask": exercise_remask}  # by the first part of the sources' names
 BARRIERS = [
-    (source, match.start())
-    for source in ("moe_route", "moe_plan")
-    for match in re.finditer(r"__sync(threads|warp)\(\);", (executor.SOURCES / f"{source}.cu").read_text("utf-8"))
+    (path.name, match.start())
+    for path in sorted(executor.SOURCES.iterdir())
+    for match in re.finditer(r"__sync(threads|warp)\(\);", path.read_text("utf-8"))
 ]
 
 
@@ -144,7 +159,7 @@ def sources_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, c
     """The executor finds sources in which one is changed."""
     for path in executor.SOURCES.iterdir():
         text = path.read_text(encoding="utf-8")
-        (tmp_path / path.name).write_text(change(text) if path.name == f"{source}.cu" else text, encoding="utf-8")
+        (tmp_path / path.name).write_text(change(text) if path.name == source else text, encoding="utf-8")
     monkeypatch.setattr(executor, "SOURCES", tmp_path)
 
 
@@ -152,21 +167,31 @@ def sources_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, c
 def test_every_barrier_is_needed(source: str, at: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sources_with(monkeypatch, tmp_path, source, lambda text: text[:at] + ";" + text[text.index(";", at) + 1 :])
     with simulated(build="race"), pytest.raises(SimtError, match=r"race: |a write outside"):
-        exercise()
+        EXERCISES[re.split("[_.]", source)[0]]()
 
 
 @pytest.mark.parametrize(
     ("source", "old", "new", "message"),
     [
-        ("moe_route", "pairs[starts[expert] +", "pairs[1 + starts[expert] +", "wrote outside array 5"),
-        ("moe_route", "const Key next = warp_max(first);", "const Key next = lane < 9 ? warp_max(first) : 0;", "waits"),
-        ("moe_plan", "const unsigned same =", "if (pair >= last) continue;\nconst unsigned same =", "waits"),
+        ("moe_route.cu", "pairs[starts[expert] +", "pairs[1 + starts[expert] +", "wrote outside array 5"),
+        (
+            "moe_route.cu",
+            "const Key next = warp_max(first);",
+            "const Key next = lane < 9 ? warp_max(first) : 0;",
+            "waits",
+        ),
+        ("moe_plan.cu", "const unsigned same =", "if (pair >= last) continue;\nconst unsigned same =", "waits"),
+        ("remask_scan.cu", "    tops = warp_sum(tops);\n", "    if (tops) tops = warp_sum(tops);\n", "waits"),
+        ("remask_scan.cu", "% unsigned(pieces)) * per_thread", "% unsigned(pieces)) * (per_thread - 1)", "confidence"),
+        ("remask_scan.cu", "(i + j) < size", "(i + j) <= size", "candidate"),  # a guard is NaN
+        ("remask_select.cu", "p < pieces && !f.wrong", "p < pieces - 1 && !f.wrong", "confidence"),
+        ("remask_filter.cu", "if (shift < 32 && key >> shift != prefix) return;", "", "tokens"),
     ],
 )
 def test_faults_in_the_sources_are_caught(source, old, new, message, monkeypatch, tmp_path) -> None:  # type: ignore[no-untyped-def]
     sources_with(monkeypatch, tmp_path, source, lambda text: changed(text, old, new))
-    with simulated(), pytest.raises(SimtError, match=message):
-        exercise()
+    with simulated(), pytest.raises((SimtError, AssertionError), match=message):
+        EXERCISES[source.split("_")[0]]()
 
 
 # --- under AddressSanitizer -------------------------------------------------------------------------------------------
@@ -190,7 +215,8 @@ def test_the_sources_are_clean_under_address_sanitizer(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(executor, "launch", recorded)
     with simulated():
-        exercise()
+        for exercise in EXERCISES.values():
+            exercise()
     (tmp_path / "launches").write_bytes(pickle.dumps(launches))
     done = sanitized(
         "import pickle\n"

@@ -5,31 +5,8 @@
 
 namespace tt {
 
-// A RemaskPolicy as numbers, in the order of twotower_kernels.remask_policy.OPTIONS and BOUNDS. Choices are numbered in
-// the order of the enumerations below; has_* says whether the bound of that name is given.
-struct RemaskOptions {
-    int64_t suppress_mask, skip_mask_candidates, greedy, statistics, top_p_first, top_p_tempered, top_p_keep_crossing;
-    int64_t score, gate, strict, gate_on, factor_last_free, entropy_includes_self;
-    int64_t schedule, schedule_base, spread_remainder, alpha, long_grid, min_commits, finish;
-    int64_t window, combine, sub_block, renoise;
-    int64_t has_temperature_end, has_gate_slack, has_run_threshold, has_complete_threshold, has_edit_threshold,
-        has_remask_threshold;
-};
-struct RemaskBounds {
-    double position_penalty, min_t, warmup;
-    double temperature_end, gate_slack, run_threshold, complete_threshold, edit_threshold, remask_threshold;
-};
-
-struct RemaskChoice {
-    enum Statistics { raw, filtered };
-    enum Score { confidence, margin, neg_entropy, random, leftmost };
-    enum Gate { no_gate, threshold, factor, entropy_sum };
-    enum GateOn { on_confidence, on_score };
-    enum Schedule { nothing, remaining, even, carried, noise, truncated, rounded, coin, posterior };
-    enum Base { of_masks, of_block };
-    enum Alpha { linear, cosine, exponential, sine, cosine_floor };
-    enum Combine { fill, either, cap };
-};
+using int64 = int64_t;  // the name in what both kernels share
+#include "../cuda/remask_policy.h"
 
 // The numbers of a row where no tensor of them is given.
 struct RemaskWhole {

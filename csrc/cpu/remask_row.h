@@ -4,41 +4,10 @@
 #include "numeric.h"
 #include "philox.h"
 #include "remask.h"
+#include "remask_schedule.h"
 
 namespace tt {
 namespace TT_ISA {
-
-struct Times {
-    double t, s;
-};
-
-// Before and after step i of N; later steps repeat the last one.
-inline Times times(const RemaskOptions& options, double min_t, int64_t step, int64_t num_steps) {
-    const double i = double(smaller(step, num_steps - 1)), n = double(num_steps);
-    if (options.long_grid) {
-        const double t = 1 - i / larger(n - 1, 1.0);
-        return {t, larger(t - 1 / n, 0.0)};
-    }
-    return {(n - i + i * min_t) / n, (n - i - 1 + (i + 1) * min_t) / n};
-}
-
-inline double clean_fraction(int64_t alpha, double t) {
-    constexpr double quarter = 1.5707963267948966;  // pi / 2
-    switch (alpha) {
-        case RemaskChoice::linear: return 1 - t;
-        case RemaskChoice::cosine: return ::cos(quarter * t);
-        case RemaskChoice::sine: return 1 - ::sin(quarter * t);
-        case RemaskChoice::cosine_floor: return 0.999 * ::cos(quarter * t);
-        default: return (::exp(-3 * t) - ::exp(-3.0)) / (1 - ::exp(-3.0));
-    }
-}
-
-// The probability that a mask becomes a token in this step.
-inline double leave_probability(const Remask& a, int64_t step, int64_t num_steps) {
-    const Times at = times(a.options, a.bounds.min_t, step, num_steps);
-    const double before = clean_fraction(a.options.alpha, at.t), after = clean_fraction(a.options.alpha, at.s);
-    return before < 1 ? (after - before) / (1 - before) : 1.0;
-}
 
 struct RemaskRow {
     int64_t step, num_steps, top_k, seed, offset, initial, length;

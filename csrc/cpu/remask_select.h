@@ -6,7 +6,7 @@
 #pragma once
 
 #include "parallel.h"
-#include "remask_schedule.h"
+#include "remask_row.h"
 
 namespace tt {
 namespace TT_ISA {
@@ -131,6 +131,14 @@ class RemaskSelection {
         }
     }
 
+    // n0: given, or the smallest that leaves what waits after the steps so far, or not known.
+    int64_t initial_of(const RemaskRow& row, int64_t waiting, int64_t length) const {
+        if (!infers_initial(a_, row)) return row.initial;
+        for (int64_t initial = waiting; initial <= length; ++initial)
+            if (leaves_enough(a_, row, initial, waiting)) return initial;
+        return length;
+    }
+
     void combine(RemaskPlace* place, int64_t n, const RemaskRow& row, bool owes, const int64_t* order,
                  int64_t usable) const {
         const RemaskOptions& options = a_.options;
@@ -143,7 +151,7 @@ class RemaskSelection {
             passed += place[i].gate;
             least += place[i].sent_back;
         }
-        const int64_t q = owes ? larger(quota(a_, row, waiting, length), least) : 0;
+        const int64_t q = owes ? larger(quota(a_, row, initial_of(row, waiting, length), waiting, length), least) : 0;
         if (!owes) least = 0;
         for (int64_t r = 0, others = passed; r < usable; ++r) {
             RemaskPlace& p = place[order[r]];

@@ -59,6 +59,26 @@ __device__ inline double number(uint64 key) {
     return __longlong_as_double(int64(key >> 63 ? key & 0x7fffffffffffffffull : ~key));
 }
 
+#ifndef EXP2
+// 2^x within 2 units in the last place, in one instruction; 0 where the result would be subnormal.
+__device__ inline float exp2_approximate(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#define EXP2(x) exp2_approximate(x)
+#endif
+
+#ifndef LARGER
+// The larger of two; NaN if one of them is. One instruction, as fmaxf, which passes NaN over.
+__device__ inline float larger_or_nan(float a, float b) {
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+#define LARGER(a, b) larger_or_nan(a, b)
+#endif
+
 // --- warps ----------------------------------------------------------------------------------------------------------
 
 __device__ inline int lane_id() {
@@ -85,10 +105,11 @@ __device__ inline W warp_sum(W x) {
 }
 
 // Sum over the lanes below this one.
-__device__ inline unsigned sum_below(unsigned x) {
-    unsigned sum = x;
+template <class W>
+__device__ inline W sum_below(W x) {
+    W sum = x;
     for (int step = 1; step < lanes; step *= 2) {
-        const unsigned other = __shfl_up_sync(whole_warp, sum, step);
+        const W other = __shfl_up_sync(whole_warp, sum, step);
         if (lane_id() >= step) sum += other;
     }
     return sum - x;

@@ -72,6 +72,10 @@ inline unsigned reduce_min(unsigned mask, unsigned value, int line) {
     return ~reduce_max(mask, ~value, line);
 }
 
+inline float larger(float a, float b) {
+    return a != a || a > b ? a : b;
+}
+
 // How Python calls a kernel: pointers to its arguments, as cuLaunchKernel takes them.
 template <class... A, size_t... I>
 void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
@@ -91,6 +95,8 @@ constexpr int count(void (*)(A...)) {
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
+#define EXP2(x) std::exp2(x)
+#define LARGER(a, b) simt::larger(a, b)
 #define SHARED_MEMORY(name) uint64* const name = static_cast<uint64*>(simt::shared_memory())
 #define threadIdx simt::thread_index
 #define blockIdx simt::block_index
@@ -127,6 +133,20 @@ __attribute__((no_sanitize("thread"))) T atomicOr(T* at, T value) {
     return old;
 }
 
+template <class T>
+__attribute__((no_sanitize("thread"))) T atomicMax(T* at, T value) {
+    simt::atomic_access(at, sizeof(T));
+    T old;
+    std::memcpy(&old, at, sizeof(T));
+    const T most = value > old ? value : old;
+    std::memcpy(at, &most, sizeof(T));
+    return old;
+}
+
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+
 inline int __popc(unsigned x) {
     return __builtin_popcount(x);
 }
@@ -147,6 +167,9 @@ inline double __longlong_as_double(long long x) {
 }
 inline long long __double_as_longlong(double x) {
     return (long long)simt::packed(x);
+}
+inline double cospi(double x) {
+    return std::cos(3.141592653589793 * x);
 }
 using std::exp;
 

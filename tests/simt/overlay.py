@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.kernel_checks import laid_over
 from tests.simt import executor
-from twotower_kernels import cuda, cuda_moe
+from twotower_kernels import cuda, cuda_moe, cuda_remask
 
 
 @contextmanager
@@ -28,8 +28,8 @@ def simulated(*, build: str = "plain", seed: int = 0) -> Iterator[None]:
 
 @contextmanager
 def cuda_kernels(*, build: str = "plain") -> Iterator[None]:
-    """Inside, `tt.moe_route` and `tt.moe_plan` run their CUDA C++ kernels on CPU tensors; every choice is also made by
-    the kernel that plans with it."""
+    """Inside, `tt.moe_route`, `tt.moe_plan` and `tt.remask` run their CUDA C++ kernels on CPU tensors; every choice of
+    experts is also made by the kernel that plans with it."""
 
     def route(*arguments: Any) -> tuple[Tensor, Tensor]:
         weights, experts = cuda_moe.moe_route(*arguments)
@@ -39,5 +39,6 @@ def cuda_kernels(*, build: str = "plain") -> Iterator[None]:
             assert one.numpy().tobytes() == other.numpy().tobytes()  # NaN too
         return weights, experts
 
-    with laid_over({"moe_route": route, "moe_plan": cuda_moe.moe_plan}), simulated(build=build):
+    kernels = {"moe_route": route, "moe_plan": cuda_moe.moe_plan, "remask": cuda_remask.remask}
+    with laid_over(kernels), simulated(build=build):
         yield

@@ -1,4 +1,5 @@
-"""One remasking step, from logits to tokens. Definition: `reference/remask.py`; kernel: `csrc/cpu/remask.cpp`."""
+"""One remasking step, from logits to tokens. Definition: `reference/remask.py`; kernels: `csrc/cpu/remask.cpp`,
+`csrc/cuda/remask_*.cu`."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -80,7 +81,10 @@ def remask(
         entropy are NaN. Nothing is differentiable, and nothing is modified.
 
     Raises:
-        TypeError: wrong type or dtype. ValueError: wrong shape, device or value; logits that require grad.
+        TypeError: wrong type or dtype. ValueError: wrong shape, device or value; logits that require grad. A GPU does
+            not wait to look at what tensors hold: with values out of range the step is another, but nothing else is
+            harmed. NotImplementedError, on a GPU: float64 logits, blocks of more than 1365 positions, policies with the
+            posterior, edit_threshold, remask_threshold or renoise.
     """
     check(logits, tokens, mask_token_id, policy, editable, valid_lens, candidates, rank_noise)
     whole, whole_rows = split_all(WHOLE, (step, num_steps, top_k, seed, offset, initial_num_masked), logits)
@@ -118,7 +122,7 @@ _SUPPRESS_MASK, _SCHEDULE = OPTIONS.index("suppress_mask"), OPTIONS.index("sched
 _POSTERIOR = CHOICES["schedule"].index("posterior")
 
 
-def _outputs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+def results(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
     rows = tokens.shape[:1]
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
 
@@ -186,7 +190,7 @@ def _remask(
     mask = -1 if mask_token_id is None else mask_token_id
     if mask >= 0 and (options[_SUPPRESS_MASK] or options[_SCHEDULE] == _POSTERIOR):
         suppressed = [*suppressed, mask]
-    results = _outputs(logits, tokens)
+    out = results(logits, tokens)
     cpu.call(
         "remask",
         logits,
@@ -203,9 +207,9 @@ def _remask(
         valid_lens,
         None if candidates is None else candidates.long(),
         None if rank_noise is None else rank_noise.double(),
-        *results,
+        *out,
     )
-    return results
+    return out
 
 
 define(
@@ -217,5 +221,6 @@ define(
     "Tensor? suppress_ids, int[] unscored, Tensor? confidence_suppress_ids, Tensor? editable, Tensor? valid_lens, "
     "Tensor? candidates, Tensor? rank_noise) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=_remask,
-    fake=lambda logits, tokens, *_: _outputs(logits, tokens),
+    cuda="cuda_remask:remask",
+    fake=lambda logits, tokens, *_: results(logits, tokens),
 )
