@@ -311,7 +311,7 @@ def scan_tuning(
     processors busy, and on sm_80 and sm_120, where factors are kept in registers, fit 64 tokens. Products without
     tensor cores keep them there everywhere."""
     if dtype != torch.bfloat16:
-        return _fitted(Tuning(16, 16, 8, 1), dim, state)
+        return _fitted(Tuning(32, 32, 8, 1) if tokens == 16 else Tuning(16, 16, 8, 1), dim, state)
     whole = heads >= processors and (tokens < 64 or arch in (90, 100))
     return _fitted(Tuning(64 if whole else 32, 128 if tokens == 16 else 32, 8, 1), dim, state)
 

@@ -40,21 +40,23 @@ def activated(
     token is `real` or no channel `inside`. WIDTH 0: xbc is that already."""
     X = xbc.dtype.element_ty
     there = real[:, None] & inside[None, :]
+    at = time[:, None] * xbc_token + channel[None, :]
     if WIDTH == 0:
-        return tl.load(xbc + time[:, None] * xbc_token + channel[None, :], mask=there, other=0)
+        return tl.load(xbc + at, mask=there, other=0)
     else:
+        at = tl.max_contiguous(at, (1, 2))  # two channels to a thread, not eight: their taps are scattered loads
         total = tl.zeros(there.shape, tl.float32)
-        for w in tl.static_range(WIDTH):
-            before = time + (w + 1 - WIDTH)
-            # Two channels to a thread, not eight: their taps are loads of their own, scattered ones.
-            at = tl.max_contiguous(before[:, None] * xbc_token + channel[None, :], (1, 2))
-            column = tl.load(xbc + at, mask=there & (before >= 0)[:, None], other=0)
+        taps = weight + channel * weight_row
+        if conv_state is not None:
+            conv_state += channel.to(tl.int64) * conv_channel
+        for before in tl.static_range(WIDTH - 1, -1, -1):
+            column = tl.load(xbc + at - before * xbc_token, mask=there & (time >= before)[:, None], other=0)
             if conv_state is not None:
-                for k in tl.static_range(WIDTH - 1 - w):  # before the first token
-                    old = tl.load(conv_state + channel.to(tl.int64) * conv_channel + (w + k), mask=inside, other=0)
-                    column = tl.where((time == k)[:, None], old.to(X)[None, :], column)
-            tap = tl.load(weight + channel * weight_row + w, mask=inside, other=0)
-            total += tap.to(tl.float32)[None, :] * column.to(tl.float32)
+                for k in tl.static_range(before):  # before the first token
+                    old = tl.load(conv_state + (WIDTH - 1 - before + k), mask=inside, other=0).to(X)
+                    column = tl.where((time == k)[:, None], old[None, :], column)
+            tap = tl.load(taps + (WIDTH - 1 - before), mask=inside, other=0).to(tl.float32)
+            total += tap[None, :] * column.to(tl.float32)
         if bias is not None:
             total += tl.load(bias + channel, mask=inside, other=0).to(tl.float32)[None, :]
         total = total.to(X).to(tl.float32)
@@ -67,11 +69,12 @@ def steps(dt, time, there, dt_token, dt_bias, a_log, head, dt_min, dt_max):
     x = tl.load(dt + time * dt_token + head, mask=there, other=0).to(tl.float32)
     x += tl.load(dt_bias + head).to(tl.float32)
     e = tl.exp(x)
-    one = 1 + e  # its logarithm is off by what the sum lost of e, in proportion
-    step = tl.where(x > 20, x, tl.where(one == 1, e, tl.log(one) * (e / (one - 1))))
+    one = 1 + e  # and what the sum lost of e
+    step = tl.where(x > 20, x, tl.log(one) + (e - (one - 1)) / one)
     step = tl.where(step < dt_min, dt_min, step)  # NaN stays NaN
-    step = tl.where(there, tl.where(step > dt_max, dt_max, step), 0)
-    return step, -tl.exp(tl.load(a_log + head).to(tl.float32)) * step
+    step = tl.where(step > dt_max, dt_max, step)
+    log_decay = -tl.exp(tl.load(a_log + head).to(tl.float32)) * step
+    return tl.where(there, step, 0), tl.where(there, log_decay, 0)
 
 
 @triton.jit
