@@ -18,9 +18,14 @@ factor is bfloat16, they multiply it by three bfloat16 numbers whose sum the fir
 and decays in float32, without tensor cores.
 
 Predicted for an H200 (4.3 TB/s, 132 SMs), bfloat16, 64 heads of 64, state 128, 8 groups; nothing is measured yet.
-B = 1, L = 16: 2.1 MB of state and 0.2 MB of tokens in each direction, 0.6 us at full speed; one launch of 256 programs,
-each a chain of two loads, three products and a store: 4 to 5 us. B = 64: 160 MB, 37 us at full speed, 45 to 55.
-B = 1, L = 4096: 64 chunks of 2.1 MB of states written and read, 62 us, and 50 MB of tokens three times, 35 us.
+B = 1, L = 16: 2.1 MB of state, 0.2 MB of tokens read and 0.13 MB written, 0.6 us at full speed. One launch of 128
+programs, each a chain of two loads, six products and a dozen barriers: 4 to 5 us. B = 64: 155 MB, 36 us at full speed;
+every head convolves B and C anew, 4096 exponentials and as many quotients: 45 to 60 us.
+B = 1, L = 4096: the states of 64 chunks written and read, 62 us, and 50 MB of tokens three times, 35 us: 120 to 150 us.
+Tried, by compiling for all GPUs: convolving x before the loop over the state, so that all loads are under way at once,
+spills registers with 32 tokens and more; so do whole heads with 64 tokens where factors stay in registers (sm_80,
+sm_120), and half the state at a time. Eight channels to a thread read their taps one by one, 110 scattered loads of two
+bytes in a denoising step; two channels take half as many loads of a quarter of the cache lines.
 """
 
 from __future__ import annotations

@@ -72,9 +72,8 @@ def steps(dt, time, there, dt_token, dt_bias, a_log, head, dt_min, dt_max):
     one = 1 + e  # and what the sum lost of e
     step = tl.where(x > 20, x, tl.log(one) + (e - (one - 1)) / one)
     step = tl.where(step < dt_min, dt_min, step)  # NaN stays NaN
-    step = tl.where(step > dt_max, dt_max, step)
-    log_decay = -tl.exp(tl.load(a_log + head).to(tl.float32)) * step
-    return tl.where(there, step, 0), tl.where(there, log_decay, 0)
+    step = tl.where(there, tl.where(step > dt_max, dt_max, step), 0)
+    return step, -tl.exp(tl.load(a_log + head).to(tl.float32)) * step
 
 
 @triton.jit
