@@ -56,6 +56,8 @@ def cases(device: str = "cpu") -> Iterator[Case]:
         for batch in (1, 4, 16, 64):
             yield scan(batch, 16, False, device)
             yield norm(batch, device)
+        yield scan(1, 64, False, device)
+        yield scan(1, 16, True, device)
         yield scan(1, 4096, True, device)
         return
     yield scan(1, 16, False, device, (10, 4, None))

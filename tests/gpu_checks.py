@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import itertools
 import os
 import sys
 import time
@@ -85,12 +86,17 @@ def calls(interpreted: bool) -> Iterator[tuple[str, Callable[..., Any], Callable
             target = _library.CUDA.get(through.get(op, op))
             if target is None or (interpreted and not target.startswith("triton.")):
                 continue
-            for case in cases:
+            wanted: list[dict[str, Any]] = [{}]
+            wanted += [dict(return_states=True), dict(states_every=5)] if op == "mamba2_scan" else []
+            for case, options in itertools.product(cases, wanted):
 
-                def make(dtype: torch.dtype, module: Any = module, op: str = op, case: str = case) -> Any:
-                    return module.make_inputs(op, case, dtype=dtype)
+                def make(
+                    dtype: torch.dtype, module: Any = module, op: str = op, case: str = case, options: Any = options
+                ) -> Any:
+                    return module.make_inputs(op, case, dtype=dtype) | options
 
-                yield f"{op}[{case}]", package_op(op), getattr(module, op), make
+                label = ", ".join([case, *(f"{name}={value}" for name, value in options.items())])
+                yield f"{op}[{label}]", package_op(op), getattr(module, op), make
 
 
 def main() -> None:

@@ -53,6 +53,30 @@ def sized(length: int, *, dtype: torch.dtype = torch.float32, seed: int = 0, **s
     return mamba2.make_inputs("mamba2_scan", case, dtype=dtype, seed=seed)
 
 
+def drawn(
+    case: dict[str, Any], width: int, bias: bool, seeds: str, ragged: bool, size: float, dtype: torch.dtype, seed: int
+) -> dict[str, Any]:
+    """Inputs of any taps: with the seeds that `seeds` names, states of this `size`, rows of any length if ragged."""
+    b, length = case["b"], case["l"]
+    inputs = mamba2.make_inputs("mamba2_scan", case, dtype=dtype, seed=seed)
+    draw = torch.Generator().manual_seed(seed)
+    channels = inputs["xbc"].shape[2]
+    inputs["conv_weight"] = (torch.randn(channels, width, generator=draw) / 2).to(dtype)
+    inputs["conv_state"] = torch.randn(b, channels, width - 1, generator=draw).to(dtype)
+    inputs["ssm_state"] = inputs["ssm_state"] * min(size, 10.0 if dtype == torch.float16 else size)
+    if not bias:
+        inputs["conv_bias"] = None
+    if seeds in ("none", "conv"):
+        inputs["ssm_state"] = None
+    if seeds in ("none", "ssm"):
+        inputs["conv_state"] = None
+    if seeds == "shared" and b:
+        inputs["state_index"] = torch.randint(0, b, (b,), generator=draw, dtype=torch.int32)
+    if ragged:
+        inputs["seq_lens"] = torch.randint(0, length + 1, (b,), generator=draw)
+    return inputs
+
+
 def close(got: Tensor, expected: Tensor) -> None:
     """Equal up to the rounding of another order of summation, measured against the largest entry."""
     assert got.shape == expected.shape and got.dtype == expected.dtype
@@ -112,22 +136,7 @@ def test_any_shape_and_layout(  # type: ignore[no-untyped-def]
     b, length, heads, head_dim, state, groups, width, bias, seeds, ragged, states, size, dtype, isa, layout, seed
 ):
     case = dict(b=b, l=length, heads=heads * groups, head_dim=head_dim, state=state, groups=groups, seeded=True)
-    inputs = mamba2.make_inputs("mamba2_scan", case, dtype=dtype, seed=seed)
-    draw = torch.Generator().manual_seed(seed)
-    channels = inputs["xbc"].shape[2]
-    inputs["conv_weight"] = (torch.randn(channels, width, generator=draw) / 2).to(dtype)
-    inputs["conv_state"] = torch.randn(b, channels, width - 1, generator=draw).to(dtype)
-    inputs["ssm_state"] = inputs["ssm_state"] * min(size, 10.0 if dtype == torch.float16 else size)
-    if not bias:
-        inputs["conv_bias"] = None
-    if seeds in ("none", "conv"):
-        inputs["ssm_state"] = None
-    if seeds in ("none", "ssm"):
-        inputs["conv_state"] = None
-    if seeds == "shared" and b:
-        inputs["state_index"] = torch.randint(0, b, (b,), generator=draw, dtype=torch.int32)
-    if ragged:
-        inputs["seq_lens"] = torch.randint(0, length + 1, (b,), generator=draw)
+    inputs = drawn(case, width, bias, seeds, ragged, size, dtype, seed)
     with instruction_set(isa):
         check("mamba2_scan", inputs | states, layout=layout)
 

@@ -25,7 +25,7 @@ def triton_kernels() -> Iterator[None]:
     """Inside, every op that has a Triton kernel runs it, on CPU tensors."""
     names = [name for name, target in _library.CUDA.items() if target.startswith("triton.")]
     kernels = {name: _library.cuda_kernel(name) for name in names}
-    with laid_over(kernels), bfloat16_as_on_a_gpu(), warnings.catch_warnings():
+    with laid_over(kernels), bfloat16_as_on_a_gpu(), patched_once(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="triton.runtime.interpreter")
         yield
 
@@ -56,4 +56,22 @@ def bfloat16_as_on_a_gpu() -> Iterator[None]:
         return dot(self, widened(a), widened(b), *rest)
 
     with mock.patch.multiple(InterpreterBuilder, cast_impl=cast_to, create_dot=dot_of):
+        yield
+
+
+@contextmanager
+def patched_once() -> Iterator[None]:
+    """Triton 3.6's interpreter puts itself into `triton.language` anew for every call from one kernel function to
+    another, which takes longer than most of these functions. Inside, it does so where it has not yet."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def unless_done(function: Any) -> Any:
+        used = [module for module in function.__globals__.values() if module is tl or module is tl.core]
+        done = used and not any(tl.core.is_builtin(module.load) for module in used)
+        return interpreter._LangPatchScope() if done else patch(function)
+
+    with mock.patch.object(interpreter, "_patch_lang", unless_done):
         yield

@@ -1,5 +1,5 @@
 """Mamba-2: convolution, SiLU and selective scan; the gated norm. Formulas: `reference/mamba2.py`; kernels:
-`csrc/cpu/mamba2.cpp`."""
+`csrc/cpu/mamba2.cpp`, `triton/mamba2.py`."""
 
 import math
 
@@ -243,10 +243,12 @@ define(
     "int n_groups, int head_dim, Tensor? conv_state, Tensor? ssm_state, Tensor? state_index, Tensor? seq_lens, "
     "float dt_min, float dt_max, bool return_states, int states_every) -> (Tensor, Tensor, Tensor)",
     cpu=_mamba2_scan,
+    cuda="triton.mamba2:mamba2_scan",
     fake=_fake_mamba2_scan,
 )
 define(
     "gated_rms_norm(Tensor y, Tensor z, Tensor weight, int n_groups, float eps) -> Tensor",
     cpu=_gated_rms_norm,
+    cuda="triton.mamba2_norm:gated_rms_norm",
     fake=lambda y, *_: y.new_empty(y.shape),
 )
