@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,10 @@ class Ceilings:
     copy: float
     fp32: float
     bf16: float
+
+    def better_of(self, other: Ceilings) -> Ceilings:
+        """The larger of each."""
+        return Ceilings(*map(max, astuple(self), astuple(other)))
 
     def matrix(self, dtype: torch.dtype) -> float:
         """What arithmetic in this dtype could reach: a 16-bit type may always be widened."""

@@ -104,7 +104,8 @@ def markdown(results: Sequence[Result], ceilings: Ceilings) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     note = (
         "µs are medians, the spread goes from the tenth to the ninetieth percentile; goals stand in parentheses. "
-        "Programs ran in turns in one process, and their outputs agreed before they were timed."
+        "Programs ran in turns in one process, and their outputs agreed before they were timed. Ceilings are the "
+        "better of two measurements, before and after."
     )
     return "\n".join([heading(ceilings), "", *lines, "", note, ""])
 
