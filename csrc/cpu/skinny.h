@@ -144,109 +144,125 @@ struct Ahead {
     }
 };
 
-// Adds the products of R rows of w and M rows of a panel, over the n elements of a stretch, to total[r][m].
-template <int R, int M, class W, class T>
-inline void add_tile(const T* w, int64_t w_stride, const typename Factors<W, T>::Kept* x, int64_t x_step, int n,
-                     Ahead& ahead, Vector<W>* total, int64_t total_stride) {
-    using F = Factors<W, T>;
-    Vector<W> sums[R][M] = {};
-    int i = 0;
-#pragma GCC unroll 1
-    for (; i + F::step <= n; i += F::step, x += x_step) {
-        ahead.fetch();
-        add_part<0, R, M, W, T>(w + i, w_stride, x, sums);
-        if constexpr (F::parts == 2) add_part<1, R, M, W, T>(w + i, w_stride, x, sums);
-    }
-    if (i < n) {  // the rest of a row, filled up with zeros: what lies behind it may be anything
-        T rest[R][F::step] = {};
-        for (int r = 0; r < R; ++r)
-            for (int j = i; j < n; ++j) rest[r][j - i] = w[r * w_stride + j];
-        add_part<0, R, M, W, T>(rest[0], F::step, x, sums);
-        if constexpr (F::parts == 2) add_part<1, R, M, W, T>(rest[0], F::step, x, sums);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 6
-        for (int m = 0; m < M; ++m) total[r * total_stride + m] += sums[r][m];
-}
-
 // How many products are summed in one go.
 template <class W, class T>
 constexpr int64_t skinny_stretch = 1024 / int64_t(sizeof(typename Factors<W, T>::Kept));
 
-// The products of all rows of w with M rows of a panel, over [begin, end).
+// Adds the products of R rows of w and the panel's M rows from `first` on, over the whole steps of [begin, end), to
+// total[r][m], whose rows are as long as the panel has.
+template <int R, int M, class W, class T>
+inline void add_tile(const T* w, int64_t w_stride, const Panel<W, T>& x, int first, int64_t begin, int64_t end,
+                     Ahead& ahead, Vector<W>* total) {
+    using F = Factors<W, T>;
+    const int64_t x_step = x.count * F::step;
+    for (int64_t start = begin; start < end; start += skinny_stretch<W, T>) {
+        Vector<W> sums[R][M] = {};
+        const typename F::Kept* from = x.at(first, start);
+        const int64_t stop = smaller(start + skinny_stretch<W, T>, end);
+#pragma GCC unroll 1
+        for (int64_t i = start; i < stop; i += F::step, from += x_step) {
+            ahead.fetch();
+            add_part<0, R, M, W, T>(w + i, w_stride, from, sums);
+            if constexpr (F::parts == 2) add_part<1, R, M, W, T>(w + i, w_stride, from, sums);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 6
+            for (int m = 0; m < M; ++m) total[r * x.count + m] += sums[r][m];
+    }
+}
+
+// The same for `rows` rows of w, a multiple of 4.
 template <int M, class W, class T>
 void add_rows(const T* w, int64_t w_stride, int rows, const Panel<W, T>& x, int first, int64_t begin, int64_t end,
               Ahead& ahead, Vector<W>* total) {
     constexpr int R = M <= 2 || vector_registers == 32 ? 4 : 2;
-    constexpr int64_t stretch = skinny_stretch<W, T>;
-    const int64_t x_step = x.count * Factors<W, T>::step;
-    int r = 0;
-    for (; r + R <= rows; r += R)
-        for (int64_t i = begin; i < end; i += stretch)
-            add_tile<R, M, W, T>(w + r * w_stride + i, w_stride, x.at(first, i), x_step, int(smaller(stretch, end - i)),
-                                 ahead, total + r * x.count, x.count);
-    for (; r < rows; ++r)  // the last rows of a matrix, one by one
-        for (int m = 0; m < M; ++m)
-            for (int64_t i = begin; i < end; i += stretch)
-                add_tile<1, 1, W, T>(w + r * w_stride + i, w_stride, x.at(first + m, i), x_step,
-                                     int(smaller(stretch, end - i)), ahead, total + r * x.count + m, x.count);
+    for (int r = 0; r < rows; r += R)
+        add_tile<R, M, W, T>(w + r * w_stride, w_stride, x, first, begin, end, ahead, total + r * x.count);
 }
 
-// The sum over each vector's lanes, of as many vectors as they have lanes: halves are added, then halves of these, as
-// when the numbers are transposed.
-template <class V, int n>
-inline V sums_of_lanes(V (&v)[n]) {
-#pragma GCC unroll 4
-    for (int half = n / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < half; ++i) {
-            interleave(v[i], v[i + half]);
-            v[i] += v[i + half];
+// What tiles leave over: a matrix's last rows, when they are not a multiple of 4, and the end of every row.
+template <class W, class T>
+[[gnu::noinline]] void add_last_rows(const T* w, int64_t w_stride, int rows, const Panel<W, T>& x, int64_t end,
+                                     Vector<W>* total) {
+    Ahead nothing = {nullptr, nullptr, 0};
+    for (int r = 0; r < rows; ++r)
+        for (int m = 0; m < x.count; ++m)
+            add_tile<1, 1, W, T>(w + r * w_stride, w_stride, x, m, 0, end, nothing, total + r * x.count + m);
+}
+template <class W, class T>
+[[gnu::noinline]] void add_last_step(const T* w, int64_t w_stride, int rows, const Panel<W, T>& x, int64_t begin,
+                                     int64_t n, Vector<W>* total) {
+    using F = Factors<W, T>;
+    for (int r = 0; r < rows; ++r) {
+        T rest[F::step] = {};  // filled up with zeros: what lies behind a row may be anything
+        for (int64_t i = begin; i < n; ++i) rest[i - begin] = w[r * w_stride + i];
+        for (int m = 0; m < x.count; ++m) {
+            Vector<W> sums[1][1] = {};
+            add_part<0, 1, 1, W, T>(rest, 0, x.at(m, begin), sums);
+            if constexpr (F::parts == 2) add_part<1, 1, 1, W, T>(rest, 0, x.at(m, begin), sums);
+            total[r * x.count + m] += sums[0][0];
         }
-    return v[0];
+    }
 }
 
-// out[m * 16 + r], r < rows <= 16, for the rows m of a panel (rows beyond are zero). `next`: rows of w that will be
-// wanted after these, laid out like them, or these again where nothing is known.
+// out[m * 16 + r] = the sum of the lanes of total[r][m]; 0 for r from `rows` to 16. Vectors' halves are added, then
+// halves of these, as when numbers are transposed, so that as many vectors as they have lanes become one.
+template <class W>
+[[gnu::noinline]] void add_lanes(const Vector<W>* total, int rows, int count, W* out) {
+    constexpr int lanes = lanes_of<W>;
+    for (int m = 0; m < count; ++m)
+        for (int r = 0; r < skinny_rows; r += lanes) {
+            Vector<W> v[lanes];
+            for (int i = 0; i < lanes; ++i) v[i] = r + i < rows ? total[(r + i) * count + m] : Vector<W>{};
+#pragma GCC unroll 4
+            for (int half = lanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+                for (int i = 0; i < half; ++i) {
+                    interleave(v[i], v[i + half]);
+                    v[i] += v[i + half];
+                }
+            std::memcpy(out + m * skinny_rows + r, v, sizeof(v[0]));
+        }
+}
+
+// out[m * 16 + r], r < rows <= 16, for the rows m of a panel. `next`: rows of w that will be wanted after these, laid
+// out like them, or these again where nothing is known.
 template <class W, class T>
 void skinny(const T* w, int64_t w_stride, int rows, const Panel<W, T>& x, int64_t n, const T* next, W* out) {
-    constexpr int tile = Factors<W, T>::parts == 2 && vector_registers == 16 ? 5 : 6;
-    const int count = int(x.count), tiles = (count + tile - 1) / tile;
+    using F = Factors<W, T>;
+    constexpr int tile = F::parts == 2 && vector_registers == 16 ? 5 : 6;
+    const int count = int(x.count), tiles = (count + tile - 1) / tile, whole_rows = rows / 4 * 4;
+    const int64_t whole = n / F::step * F::step;
     Vector<W> total[skinny_rows * skinny_panel];
     for (int i = 0; i < rows * count; ++i) total[i] = Vector<W>{};
     // A panel that fits in the first-level cache: w is streamed row by row. Otherwise stretch by stretch.
-    const int64_t run = count * n * int64_t(sizeof(*x.data)) <= 24576 ? n : skinny_stretch<W, T>;
+    const int64_t run = count * n * int64_t(sizeof(*x.data)) <= 24576 ? larger<int64_t>(n, 1) : skinny_stretch<W, T>;
     // One tile of 4 rows takes 4 lines of w a step; of more tiles, each fetches its share. Rows with gaps are not
     // fetched.
     const char* first_line = reinterpret_cast<const char*>(next);
     const bool wanted = next != w && w_stride == n;
     Ahead ahead = {first_line, first_line + (wanted ? rows * n * int64_t(sizeof(T)) : 0), (4 + tiles - 1) / tiles};
-    for (int64_t begin = 0; begin < n; begin += run) {
-        const int64_t end = smaller(begin + run, n);
+    for (int64_t begin = 0; begin < whole; begin += run) {
+        const int64_t end = smaller(begin + run, whole);
         for (int t = 0; t < tiles; ++t) {
             const int first = count * t / tiles;
             Vector<W>* to = total + first;
             switch (count * (t + 1) / tiles - first) {
-                case 1: add_rows<1>(w, w_stride, rows, x, first, begin, end, ahead, to); break;
-                case 2: add_rows<2>(w, w_stride, rows, x, first, begin, end, ahead, to); break;
-                case 3: add_rows<3>(w, w_stride, rows, x, first, begin, end, ahead, to); break;
-                case 4: add_rows<4>(w, w_stride, rows, x, first, begin, end, ahead, to); break;
-                case 5: add_rows<5>(w, w_stride, rows, x, first, begin, end, ahead, to); break;
+                case 1: add_rows<1>(w, w_stride, whole_rows, x, first, begin, end, ahead, to); break;
+                case 2: add_rows<2>(w, w_stride, whole_rows, x, first, begin, end, ahead, to); break;
+                case 3: add_rows<3>(w, w_stride, whole_rows, x, first, begin, end, ahead, to); break;
+                case 4: add_rows<4>(w, w_stride, whole_rows, x, first, begin, end, ahead, to); break;
+                case 5: add_rows<5>(w, w_stride, whole_rows, x, first, begin, end, ahead, to); break;
                 default:
-                    if constexpr (tile == 6) add_rows<6>(w, w_stride, rows, x, first, begin, end, ahead, to);
+                    if constexpr (tile == 6) add_rows<6>(w, w_stride, whole_rows, x, first, begin, end, ahead, to);
             }
         }
     }
-    constexpr int lanes = lanes_of<W>;
-    for (int m = 0; m < count; ++m)
-        for (int r = 0; r < rows; r += lanes) {
-            Vector<W> lines[lanes];
-#pragma GCC unroll 16
-            for (int i = 0; i < lanes; ++i) lines[i] = r + i < rows ? total[(r + i) * count + m] : Vector<W>{};
-            const Vector<W> sums = sums_of_lanes(lines);
-            std::memcpy(out + m * skinny_rows + r, &sums, sizeof(sums));
-        }
+    if (whole_rows < rows)
+        add_last_rows(w + whole_rows * w_stride, w_stride, rows - whole_rows, x, whole, total + whole_rows * count);
+    if (whole < n) add_last_step(w, w_stride, rows, x, whole, n, total);
+    add_lanes<W>(total, rows, count, out);
 }
 
 }  // namespace TT_ISA
