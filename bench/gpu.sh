@@ -11,9 +11,12 @@ folder="${2:-bench/results/$card}"
 case "$part" in
 tests)
     "$python" -m tests.gpu_checks
-    # A few small cases under the memory checker, where the machine has it.
+    # Small cases under the checkers of memory, races and barriers, where the machine has them.
     if command -v compute-sanitizer >/dev/null; then
-        compute-sanitizer --tool memcheck --error-exitcode 1 "$python" -m tests.gpu_checks --only 'norm['
+        for tool in memcheck racecheck synccheck; do
+            compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m tests.gpu_checks \
+                --only 'odd]' --only 'grouped]' --only 'sampled_filtered]'
+        done
     else
         echo "compute-sanitizer: not found, not run"
     fi

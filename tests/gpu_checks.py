@@ -99,10 +99,37 @@ def calls(interpreted: bool) -> Iterator[tuple[str, Callable[..., Any], Callable
                 yield f"{op}[{label}]", package_op(op), getattr(module, op), make
 
 
+def check_draws(device: str) -> None:
+    """Sampled tokens follow the tempered softmax (Pearson's statistic, within 5 standard deviations), and are those
+    that the CPU draws."""
+    import twotower_kernels as tt
+
+    rows, block, vocabulary, t = 4096, 8, 33, 0.7
+    logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = dict(mask_token_id=vocabulary - 1, temperature=t, policy=tt.RemaskPolicy.twotower())
+    tokens = torch.full((rows, block), vocabulary - 1)
+    found = [
+        tt.remask(
+            logits.to(where).expand(rows, block, vocabulary),
+            tokens.to(where),
+            seed=torch.arange(rows).to(where),
+            **options,
+        ).candidate.cpu()
+        for where in (device, "cpu")
+    ]
+    assert found[0].equal(found[1]), f"{int((found[0] != found[1]).sum())} other candidates than the CPU's"
+    expected = (logits[:-1].double() / t).softmax(0) * rows * block
+    counts = found[0].flatten().bincount(minlength=vocabulary).double()
+    assert counts[-1] == 0, "the mask was drawn"
+    free = len(expected) - 1
+    off = (((counts[:-1] - expected) ** 2 / expected).sum().item() - free) / (2 * free) ** 0.5
+    assert abs(off) < 5, f"off the softmax by {off:.1f} standard deviations"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu_checks", description=__doc__)
     parser.add_argument("--interpret", action="store_true", help="in Triton's interpreter, on the CPU")
-    parser.add_argument("--only", default="", help="operations whose name holds this")
+    parser.add_argument("--only", action="append", default=[], help="cases whose label holds this; may be given again")
     options = parser.parse_args()
     if options.interpret:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -113,7 +140,7 @@ def main() -> None:
     device, passed, failed, start = "cpu" if options.interpret else "cuda", 0, [], time.perf_counter()
     with triton_kernels() if options.interpret else nullcontext():
         for label, ours, reference, make in calls(options.interpret):
-            if options.only not in label:
+            if options.only and not any(part in label for part in options.only):
                 continue
             for dtype in DTYPES:
                 try:
@@ -126,6 +153,13 @@ def main() -> None:
                     print(f"FAILED {failed[-1]}: {type(error).__name__}: {error}")
                     if not isinstance(error, AssertionError):
                         traceback.print_exc(limit=-3)
+    if device == "cuda" and not options.only:
+        try:
+            check_draws(device)
+            passed += 1
+        except AssertionError as error:
+            failed.append("draws")
+            print(f"FAILED draws: {error}")
     print(f"{passed} passed, {len(failed)} failed in {time.perf_counter() - start:.0f} s")
     sys.exit(bool(failed))
 

@@ -12,6 +12,7 @@ import twotower_kernels as tt
 from reference import philox
 from reference.remask import CASES, make_inputs, remask
 from reference.remask_policy import RemaskPolicy
+from tests.gpu_checks import check_draws
 from tests.kernel_checks import DTYPES, ISAS, awkward, instruction_set
 from tests.remask_cases import MASK, as_package, assert_step_agrees, package, row_numbers, steps
 
@@ -182,3 +183,7 @@ def test_compiles_without_a_break() -> None:
         want = call(inputs["logits"], inputs["tokens"], step)
         got = compiled(inputs["logits"], inputs["tokens"], step)
         assert all(a.equal(b) for a, b in zip(got, want, strict=True))
+
+
+def test_draws_follow_the_softmax() -> None:
+    check_draws("cpu")
