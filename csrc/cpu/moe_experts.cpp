@@ -14,6 +14,7 @@
 #include "moe.h"
 #include "numeric.h"
 #include "parallel.h"
+#include "rounding.h"
 #include "skinny.h"
 
 namespace tt {
@@ -47,13 +48,20 @@ struct Experts {
 // SiLU(z) = z / (1 + exp(-z)), and the tanh form of GELU is z / (1 + exp(-2u)): (1 + tanh u) / 2 without the
 // cancellation at negative u.
 template <class T, class W = Wide<T>>
-inline W activate(Activation activation, W gate, W value) {
+inline W activate_gated(Activation activation, W gate, W value) {
     value = rounded<T>(value);
-    if (activation == Activation::relu2) return value < 0 ? W(0) : rounded<T>(value * value);  // NaN stays NaN
     gate = rounded<T>(gate);
     W z = gate;
     if (activation == Activation::gelu_gated) z = W(1.5957691216057308) * (gate + W(0.044715) * gate * gate * gate);
     return rounded<T>(rounded<T>(gate / (1 + std::exp(-z))) * value);
+}
+template <class T, class W = Wide<T>>
+inline void activate_relu2(W* values) {  // 16 of them; NaN stays NaN
+    const Vector<W> zero{};
+    for (int r = 0; r < skinny_rows; r += lanes_of<W>) {
+        const Vector<W> v = Rounding<T>::rounded(unaligned<Vector<W>>(values + r));
+        Rounding<W>::store(values + r, v < zero ? zero : Rounding<T>::rounded(v * v));
+    }
 }
 
 // The pairs at work: their activations before and in between, as panels of each tile, and where their results go.
@@ -153,10 +161,13 @@ void up(const Experts& experts, Group<T>& group) {
                 skinny(value_row, stride, rows, x, h, next, value);
                 const Panel<W, T> hidden = {group.hidden + (tile.begin + first) * group.hidden_row, x.count};
                 for (int64_t m = 0; m < x.count; ++m) {
-                    for (int r = 0; r < rows; ++r) {
-                        const int64_t at = m * skinny_rows + r;
-                        hidden.put(m, i + r, activate<T>(activation, gated ? gate[at] : W(0), value[at]));
-                    }
+                    W* act = value + m * skinny_rows;
+                    if (gated)
+                        for (int r = 0; r < rows; ++r)
+                            act[r] = activate_gated<T>(activation, gate[m * skinny_rows + r], act[r]);
+                    else
+                        activate_relu2<T>(act);
+                    hidden.put(m, i, act, rows);
                     if (i + rows == i_size) hidden.clear(m, i_size, group.hidden_row);
                 }
             });
@@ -193,8 +204,11 @@ void down(const Experts& experts, Group<T>& group) {
                                      for (int64_t m = 0; m < hidden.count; ++m) {
                                          const int64_t p = tile.begin + first + m;
                                          W* total = experts.a.total.as<W>() + token[p] * h_size + h;
-                                         for (int r = 0; r < rows; ++r)
-                                             total[r] += weight[p] * rounded<T>(y[m * skinny_rows + r]);
+                                         const W by = weight[p], *of = y + m * skinny_rows;
+                                         for_vectors<W>(rows, [=](int64_t r, auto n) {
+                                             const auto added = by * Rounding<T>::rounded(load_some<W>(of + r, n));
+                                             store_some<W>(total + r, load_some<W>(total + r, n) + added, n);
+                                         });
                                      }
                                  });
             }

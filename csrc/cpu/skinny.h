@@ -79,6 +79,15 @@ struct Panel {
     static int64_t padded(int64_t n) { return up_to(n, F::step); }  // elements that a row takes
     Kept* at(int64_t row, int64_t i) const { return data + (i / F::step * count + row) * F::step; }
     void put(int64_t row, int64_t i, W x) const { at(row, i)[F::place(int(i % F::step))] = F::kept(x); }
+    void put(int64_t row, int64_t i, const W* values, int count) const {  // within a step, or each by itself
+        const int first = int(i % F::step);
+        if (first + count > F::step) {
+            for (int r = 0; r < count; ++r) put(row, i + r, values[r]);
+            return;
+        }
+        Kept* to = at(row, i);
+        for (int r = 0; r < count; ++r) to[F::place(first + r)] = F::kept(values[r]);
+    }
     void clear(int64_t row, int64_t begin, int64_t end) const {
         for (int64_t i = begin; i < end; ++i) put(row, i, 0);
     }
