@@ -136,7 +136,7 @@ class TwoTowerModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are, of two towers the context tower's."""
-        return next(self.parameters()).device
+        return (self.lm_head if self.towers == "denoiser" else self.context_lm_head).weight.device
 
     @property
     def denoiser_device(self) -> torch.device:

@@ -119,8 +119,10 @@ class ContextState:
         return self.mirror or self
 
     def append(self, layer: int, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
-        """Writes a block's keys and values `[B, S, Hkv, D]` behind those of an attention layer, in the mirror too, where
-        there must be room. They count once `advanced` says so."""
+        """Writes a block's keys and values `[B, S, Hkv, D]` behind those of an attention layer, and in the mirror.
+
+        There must be room. They count once `advanced` says so.
+        """
         append_kv(self.k[layer], self.v[layer], k, v, self.lengths, block_lens=lengths)
         if self.mirror is not None:
             device = self.mirror.lengths.device
