@@ -348,7 +348,7 @@ class TwoTowerModel(nn.Module):
             raise RuntimeError(f"expected a model with the {tower} tower, got one loaded with towers={self.towers!r}")
 
     def _check_device(self, name: str, tensor: Tensor) -> None:
-        if tensor.device not in (self.device, self.denoiser_device):
+        if tensor.device != self.device and tensor.device != self.denoiser_device:
             other = "" if self.denoiser_device == self.device else f" or {self.denoiser_device}"
             raise ValueError(f"{name}: expected device {self.device}{other}, got {tensor.device}")
 
