@@ -17,7 +17,7 @@ class Recorder:
     def __init__(self) -> None:
         self.recordings = 0
 
-    def __call__(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def __call__(self, call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
         self.recordings += 1
         output = call()
 

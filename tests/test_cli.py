@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 import twotower_kernels
 from tests.command_line import run
 from tests.paths import ROOT
-from tests.small_model import BOS, EOS, save_small_model, small_model
-from twotower_kernels import cli, info
+from tests.small_model import BOS, EOS, save_small_model
+from twotower_kernels import cli
 from twotower_kernels.generate import generate, stream
 from twotower_kernels.model import TwoTowerModel
 from twotower_kernels.show import BLANK
@@ -241,62 +241,6 @@ def test_demo_shows_the_shipped_model(monkeypatch: pytest.MonkeyPatch, folder: P
     monkeypatch.setattr(twotower_kernels, "demo_path", lambda: asked.append("shipped") or folder)
     assert run("demo", "--max-new-tokens", 1) == 0
     assert asked == ["shipped"]
-
-
-# --- info -----------------------------------------------------------------------------------------------------------
-
-
-def test_info_tells_what_is_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("info", folder) == 0
-    out = capsys.readouterr().out
-    for fact in (twotower_kernels.__version__, torch.__version__, "instruction set", "context tower", "128 K context"):
-        assert fact in out
-    assert "adaln_norm" in out
-
-
-def test_info_asks_the_dispatcher() -> None:
-    """An op that runs on the CPU says so; one that is only declared says that nothing serves it."""
-    library = torch.library.Library("twotower", "FRAGMENT")
-    try:
-        library.define("declared_only(Tensor x) -> Tensor")
-        found = info.ops()
-    finally:
-        library._destroy()
-    assert found["declared_only"] == dict.fromkeys(info.KEYS, False)
-    assert all(found["adaln_norm"][key] for key in ("CPU", "Autograd", "Meta"))
-    assert "declared_only" not in info.ops()
-
-
-def test_sizes_are_those_of_the_loaded_model(folder: Path) -> None:
-    """Parameters and bytes per tower, and what a state really holds."""
-    model = small_model()
-    context = sum(p.numel() for name, p in model.state_dict().items() if name.startswith("context_"))
-    total = sum(p.numel() for p in model.state_dict().values())
-    sizes = info.sizes(folder)
-    assert sizes.parameters == {"context": context, "denoiser": total - context}
-    assert sizes.weights == {"context": 8 * context, "denoiser": 8 * (total - context)}
-    with torch.no_grad():
-        state = model.prefill(torch.tensor([[5, 6, 7]]))
-    assert sizes.kv_per_token == sum(t[0, 0].nbytes for kv in (state.k, state.v) for t in kv.values())
-    assert sizes.state_per_row == sum(t[0].nbytes for part in (state.conv, state.ssm) for t in part.values())
-    assert sizes.long_context == 8 * total + 2**17 * sizes.kv_per_token + sizes.state_per_row
-
-
-def test_info_without_compiled_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def missing() -> None:
-        raise ImportError("not built")
-
-    monkeypatch.setattr("twotower_kernels.cpu.kernels", missing)
-    assert run("info") == 0
-    assert "none: not built" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_600, "1 MB"), (118e9, "118 GB"), (5e15, "5e+03 TB")],
-)
-def test_sizes_are_readable(number: float, text: str) -> None:
-    assert info.size(int(number)) == text
 
 
 # --- as it is installed ---------------------------------------------------------------------------------------------

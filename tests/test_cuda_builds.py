@@ -77,6 +77,14 @@ def test_a_changed_header_is_in_the_key(compiled: list[str], monkeypatch: pytest
     assert len(compiled) == 2
 
 
+def test_what_is_kept_is_known(compiled: list[str]) -> None:
+    assert not cuda.is_kept(*PLAN)
+    cuda.cubin(*PLAN)
+    assert cuda.is_kept(*PLAN) and not cuda.is_kept("moe_plan", (), "sm_80")
+    kept().write_bytes(kept().read_bytes()[:-1])
+    assert not cuda.is_kept(*PLAN) and compiled == ["sm_90a"]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "changed", "empty", "of another key"])
 def test_a_damaged_file_is_compiled_anew(damage: str, compiled: list[str]) -> None:
     good = cuda.cubin(*PLAN)

@@ -143,7 +143,8 @@ class Watched:
 
     def __init__(self) -> None:
         self.model = package_model()
-        self.config, self.parameters, self.prefill = self.model.config, self.model.parameters, self.model.prefill
+        self.config, self.prefill = self.model.config, self.model.prefill
+        self.device, self.denoiser_device = self.model.device, self.model.denoiser_device
         self.denoised: list[int] = []
         self.committed: list[int] = []
         self.consumed: list[Any] = []  # kept alive, so that `is` means the same state

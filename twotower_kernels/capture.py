@@ -20,19 +20,20 @@ from twotower_kernels.state import ContextState
 if TYPE_CHECKING:
     from twotower_kernels.model import TwoTowerModel
 
-Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+Recorder = Callable[[Callable[[], Tensor], torch.device], tuple[Callable[[], None], Tensor]]
 
 
-def cuda_graph(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Records `call` on the current device: a function that replays it, and the tensor that a replay writes."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # kernels are compiled and libraries set up by a first call, outside the recording
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = call()
+def cuda_graph(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """Records `call` on a device: a function that replays it, and the tensor that a replay writes."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # kernels are compiled and libraries set up by a first call, not recorded
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = call()
     return graph.replay, output
 
 
@@ -51,6 +52,7 @@ class CapturedDenoiser:
         self._steps: dict[object, _Step] = {}
 
     def __call__(self, block_ids: Tensor, state: ContextState, t: Tensor | None = None) -> Tensor:
+        state = state.for_denoiser
         storage = tuple(tensors[i] for tensors in (state.k, state.v) for i in tensors)
         where = tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in storage)
         small = tuple(tensor.shape for tensors in (state.conv, state.ssm) for tensor in tensors.values())
@@ -83,7 +85,7 @@ class _Step:
             conv={i: tensor.clone() for i, tensor in state.conv.items()},
             ssm={i: tensor.clone() for i, tensor in state.ssm.items()},
         )
-        self._replay, self._logits = record(lambda: model.denoise(self._ids, self._state, self._t))
+        self._replay, self._logits = record(lambda: model.denoise(self._ids, self._state, self._t), block_ids.device)
 
     def __call__(self, block_ids: Tensor, state: ContextState, t: Tensor | None) -> Tensor:
         self._ids.copy_(block_ids)

@@ -320,7 +320,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
-    facts = info.machine()
+    facts = info.machine() | info.gpu_kernels()
     if args.path is not None:
         sizes = info.sizes(args.path)
         for tower, count in sizes.parameters.items():
@@ -328,6 +328,9 @@ def _info(args: argparse.Namespace) -> int:
         facts["keys and values"] = f"{info.size(sizes.kv_per_token)} per token and row"
         facts["Mamba-2 state"] = f"{info.size(sizes.state_per_row)} per row"
         facts["128 K context"] = f"{info.size(sizes.long_context)}, the weights and one row"
+        if len(sizes.weights) == 2:
+            shares = (f"{tower} tower {info.size(share)}" for tower, share in sizes.long_context_apart.items())
+            facts["on two devices"] = f"{', '.join(shares)}, the row in each"
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.metadata
 import os
 import stat
 import tempfile
@@ -76,11 +77,29 @@ def _nvrtc_version() -> str:
 
 
 def _advice(error: object) -> str:
+    return f"kernels in CUDA C++ need cuda-python with NVRTC, and a driver to run: {installation()} ({error})"
+
+
+def installation() -> str:
+    """The command that installs what GPU kernels need, for PyTorch's version of CUDA."""
     version = (torch.version.cuda or "13").split(".")[0]
-    return (
-        f"kernels in CUDA C++ need cuda-python with NVRTC, and a driver to run: pip install "
-        f"'twotower-kernels[cuda{version}]' ({error})"
-    )
+    return f"pip install 'twotower-kernels[cuda{version}]'"
+
+
+def compiler() -> str:
+    """What compiles, for a reader.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    _core()
+    return f"{_nvrtc_version()}, by cuda-core {importlib.metadata.version('cuda-core')}"
+
+
+def architecture(device: int) -> str:
+    """Of a GPU, "sm_90a" and the like."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
 def compile(source: str, defines: Sequence[tuple[str, str]], arch: str) -> bytes:
@@ -136,19 +155,14 @@ def _key(source: str, defines: Sequence[tuple[str, str]], arch: str) -> str:
 def cubin(source: str, defines: Sequence[tuple[str, str]], arch: str) -> bytes:
     """As `compile`, but from the disk where it was compiled before.
 
-    A file begins with the digest of its key and content: one that is corrupt, or was made for another key, is compiled
-    anew.
+    A file that is corrupt, or was made for another key, is compiled anew.
     """
     key, where = _key(source, defines, arch), _trusted_folder()
     if where is None:
         return compile(source, defines, arch)
     path = where / f"{key}.cubin"
-    try:
-        kept = path.read_bytes()
-    except OSError:
-        kept = b""
-    digest, content = kept[:32], kept[32:]
-    if content and digest == hashlib.sha256(key.encode() + content).digest():
+    content = _read(path, key)
+    if content:
         return content
     content = compile(source, defines, arch)
     temporary = None
@@ -165,6 +179,22 @@ def cubin(source: str, defines: Sequence[tuple[str, str]], arch: str) -> bytes:
     return content
 
 
+def is_kept(source: str, defines: Sequence[tuple[str, str]], arch: str) -> bool:
+    """Whether `cubin` will find it on the disk."""
+    key, where = _key(source, defines, arch), _trusted_folder()
+    return where is not None and bool(_read(where / f"{key}.cubin", key))
+
+
+def _read(path: Path, key: str) -> bytes:
+    """A kept cubin; nothing, if there is none that begins with the digest of its key and content."""
+    try:
+        kept = path.read_bytes()
+    except OSError:
+        return b""
+    digest, content = kept[:32], kept[32:]
+    return content if digest == hashlib.sha256(key.encode() + content).digest() else b""
+
+
 # --- launching --------------------------------------------------------------------------------------------------------
 
 
@@ -175,9 +205,8 @@ def _loaded(kernel: Kernel, device: int) -> Any:
         raise RuntimeError(f"{kernel.name} is not loaded yet, which cannot be captured; call it once before capturing")
     core = _core()
     core.Device(device).set_current()
-    major, minor = torch.cuda.get_device_capability(device)
-    arch = f"sm_{major}{minor}{'a' if major >= 9 else ''}"
-    return core.ObjectCode.from_cubin(cubin(kernel.source, kernel.defines, arch)).get_kernel(kernel.name)
+    content = cubin(kernel.source, kernel.defines, architecture(device))
+    return core.ObjectCode.from_cubin(content).get_kernel(kernel.name)
 
 
 def launch(kernel: Kernel, grid: int, block: int, shared: int, arguments: Sequence[Argument]) -> None:

@@ -13,6 +13,9 @@ A batch of prompts of different lengths is exactly each prompt alone: every row 
 stream (from the seed and its index in the request) and its own count of model calls. A row that has nothing left to do
 is taken out of the batch.
 
+Tokens are drawn, and the results lie, where the logits are: on the denoiser's device, in `ar` on the context tower's.
+Where these are two, the model itself sends ids to the tower that reads them.
+
 The host learns of a step what it must to go on, and no more: how many masks each row has left, whether its logits
 were numbers, whether it wrote its last token. That is one small read per step; everything else stays on the device.
 """
@@ -50,7 +53,7 @@ class StepEvent:
     In the autoregressive modes a block is one token and only finished blocks are reported. The finished blocks of a
     row, one after the other, are its new tokens before the cut at `max_new_tokens` and after the first EOS.
 
-    What the host knows (rows, num_masked, nfe) is on the CPU, tokens are on the model's device.
+    What the host knows (rows, num_masked, nfe) is on the CPU, tokens are where the model draws them.
     """
 
     block: int  # index of the block (autoregressive modes: of the new token)
@@ -223,7 +226,7 @@ def stream(
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     vocab_size = model.config.vocab_size
     check_options(max_new_tokens, temperature, top_k, top_p, eos_token_id, vocab_size)
-    device = next(model.parameters()).device
+    device = model.device if mode == "ar" else model.denoiser_device
     rows = prompt_rows(prompts, vocab_size, device)
     request = _Request(
         model=model,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def prompt_rows(
     prompts: Tensor | Sequence[Tensor | Sequence[int]], vocab_size: int, device: torch.device
 ) -> list[Tensor]:
-    """B checked one-dimensional int64 prompts on the model's device."""
+    """B checked one-dimensional int64 prompts on the device."""
     if isinstance(prompts, Tensor) and prompts.ndim != 2:
         raise ValueError(f"prompts: expected [B, T] or a list of rows, got a tensor of shape {list(prompts.shape)}")
     if not len(prompts):

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import platform
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import twotower_kernels
-from twotower_kernels import checkpoint, cpu
+from twotower_kernels import checkpoint, cpu, cuda, cuda_moe, cuda_remask
 from twotower_kernels.config import TwoTowerConfig
+from twotower_kernels.loading import tower_of
 
 KEYS = ("CPU", "CUDA", "Autograd", "Meta")  # the dispatcher's; Meta is what torch.compile traces with
 LONG_CONTEXT = 128 * 1024  # tokens
+NONE = "none: "
+PATIENCE = 0.5  # seconds, after which no further kernel is compiled just to know how long it takes
+SMALL = ("moe_plan", (), "sm_90a")  # a kernel that any machine with NVRTC compiles quickly
 
 
 def machine() -> dict[str, str]:
@@ -38,6 +45,68 @@ def machine() -> dict[str, str]:
     }
 
 
+def gpu_kernels() -> dict[str, str]:
+    """The compilers of kernels for GPUs, and what a kernel's first call costs. What is wrong is said, never raised."""
+    facts = {"Triton": _said(_triton), "NVRTC": _said(cuda.compiler)}
+    if not facts["NVRTC"].startswith(NONE):
+        facts["CUDA C++ kernels"] = _said(_first_calls if torch.cuda.is_available() else _first_call_of_one)
+    return facts
+
+
+def _said(fact: Callable[[], str]) -> str:
+    try:
+        return fact()
+    except Exception as error:  # of whatever kind: a report of what is there does not fail for what is not
+        return NONE + (str(error) or repr(error)).splitlines()[0]
+
+
+def _triton() -> str:
+    try:
+        return importlib.import_module("triton").__version__
+    except ImportError as error:
+        raise ImportError(f"most kernels for GPUs need Triton: {cuda.installation()} ({error})") from error
+
+
+def builds() -> list[tuple[str, tuple[tuple[str, str], ...]]]:
+    """Source and macros of every kernel in CUDA C++."""
+    return [*cuda_moe.builds(), *cuda_remask.builds()]
+
+
+def _first_calls() -> str:
+    """Of every kernel in CUDA C++, on the first GPU. What is compiled for that is kept."""
+    arch, left = cuda.architecture(0), 0
+    read: list[float] = []
+    compiled: list[float] = []
+    for source, defines in builds():
+        kept = cuda.is_kept(source, defines, arch)
+        if not kept and sum(compiled) > PATIENCE:
+            left += 1
+        else:
+            (read if kept else compiled).append(_seconds(cuda.cubin, source, defines, arch))
+    told = [f"{len(read)} read from the cache in {duration(sum(read))}"] if read else []
+    if compiled:
+        told.append(f"{len(compiled)} compiled in {duration(sum(compiled))}")
+    if left:
+        told.append(f"{left} still to compile at their first call")
+    return f"for {arch}, {', '.join(told)}"
+
+
+def _first_call_of_one() -> str:
+    """Without a GPU: one small kernel for another machine's."""
+    compiled = _seconds(cuda.compile, *SMALL)
+    cuda.cubin(*SMALL)
+    told = f"{SMALL[0]} for {SMALL[2]} compiled in {duration(compiled)}"
+    if not cuda.is_kept(*SMALL):
+        return f"{told}, not kept"
+    return f"{told}, read from the cache in {duration(_seconds(cuda.cubin, *SMALL))}"
+
+
+def _seconds(call: Callable[..., object], *arguments: object) -> float:
+    start = time.perf_counter()
+    call(*arguments)
+    return time.perf_counter() - start
+
+
 def ops() -> dict[str, dict[str, bool]]:
     """Every registered op, and which of `KEYS` PyTorch's dispatcher has a kernel for."""
     names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("twotower::"))
@@ -57,7 +126,16 @@ class Sizes:
     @property
     def long_context(self) -> int:
         """Weights, and one row of 128 K tokens."""
-        return sum(self.weights.values()) + LONG_CONTEXT * self.kv_per_token + self.state_per_row
+        return sum(self.weights.values()) + self._long_row
+
+    @property
+    def long_context_apart(self) -> dict[str, int]:
+        """The same per tower, each on a device of its own, where both keep the row."""
+        return {tower: weights + self._long_row for tower, weights in self.weights.items()}
+
+    @property
+    def _long_row(self) -> int:
+        return LONG_CONTEXT * self.kv_per_token + self.state_per_row
 
 
 def sizes(folder: Path) -> Sizes:
@@ -72,7 +150,7 @@ def sizes(folder: Path) -> Sizes:
     parameters: dict[str, int] = {}
     weights: dict[str, int] = {}
     for entry in entries:
-        tower = "backbone" if single else "context" if entry.key.startswith("context_") else "denoiser"
+        tower = "backbone" if single else tower_of(entry.key)
         parameters[tower] = parameters.get(tower, 0) + math.prod(entry.shape)
         weights[tower] = weights.get(tower, 0) + entry.nbytes
     width = getattr(torch, config.torch_dtype).itemsize
@@ -85,6 +163,11 @@ def sizes(folder: Path) -> Sizes:
         kv_per_token=2 * attention * config.num_key_value_heads * config.head_dim * width,
         state_per_row=mamba * (conv + scan),
     )
+
+
+def duration(seconds: float) -> str:
+    """A duration for a reader: three digits and a unit."""
+    return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 
 def size(number: int) -> str:

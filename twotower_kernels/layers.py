@@ -7,6 +7,7 @@ model, which fuses them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from twotower_kernels.config import TwoTowerConfig
 from twotower_kernels.huge_pages import on_huge_pages
 from twotower_kernels.ops import (
-    append_kv,
     block_attention,
     gated_rms_norm,
     mamba2_scan,
@@ -215,9 +215,9 @@ class Attention(nn.Module):
         index: Tensor | None = None,
         lengths: Tensor | None = None,
         causal: bool = False,
-        append: bool = False,
+        append: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Tensor:
-        """y; with `append`, the block's own keys and values are also written behind the context's."""
+        """y; the block's own keys and values `[B, S, Hkv, D]` are handed to `append`."""
         k_context, v_context, context_lens = context or (None, None, None)
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))  # [B, S, Hq, D]
         k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))  # [B, S, Hkv, D]
@@ -233,8 +233,8 @@ class Attention(nn.Module):
             block_lens=lengths,
             causal=causal,
         )
-        if append and context is not None:
-            append_kv(*context[:2], k, v, context[2], context_index=index, block_lens=lengths)
+        if append is not None:
+            append(k, v)
         return self.o_proj(y.flatten(2))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,11 @@ from twotower_kernels.huge_pages import on_huge_pages
 from twotower_kernels.layers import KEPT_WIDE, Stacked
 
 LARGE = 10**9  # bytes from which on loading shows a bar
+
+
+def tower_of(key: str) -> str:
+    """The tower that a key of the released layout belongs to: "context" or "denoiser"."""
+    return "context" if key.startswith("context_") else "denoiser"
 
 
 class Place(NamedTuple):
@@ -62,7 +68,7 @@ def places(model: nn.Module) -> dict[str, Place]:
 def fill(
     model: nn.Module,
     folder: Path,
-    device: torch.device,
+    devices: Mapping[str, torch.device],
     dtype: torch.dtype,
     known: set[str],
     progress: bool | None,
@@ -70,6 +76,7 @@ def fill(
     """Fills a model on the meta device from a checkpoint folder.
 
     Args:
+        devices: of each tower's weights.
         known: keys that a checkpoint may hold, whether or not this model wants them.
         progress: as in `TwoTowerModel.from_pretrained`.
 
@@ -85,9 +92,9 @@ def fill(
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {folder.name}", disable=not shown) as bar:
         for entry, tensor in checkpoint.tensors(sources):
             for key in sources[entry]:
-                _put(open_places.pop(key), key, tensor, dtype, dtypes[key], device)
+                _put(open_places.pop(key), key, tensor, dtype, dtypes[key], devices[tower_of(key)])
             bar.update(entry.nbytes)
-    _leave_unconditioned(open_places, device)
+    _leave_unconditioned(open_places, devices["denoiser"])
 
 
 def _sources(listed: list[Entry], wanted: set[str], known: set[str], folder: Path) -> dict[Entry, list[str]]:

@@ -14,7 +14,7 @@ different lengths needs nothing but the lengths.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -53,11 +53,15 @@ class TwoTowerModel(nn.Module):
     Args:
         config: the shape of both towers.
         device: of the weights.
+        context_device, denoiser_device: of one tower's weights; None: `device`. The denoiser's device then holds a copy
+            of the context, to which each commit sends what is new. Token ids may be on either device. Both towers on
+            one device share one state.
         dtype: of the weights; None: the config's `torch_dtype`. Router, A_log, D and dt_bias are float32 at least.
         towers: "both"; "context" (runs alone autoregressively, and makes states); "denoiser" (reads states).
 
     Raises:
-        ValueError: unknown `towers`. TypeError: a dtype that is not float64, float32, bfloat16 or float16.
+        ValueError: unknown `towers`; a device that is not there, or that is for a tower not asked for.
+        TypeError: a dtype that is not float64, float32, bfloat16 or float16.
     """
 
     def __init__(
@@ -65,19 +69,21 @@ class TwoTowerModel(nn.Module):
         config: TwoTowerConfig,
         *,
         device: torch.device | str = "cpu",
+        context_device: torch.device | str | None = None,
+        denoiser_device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         towers: str = "both",
     ) -> None:
         super().__init__()
-        if towers not in TOWERS:
-            raise ValueError(f"towers: expected one of {TOWERS}, got {towers!r}")
+        devices = _devices(towers, device, context_device, denoiser_device)
         self.config, self.towers = config, towers
-        factory: Factory = {"device": torch.device(device), "dtype": loading.weight_dtype(config, dtype)}
+        factory: Factory = {"device": devices["context"], "dtype": loading.weight_dtype(config, dtype)}
         hidden, layers = config.hidden_size, len(config.hybrid_override_pattern)
         if towers != "denoiser":
             self.context_tower = Tower(config, factory)
             self.context_lm_head = Linear(hidden, config.vocab_size, **factory)
         if towers != "context":
+            factory = factory | {"device": devices["denoiser"]}
             self.denoiser_tower = Tower(config, factory)
             self.lm_head = Linear(hidden, config.vocab_size, **factory)
             self.t_embedder = TimeEmbedder(hidden, factory)
@@ -85,7 +91,7 @@ class TwoTowerModel(nn.Module):
             tables = torch.empty(layers, 3, hidden, **factory)
             self.scale_shift_tables: Any = Stacked({"tables": "{}"}, tables=tables)
         self.requires_grad_(False)
-        if factory["device"].type != "meta":
+        if not any(p.is_meta for p in self.parameters()):
             draw_weights(self)
 
     @classmethod
@@ -94,6 +100,8 @@ class TwoTowerModel(nn.Module):
         path: str | Path,
         *,
         device: torch.device | str = "cpu",
+        context_device: torch.device | str | None = None,
+        denoiser_device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         towers: str = "both",
         progress: bool | None = None,
@@ -106,26 +114,34 @@ class TwoTowerModel(nn.Module):
 
         Args:
             path: the folder.
-            device, dtype, towers: as for the class, except that router, A_log, D and dt_bias keep their file's dtype if
-                it is the wider one. Weights of a tower that is not asked for are not read.
+            device, context_device, denoiser_device, dtype, towers: as for the class, except that router, A_log, D and
+                dt_bias keep their file's dtype if it is the wider one. Weights of a tower that is not asked for are
+                not read.
             progress: whether to show a bar on stderr; None: for more than 1 GB, if stderr is a terminal.
 
         Raises:
             FileNotFoundError: config, weights or a shard missing.
-            ValueError: a config, index or file that is damaged or hostile; a key missing, unknown, given twice, or of
-                the wrong shape or dtype. The message names file and key. All keys are checked before any is read.
+            ValueError: as for the class; a config, index or file that is damaged or hostile; a key missing, unknown,
+                given twice, or of the wrong shape or dtype. The message names file and key. All keys are checked before
+                any is read.
         """
+        devices = _devices(towers, device, context_device, denoiser_device)
         config = TwoTowerConfig.from_file(Path(path) / "config.json")
         model = cls(config, device="meta", dtype=dtype, towers=towers)
         # Keys that another choice of towers would read are passed over; those that nobody knows are an error.
         known = set(loading.places(model if towers == "both" else cls(config, device="meta", dtype=dtype)))
-        loading.fill(model, Path(path), torch.device(device), loading.weight_dtype(config, dtype), known, progress)
+        loading.fill(model, Path(path), devices, loading.weight_dtype(config, dtype), known, progress)
         return model
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
+        """Where the weights are, of two towers the context tower's."""
+        return (self.lm_head if self.towers == "denoiser" else self.context_lm_head).weight.device
+
+    @property
+    def denoiser_device(self) -> torch.device:
+        """Where the denoiser's weights are; for a context tower alone: `device`."""
+        return self.device if self.towers == "context" else self.lm_head.weight.device
 
     # --- the context tower ------------------------------------------------------------------------------------------
 
@@ -143,7 +159,7 @@ class TwoTowerModel(nn.Module):
             ValueError: ids of the wrong shape, dtype, device, or outside the vocabulary. RuntimeError: no such tower.
         """
         self._need("context")
-        self._check_ids("input_ids", input_ids)
+        input_ids = self._checked_ids("input_ids", input_ids, self.device)
 
         def mix(i: int, layer: Layer, x: Tensor) -> Tensor:
             if layer.letter == "M":
@@ -158,7 +174,7 @@ class TwoTowerModel(nn.Module):
         What stands beyond a row's length is ignored, but must be in the vocabulary. Raises as `commit`.
         """
         self._need("context")
-        self._check_ids("input_ids", input_ids)
+        input_ids = self._checked_ids("input_ids", input_ids, self.device)
         return self.commit(input_ids, self.empty_state(input_ids.shape[0]), lengths)
 
     @_without_gradients
@@ -181,7 +197,7 @@ class TwoTowerModel(nn.Module):
                 consumed, no such tower.
         """
         self._need("context")
-        self._check_ids("block_ids", block_ids, state)
+        block_ids = self._checked_ids("block_ids", block_ids, self.device, state)
         batch, size = block_ids.shape
         if lengths is not None:
             lengths = self._checked_lengths(lengths, batch, size)
@@ -199,7 +215,8 @@ class TwoTowerModel(nn.Module):
                 return y
             if layer.letter == "*":
                 context = old.k[i], old.v[i], old.lengths
-                return layer.mixer(x, context, lengths=lengths, causal=True, append=True)
+                append = partial(old.append, i, lengths=lengths)
+                return layer.mixer(x, context, lengths=lengths, causal=True, append=append)
             return layer.mixer(x)
 
         hidden = self._run(self.context_tower, block_ids, mix)  # [B, S, H]
@@ -208,13 +225,7 @@ class TwoTowerModel(nn.Module):
         else:
             newest = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
             last = torch.where(lengths[:, None] > 0, hidden.gather(1, newest)[:, 0], old.last_hidden)
-        new = old.replaced(
-            lengths=old.lengths + (size if lengths is None else lengths),
-            conv=conv,
-            ssm=ssm,
-            last_hidden=last,
-            longest=old.longest + size,
-        )
+        new = old.advanced(size, lengths, conv, ssm, last)
         state.consume()
         return new
 
@@ -226,9 +237,14 @@ class TwoTowerModel(nn.Module):
         """
         if batch < 0:
             raise ValueError(f"batch: expected 0 or more rows, got {batch}")
-        c, tower = self.config, self.denoiser_tower if self.towers == "denoiser" else self.context_tower
-        like = tower.embeddings.weight
-        wide = torch.promote_types(like.dtype, torch.float32)
+        if self.towers == "denoiser":
+            return self._empty_state(batch, self.lm_head.weight)
+        head = self.context_lm_head.weight
+        mirror = None if self.denoiser_device == self.device else self._empty_state(batch, self.lm_head.weight)
+        return self._empty_state(batch, head).replaced(head=head, mirror=mirror)
+
+    def _empty_state(self, batch: int, like: Tensor) -> ContextState:
+        c, wide = self.config, torch.promote_types(like.dtype, torch.float32)
         with torch.inference_mode():
             kv = (batch, 0, c.num_key_value_heads, c.head_dim)
             ssm = (batch, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
@@ -239,7 +255,7 @@ class TwoTowerModel(nn.Module):
                 conv={i: like.new_zeros(batch, c.mamba_channels, c.conv_kernel - 1) for i in c.layers("M")},
                 ssm={i: like.new_zeros(ssm, dtype=wide) for i in c.layers("M")},
                 last_hidden=like.new_zeros(batch, c.hidden_size),
-                head=None if self.towers == "denoiser" else self.context_lm_head.weight,
+                head=None,
                 index=None,
                 longest=0,
             )
@@ -264,7 +280,8 @@ class TwoTowerModel(nn.Module):
                 no such tower.
         """
         self._need("denoiser")
-        self._check_ids("block_ids", block_ids, state)
+        block_ids = self._checked_ids("block_ids", block_ids, self.denoiser_device, state)
+        state = state.for_denoiser
 
         def mix(i: int, layer: Layer, x: Tensor) -> Tensor:
             if layer.letter == "M":
@@ -285,14 +302,12 @@ class TwoTowerModel(nn.Module):
             if not 0 <= t <= 1:  # NaN fails too
                 raise ValueError(f"t: expected a number in [0, 1], got {t}")
             t = torch.full((batch,), float(t), dtype=torch.float64, device=ids.device)
-        elif t.shape not in ((), (batch,)) or not t.is_floating_point() or t.device != ids.device:
-            raise ValueError(
-                f"t: expected floating numbers, one or [{batch}], on {ids.device}, got {t.dtype} {list(t.shape)} "
-                f"on {t.device}"
-            )
+        elif t.shape not in ((), (batch,)) or not t.is_floating_point():
+            raise ValueError(f"t: expected floating numbers, one or [{batch}], got {t.dtype} {list(t.shape)}")
         elif _readable(t) and not bool(((t >= 0) & (t <= 1)).all()):
             raise ValueError(f"t: expected numbers in [0, 1], got {t.tolist()}")
-        shared = self.t_block(self.t_embedder(t.expand(batch))).unflatten(-1, (3, -1))  # [B, 3, H]
+        self._check_device("t", t)
+        shared = self.t_block(self.t_embedder(t.to(ids.device).expand(batch))).unflatten(-1, (3, -1))  # [B, 3, H]
         modulation = self.scale_shift_tables.tables[:, None] + shared  # [layers, B, 3, H]
         return [(layer[:, 0], layer[:, 1], layer[:, 2]) for layer in modulation]
 
@@ -332,13 +347,18 @@ class TwoTowerModel(nn.Module):
         if self.towers not in ("both", tower):
             raise RuntimeError(f"expected a model with the {tower} tower, got one loaded with towers={self.towers!r}")
 
-    def _check_ids(self, name: str, ids: Tensor, state: ContextState | None = None) -> None:
+    def _check_device(self, name: str, tensor: Tensor) -> None:
+        if tensor.device != self.device and tensor.device != self.denoiser_device:
+            other = "" if self.denoiser_device == self.device else f" or {self.denoiser_device}"
+            raise ValueError(f"{name}: expected device {self.device}{other}, got {tensor.device}")
+
+    def _checked_ids(self, name: str, ids: Tensor, device: torch.device, state: ContextState | None = None) -> Tensor:
+        """The ids on the device of the tower that reads them; they come from either."""
         if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{name}: expected int64 or int32 [B, S], got {ids.dtype} {list(ids.shape)}")
         if state is not None and ids.shape[0] != state.batch_size:
             raise ValueError(f"{name}: expected {state.batch_size} rows as the state has, got {ids.shape[0]}")
-        if ids.device != self.device:
-            raise ValueError(f"{name}: expected device {self.device}, got {ids.device}")
+        self._check_device(name, ids)
         vocabulary = self.config.vocab_size
         if _readable(ids) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             row, column = ((ids < 0) | (ids >= vocabulary)).nonzero()[0].tolist()
@@ -346,6 +366,7 @@ class TwoTowerModel(nn.Module):
                 f"{name}: token {int(ids[row, column])} at row {row}, position {column} is outside the vocabulary "
                 f"of {vocabulary}"
             )
+        return ids.to(device)
 
     def _checked_lengths(self, lengths: Tensor | Sequence[int], batch: int, size: int) -> Tensor:
         lengths = torch.as_tensor(lengths, device=self.device)
@@ -354,6 +375,28 @@ class TwoTowerModel(nn.Module):
         if _readable(lengths) and bool(((lengths < 0) | (lengths > size)).any()):
             raise ValueError(f"lengths: expected [{batch}] values in 0..{size}, got {lengths.tolist()}")
         return lengths.long()
+
+
+def _devices(
+    towers: str,
+    device: torch.device | str,
+    context_device: torch.device | str | None,
+    denoiser_device: torch.device | str | None,
+) -> dict[str, torch.device]:
+    """The device of each tower, checked."""
+    if towers not in TOWERS:
+        raise ValueError(f"towers: expected one of {TOWERS}, got {towers!r}")
+    found = {}
+    for tower, own in (("context", context_device), ("denoiser", denoiser_device)):
+        if own is not None and towers not in ("both", tower):
+            raise ValueError(f"{tower}_device: expected None for towers={towers!r}, got {str(own)!r}")
+        name, chosen = ("device", device) if own is None else (f"{tower}_device", own)
+        try:
+            found[tower] = torch.empty(0, device=chosen).device  # "cuda" is the current GPU
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"{name}: expected a device of this machine, got {str(chosen)!r} ({reason})") from error
+    return found
 
 
 def _readable(tensor: Any) -> bool:

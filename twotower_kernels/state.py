@@ -4,6 +4,9 @@ Keys and values are stored with room to spare and appended to in place; the room
 tokens is copied O(1) times per token. A state that was selected or forked from another one reads that one's storage
 through an index, without a copy, until it is committed to: dropping rows or sampling many continuations of one context
 costs nothing in the denoiser's steps.
+
+A denoiser on another device than the context tower reads a mirror: the same context in storage of its own device. Every
+commit sends it the new tokens' keys and values and the Mamba-2 states; what it already has is never sent again.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.huge_pages import on_huge_pages
+from twotower_kernels.ops import append_kv
 from twotower_kernels.ops.linear import linear
 
 _SPARE = 64  # tokens of room to spare at least
@@ -33,6 +37,7 @@ class ContextState:
     head: `[V, H]`, that head's weight; None for a model without context tower.
     index: `[B]` int64, the storage row of each row; None: its own, R = B.
     longest: at least the longest length, known without asking the device.
+    mirror: the same context on the denoiser's device; None: it is this one's.
     """
 
     lengths: Tensor
@@ -44,6 +49,7 @@ class ContextState:
     head: Tensor | None
     index: Tensor | None
     longest: int
+    mirror: ContextState | None = None
 
     def __getattr__(self, name: str) -> Any:  # reached only by what is not there: everything, once consumed
         if name.startswith("__") or self.__dict__:
@@ -89,7 +95,11 @@ class ContextState:
                 raise TypeError(f"rows: expected integers or booleans, got {rows.dtype}")
             rows = rows.long()  # an empty list
         own = torch.arange(self.batch_size, device=rows.device) if self.index is None else self.index
-        return self.replaced(lengths=self.lengths[rows], index=own[rows])
+        if self.mirror is None:
+            return self.replaced(lengths=self.lengths[rows], index=own[rows])
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero()[:, 0]  # counted on one device alone
+        return self.replaced(lengths=self.lengths[rows], index=own[rows], mirror=self.mirror.select(rows))
 
     def fork(self, n: int) -> ContextState:
         """n copies of every row, next to each other: n continuations of each context. The original stays usable.
@@ -103,6 +113,45 @@ class ContextState:
 
     # --- for the model ----------------------------------------------------------------------------------------------
 
+    @property
+    def for_denoiser(self) -> ContextState:
+        """This context where the denoiser reads it."""
+        return self.mirror or self
+
+    def append(self, layer: int, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
+        """Writes a block's keys and values `[B, S, Hkv, D]` behind those of an attention layer, and in the mirror.
+
+        There must be room. They count once `advanced` says so.
+        """
+        append_kv(self.k[layer], self.v[layer], k, v, self.lengths, block_lens=lengths)
+        if self.mirror is not None:
+            device = self.mirror.lengths.device
+            self.mirror.append(layer, k.to(device), v.to(device), None if lengths is None else lengths.to(device))
+
+    def advanced(
+        self, size: int, lengths: Tensor | None, conv: dict[int, Tensor], ssm: dict[int, Tensor], last_hidden: Tensor
+    ) -> ContextState:
+        """This state, and its mirror, after a block `[B, size]` of which `lengths` tokens count (None: all): with the
+        Mamba-2 states and the last token's output from there. Its keys and values are appended already."""
+        mirror = self.mirror
+        if mirror is not None:
+            device = mirror.lengths.device
+            mirror = mirror.advanced(
+                size,
+                None if lengths is None else lengths.to(device),
+                {i: state.to(device) for i, state in conv.items()},
+                {i: state.to(device) for i, state in ssm.items()},
+                last_hidden.to(device),
+            )
+        return self.replaced(
+            lengths=self.lengths + (size if lengths is None else lengths),
+            conv=conv,
+            ssm=ssm,
+            last_hidden=last_hidden,
+            longest=self.longest + size,
+            mirror=mirror,
+        )
+
     def room_for(self, tokens: int) -> ContextState:
         """This state with storage of its own, and room for so many more tokens in every row. Consumes nothing."""
         capacity = min((k.shape[1] for k in self.k.values()), default=1 << 62)
@@ -110,9 +159,20 @@ class ContextState:
             return self
         # `longest` is a bound. Before the storage is moved, which is rare, ask the device for the truth.
         longest = int(self.lengths.max()) if self.batch_size else 0
-        needed = longest + tokens
-        if self.index is None and needed <= capacity:
+        if self.index is None and longest + tokens <= capacity:
             return self.replaced(longest=longest)
+        return self._moved(longest, longest + tokens)
+
+    def replaced(self, **changed: Any) -> ContextState:
+        """Another state with some fields changed, which shares the storage of this one."""
+        return ContextState(**{f.name: getattr(self, f.name) for f in fields(self)} | changed)
+
+    def consume(self) -> None:
+        """Makes any later use an error: its storage now belongs to the state that commit returned."""
+        self.__dict__.clear()
+
+    def _moved(self, longest: int, needed: int) -> ContextState:
+        """In storage of its own with room for `needed` tokens and some to spare; and so the mirror, on its device."""
 
         def moved(storage: Tensor) -> Tensor:  # [R, T, Hkv, D] -> [B, needed and spare, Hkv, D]
             room = needed + needed // 2 + _SPARE
@@ -129,15 +189,8 @@ class ContextState:
             last_hidden=self._rows(self.last_hidden),
             index=None,
             longest=longest,
+            mirror=self.mirror and self.mirror._moved(longest, needed),
         )
-
-    def replaced(self, **changed: Any) -> ContextState:
-        """Another state with some fields changed, which shares the storage of this one."""
-        return ContextState(**{f.name: getattr(self, f.name) for f in fields(self)} | changed)
-
-    def consume(self) -> None:
-        """Makes any later use an error: its storage now belongs to the state that commit returned."""
-        self.__dict__.clear()
 
     def _rows(self, storage: Tensor) -> Tensor:
         return storage if self.index is None else storage.index_select(0, self.index)
