@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,3 +112,12 @@ def relative_errors(
         ]
         sums = [(a + c, b + d) for (a, b), (c, d) in zip(sums or [(0.0, 0.0)] * len(errors), errors, strict=True)]
     return [(a / b) ** 0.5 if b else float(a > 0) for a, b in sums]
+
+
+def assert_gate_faithful(logits: Tensor, x: Tensor, gate_weight: Tensor) -> None:
+    """Within 4 roundings of the size of what is summed. The truth is summed in extended precision: the specification,
+    in float64, cannot be a yardstick for itself."""
+    assert logits.dtype == torch.float64 and logits.shape == (len(x), len(gate_weight))
+    wide, weight = (tensor.double().numpy().astype(np.longdouble) for tensor in (x, gate_weight))
+    error = np.abs(logits.numpy() - wide @ weight.T)
+    assert (error <= 4 * np.finfo(np.float64).eps * (np.abs(wide) @ np.abs(weight).T)).all()

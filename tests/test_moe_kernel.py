@@ -1,6 +1,5 @@
 """The router's kernels: product, choice and plan against the specification; registration; errors."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +8,14 @@ from torch import Tensor
 
 import twotower_kernels as tt
 from reference import moe
-from tests.kernel_checks import DTYPES, ISAS, assert_op_within_budget, awkward, instruction_set
-
-EPS = torch.finfo(torch.float64).eps
+from tests.kernel_checks import (
+    DTYPES,
+    ISAS,
+    assert_gate_faithful,
+    assert_op_within_budget,
+    awkward,
+    instruction_set,
+)
 
 
 def permuted(tensor: Tensor) -> Tensor:
@@ -22,12 +26,7 @@ def permuted(tensor: Tensor) -> Tensor:
 
 
 def assert_faithful(inputs: dict, layout: int = 0) -> None:
-    """Within 4 roundings of the size of what is summed. The truth is summed in extended precision."""
-    x, weight = (inputs[name].double().numpy().astype(np.longdouble) for name in ("x", "gate_weight"))
-    got = tt.moe_gate(**{name: awkward(value, layout) for name, value in inputs.items()})
-    assert got.dtype == torch.float64 and got.shape == (len(x), len(weight))
-    error = np.abs(got.numpy() - x @ weight.T)
-    assert (error <= 4 * EPS * (np.abs(x) @ np.abs(weight).T)).all()
+    assert_gate_faithful(tt.moe_gate(**{name: awkward(value, layout) for name, value in inputs.items()}), **inputs)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -1,5 +1,5 @@
 """Mixture of experts: router, choice, plan, experts. Formulas: `reference/moe.py`; kernels: `csrc/cpu/moe_*.cpp`,
-`triton/moe.py`."""
+`csrc/cuda/moe_*.cu`, `triton/moe.py`."""
 
 from typing import NamedTuple
 
@@ -226,12 +226,12 @@ def _check_plan(plan: MoePlan, e: int, experts: Tensor) -> None:
 # --- registration ---------------------------------------------------------------------------------------------------
 
 
-def _empty_logits(x: Tensor, gate_weight: Tensor) -> Tensor:
+def empty_logits(x: Tensor, gate_weight: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], gate_weight.shape[0]), dtype=torch.float64)
 
 
 def _gate(x: Tensor, gate_weight: Tensor) -> Tensor:
-    logits = _empty_logits(x, gate_weight)
+    logits = empty_logits(x, gate_weight)
     cpu.call("moe_gate", x, gate_weight, logits)
     return logits
 
@@ -301,8 +301,8 @@ def _experts(
 define(
     "moe_gate(Tensor x, Tensor gate_weight) -> Tensor",
     cpu=_gate,
-    cuda="triton.moe_plain:moe_gate",
-    fake=_empty_logits,
+    cuda="cuda_moe:moe_gate",
+    fake=empty_logits,
 )
 define(
     "moe_route(Tensor logits, Tensor? correction_bias, int top_k, bool softmax, int n_group, int topk_group, "
