@@ -105,6 +105,27 @@ def calls(interpreted: bool) -> Iterator[tuple[str, Callable[..., Any], Callable
                 yield f"{op}[{label}]", package_op(op), getattr(module, op), make
 
 
+def planned_calls() -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any], Callable[..., Any]]]:
+    """The same of the model's own way to choose experts, with the plan in one launch."""
+    from reference import moe
+    from twotower_kernels.ops.moe import moe_route_plan
+
+    def ours(**inputs: Any) -> tuple[Tensor, ...]:
+        weights, experts, plan = moe_route_plan(**inputs)
+        return weights, experts, *plan
+
+    def reference(**inputs: Any) -> tuple[Tensor, ...]:
+        weights, experts = moe.moe_route(**inputs)
+        return weights, experts, *moe.moe_plan(experts, inputs["logits"].shape[1])
+
+    for case in moe.CASES["moe_route"]:
+
+        def make(dtype: torch.dtype, case: str = case) -> Any:
+            return moe.make_inputs("moe_route", case, dtype=dtype)
+
+        yield f"moe_route_plan[{case}]", ours, reference, make
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu_checks", description=__doc__)
     parser.add_argument("--interpret", action="store_true", help="in Triton's interpreter, on the CPU")
@@ -118,7 +139,8 @@ def main() -> None:
 
     device, passed, failed, start = "cpu" if options.interpret else "cuda", 0, [], time.perf_counter()
     with triton_kernels() if options.interpret else nullcontext():
-        for label, ours, reference, make in calls(options.interpret):
+        planned = () if options.interpret else planned_calls()
+        for label, ours, reference, make in itertools.chain(calls(options.interpret), planned):
             if options.only not in label:
                 continue
             for dtype in DTYPES:

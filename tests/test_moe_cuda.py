@@ -64,6 +64,12 @@ def test_every_routing_and_plan(case: str, build: str) -> None:
         assert_op_within_budget(tt.moe_plan, moe.moe_plan, moe.make_inputs("moe_plan", case))
 
 
+@pytest.mark.parametrize("case", moe.CASES["moe_route"])
+def test_a_choice_with_its_plan(case: str) -> None:
+    with cuda_kernels():
+        cpu_tests.test_a_choice_with_its_plan(case)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [

@@ -16,6 +16,7 @@ from tests.kernel_checks import (
     awkward,
     instruction_set,
 )
+from twotower_kernels.ops.moe import moe_route_plan
 
 
 def permuted(tensor: Tensor) -> Tensor:
@@ -179,6 +180,16 @@ def test_every_plan(case: str, isa: str) -> None:
         assert_op_within_budget(tt.moe_plan, moe.moe_plan, moe.make_inputs("moe_plan", case))
 
 
+@pytest.mark.parametrize("case", moe.CASES["moe_route"])
+def test_a_choice_with_its_plan(case: str) -> None:
+    inputs = moe.make_inputs("moe_route", case)
+    weights, experts, plan = moe_route_plan(**inputs)
+    alone = tt.moe_route(**inputs)
+    assert torch.equal(weights, alone[0]) and torch.equal(experts, alone[1])
+    for got, expected in zip(plan, tt.moe_plan(experts, inputs["logits"].shape[1]), strict=True):
+        assert torch.equal(got, expected)
+
+
 # --- registration and errors ------------------------------------------------------------------------------------------
 
 
@@ -194,6 +205,8 @@ def test_registration(layout: str) -> None:
     check(torch.ops.twotower.moe_route.default, (lay(route["logits"]), route["correction_bias"], *options))
     check(torch.ops.twotower.moe_route.default, (lay(route["logits"]), None, *options))
     check(torch.ops.twotower.moe_plan.default, (experts, 16))
+    check(torch.ops.twotower.moe_route_plan.default, (lay(route["logits"]), route["correction_bias"], *options))
+    check(torch.ops.twotower.moe_route_plan.default, (lay(route["logits"]), None, *options))
 
 
 X, W, L, I = torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(2, 6), torch.zeros(2, 2, dtype=torch.int32)  # noqa: E741
@@ -222,6 +235,8 @@ X, W, L, I = torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(2, 6), torch.zero
         (lambda: tt.moe_route(L, L[0].int(), top_k=1), TypeError, "correction_bias: expected float64"),
         (lambda: tt.moe_route(L, L[0].to("meta"), top_k=1), ValueError, "correction_bias: expected device cpu"),
         (lambda: tt.moe_route(L.clone().requires_grad_(), top_k=1), ValueError, "logits: moe_route is not diff"),
+        (lambda: moe_route_plan(L, top_k=7), ValueError, "top_k: expected 1..6 for 6 experts, got 7"),
+        (lambda: moe_route_plan(L.clone().requires_grad_(), top_k=1), ValueError, "logits: moe_route is not diff"),
         (lambda: tt.moe_plan(I[0], 3), ValueError, r"experts: expected \[N, k\], got \[2\]"),
         (lambda: tt.moe_plan(I.float(), 3), TypeError, "experts: expected int32 or int64, got torch.float32"),
         (lambda: tt.moe_plan(I + 3, 3), ValueError, r"experts: expected 0..2 for 3 experts, got 3..3"),

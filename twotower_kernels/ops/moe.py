@@ -1,7 +1,7 @@
 """Mixture of experts: router, choice, plan, experts. Formulas: `reference/moe.py`; kernels: `csrc/cpu/moe_*.cpp`,
 `csrc/cuda/moe_*.cu`, `triton/moe.py`."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,27 +82,27 @@ def moe_route(
         ValueError: wrong shape or device, `top_k` or groups that do not fit E, an unknown score, an argument that
             requires grad. TypeError: wrong dtype.
     """
-    if logits.ndim != 2:
-        raise ValueError(f"logits: expected [N, E], got {list(logits.shape)}")
-    if logits.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"logits: expected float32 or float64, got {logits.dtype}")
-    if score not in SCORES:
-        raise ValueError(f"score: expected one of {SCORES}, got {score!r}")
-    e = logits.shape[1]
-    if n_group < 1 or e % n_group:
-        raise ValueError(f"n_group: expected a divisor of {e} experts, got {n_group}")
-    if not 1 <= topk_group <= n_group:
-        raise ValueError(f"topk_group: expected 1..{n_group} for {n_group} groups, got {topk_group}")
-    if not 1 <= top_k <= e:
-        raise ValueError(f"top_k: expected 1..{e} for {e} experts, got {top_k}")
-    if correction_bias is not None and correction_bias.shape != (e,):
-        raise ValueError(f"correction_bias: expected shape {[e]}, got {list(correction_bias.shape)}")
-    check_float(correction_bias=correction_bias)
-    same_device(logits, correction_bias=correction_bias)
-    refuse_gradients("moe_route", logits=logits, correction_bias=correction_bias)
     return torch.ops.twotower.moe_route.default(
-        logits, correction_bias, top_k, score == "softmax", n_group, topk_group, renormalize, scaling
+        *_checked_route(logits, correction_bias, top_k, score, n_group, topk_group, renormalize, scaling)
     )
+
+
+def moe_route_plan(
+    logits: Tensor,
+    correction_bias: Tensor | None = None,
+    *,
+    top_k: int,
+    score: str = "sigmoid",
+    n_group: int = 1,
+    topk_group: int = 1,
+    renormalize: bool = True,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor, MoePlan]:
+    """`moe_route` and the `moe_plan` of its experts, which a GPU makes in one launch. Not public: the model's."""
+    weights, experts, *plan = torch.ops.twotower.moe_route_plan.default(
+        *_checked_route(logits, correction_bias, top_k, score, n_group, topk_group, renormalize, scaling)
+    )
+    return weights, experts, MoePlan(*plan)
 
 
 def moe_plan(experts: Tensor, num_experts: int) -> MoePlan:
@@ -193,6 +193,38 @@ def moe_experts(
     )
 
 
+def _checked_route(
+    logits: Tensor,
+    correction_bias: Tensor | None,
+    top_k: int,
+    score: str,
+    n_group: int,
+    topk_group: int,
+    renormalize: bool,
+    scaling: float,
+) -> tuple[Any, ...]:
+    """The operator's arguments."""
+    if logits.ndim != 2:
+        raise ValueError(f"logits: expected [N, E], got {list(logits.shape)}")
+    if logits.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"logits: expected float32 or float64, got {logits.dtype}")
+    if score not in SCORES:
+        raise ValueError(f"score: expected one of {SCORES}, got {score!r}")
+    e = logits.shape[1]
+    if n_group < 1 or e % n_group:
+        raise ValueError(f"n_group: expected a divisor of {e} experts, got {n_group}")
+    if not 1 <= topk_group <= n_group:
+        raise ValueError(f"topk_group: expected 1..{n_group} for {n_group} groups, got {topk_group}")
+    if not 1 <= top_k <= e:
+        raise ValueError(f"top_k: expected 1..{e} for {e} experts, got {top_k}")
+    if correction_bias is not None and correction_bias.shape != (e,):
+        raise ValueError(f"correction_bias: expected shape {[e]}, got {list(correction_bias.shape)}")
+    check_float(correction_bias=correction_bias)
+    same_device(logits, correction_bias=correction_bias)
+    refuse_gradients("moe_route", logits=logits, correction_bias=correction_bias)
+    return logits, correction_bias, top_k, score == "softmax", n_group, topk_group, renormalize, scaling
+
+
 def _check_experts(experts: Tensor) -> None:
     if experts.ndim != 2:
         raise ValueError(f"experts: expected [N, k], got {list(experts.shape)}")
@@ -267,9 +299,25 @@ def _plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
         low, high = (int(bound) for bound in experts.aminmax())
         if low < 0 or high >= num_experts:
             raise ValueError(f"experts: expected 0..{num_experts - 1} for {num_experts} experts, got {low}..{high}")
-    counts, offsets, pairs = empty_plan(experts, num_experts)
-    cpu.call("moe_plan", experts, counts, offsets, pairs)
-    return counts, offsets, pairs
+    return _plan_in_bounds(experts, num_experts)
+
+
+def _plan_in_bounds(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    plan = empty_plan(experts, num_experts)
+    cpu.call("moe_plan", experts, *plan)
+    return plan
+
+
+def _route_plan(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weights, experts = _route(logits, *arguments)
+    return weights, experts, *_plan_in_bounds(experts, logits.shape[1])
+
+
+def _empty_route_plan(
+    logits: Tensor, correction_bias: Tensor | None, top_k: int, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weights, experts = empty_choice(logits, top_k)
+    return weights, experts, *empty_plan(experts, logits.shape[1])
 
 
 def _experts(
@@ -285,16 +333,15 @@ def _experts(
     shared_down: Tensor | None,
     activation: str,
 ) -> Tensor:
-    # Planning costs nothing beside the experts. So a given plan is checked against it: one of other experts, or one
-    # with numbers out of bounds, is an error here and not a wrong result.
-    plan = _plan(experts, w_up.shape[0])
-    for given, own in zip((counts, offsets, pairs), plan, strict=True):
-        if given is not None and not torch.equal(given, own):
-            raise ValueError("plan: expected moe_plan(experts, E) of these experts, got another")
+    if counts is None or offsets is None or pairs is None:
+        counts, offsets, pairs = _plan(experts, w_up.shape[0])
+    elif not cpu.call("moe_plan_holds", experts, counts, offsets, pairs):
+        # A plan of other experts, or one with numbers out of bounds, is an error here and not a wrong result.
+        raise ValueError("plan: expected moe_plan(experts, E) of these experts, got another")
     out = x.new_empty(x.shape)
     total = out if x.dtype in (torch.float32, torch.float64) else x.new_empty(x.shape, dtype=torch.float32)
     number = ACTIVATIONS.index(activation)
-    cpu.call("moe_experts", x, w_up, w_down, weights, plan[1], plan[2], shared_up, shared_down, total, out, number)
+    cpu.call("moe_experts", x, w_up, w_down, weights, offsets, pairs, shared_up, shared_down, total, out, number)
     return out
 
 
@@ -310,6 +357,13 @@ define(
     cpu=_route,
     cuda="cuda_moe:moe_route",
     fake=lambda logits, correction_bias, top_k, *_: empty_choice(logits, top_k),
+)
+define(
+    "moe_route_plan(Tensor logits, Tensor? correction_bias, int top_k, bool softmax, int n_group, int topk_group, "
+    "bool renormalize, float scaling) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cpu=_route_plan,
+    cuda="cuda_moe:moe_route_plan",
+    fake=_empty_route_plan,
 )
 define(
     "moe_plan(Tensor experts, int num_experts) -> (Tensor, Tensor, Tensor)",
