@@ -105,25 +105,26 @@ def calls(interpreted: bool) -> Iterator[tuple[str, Callable[..., Any], Callable
                 yield f"{op}[{label}]", package_op(op), getattr(module, op), make
 
 
-def planned_calls() -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any], Callable[..., Any]]]:
-    """The same of the model's own way to choose experts, with the plan in one launch."""
+def router_calls() -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any], Callable[..., Any]]]:
+    """The same of the model's router: product, choice and plan together."""
     from reference import moe
-    from twotower_kernels.ops.moe import moe_route_plan
+    from tests.kernel_checks import router_inputs
+    from twotower_kernels.ops.moe import moe_router
 
-    def ours(**inputs: Any) -> tuple[Tensor, ...]:
-        weights, experts, plan = moe_route_plan(**inputs)
+    def ours(x: Tensor, gate_weight: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        weights, experts, plan = moe_router(x, gate_weight, **options)
         return weights, experts, *plan
 
-    def reference(**inputs: Any) -> tuple[Tensor, ...]:
-        weights, experts = moe.moe_route(**inputs)
-        return weights, experts, *moe.moe_plan(experts, inputs["logits"].shape[1])
+    def reference(x: Tensor, gate_weight: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        weights, experts = moe.moe_route(moe.moe_gate(x, gate_weight), **options)
+        return weights, experts, *moe.moe_plan(experts, len(gate_weight))
 
     for case in moe.CASES["moe_route"]:
 
         def make(dtype: torch.dtype, case: str = case) -> Any:
-            return moe.make_inputs("moe_route", case, dtype=dtype)
+            return router_inputs(case, dtype)
 
-        yield f"moe_route_plan[{case}]", ours, reference, make
+        yield f"moe_router[{case}]", ours, reference, make
 
 
 def main() -> None:
@@ -139,8 +140,8 @@ def main() -> None:
 
     device, passed, failed, start = "cpu" if options.interpret else "cuda", 0, [], time.perf_counter()
     with triton_kernels() if options.interpret else nullcontext():
-        planned = () if options.interpret else planned_calls()
-        for label, ours, reference, make in itertools.chain(calls(options.interpret), planned):
+        router = () if options.interpret else router_calls()
+        for label, ours, reference, make in itertools.chain(calls(options.interpret), router):
             if options.only not in label:
                 continue
             for dtype in DTYPES:

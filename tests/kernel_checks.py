@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reference import moe
 from tests.compare import assert_within_budget
 from twotower_kernels import cpu
 
@@ -121,3 +122,11 @@ def assert_gate_faithful(logits: Tensor, x: Tensor, gate_weight: Tensor) -> None
     wide, weight = (tensor.double().numpy().astype(np.longdouble) for tensor in (x, gate_weight))
     error = np.abs(logits.numpy() - wide @ weight.T)
     assert (error <= 4 * np.finfo(np.float64).eps * (np.abs(wide) @ np.abs(weight).T)).all()
+
+
+def router_inputs(case: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of `moe_router` for a case of `moe_route`: logits of about 1, x of this dtype."""
+    inputs = moe.make_inputs("moe_route", case)
+    n, e = inputs.pop("logits").shape
+    product = moe.make_inputs("moe_gate", dict(n=n, e=e, h=100), dtype=dtype)
+    return dict(x=product["x"], gate_weight=product["gate_weight"] / 10, **inputs)

@@ -1,5 +1,7 @@
 """The router's CUDA C++ kernels, run on a host: the CPU kernels' demands, and what is peculiar to them."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -7,9 +9,10 @@ import twotower_kernels as tt
 from reference import moe
 from tests import test_moe_kernel as cpu_tests
 from tests.kernel_checks import DTYPES, assert_op_within_budget
+from tests.random_models import models
 from tests.simt.executor import SimtError
 from tests.simt.overlay import cuda_kernels, simulated
-from twotower_kernels import cuda_moe
+from twotower_kernels import cuda, cuda_moe
 
 PROPERTIES = (
     cpu_tests.test_gate_of_any_shape_layout_and_pair_of_dtypes,
@@ -65,9 +68,19 @@ def test_every_routing_and_plan(case: str, build: str) -> None:
 
 
 @pytest.mark.parametrize("case", moe.CASES["moe_route"])
-def test_a_choice_with_its_plan(case: str) -> None:
+def test_the_router_is_product_choice_and_plan(case: str) -> None:
     with cuda_kernels():
-        cpu_tests.test_a_choice_with_its_plan(case)
+        cpu_tests.test_the_router_is_product_choice_and_plan(case)
+
+
+def test_a_layer_takes_two_launches_for_its_routing() -> None:
+    layer = models("E", torch.float32).ours.denoiser_tower.layers[0].mixer
+    x = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), cuda_kernels(), patch.object(cuda, "launch", wraps=cuda.launch) as launch:
+        got = layer(x)
+    names = [call.args[0].name for call in launch.call_args_list]
+    assert names == ["moe_gate_kernel", "moe_route_plan_kernel"]
+    torch.testing.assert_close(got, layer(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

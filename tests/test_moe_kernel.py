@@ -15,8 +15,9 @@ from tests.kernel_checks import (
     assert_op_within_budget,
     awkward,
     instruction_set,
+    router_inputs,
 )
-from twotower_kernels.ops.moe import moe_route_plan
+from twotower_kernels.ops.moe import moe_router
 
 
 def permuted(tensor: Tensor) -> Tensor:
@@ -181,13 +182,16 @@ def test_every_plan(case: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("case", moe.CASES["moe_route"])
-def test_a_choice_with_its_plan(case: str) -> None:
-    inputs = moe.make_inputs("moe_route", case)
-    weights, experts, plan = moe_route_plan(**inputs)
-    alone = tt.moe_route(**inputs)
-    assert torch.equal(weights, alone[0]) and torch.equal(experts, alone[1])
-    for got, expected in zip(plan, tt.moe_plan(experts, inputs["logits"].shape[1]), strict=True):
-        assert torch.equal(got, expected)
+def test_the_router_is_product_choice_and_plan(case: str) -> None:
+    for dtype in DTYPES:
+        inputs = router_inputs(case, dtype)
+        weights, experts, plan = moe_router(**inputs)
+        x, gate_weight = inputs.pop("x"), inputs.pop("gate_weight")
+        alone = tt.moe_route(tt.moe_gate(x, gate_weight), **inputs)
+        for got, expected in zip(
+            (weights, experts, *plan), (*alone, *tt.moe_plan(experts, len(gate_weight))), strict=True
+        ):
+            assert torch.equal(got, expected)
 
 
 # --- registration and errors ------------------------------------------------------------------------------------------
@@ -205,8 +209,10 @@ def test_registration(layout: str) -> None:
     check(torch.ops.twotower.moe_route.default, (lay(route["logits"]), route["correction_bias"], *options))
     check(torch.ops.twotower.moe_route.default, (lay(route["logits"]), None, *options))
     check(torch.ops.twotower.moe_plan.default, (experts, 16))
-    check(torch.ops.twotower.moe_route_plan.default, (lay(route["logits"]), route["correction_bias"], *options))
-    check(torch.ops.twotower.moe_route_plan.default, (lay(route["logits"]), None, *options))
+    router = router_inputs("grouped", torch.bfloat16)
+    factors = lay(router["x"]), lay(router["gate_weight"])
+    check(torch.ops.twotower.moe_router.default, (*factors, router["correction_bias"], *options))
+    check(torch.ops.twotower.moe_router.default, (*factors, None, *options))
 
 
 X, W, L, I = torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(2, 6), torch.zeros(2, 2, dtype=torch.int32)  # noqa: E741
@@ -235,8 +241,12 @@ X, W, L, I = torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(2, 6), torch.zero
         (lambda: tt.moe_route(L, L[0].int(), top_k=1), TypeError, "correction_bias: expected float64"),
         (lambda: tt.moe_route(L, L[0].to("meta"), top_k=1), ValueError, "correction_bias: expected device cpu"),
         (lambda: tt.moe_route(L.clone().requires_grad_(), top_k=1), ValueError, "logits: moe_route is not diff"),
-        (lambda: moe_route_plan(L, top_k=7), ValueError, "top_k: expected 1..6 for 6 experts, got 7"),
-        (lambda: moe_route_plan(L.clone().requires_grad_(), top_k=1), ValueError, "logits: moe_route is not diff"),
+        (lambda: moe_router(X, W[0], top_k=1), ValueError, r"gate_weight: expected \[E, 4\], got \[4\]"),
+        (lambda: moe_router(X.int(), W, top_k=1), TypeError, "x: expected float64.* got torch.int32"),
+        (lambda: moe_router(X, W, top_k=4), ValueError, "top_k: expected 1..3 for 3 experts, got 4"),
+        (lambda: moe_router(X, W, W[0].to("meta"), top_k=1), ValueError, r"correction_bias: expected shape \[3\]"),
+        (lambda: moe_router(X, W, W[:, 0].to("meta"), top_k=1), ValueError, "correction_bias: expected device cpu"),
+        (lambda: moe_router(X, W.clone().requires_grad_(), top_k=1), ValueError, "gate_weight: moe_router is not"),
         (lambda: tt.moe_plan(I[0], 3), ValueError, r"experts: expected \[N, k\], got \[2\]"),
         (lambda: tt.moe_plan(I.float(), 3), TypeError, "experts: expected int32 or int64, got torch.float32"),
         (lambda: tt.moe_plan(I + 3, 3), ValueError, r"experts: expected 0..2 for 3 experts, got 3..3"),

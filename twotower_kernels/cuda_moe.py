@@ -73,6 +73,10 @@ def moe_route_plan(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Ten
     return routing.weights, routing.experts, *plan
 
 
+def moe_router(x: Tensor, gate_weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return moe_route_plan(moe_gate(x, gate_weight), *arguments)
+
+
 class _Routing:
     """The results of a choice, and how to launch it."""
 

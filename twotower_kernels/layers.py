@@ -20,10 +20,9 @@ from twotower_kernels.ops import (
     gated_rms_norm,
     mamba2_scan,
     moe_experts,
-    moe_gate,
 )
 from twotower_kernels.ops.linear import linear
-from twotower_kernels.ops.moe import MoePlan, moe_route_plan
+from twotower_kernels.ops.moe import MoePlan, moe_router
 
 # Selection and decay are sensitive to rounding: these parameters are never narrower than in their file, nor than
 # float32 where there is no file.
@@ -263,8 +262,9 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, MoePlan]:
         """x `[N, H]` to weights and experts, each `[N, top_k]`, and the plan that sorts tokens by expert."""
         c = self.config
-        return moe_route_plan(
-            moe_gate(x, self.weight),
+        return moe_router(
+            x,
+            self.weight,
             self.e_score_correction_bias,
             top_k=c.num_experts_per_tok,
             n_group=c.n_group,

@@ -40,6 +40,6 @@ def cuda_kernels(*, build: str = "plain") -> Iterator[None]:
         return weights, experts
 
     kernels = {"moe_gate": cuda_moe.moe_gate, "moe_route": route, "moe_plan": cuda_moe.moe_plan}
-    kernels |= {"moe_route_plan": cuda_moe.moe_route_plan, "remask": cuda_remask.remask}
+    kernels |= {"moe_router": cuda_moe.moe_router, "remask": cuda_remask.remask}
     with laid_over(kernels), simulated(build=build):
         yield

@@ -39,11 +39,7 @@ def moe_gate(x: Tensor, gate_weight: Tensor) -> Tensor:
     Raises:
         ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.
     """
-    if x.ndim != 2:
-        raise ValueError(f"x: expected [N, H], got {list(x.shape)}")
-    if gate_weight.ndim != 2 or gate_weight.shape[1] != x.shape[1]:
-        raise ValueError(f"gate_weight: expected [E, {x.shape[1]}], got {list(gate_weight.shape)}")
-    check_float(x=x, gate_weight=gate_weight)
+    _check_gate(x, gate_weight)
     same_device(x, gate_weight=gate_weight)
     refuse_gradients("moe_gate", x=x, gate_weight=gate_weight)
     return torch.ops.twotower.moe_gate.default(x, gate_weight)
@@ -82,13 +78,21 @@ def moe_route(
         ValueError: wrong shape or device, `top_k` or groups that do not fit E, an unknown score, an argument that
             requires grad. TypeError: wrong dtype.
     """
+    if logits.ndim != 2:
+        raise ValueError(f"logits: expected [N, E], got {list(logits.shape)}")
+    if logits.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"logits: expected float32 or float64, got {logits.dtype}")
+    _check_choice(logits.shape[1], correction_bias, top_k, score, n_group, topk_group)
+    same_device(logits, correction_bias=correction_bias)
+    refuse_gradients("moe_route", logits=logits, correction_bias=correction_bias)
     return torch.ops.twotower.moe_route.default(
-        *_checked_route(logits, correction_bias, top_k, score, n_group, topk_group, renormalize, scaling)
+        logits, correction_bias, top_k, score == "softmax", n_group, topk_group, renormalize, scaling
     )
 
 
-def moe_route_plan(
-    logits: Tensor,
+def moe_router(
+    x: Tensor,
+    gate_weight: Tensor,
     correction_bias: Tensor | None = None,
     *,
     top_k: int,
@@ -98,9 +102,18 @@ def moe_route_plan(
     renormalize: bool = True,
     scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor, MoePlan]:
-    """`moe_route` and the `moe_plan` of its experts, which a GPU makes in one launch. Not public: the model's."""
-    weights, experts, *plan = torch.ops.twotower.moe_route_plan.default(
-        *_checked_route(logits, correction_bias, top_k, score, n_group, topk_group, renormalize, scaling)
+    """`moe_gate`, `moe_route` and `moe_plan`, on a GPU the last two in one launch. Not public: it is the model's, and
+    saves dispatches.
+
+    Returns:
+        weights, experts, plan.
+    """
+    _check_gate(x, gate_weight)
+    _check_choice(len(gate_weight), correction_bias, top_k, score, n_group, topk_group)
+    same_device(x, gate_weight=gate_weight, correction_bias=correction_bias)
+    refuse_gradients("moe_router", x=x, gate_weight=gate_weight, correction_bias=correction_bias)
+    weights, experts, *plan = torch.ops.twotower.moe_router.default(
+        x, gate_weight, correction_bias, top_k, score == "softmax", n_group, topk_group, renormalize, scaling
     )
     return weights, experts, MoePlan(*plan)
 
@@ -193,24 +206,19 @@ def moe_experts(
     )
 
 
-def _checked_route(
-    logits: Tensor,
-    correction_bias: Tensor | None,
-    top_k: int,
-    score: str,
-    n_group: int,
-    topk_group: int,
-    renormalize: bool,
-    scaling: float,
-) -> tuple[Any, ...]:
-    """The operator's arguments."""
-    if logits.ndim != 2:
-        raise ValueError(f"logits: expected [N, E], got {list(logits.shape)}")
-    if logits.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"logits: expected float32 or float64, got {logits.dtype}")
+def _check_gate(x: Tensor, gate_weight: Tensor) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"x: expected [N, H], got {list(x.shape)}")
+    if gate_weight.ndim != 2 or gate_weight.shape[1] != x.shape[1]:
+        raise ValueError(f"gate_weight: expected [E, {x.shape[1]}], got {list(gate_weight.shape)}")
+    check_float(x=x, gate_weight=gate_weight)
+
+
+def _check_choice(
+    e: int, correction_bias: Tensor | None, top_k: int, score: str, n_group: int, topk_group: int
+) -> None:
     if score not in SCORES:
         raise ValueError(f"score: expected one of {SCORES}, got {score!r}")
-    e = logits.shape[1]
     if n_group < 1 or e % n_group:
         raise ValueError(f"n_group: expected a divisor of {e} experts, got {n_group}")
     if not 1 <= topk_group <= n_group:
@@ -220,9 +228,6 @@ def _checked_route(
     if correction_bias is not None and correction_bias.shape != (e,):
         raise ValueError(f"correction_bias: expected shape {[e]}, got {list(correction_bias.shape)}")
     check_float(correction_bias=correction_bias)
-    same_device(logits, correction_bias=correction_bias)
-    refuse_gradients("moe_route", logits=logits, correction_bias=correction_bias)
-    return logits, correction_bias, top_k, score == "softmax", n_group, topk_group, renormalize, scaling
 
 
 def _check_experts(experts: Tensor) -> None:
@@ -268,9 +273,9 @@ def _gate(x: Tensor, gate_weight: Tensor) -> Tensor:
     return logits
 
 
-def empty_choice(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    shape = (logits.shape[0], top_k)
-    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+def empty_choice(tokens: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    shape = (tokens.shape[0], top_k)
+    return tokens.new_empty(shape, dtype=torch.float32), tokens.new_empty(shape, dtype=torch.int32)
 
 
 def _route(
@@ -289,9 +294,8 @@ def _route(
 
 
 def empty_plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    sizes = num_experts, num_experts + 1, experts.shape[0] * experts.shape[1]
-    counts, offsets, pairs = (experts.new_empty((size,), dtype=torch.int64) for size in sizes)
-    return counts, offsets, pairs
+    new, pairs = experts.new_empty, experts.shape[0] * experts.shape[1]
+    return new(num_experts, dtype=torch.int64), new(num_experts + 1, dtype=torch.int64), new(pairs, dtype=torch.int64)
 
 
 def _plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -308,16 +312,16 @@ def _plan_in_bounds(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     return plan
 
 
-def _route_plan(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    weights, experts = _route(logits, *arguments)
-    return weights, experts, *_plan_in_bounds(experts, logits.shape[1])
+def _router(x: Tensor, gate_weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weights, experts = _route(_gate(x, gate_weight), *arguments)
+    return weights, experts, *_plan_in_bounds(experts, len(gate_weight))
 
 
-def _empty_route_plan(
-    logits: Tensor, correction_bias: Tensor | None, top_k: int, *_: Any
+def _empty_router(
+    x: Tensor, gate_weight: Tensor, correction_bias: Tensor | None, top_k: int, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    weights, experts = empty_choice(logits, top_k)
-    return weights, experts, *empty_plan(experts, logits.shape[1])
+    weights, experts = empty_choice(x, top_k)
+    return weights, experts, *empty_plan(experts, gate_weight.shape[0])
 
 
 def _experts(
@@ -359,17 +363,17 @@ define(
     fake=lambda logits, correction_bias, top_k, *_: empty_choice(logits, top_k),
 )
 define(
-    "moe_route_plan(Tensor logits, Tensor? correction_bias, int top_k, bool softmax, int n_group, int topk_group, "
-    "bool renormalize, float scaling) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    cpu=_route_plan,
-    cuda="cuda_moe:moe_route_plan",
-    fake=_empty_route_plan,
-)
-define(
     "moe_plan(Tensor experts, int num_experts) -> (Tensor, Tensor, Tensor)",
     cpu=_plan,
     cuda="cuda_moe:moe_plan",
     fake=empty_plan,
+)
+define(
+    "moe_router(Tensor x, Tensor gate_weight, Tensor? correction_bias, int top_k, bool softmax, int n_group, "
+    "int topk_group, bool renormalize, float scaling) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cpu=_router,
+    cuda="cuda_moe:moe_router",
+    fake=_empty_router,
 )
 define(
     "moe_experts(Tensor x, Tensor w_up, Tensor w_down, Tensor weights, Tensor experts, Tensor? counts, "
