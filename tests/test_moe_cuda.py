@@ -40,7 +40,7 @@ def test_every_gate(case: str, build: str) -> None:
 
 
 def test_a_token_alone_has_the_same_logits_bit_for_bit() -> None:
-    """Four in a block, of another number in the last; 16 warps in two rounds, of which the second is not full."""
+    """A block of four and one of two; 8 warps in two rounds, of which the second is not full."""
     inputs = moe.make_inputs("moe_gate", dict(n=6, e=5, h=2001), dtype=torch.bfloat16)
     with cuda_kernels():
         together = tt.moe_gate(**inputs)

@@ -13,7 +13,6 @@ from twotower_kernels.cuda import Kernel
 from twotower_kernels.ops.moe import empty_choice, empty_logits, empty_plan
 
 TILE = 4  # tokens, and experts, of a block of moe_gate
-DEPTH = 3  # numbers that one of its threads waits for at a time
 MOST_EXPERTS = 1024  # for whose scratch there is room in any case
 ONE_BLOCK = 64  # tokens that one block routes and plans: a bit for each
 _LOGITS = {torch.float64: "double", torch.float32: "float"}
@@ -24,7 +23,7 @@ def moe_gate(x: Tensor, gate_weight: Tensor) -> Tensor:
     (n, h), e = x.shape, len(gate_weight)
     if logits.numel() == 0:
         return logits
-    warps = max(1, min(16, -(-h // (32 * DEPTH))))
+    warps = max(1, min(8, -(-h // (32 * 4))))  # a thread waits for 4 numbers of a row at a time
     factors: list[cuda.Argument] = []
     for factor in (x, gate_weight):
         factors += factor, cuda.DTYPES.index(factor.dtype), *factor.stride()

@@ -10,14 +10,17 @@
 // as 8 by 2 and 0.75 as 4 by 4, which also reads the least through the L2 (64 KB a block). Larger tiles would widen
 // less for many tokens, and leave processors idle at 16.
 //
-// Predicted, not measured: 16 tokens in bfloat16, 128 experts in float32 and H 2688 on an H200 take 5 us with the
-// launch. Half of that is the launch; then two waits for memory (0.7 us each, since between two calls of a layer the
-// experts' weights sweep the L2), 2016 cycles of arithmetic (1.1 us), in part meanwhile, and the sums (0.4 us). 8192
-// tokens take 0.6 ms, beside more than 1.2 ms for their experts.
+// Two blocks fit on a processor (256 threads of at most 128 registers), so that with many tokens one computes while the
+// other waits. 512 threads would wait twice instead of three times for 2688 numbers, but be alone; 6 numbers at a time
+// instead of 4 spill on two architectures.
+//
+// Predicted, not measured: 16 tokens in bfloat16, 128 experts in float32 and H 2688 on an H200 take 6 us with the
+// launch. Less than half of that is the launch; then three waits for memory (0.7 us each, since between two calls of a
+// layer the experts' weights sweep the L2), 2016 cycles of arithmetic (1.1 us), in part meanwhile, and the sums (0.2
+// us). 1024 tokens take 80 us; 8192 tokens 0.7 ms, beside 1.6 ms or more for their experts: the place to improve.
 #include "warp.h"
 
-constexpr int tile = 4;   // tokens, and experts, of a block: TILE in twotower_kernels/cuda_moe.py
-constexpr int depth = 3;  // numbers of H that a thread waits for at a time: DEPTH there
+constexpr int tile = 4;  // tokens, and experts, of a block: TILE in twotower_kernels/cuda_moe.py
 constexpr int sums_of_tile = tile * tile;
 
 struct Bfloat16 {
@@ -77,6 +80,7 @@ struct Rows {
 
 template <class X, class W>
 __device__ inline Sums products(const Rows<X>& x, const Rows<W>& weight, int64 h) {
+    constexpr int depth = sizeof(X) + sizeof(W) > 8 ? 2 : 4;  // numbers of H that are waited for at a time
     Sums sums = {};
 #pragma unroll 1
     for (int64 first = threadIdx.x; first < h; first += depth * blockDim.x) {
@@ -124,7 +128,7 @@ __device__ inline double warp_sum_of(const Numbers<count>& sums) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(512, 1)
+extern "C" __global__ void __launch_bounds__(256, 2)
     moe_gate_kernel(const void* x, int64 x_type, int64 x_row, int64 x_column, const void* weight, int64 weight_type,
                     int64 weight_row, int64 weight_column, double* logits, int64 n, int64 e, int64 h) {
     SHARED_MEMORY(shared);
