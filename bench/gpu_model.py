@@ -82,18 +82,18 @@ def median(call: Callable[[], Any], times: int = 20) -> float:
 def routes() -> Iterator[list[Tensor]]:
     """The experts that every router chooses meanwhile."""
     found: list[Tensor] = []
-    before = layers.moe_route
+    before = layers.moe_router
 
-    def moe_route(*arguments: Any, **options: Any) -> Any:
+    def moe_router(*arguments: Any, **options: Any) -> Any:
         result = before(*arguments, **options)
         found.append(result[1])
         return result
 
-    layers.moe_route = moe_route
+    layers.moe_router = moe_router
     try:
         yield found
     finally:
-        layers.moe_route = before
+        layers.moe_router = before
 
 
 def bytes_of_step(model: tt.TwoTowerModel, state: tt.ContextState, hit: list[int]) -> int:

@@ -265,8 +265,25 @@ def best_moe_route(
     return (weights * scaling).float(), experts
 
 
+def _router(route: Any) -> Any:
+    """Product and choice; these programs make no plan."""
+
+    def moe_router(x: Tensor, gate_weight: Tensor, bias: Tensor, **options: Any) -> tuple[Tensor, Tensor, None]:
+        return *route(moe_gate(x, gate_weight), bias, **options), None
+
+    return moe_router
+
+
 def eager_experts(
-    x: Tensor, up: Tensor, down: Tensor, weights: Tensor, experts: Tensor, *, shared_up: Tensor, shared_down: Tensor
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    *,
+    plan: None = None,
+    shared_up: Tensor,
+    shared_down: Tensor,
 ) -> Tensor:
     """For every expert: which tokens chose it?"""
 
@@ -282,7 +299,15 @@ def eager_experts(
 
 
 def best_experts(
-    x: Tensor, up: Tensor, down: Tensor, weights: Tensor, experts: Tensor, *, shared_up: Tensor, shared_down: Tensor
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    *,
+    plan: None = None,
+    shared_up: Tensor,
+    shared_down: Tensor,
 ) -> Tensor:
     """Pairs sorted once, only the experts that were chosen, one gather and one sum over all."""
 
@@ -303,8 +328,7 @@ ORIGINAL = {
     "adaln_norm": eager_adaln_norm,
     "gated_residual_adaln_norm": eager_residual_norm,
     "gated_rms_norm": eager_gated_rms_norm,
-    "moe_gate": moe_gate,
-    "moe_route": eager_moe_route,
+    "moe_router": _router(eager_moe_route),
     "block_attention": eager_attention,
     "mamba2_scan": eager_scan,
     "moe_experts": eager_experts,
@@ -314,8 +338,7 @@ BEST = {
     "adaln_norm": best_adaln_norm,
     "gated_residual_adaln_norm": best_residual_norm,
     "gated_rms_norm": best_gated_rms_norm,
-    "moe_gate": moe_gate,
-    "moe_route": best_moe_route,
+    "moe_router": _router(best_moe_route),
     "block_attention": best_attention,
     "mamba2_scan": best_scan,
     "moe_experts": best_experts,

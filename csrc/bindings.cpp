@@ -101,6 +101,14 @@ void bind_moe(py::module_& m) {
         [](View experts, View counts, View offsets, View pairs) { tt::moe_plan({experts, counts, offsets, pairs}); },
         Released());
     m.def(
+        "moe_plan_holds",
+        [](View experts, View counts, View offsets, View pairs) {
+            bool holds = false;
+            tt::moe_plan_holds({{experts, counts, offsets, pairs}, &holds});
+            return holds;
+        },
+        Released());
+    m.def(
         "moe_experts",
         [](View x, View up, View down, View weights, View offsets, View pairs, View shared_up, View shared_down,
            View total, View out, int activation) {

@@ -35,20 +35,26 @@ def outputs(result: Any) -> tuple[Tensor, ...]:
     return tuple(part for part in parts if isinstance(part, Tensor))
 
 
-def check(ours: Callable[..., Any], reference: Callable[..., Any], inputs: dict[str, Any], device: str) -> None:
-    """One call of one operation, all that is demanded of it."""
+def compare(results: tuple[Tensor, ...], reference: Callable[..., Any], inputs: dict[str, Any]) -> None:
     from tests.compare import assert_within_budget
-    from tests.kernel_checks import as_tuple, widened
+    from tests.kernel_checks import as_tuple, assert_gate_faithful, widened
 
-    given = {name: on(device, value) for name, value in inputs.items()}
-    first, second = outputs(ours(**given)), outputs(ours(**given))
+    if reference.__name__ == "moe_gate":
+        return assert_gate_faithful(results[0].cpu(), **inputs)
     exact, naive = as_tuple(reference(**widened(inputs))), as_tuple(reference(**inputs))
-    for n, (got, plain, truth) in enumerate(zip(first, naive, exact, strict=True)):
+    for n, (got, plain, truth) in enumerate(zip(results, naive, exact, strict=True)):
         got = got.cpu()
         if got.is_floating_point():
             assert_within_budget(got, plain, truth.double(), what=f"result {n}")
         else:
             assert torch.equal(got.to(plain.dtype), plain), f"result {n}"
+
+
+def check(ours: Callable[..., Any], reference: Callable[..., Any], inputs: dict[str, Any], device: str) -> None:
+    """One call of one operation, all that is demanded of it."""
+    given = {name: on(device, value) for name, value in inputs.items()}
+    first, second = outputs(ours(**given)), outputs(ours(**given))
+    compare(first, reference, inputs)
     for n, (a, b) in enumerate(zip(first, second, strict=True)):
         assert a.cpu().equal(b.cpu()) or a.isnan().any(), f"result {n} differs from run to run"
     if device == "cuda":
@@ -126,6 +132,28 @@ def check_draws(device: str) -> None:
     assert abs(off) < 5, f"off the softmax by {off:.1f} standard deviations"
 
 
+def router_calls() -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any], Callable[..., Any]]]:
+    """The same of the model's router: product, choice and plan together."""
+    from reference import moe
+    from tests.kernel_checks import router_inputs
+    from twotower_kernels.ops.moe import moe_router
+
+    def ours(x: Tensor, gate_weight: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        weights, experts, plan = moe_router(x, gate_weight, **options)
+        return weights, experts, *plan
+
+    def reference(x: Tensor, gate_weight: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        weights, experts = moe.moe_route(moe.moe_gate(x, gate_weight), **options)
+        return weights, experts, *moe.moe_plan(experts, len(gate_weight))
+
+    for case in moe.CASES["moe_route"]:
+
+        def make(dtype: torch.dtype, case: str = case) -> Any:
+            return router_inputs(case, dtype)
+
+        yield f"moe_router[{case}]", ours, reference, make
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu_checks", description=__doc__)
     parser.add_argument("--interpret", action="store_true", help="in Triton's interpreter, on the CPU")
@@ -139,7 +167,8 @@ def main() -> None:
 
     device, passed, failed, start = "cpu" if options.interpret else "cuda", 0, [], time.perf_counter()
     with triton_kernels() if options.interpret else nullcontext():
-        for label, ours, reference, make in calls(options.interpret):
+        router = () if options.interpret else router_calls()
+        for label, ours, reference, make in itertools.chain(calls(options.interpret), router):
             if options.only and not any(part in label for part in options.only):
                 continue
             for dtype in DTYPES:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from reference import moe
 from tests.compare import assert_within_budget
 from twotower_kernels import cpu
 
@@ -111,3 +113,20 @@ def relative_errors(
         ]
         sums = [(a + c, b + d) for (a, b), (c, d) in zip(sums or [(0.0, 0.0)] * len(errors), errors, strict=True)]
     return [(a / b) ** 0.5 if b else float(a > 0) for a, b in sums]
+
+
+def assert_gate_faithful(logits: Tensor, x: Tensor, gate_weight: Tensor) -> None:
+    """Within 4 roundings of the size of what is summed. The truth is summed in extended precision: the specification,
+    in float64, cannot be a yardstick for itself."""
+    assert logits.dtype == torch.float64 and logits.shape == (len(x), len(gate_weight))
+    wide, weight = (tensor.double().numpy().astype(np.longdouble) for tensor in (x, gate_weight))
+    error = np.abs(logits.numpy() - wide @ weight.T)
+    assert (error <= 4 * np.finfo(np.float64).eps * (np.abs(wide) @ np.abs(weight).T)).all()
+
+
+def router_inputs(case: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of `moe_router` for a case of `moe_route`: logits of about 1, x of this dtype."""
+    inputs = moe.make_inputs("moe_route", case)
+    n, e = inputs.pop("logits").shape
+    product = moe.make_inputs("moe_gate", dict(n=n, e=e, h=100), dtype=dtype)
+    return dict(x=product["x"], gate_weight=product["gate_weight"] / 10, **inputs)

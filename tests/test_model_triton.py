@@ -1,4 +1,5 @@
-"""A recorded model through the Triton kernels, in the interpreter: logits, states and a generation."""
+"""A recorded model through the GPU's kernels, Triton's in its interpreter and CUDA C++ on the host: logits, states and
+a generation."""
 
 import pytest
 from safetensors.torch import load_file
@@ -6,6 +7,7 @@ from safetensors.torch import load_file
 from tests import test_generate_package as generations
 from tests import test_model as recordings
 from tests.paths import GOLDEN
+from tests.simt.overlay import cuda_kernels
 from tests.triton_checks import triton_kernels
 from twotower_kernels import TwoTowerModel
 
@@ -13,7 +15,7 @@ from twotower_kernels import TwoTowerModel
 def test_recorded_tensors() -> None:
     name = recordings.FLOAT32[0]
     model = TwoTowerModel.from_pretrained(GOLDEN / name)
-    with triton_kernels():
+    with triton_kernels(), cuda_kernels():
         outputs = recordings.outputs_of(model, load_file(GOLDEN / name / "io.safetensors"))
     for key in recordings.output_keys(name):
         recordings.assert_recorded_float32(outputs[key], recordings.expected(name, key))
@@ -21,5 +23,5 @@ def test_recorded_tensors() -> None:
 
 @pytest.mark.parametrize("index", [3])
 def test_generates_what_was_recorded(index: int) -> None:
-    with triton_kernels():
+    with triton_kernels(), cuda_kernels():
         generations.test_generates_what_was_recorded("tiny", index)

@@ -1,17 +1,22 @@
 """The router's CUDA C++ kernels, run on a host: the CPU kernels' demands, and what is peculiar to them."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
 import twotower_kernels as tt
 from reference import moe
 from tests import test_moe_kernel as cpu_tests
-from tests.kernel_checks import assert_op_within_budget
+from tests.kernel_checks import DTYPES, assert_op_within_budget
+from tests.random_models import models
 from tests.simt.executor import SimtError
 from tests.simt.overlay import cuda_kernels, simulated
-from twotower_kernels import cuda_moe
+from twotower_kernels import cuda, cuda_moe
 
 PROPERTIES = (
+    cpu_tests.test_gate_of_any_shape_layout_and_pair_of_dtypes,
+    cpu_tests.test_gate_of_many_tokens,
     cpu_tests.test_ties_take_the_lowest_expert_and_group,
     cpu_tests.test_nan_and_infinity_are_ranked_as_torch_ranks_them,
     cpu_tests.test_only_scores_within_four_ulp_may_change_places,
@@ -27,12 +32,55 @@ def test_as_on_a_cpu(check) -> None:  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("build", ["plain", "race"])
+@pytest.mark.parametrize("case", moe.CASES["moe_gate"])
+def test_every_gate(case: str, build: str) -> None:
+    with cuda_kernels(build=build):
+        for dtype in DTYPES if case != "released" else [torch.bfloat16]:
+            cpu_tests.assert_faithful(moe.make_inputs("moe_gate", case, dtype=dtype))
+
+
+def test_a_token_alone_has_the_same_logits_bit_for_bit() -> None:
+    """A block of four and one of two; 8 warps in two rounds, of which the second is not full."""
+    inputs = moe.make_inputs("moe_gate", dict(n=6, e=5, h=2001), dtype=torch.bfloat16)
+    with cuda_kernels():
+        together = tt.moe_gate(**inputs)
+        for n in range(6):
+            alone = tt.moe_gate(inputs["x"][n : n + 1], inputs["gate_weight"])
+            assert torch.equal(alone, together[n : n + 1])
+
+
+def test_nan_stays_with_its_token_and_its_expert() -> None:
+    inputs = moe.make_inputs("moe_gate", dict(n=5, e=6, h=40))
+    with cuda_kernels():
+        expected = tt.moe_gate(**inputs)
+        inputs["x"][2, 39], inputs["gate_weight"][5, 0] = torch.nan, torch.nan
+        expected[2], expected[:, 5] = torch.nan, torch.nan
+        assert torch.equal(tt.moe_gate(**inputs).nan_to_num(7), expected.nan_to_num(7))
+
+
+@pytest.mark.parametrize("build", ["plain", "race"])
 @pytest.mark.parametrize("case", moe.CASES["moe_route"])
 def test_every_routing_and_plan(case: str, build: str) -> None:
     with cuda_kernels(build=build):
         for dtype in (torch.float64, torch.float32):
             assert_op_within_budget(tt.moe_route, moe.moe_route, moe.make_inputs("moe_route", case, dtype=dtype))
         assert_op_within_budget(tt.moe_plan, moe.moe_plan, moe.make_inputs("moe_plan", case))
+
+
+@pytest.mark.parametrize("case", moe.CASES["moe_route"])
+def test_the_router_is_product_choice_and_plan(case: str) -> None:
+    with cuda_kernels():
+        cpu_tests.test_the_router_is_product_choice_and_plan(case)
+
+
+def test_a_layer_takes_two_launches_for_its_routing() -> None:
+    layer = models("E", torch.float32).ours.denoiser_tower.layers[0].mixer
+    x = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), cuda_kernels(), patch.object(cuda, "launch", wraps=cuda.launch) as launch:
+        got = layer(x)
+    names = [call.args[0].name for call in launch.call_args_list]
+    assert names == ["moe_gate_kernel", "moe_route_plan_kernel"]
+    torch.testing.assert_close(got, layer(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The experts' kernel: against the specification on every instruction set, dtype and layout; registration; errors."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -161,6 +163,37 @@ def test_a_plan_and_wider_numbers_change_nothing(dtype: torch.dtype) -> None:
     assert torch.equal(tt.moe_experts(**inputs | dict(experts=inputs["experts"].long())), plain)
     if torch.promote_types(dtype, torch.bfloat16) == dtype:
         assert torch.equal(tt.moe_experts(**inputs | dict(weights=inputs["weights"].to(dtype))), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("isa", ISAS)
+def test_only_the_plan_itself_is_taken(isa: str, dtype: torch.dtype) -> None:
+    """Not one with any number changed, or two exchanged, or that of other experts."""
+    inputs = moe.make_inputs("moe_experts", dict(n=4, e=5, top_k=2, h=3, i=2))
+    experts = torch.tensor([[1, 3], [3, 4], [1, 4], [3, 1]], dtype=dtype)
+    plan = tt.moe_plan(experts, 5)
+
+    def refused(plan: tt.MoePlan, experts: Tensor = experts) -> None:
+        with pytest.raises(ValueError, match=r"plan: expected moe_plan\(experts, E\) of these experts, got another"):
+            tt.moe_experts(**inputs | dict(experts=experts), plan=plan)
+
+    with instruction_set(isa):
+        for place, numbers in enumerate(plan):
+            for i, change in itertools.product(range(len(numbers)), (-(2**62), -1, 1, 2**62)):
+                wrong = numbers.clone()
+                wrong[i] += change
+                refused(plan._replace(**{plan._fields[place]: wrong}))
+        for i, j in itertools.combinations(range(8), 2):
+            wrong = plan.pairs.clone()
+            wrong[[i, j]] = wrong[[j, i]]
+            refused(plan._replace(pairs=wrong))
+        for other in (0, 4, -1, 5, 2**31 - 1):
+            changed = experts.clone()
+            changed[2, 0] = other
+            refused(plan, changed)
+        strided = tt.MoePlan(*(numbers.repeat_interleave(2)[::2] for numbers in plan))
+        inputs["experts"] = awkward(experts, 3)
+        assert torch.equal(tt.moe_experts(**inputs, plan=strided), tt.moe_experts(**inputs))
 
 
 @pytest.mark.parametrize("layout", [0, 3])

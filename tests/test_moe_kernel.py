@@ -1,6 +1,5 @@
 """The router's kernels: product, choice and plan against the specification; registration; errors."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +8,16 @@ from torch import Tensor
 
 import twotower_kernels as tt
 from reference import moe
-from tests.kernel_checks import DTYPES, ISAS, assert_op_within_budget, awkward, instruction_set
-
-EPS = torch.finfo(torch.float64).eps
+from tests.kernel_checks import (
+    DTYPES,
+    ISAS,
+    assert_gate_faithful,
+    assert_op_within_budget,
+    awkward,
+    instruction_set,
+    router_inputs,
+)
+from twotower_kernels.ops.moe import moe_router
 
 
 def permuted(tensor: Tensor) -> Tensor:
@@ -22,12 +28,7 @@ def permuted(tensor: Tensor) -> Tensor:
 
 
 def assert_faithful(inputs: dict, layout: int = 0) -> None:
-    """Within 4 roundings of the size of what is summed. The truth is summed in extended precision."""
-    x, weight = (inputs[name].double().numpy().astype(np.longdouble) for name in ("x", "gate_weight"))
-    got = tt.moe_gate(**{name: awkward(value, layout) for name, value in inputs.items()})
-    assert got.dtype == torch.float64 and got.shape == (len(x), len(weight))
-    error = np.abs(got.numpy() - x @ weight.T)
-    assert (error <= 4 * EPS * (np.abs(x) @ np.abs(weight).T)).all()
+    assert_gate_faithful(tt.moe_gate(**{name: awkward(value, layout) for name, value in inputs.items()}), **inputs)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -180,6 +181,19 @@ def test_every_plan(case: str, isa: str) -> None:
         assert_op_within_budget(tt.moe_plan, moe.moe_plan, moe.make_inputs("moe_plan", case))
 
 
+@pytest.mark.parametrize("case", moe.CASES["moe_route"])
+def test_the_router_is_product_choice_and_plan(case: str) -> None:
+    for dtype in DTYPES:
+        inputs = router_inputs(case, dtype)
+        weights, experts, plan = moe_router(**inputs)
+        x, gate_weight = inputs.pop("x"), inputs.pop("gate_weight")
+        alone = tt.moe_route(tt.moe_gate(x, gate_weight), **inputs)
+        for got, expected in zip(
+            (weights, experts, *plan), (*alone, *tt.moe_plan(experts, len(gate_weight))), strict=True
+        ):
+            assert torch.equal(got, expected)
+
+
 # --- registration and errors ------------------------------------------------------------------------------------------
 
 
@@ -195,6 +209,10 @@ def test_registration(layout: str) -> None:
     check(torch.ops.twotower.moe_route.default, (lay(route["logits"]), route["correction_bias"], *options))
     check(torch.ops.twotower.moe_route.default, (lay(route["logits"]), None, *options))
     check(torch.ops.twotower.moe_plan.default, (experts, 16))
+    router = router_inputs("grouped", torch.bfloat16)
+    factors = lay(router["x"]), lay(router["gate_weight"])
+    check(torch.ops.twotower.moe_router.default, (*factors, router["correction_bias"], *options))
+    check(torch.ops.twotower.moe_router.default, (*factors, None, *options))
 
 
 X, W, L, I = torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(2, 6), torch.zeros(2, 2, dtype=torch.int32)  # noqa: E741
@@ -223,6 +241,12 @@ X, W, L, I = torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(2, 6), torch.zero
         (lambda: tt.moe_route(L, L[0].int(), top_k=1), TypeError, "correction_bias: expected float64"),
         (lambda: tt.moe_route(L, L[0].to("meta"), top_k=1), ValueError, "correction_bias: expected device cpu"),
         (lambda: tt.moe_route(L.clone().requires_grad_(), top_k=1), ValueError, "logits: moe_route is not diff"),
+        (lambda: moe_router(X, W[0], top_k=1), ValueError, r"gate_weight: expected \[E, 4\], got \[4\]"),
+        (lambda: moe_router(X.int(), W, top_k=1), TypeError, "x: expected float64.* got torch.int32"),
+        (lambda: moe_router(X, W, top_k=4), ValueError, "top_k: expected 1..3 for 3 experts, got 4"),
+        (lambda: moe_router(X, W, W[0].to("meta"), top_k=1), ValueError, r"correction_bias: expected shape \[3\]"),
+        (lambda: moe_router(X, W, W[:, 0].to("meta"), top_k=1), ValueError, "correction_bias: expected device cpu"),
+        (lambda: moe_router(X, W.clone().requires_grad_(), top_k=1), ValueError, "gate_weight: moe_router is not"),
         (lambda: tt.moe_plan(I[0], 3), ValueError, r"experts: expected \[N, k\], got \[2\]"),
         (lambda: tt.moe_plan(I.float(), 3), TypeError, "experts: expected int32 or int64, got torch.float32"),
         (lambda: tt.moe_plan(I + 3, 3), ValueError, r"experts: expected 0..2 for 3 experts, got 3..3"),

@@ -1,4 +1,4 @@
-"""The experts' Triton kernels in the interpreter, and the router's product on GPUs: the CPU kernels' demands."""
+"""The experts' Triton kernels in the interpreter: the CPU kernels' demands."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 
 import twotower_kernels as tt
 from reference import moe
-from tests.kernel_checks import DTYPES as WIDER_DTYPES
 from tests.kernel_checks import assert_op_within_budget
 from tests.test_moe_experts_kernel import PLAN, SHARED, SMALL
-from tests.test_moe_kernel import assert_faithful
 from tests.triton_checks import DTYPES, triton_kernels
 from twotower_kernels.triton import moe as kernels
 
@@ -194,21 +192,3 @@ def test_released_tiles() -> None:
     assert released(16) == kernels.Tuning(rows=64, tokens=16, depth=64, warps=4, stages=6)
     assert released(16, 120) == kernels.Tuning(rows=64, tokens=16, depth=64, warps=4, stages=4)
     assert [released(tokens).tokens for tokens in (1, 340, 342, 1024, 2048, 8192)] == [16, 16, 32, 64, 128, 128]
-
-
-# --- the router's stand-ins -------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=40)
-@given(
-    n=st.integers(0, 7),
-    e=st.integers(0, 19),
-    h=st.integers(0, 70) | st.sampled_from([511, 1025]),
-    dtypes=st.tuples(st.sampled_from(WIDER_DTYPES), st.sampled_from(WIDER_DTYPES)),
-    layout=st.integers(0, 3),
-    seed=st.integers(0, 2**31),
-)
-def test_gate_of_any_shape_layout_and_pair_of_dtypes(n, e, h, dtypes, layout, seed):  # type: ignore[no-untyped-def]
-    inputs = moe.make_inputs("moe_gate", dict(n=n, e=e, h=h), dtype=dtypes[0], seed=seed)
-    inputs["gate_weight"] = inputs["gate_weight"].to(dtypes[1])
-    assert_faithful(inputs, layout)

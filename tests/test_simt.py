@@ -127,7 +127,10 @@ def test_shared_memory_starts_as_nan() -> None:
 
 
 def exercise_moe() -> None:
-    """Every path of the router's kernels, some warps with two tokens."""
+    """Every path of the router's kernels, some warps with two tokens. The gate's numbers are whole, its sums exact."""
+    generator = torch.Generator().manual_seed(1)
+    x, weight = (torch.randint(-9, 10, (rows, 300), generator=generator).float() for rows in (5, 6))
+    assert torch.equal(cuda_moe.moe_gate(x.half(), weight), moe.moe_gate(x, weight)), "logits"
     logits = torch.randn(40, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for groups in (1, 3):
         arguments = logits, None, 4, False, groups, min(groups, 2), True, 1.0
@@ -174,6 +177,8 @@ def test_every_barrier_is_needed(source: str, at: int, monkeypatch: pytest.Monke
     ("source", "old", "new", "message"),
     [
         ("moe_route.cu", "pairs[starts[expert] +", "pairs[1 + starts[expert] +", "wrote outside array 5"),
+        ("moe_gate.cu", "return warp_sum_of(half);", "return upper ? 0 : warp_sum_of(half);", "waits"),
+        ("moe_gate.cu", "i < h ? x.start", "i <= h ? x.start", "logits"),  # behind the last row is NaN
         (
             "moe_route.cu",
             "const Key next = warp_max(first);",

@@ -37,9 +37,9 @@ def rows_contiguous(tensor: Tensor | None) -> Tensor | None:
     return tensor if not strides or strides[-1] == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
-def call(name: str, *arguments: Any) -> None:
-    """Calls a kernel, which is told of each tensor its pointer, dtype, sizes and strides. Those whose last dimension is
-    strided are copied first, so never pass an output of that kind."""
+def call(name: str, *arguments: Any) -> Any:
+    """Calls a kernel, which is told of each tensor its pointer, dtype, sizes and strides, and returns its answer, if it
+    has one. Tensors whose last dimension is strided are copied first, so never pass an output of that kind."""
     copies, told = [], []
     for a in arguments:
         if isinstance(a, Tensor):
@@ -50,4 +50,4 @@ def call(name: str, *arguments: Any) -> None:
                 copies.append(a)  # it must outlive the call
             a = a.data_ptr(), _CODES[a.dtype], shape, strides
         told.append(a)
-    getattr(kernels(), name)(*told)
+    return getattr(kernels(), name)(*told)

@@ -1,4 +1,4 @@
-"""Launchers of `csrc/cuda/moe_route.cu` and `moe_plan.cu`, with the arguments of the ops in `ops/moe.py`."""
+"""Launchers of the router's kernels, `csrc/cuda/moe_*.cu`, with the arguments of the ops in `ops/moe.py`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,27 @@ from torch import Tensor
 
 from twotower_kernels import cuda
 from twotower_kernels.cuda import Kernel
-from twotower_kernels.ops.moe import empty_choice, empty_plan
+from twotower_kernels.ops.moe import empty_choice, empty_logits, empty_plan
 
+TILE = 4  # tokens, and experts, of a block of moe_gate
 MOST_EXPERTS = 1024  # for whose scratch there is room in any case
 ONE_BLOCK = 64  # tokens that one block routes and plans: a bit for each
 _LOGITS = {torch.float64: "double", torch.float32: "float"}
+
+
+def moe_gate(x: Tensor, gate_weight: Tensor) -> Tensor:
+    logits = empty_logits(x, gate_weight)
+    (n, h), e = x.shape, len(gate_weight)
+    if logits.numel() == 0:
+        return logits
+    warps = max(1, min(8, -(-h // (32 * 4))))  # a thread waits for 4 numbers of a row at a time
+    factors: list[cuda.Argument] = []
+    for factor in (x, gate_weight):
+        factors += factor, cuda.DTYPES.index(factor.dtype), *factor.stride()
+    shared = 8 * TILE * TILE * warps
+    grid = -(-n // TILE) * -(-e // TILE)
+    cuda.launch(Kernel("moe_gate", "moe_gate_kernel"), grid, 32 * warps, shared, (*factors, logits, n, e, h))
+    return logits
 
 
 def moe_route(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -54,6 +70,10 @@ def moe_route_plan(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Ten
     plan = empty_plan(routing.experts, logits.shape[1])
     routing.launch(plan)
     return routing.weights, routing.experts, *plan
+
+
+def moe_router(x: Tensor, gate_weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return moe_route_plan(moe_gate(x, gate_weight), *arguments)
 
 
 class _Routing:
@@ -102,6 +122,7 @@ def _defines(dtype: torch.dtype) -> tuple[tuple[str, str], ...]:
 
 def builds() -> Iterator[tuple[str, tuple[tuple[str, str], ...]]]:
     """Source and macros of everything that the launchers ask for."""
+    yield "moe_gate", ()
     yield "moe_plan", ()
     for dtype in _LOGITS:
         yield "moe_route", _defines(dtype)

@@ -20,10 +20,9 @@ from twotower_kernels.ops import (
     gated_rms_norm,
     mamba2_scan,
     moe_experts,
-    moe_gate,
-    moe_route,
 )
 from twotower_kernels.ops.linear import linear
+from twotower_kernels.ops.moe import MoePlan, moe_router
 
 # Selection and decay are sensitive to rounding: these parameters are never narrower than in their file, nor than
 # float32 where there is no file.
@@ -260,11 +259,12 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size, **wide))
         self.e_score_correction_bias = nn.Parameter(torch.empty(experts, **wide))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x `[N, H]` to weights and experts, each `[N, top_k]`."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, MoePlan]:
+        """x `[N, H]` to weights and experts, each `[N, top_k]`, and the plan that sorts tokens by expert."""
         c = self.config
-        return moe_route(
-            moe_gate(x, self.weight),
+        return moe_router(
+            x,
+            self.weight,
             self.e_score_correction_bias,
             top_k=c.num_experts_per_tok,
             n_group=c.n_group,
@@ -291,7 +291,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)  # [B·S, H]
-        weights, experts = self.gate(tokens)
+        weights, experts, plan = self.gate(tokens)
         shared = self.shared_experts
         y = moe_experts(
             tokens,
@@ -299,6 +299,7 @@ class MoE(nn.Module):
             self.experts.down,
             weights,
             experts,
+            plan=plan,
             shared_up=None if shared is None else shared.up_proj.weight,
             shared_down=None if shared is None else shared.down_proj.weight,
         )

@@ -36,6 +36,13 @@ struct MoePlan {
 };
 TT_KERNEL(moe_plan, MoePlan)
 
+// Whether `plan` is what moe_plan would make of its experts, which may be any numbers.
+struct MoePlanHolds {
+    MoePlan plan;
+    bool* holds;  // out
+};
+TT_KERNEL(moe_plan_holds, MoePlanHolds)
+
 enum class Activation : int { relu2, silu_gated, gelu_gated };
 
 // out = weighted sum of each token's experts, then the shared expert.

@@ -165,6 +165,28 @@ void plan(const MoePlan& a) {
         for (int64_t c = 0; c < k; ++c) pairs[next[experts[t * stride + c]]++] = t * k + c;
 }
 
+// Pairs that ascend within every expert are distinct, and as many as there are: so each is there once. If each also
+// names its expert, then every expert is in bounds.
+template <class I>
+bool holds(const MoePlan& a) {
+    const int64_t k = a.experts.size[1], total = a.experts.size[0] * k, e = a.counts.size[0];
+    const int64_t *counts = a.counts.as<int64_t>(), *offsets = a.offsets.as<int64_t>(), *pairs = a.pairs.as<int64_t>();
+    const I* experts = a.experts.as<I>();
+    if (offsets[0] != 0 || offsets[e] != total) return false;
+    for (int64_t i = 0; i < e; ++i) {
+        const int64_t begin = offsets[i], end = offsets[i + 1];
+        if (end < begin || end > total || counts[i] != end - begin) return false;
+        int64_t last = -1;
+        for (int64_t at = begin; at < end; ++at) {
+            const int64_t pair = pairs[at];
+            if (pair <= last || pair >= total) return false;
+            if (experts[pair / k * a.experts.stride[0] + pair % k] != i) return false;
+            last = pair;
+        }
+    }
+    return true;
+}
+
 }  // namespace
 
 void moe_gate(const MoeGate& a) {
@@ -184,6 +206,10 @@ void moe_plan(const MoePlan& a) {
         plan<int64_t>(a);
     else
         plan<int32_t>(a);
+}
+
+void moe_plan_holds(const MoePlanHolds& a) {
+    *a.holds = a.plan.experts.dtype == DType::int64 ? holds<int64_t>(a.plan) : holds<int32_t>(a.plan);
 }
 
 }  // namespace TT_ISA

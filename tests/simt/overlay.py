@@ -28,8 +28,8 @@ def simulated(*, build: str = "plain", seed: int = 0) -> Iterator[None]:
 
 @contextmanager
 def cuda_kernels(*, build: str = "plain") -> Iterator[None]:
-    """Inside, `tt.moe_route`, `tt.moe_plan` and `tt.remask` run their CUDA C++ kernels on CPU tensors; every choice of
-    experts is also made by the kernel that plans with it."""
+    """Inside, `tt.moe_gate`, `tt.moe_route`, `tt.moe_plan` and `tt.remask` run their CUDA C++ kernels on CPU
+    tensors; every choice of experts is also made by the kernel that plans with it."""
 
     def route(*arguments: Any) -> tuple[Tensor, Tensor]:
         weights, experts = cuda_moe.moe_route(*arguments)
@@ -39,6 +39,7 @@ def cuda_kernels(*, build: str = "plain") -> Iterator[None]:
             assert one.numpy().tobytes() == other.numpy().tobytes()  # NaN too
         return weights, experts
 
-    kernels = {"moe_route": route, "moe_plan": cuda_moe.moe_plan, "remask": cuda_remask.remask}
+    kernels = {"moe_gate": cuda_moe.moe_gate, "moe_route": route, "moe_plan": cuda_moe.moe_plan}
+    kernels |= {"moe_router": cuda_moe.moe_router, "remask": cuda_remask.remask}
     with laid_over(kernels), simulated(build=build):
         yield

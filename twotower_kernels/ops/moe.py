@@ -1,7 +1,7 @@
 """Mixture of experts: router, choice, plan, experts. Formulas: `reference/moe.py`; kernels: `csrc/cpu/moe_*.cpp`,
-`triton/moe.py`."""
+`csrc/cuda/moe_*.cu`, `triton/moe.py`."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,11 +39,7 @@ def moe_gate(x: Tensor, gate_weight: Tensor) -> Tensor:
     Raises:
         ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.
     """
-    if x.ndim != 2:
-        raise ValueError(f"x: expected [N, H], got {list(x.shape)}")
-    if gate_weight.ndim != 2 or gate_weight.shape[1] != x.shape[1]:
-        raise ValueError(f"gate_weight: expected [E, {x.shape[1]}], got {list(gate_weight.shape)}")
-    check_float(x=x, gate_weight=gate_weight)
+    _check_gate(x, gate_weight)
     same_device(x, gate_weight=gate_weight)
     refuse_gradients("moe_gate", x=x, gate_weight=gate_weight)
     return torch.ops.twotower.moe_gate.default(x, gate_weight)
@@ -86,23 +82,40 @@ def moe_route(
         raise ValueError(f"logits: expected [N, E], got {list(logits.shape)}")
     if logits.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"logits: expected float32 or float64, got {logits.dtype}")
-    if score not in SCORES:
-        raise ValueError(f"score: expected one of {SCORES}, got {score!r}")
-    e = logits.shape[1]
-    if n_group < 1 or e % n_group:
-        raise ValueError(f"n_group: expected a divisor of {e} experts, got {n_group}")
-    if not 1 <= topk_group <= n_group:
-        raise ValueError(f"topk_group: expected 1..{n_group} for {n_group} groups, got {topk_group}")
-    if not 1 <= top_k <= e:
-        raise ValueError(f"top_k: expected 1..{e} for {e} experts, got {top_k}")
-    if correction_bias is not None and correction_bias.shape != (e,):
-        raise ValueError(f"correction_bias: expected shape {[e]}, got {list(correction_bias.shape)}")
-    check_float(correction_bias=correction_bias)
+    _check_choice(logits.shape[1], correction_bias, top_k, score, n_group, topk_group)
     same_device(logits, correction_bias=correction_bias)
     refuse_gradients("moe_route", logits=logits, correction_bias=correction_bias)
     return torch.ops.twotower.moe_route.default(
         logits, correction_bias, top_k, score == "softmax", n_group, topk_group, renormalize, scaling
     )
+
+
+def moe_router(
+    x: Tensor,
+    gate_weight: Tensor,
+    correction_bias: Tensor | None = None,
+    *,
+    top_k: int,
+    score: str = "sigmoid",
+    n_group: int = 1,
+    topk_group: int = 1,
+    renormalize: bool = True,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor, MoePlan]:
+    """`moe_gate`, `moe_route` and `moe_plan`, on a GPU the last two in one launch. Not public: it is the model's, and
+    saves dispatches.
+
+    Returns:
+        weights, experts, plan.
+    """
+    _check_gate(x, gate_weight)
+    _check_choice(len(gate_weight), correction_bias, top_k, score, n_group, topk_group)
+    same_device(x, gate_weight=gate_weight, correction_bias=correction_bias)
+    refuse_gradients("moe_router", x=x, gate_weight=gate_weight, correction_bias=correction_bias)
+    weights, experts, *plan = torch.ops.twotower.moe_router.default(
+        x, gate_weight, correction_bias, top_k, score == "softmax", n_group, topk_group, renormalize, scaling
+    )
+    return weights, experts, MoePlan(*plan)
 
 
 def moe_plan(experts: Tensor, num_experts: int) -> MoePlan:
@@ -193,6 +206,30 @@ def moe_experts(
     )
 
 
+def _check_gate(x: Tensor, gate_weight: Tensor) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"x: expected [N, H], got {list(x.shape)}")
+    if gate_weight.ndim != 2 or gate_weight.shape[1] != x.shape[1]:
+        raise ValueError(f"gate_weight: expected [E, {x.shape[1]}], got {list(gate_weight.shape)}")
+    check_float(x=x, gate_weight=gate_weight)
+
+
+def _check_choice(
+    e: int, correction_bias: Tensor | None, top_k: int, score: str, n_group: int, topk_group: int
+) -> None:
+    if score not in SCORES:
+        raise ValueError(f"score: expected one of {SCORES}, got {score!r}")
+    if n_group < 1 or e % n_group:
+        raise ValueError(f"n_group: expected a divisor of {e} experts, got {n_group}")
+    if not 1 <= topk_group <= n_group:
+        raise ValueError(f"topk_group: expected 1..{n_group} for {n_group} groups, got {topk_group}")
+    if not 1 <= top_k <= e:
+        raise ValueError(f"top_k: expected 1..{e} for {e} experts, got {top_k}")
+    if correction_bias is not None and correction_bias.shape != (e,):
+        raise ValueError(f"correction_bias: expected shape {[e]}, got {list(correction_bias.shape)}")
+    check_float(correction_bias=correction_bias)
+
+
 def _check_experts(experts: Tensor) -> None:
     if experts.ndim != 2:
         raise ValueError(f"experts: expected [N, k], got {list(experts.shape)}")
@@ -226,19 +263,19 @@ def _check_plan(plan: MoePlan, e: int, experts: Tensor) -> None:
 # --- registration ---------------------------------------------------------------------------------------------------
 
 
-def _empty_logits(x: Tensor, gate_weight: Tensor) -> Tensor:
+def empty_logits(x: Tensor, gate_weight: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], gate_weight.shape[0]), dtype=torch.float64)
 
 
 def _gate(x: Tensor, gate_weight: Tensor) -> Tensor:
-    logits = _empty_logits(x, gate_weight)
+    logits = empty_logits(x, gate_weight)
     cpu.call("moe_gate", x, gate_weight, logits)
     return logits
 
 
-def empty_choice(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    shape = (logits.shape[0], top_k)
-    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+def empty_choice(tokens: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    shape = (tokens.shape[0], top_k)
+    return tokens.new_empty(shape, dtype=torch.float32), tokens.new_empty(shape, dtype=torch.int32)
 
 
 def _route(
@@ -257,9 +294,8 @@ def _route(
 
 
 def empty_plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    sizes = num_experts, num_experts + 1, experts.shape[0] * experts.shape[1]
-    counts, offsets, pairs = (experts.new_empty((size,), dtype=torch.int64) for size in sizes)
-    return counts, offsets, pairs
+    new, pairs = experts.new_empty, experts.shape[0] * experts.shape[1]
+    return new(num_experts, dtype=torch.int64), new(num_experts + 1, dtype=torch.int64), new(pairs, dtype=torch.int64)
 
 
 def _plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,9 +303,25 @@ def _plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
         low, high = (int(bound) for bound in experts.aminmax())
         if low < 0 or high >= num_experts:
             raise ValueError(f"experts: expected 0..{num_experts - 1} for {num_experts} experts, got {low}..{high}")
-    counts, offsets, pairs = empty_plan(experts, num_experts)
-    cpu.call("moe_plan", experts, counts, offsets, pairs)
-    return counts, offsets, pairs
+    return _plan_in_bounds(experts, num_experts)
+
+
+def _plan_in_bounds(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    plan = empty_plan(experts, num_experts)
+    cpu.call("moe_plan", experts, *plan)
+    return plan
+
+
+def _router(x: Tensor, gate_weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weights, experts = _route(_gate(x, gate_weight), *arguments)
+    return weights, experts, *_plan_in_bounds(experts, len(gate_weight))
+
+
+def _empty_router(
+    x: Tensor, gate_weight: Tensor, correction_bias: Tensor | None, top_k: int, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weights, experts = empty_choice(x, top_k)
+    return weights, experts, *empty_plan(experts, gate_weight.shape[0])
 
 
 def _experts(
@@ -285,24 +337,23 @@ def _experts(
     shared_down: Tensor | None,
     activation: str,
 ) -> Tensor:
-    # Planning costs nothing beside the experts. So a given plan is checked against it: one of other experts, or one
-    # with numbers out of bounds, is an error here and not a wrong result.
-    plan = _plan(experts, w_up.shape[0])
-    for given, own in zip((counts, offsets, pairs), plan, strict=True):
-        if given is not None and not torch.equal(given, own):
-            raise ValueError("plan: expected moe_plan(experts, E) of these experts, got another")
+    if counts is None or offsets is None or pairs is None:
+        counts, offsets, pairs = _plan(experts, w_up.shape[0])
+    elif not cpu.call("moe_plan_holds", experts, counts, offsets, pairs):
+        # A plan of other experts, or one with numbers out of bounds, is an error here and not a wrong result.
+        raise ValueError("plan: expected moe_plan(experts, E) of these experts, got another")
     out = x.new_empty(x.shape)
     total = out if x.dtype in (torch.float32, torch.float64) else x.new_empty(x.shape, dtype=torch.float32)
     number = ACTIVATIONS.index(activation)
-    cpu.call("moe_experts", x, w_up, w_down, weights, plan[1], plan[2], shared_up, shared_down, total, out, number)
+    cpu.call("moe_experts", x, w_up, w_down, weights, offsets, pairs, shared_up, shared_down, total, out, number)
     return out
 
 
 define(
     "moe_gate(Tensor x, Tensor gate_weight) -> Tensor",
     cpu=_gate,
-    cuda="triton.moe_plain:moe_gate",
-    fake=_empty_logits,
+    cuda="cuda_moe:moe_gate",
+    fake=empty_logits,
 )
 define(
     "moe_route(Tensor logits, Tensor? correction_bias, int top_k, bool softmax, int n_group, int topk_group, "
@@ -316,6 +367,13 @@ define(
     cpu=_plan,
     cuda="cuda_moe:moe_plan",
     fake=empty_plan,
+)
+define(
+    "moe_router(Tensor x, Tensor gate_weight, Tensor? correction_bias, int top_k, bool softmax, int n_group, "
+    "int topk_group, bool renormalize, float scaling) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cpu=_router,
+    cuda="cuda_moe:moe_router",
+    fake=_empty_router,
 )
 define(
     "moe_experts(Tensor x, Tensor w_up, Tensor w_down, Tensor weights, Tensor experts, Tensor? counts, "
