@@ -11,10 +11,10 @@ KERNELS := build/.kernels
 SANITIZED := build/sanitize
 EMULATED := build/emulate
 
-.PHONY: help demo test check bench sanitize emulate format clean
+.PHONY: help demo test check bench bench-compare sanitize emulate format clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile
 
 demo: $(KERNELS)  ## generate text with the shipped model, un-masking block by block
 	@$(PY) -m twotower_kernels demo
@@ -30,6 +30,9 @@ check: $(DEV)  ## ruff (lint and format), mypy and clang-format
 
 bench: $(DEV) $(KERNELS)  ## time every operation beside its rivals, into bench/results/cpu
 	@$(PY) -m bench --save bench/results/cpu
+
+bench-compare: $(DEV)  ## two commits side by side: make bench-compare BASE=main~1 [ARGS="--op moe"]
+	@$(PY) -m bench.compare $(BASE) $(ARGS)
 
 # Optimised as ever, because the error budgets are about the code that runs. The portable baseline alone is built: it is
 # the same source as every other instruction set.

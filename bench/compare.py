@@ -1,0 +1,102 @@
+"""Two commits side by side on this machine: `python -m bench.compare BASE [HEAD]`, or `make bench-compare BASE=...`.
+
+Each commit is checked out and compiled in a folder of its own under build/compare. Both are timed by this checkout's
+benchmarks, ours alone, in processes that take turns and change places every round, so that what else the machine does
+falls on both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.__main__ import FILES
+from bench.timing import OURS
+
+ROOT = Path(__file__).resolve().parents[1]
+Case = tuple[str, str, str]  # op, shape, dtype
+Medians = Mapping[Case, float]  # seconds
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def prepared(commit: str) -> Path:
+    """The commit's own package, compiled, with this checkout's benchmarks."""
+    folder = ROOT / "build" / "compare" / commit
+    if not folder.exists():
+        git("worktree", "prune")
+        git("worktree", "add", "--detach", str(folder), commit)
+    shutil.copytree(ROOT / "bench", folder / "bench", dirs_exist_ok=True)
+    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, check=True)
+    return folder
+
+
+def medians(folder: Path, ops: Sequence[str], seconds: float) -> Medians:
+    """One round of a commit's operations, in a process of its own."""
+    options = [option for op in ops for option in ("--op", op)]
+    command = [sys.executable, "-m", "bench", "--ours", "--seconds", str(seconds), "--save", "build", "--name", "round"]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    subprocess.run([*command, *options], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+    found = json.loads((folder / "build" / "round.json").read_text(encoding="utf-8"))["results"]
+    return {(r["op"], r["shape"], r["dtype"]): r["seconds"][OURS]["median"] for r in found}
+
+
+def ratios(base: Sequence[Medians], head: Sequence[Medians]) -> dict[Case, tuple[float, float, float, float]]:
+    """Per case that both have: head's median seconds over the rounds; base's seconds over head's in each round, their
+    median, lowest and highest."""
+    found = {}
+    for case in head[0]:
+        if case in base[0]:
+            each = [before[case] / after[case] for before, after in zip(base, head, strict=True)]
+            seconds = statistics.median(after[case] for after in head)
+            found[case] = seconds, statistics.median(each), min(each), max(each)
+    return found
+
+
+def table(found: Mapping[Case, tuple[float, float, float, float]], base: str, head: str) -> Table:
+    shown = Table()
+    for name in ("op", "shape", "dtype"):
+        shown.add_column(name)
+    for name in (f"{head}, µs", f"times as fast as {base}", "spread"):
+        shown.add_column(name, justify="right")
+    for case, (seconds, ratio, low, high) in found.items():
+        shown.add_row(*case, f"{seconds * 1e6:.1f}", f"{ratio:.2f}×", f"{low:.2f} to {high:.2f}")
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
+    parser.add_argument("base", help="a commit")
+    parser.add_argument("head", nargs="?", default="HEAD", help="the commit it is compared with (default: HEAD)")
+    parser.add_argument("--op", action="append", choices=FILES, help="only this family; may be given again")
+    parser.add_argument("--rounds", type=int, default=5, help="that each commit is timed (default: 5)")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of each case in a round (default: 0.3)")
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds: expected 1 or more, got {options.rounds}")
+    try:
+        names = [git("rev-parse", "--short", "--verify", f"{name}^{{commit}}") for name in (options.base, options.head)]
+    except subprocess.CalledProcessError as error:
+        parser.error(f"expected two commits: {error.stderr.strip()}")
+    folders = [prepared(name) for name in names]
+    rounds: tuple[list[Medians], list[Medians]] = [], []
+    for turn in range(options.rounds):
+        for side in (0, 1) if turn % 2 == 0 else (1, 0):
+            rounds[side].append(medians(folders[side], options.op or FILES, options.seconds))
+    Console().print(table(ratios(*rounds), *names))
+
+
+if __name__ == "__main__":
+    main()

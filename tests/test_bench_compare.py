@@ -1,0 +1,27 @@
+"""The comparison of two commits: its arithmetic, and what it says of wrong arguments."""
+
+import subprocess
+import sys
+
+import pytest
+
+from bench.compare import ratios, table
+from tests.paths import ROOT
+
+CASE, OTHER = ("moe_gate", "N 16", "float64"), ("remask", "16 × 8", "float32")
+
+
+def test_ratios_are_taken_within_each_round() -> None:
+    base = [{CASE: 3.0, OTHER: 1.0}, {CASE: 30.0, OTHER: 1.0}, {CASE: 8.0, OTHER: 1.0}]
+    head = [{CASE: 1.0}, {CASE: 20.0}, {CASE: 4.0}]
+    assert ratios(base, head) == {CASE: (4.0, 2.0, 1.5, 3.0)}
+    assert table(ratios(base, head), "before", "after").row_count == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [(["no-such-commit"], "expected two commits"), (["HEAD", "--rounds", "0"], "expected 1 or more, got 0")],
+)
+def test_wrong_arguments_are_named(arguments: list[str], said: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "bench.compare", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr
