@@ -48,7 +48,10 @@ def medians(folder: Path, ops: Sequence[str], seconds: float) -> Medians:
     options = [option for op in ops for option in ("--op", op)]
     command = [sys.executable, "-m", "bench", "--ours", "--seconds", str(seconds), "--save", "build", "--name", "round"]
     environment = {**os.environ, "PYTHONPATH": str(folder)}
-    subprocess.run([*command, *options], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run([*command, *options], cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise SystemExit(f"{folder.name}: its package does not run this checkout's benchmarks: {said}")
     found = json.loads((folder / "build" / "round.json").read_text(encoding="utf-8"))["results"]
     return {(r["op"], r["shape"], r["dtype"]): r["seconds"][OURS]["median"] for r in found}
 
@@ -95,7 +98,8 @@ def main() -> None:
     for turn in range(options.rounds):
         for side in (0, 1) if turn % 2 == 0 else (1, 0):
             rounds[side].append(medians(folders[side], options.op or FILES, options.seconds))
-    Console().print(table(ratios(*rounds), *names))
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table(ratios(*rounds), *names))
 
 
 if __name__ == "__main__":
