@@ -8,15 +8,13 @@ import torch
 from torch.nn import functional as F
 
 from bench.timing import ORIGINAL, OURS, Case, close
-from twotower_kernels.huge_pages import on_huge_pages
 from twotower_kernels.ops.linear import linear
 
 
 def case(rows: int, inputs: int, outputs: int, dtype: torch.dtype, device: str) -> Case:
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(rows, inputs, generator=generator, device=device).to(dtype)
-    drawn = torch.randn(outputs, inputs, generator=generator, device=device) * inputs**-0.5
-    weight = on_huge_pages(torch.empty(outputs, inputs, dtype=dtype, device=device)).copy_(drawn)  # as in the model
+    weight = (torch.randn(outputs, inputs, generator=generator, device=device) * inputs**-0.5).to(dtype)
     programs = {
         OURS: lambda: linear(x, weight),
         ORIGINAL: lambda: F.linear(x, weight),

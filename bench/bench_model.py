@@ -20,7 +20,6 @@ from bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals
 from twotower_kernels import layers
 from twotower_kernels import model as wiring
 from twotower_kernels import state as states
-from twotower_kernels.huge_pages import on_huge_pages
 
 BLOCK = 16
 CONFIG = tt.TwoTowerConfig(
@@ -69,7 +68,7 @@ def random_state(model: tt.TwoTowerModel, batch: int, context: int) -> tt.Contex
     state, c = model.empty_state(batch), model.config
 
     def drawn(tensors: dict[int, Tensor], *shape: int) -> dict[int, Tensor]:
-        return {i: on_huge_pages(t.new_empty(batch, *(shape or t.shape[1:]))).normal_() for i, t in tensors.items()}
+        return {i: t.new_empty(batch, *(shape or t.shape[1:])).normal_() for i, t in tensors.items()}
 
     kv = context, c.num_key_value_heads, c.head_dim
     return state.replaced(

@@ -15,7 +15,6 @@ import twotower_kernels as tt
 from bench import rivals
 from bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals, close
 from reference import moe
-from twotower_kernels.huge_pages import on_huge_pages
 
 E, K, H, I, J = 128, 6, 2688, 1856, 3712  # noqa: E741
 
@@ -46,13 +45,12 @@ class Weights:
         self.shared: dict[str, Any] = dict(shared_up=self.normal(J, H), shared_down=self.normal(H, J))
 
     def normal(self, *shape: int) -> Tensor:
-        drawn = torch.randn(shape, generator=self.generator, device=self.device) * shape[-1] ** -0.5
-        return on_huge_pages(torch.empty(shape, dtype=torch.bfloat16, device=self.device)).copy_(drawn)
+        return (torch.randn(shape, generator=self.generator, device=self.device) * shape[-1] ** -0.5).bfloat16()
 
     def stacked(self, *shape: int) -> Tensor:
         """Experts that differ in size alone, since drawing 1.3 billion numbers takes longer than the benchmark."""
         sizes = torch.linspace(0.5, 1.5, E, device=self.device).bfloat16()[:, None, None]
-        return torch.mul(self.normal(*shape), sizes, out=on_huge_pages(sizes.new_empty((E, *shape))))
+        return torch.mul(self.normal(*shape), sizes, out=sizes.new_empty((E, *shape)))
 
 
 def experts(w: Weights, n: int, goals: Goals = NO_GOALS) -> Case:

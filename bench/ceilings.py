@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-from twotower_kernels.huge_pages import on_huge_pages
-
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -46,14 +44,14 @@ def _median(call: Callable[[], Any], times: int = 7) -> float:
 
 
 def _copied(x: torch.Tensor) -> float:
-    y = on_huge_pages(torch.empty_like(x))
+    y = torch.empty_like(x)
     return _median(lambda: y.copy_(x))
 
 
 def measure(device: str = "cpu") -> Ceilings:
     """A sum over 1 GiB (on a GPU 4), a copy of it, and matrix products, with PyTorch's number of threads."""
     on_cpu = torch.device(device).type == "cpu"
-    x = on_huge_pages(torch.empty(2**28 if on_cpu else 2**30, device=device)).fill_(1)
+    x = torch.ones(2**28 if on_cpu else 2**30, device=device)  # zeros might all lie on one page
     size = x.numel() * x.element_size() / 1e9
 
     def product(dtype: torch.dtype, n: int) -> float:

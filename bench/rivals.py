@@ -274,54 +274,43 @@ def _router(route: Any) -> Any:
     return moe_router
 
 
-def eager_experts(
-    x: Tensor,
-    up: Tensor,
-    down: Tensor,
-    weights: Tensor,
-    experts: Tensor,
-    *,
-    plan: None = None,
-    shared_up: Tensor,
-    shared_down: Tensor,
-) -> Tensor:
-    """For every expert: which tokens chose it?"""
-
-    def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return F.linear(F.linear(x, up).relu().square(), down)
-
-    out = torch.zeros(x.shape, device=x.device)
-    chosen = F.one_hot(experts.long(), len(up)).permute(2, 0, 1)  # [E, N, k]
-    for e in range(len(up)):
-        token, choice = chosen[e].nonzero(as_tuple=True)
-        out.index_add_(0, token, mlp(x[token], up[e], down[e]).float() * weights[token, choice, None])
-    return out.to(x.dtype) + mlp(x, shared_up, shared_down)
-
-
-def best_experts(
-    x: Tensor,
-    up: Tensor,
-    down: Tensor,
-    weights: Tensor,
-    experts: Tensor,
-    *,
-    plan: None = None,
-    shared_up: Tensor,
-    shared_down: Tensor,
-) -> Tensor:
-    """Pairs sorted once, only the experts that were chosen, one gather and one sum over all."""
+def _experts(add: Any, linear: Any) -> Any:
+    """`add(mlp, out, x, up, down, weights, experts)` adds the routed experts' part to a float32 sum."""
 
     def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         return linear(linear(x, up).relu().square(), down)
 
+    def moe_experts(x: Tensor, *routed: Tensor, plan: None = None, shared_up: Tensor, shared_down: Tensor) -> Tensor:
+        out = torch.zeros(x.shape, device=x.device)
+        add(mlp, out, x, *routed)
+        return out.to(x.dtype) + mlp(x, shared_up, shared_down)
+
+    return moe_experts
+
+
+def _expert_by_expert(
+    mlp: Any, out: Tensor, x: Tensor, up: Tensor, down: Tensor, weights: Tensor, experts: Tensor
+) -> None:
+    """For every expert: which tokens chose it?"""
+    chosen = F.one_hot(experts.long(), len(up)).permute(2, 0, 1)  # [E, N, k]
+    for e in range(len(up)):
+        token, choice = chosen[e].nonzero(as_tuple=True)
+        out.index_add_(0, token, mlp(x[token], up[e], down[e]).float() * weights[token, choice, None])
+
+
+def _only_those_chosen(
+    mlp: Any, out: Tensor, x: Tensor, up: Tensor, down: Tensor, weights: Tensor, experts: Tensor
+) -> None:
+    """Pairs sorted once, only the experts that were chosen, one gather and one sum over all."""
     order = experts.flatten().argsort(stable=True)
     used, counts = torch.unique_consecutive(experts.flatten()[order], return_counts=True)
     tokens = order // experts.shape[1]
     parts = x[tokens].split(counts.tolist())
     y = torch.cat([mlp(part, up[e], down[e]) for e, part in zip(used.tolist(), parts, strict=True)])
-    out = torch.zeros(x.shape, device=x.device)
     out.index_add_(0, tokens, y.float() * weights.flatten()[order, None])
-    return out.to(x.dtype) + mlp(x, shared_up, shared_down)
+
+
+eager_experts, best_experts = _experts(_expert_by_expert, F.linear), _experts(_only_those_chosen, linear)
 
 
 ORIGINAL = {

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from twotower_kernels import cuda
 from twotower_kernels.cuda import Kernel
-from twotower_kernels.ops.remask import results
+from twotower_kernels.ops.remask import Arguments, results
+from twotower_kernels.ops.remask_checks import PER_ROW, WHOLE
 from twotower_kernels.remask_policy import CHOICES, OPTIONS
 
 _TYPES = {torch.float32: "type_float32", torch.bfloat16: "type_bfloat16", torch.float16: "type_float16"}  # in warp.h
@@ -25,39 +27,16 @@ _FILTERED, _POSTERIOR = CHOICES["statistics"].index("filtered"), CHOICES["schedu
 _RENOISE, _EDIT, _REMASK = OPTIONS.index("renoise"), len(OPTIONS) + 4, len(OPTIONS) + 5
 
 
-def remask(
-    logits: Tensor,
-    tokens: Tensor,
-    mask_token_id: int | None,
-    options: list[int],
-    bounds: list[float],
-    whole: list[int],
-    real: list[float],
-    step: Tensor | None,
-    num_steps: Tensor | None,
-    top_k: Tensor | None,
-    seed: Tensor | None,
-    offset: Tensor | None,
-    initial_num_masked: Tensor | None,
-    temperature: Tensor | None,
-    top_p: Tensor | None,
-    gate_bound: Tensor | None,
-    suppressed: list[int],
-    suppress_ids: Tensor | None,
-    unscored: list[int],
-    confidence_suppress_ids: Tensor | None,
-    editable: Tensor | None,
-    valid_lens: Tensor | None,
-    candidates: Tensor | None,
-    rank_noise: Tensor | None,
-) -> tuple[Tensor, ...]:
+def remask(*arguments: Any) -> tuple[Tensor, ...]:
     """The step in two launches, three with top-k or top-p. What tensors hold is not checked: looking would wait.
 
     Raises:
         NotImplementedError: float64 logits, a block that is too long, or a policy with the posterior, edit_threshold,
             remask_threshold or renoise.
     """
-    _refuse(logits, options)
+    a = Arguments(*arguments)
+    logits, tokens = a.logits, a.tokens
+    _refuse(logits, a.options)
     batch, block, vocabulary = logits.shape
     out = results(logits, tokens)
     if batch * block == 0:
@@ -65,33 +44,31 @@ def remask(
         out[6].fill_(True)
         return out
     columns: list[cuda.Argument] = []
-    for rows, number in zip((step, num_steps, top_k, seed, offset, initial_num_masked), whole, strict=True):
-        columns += _column(rows, number, torch.int64, batch)
-    for rows, value in zip((temperature, top_p, gate_bound), real, strict=True):
-        columns += _column(rows, float(value), torch.float64, batch)
+    for name, rows, number in zip(PER_ROW, a.per_row, [*a.whole, *map(float, a.real)], strict=True):
+        columns += _column(rows, number, torch.int64 if name in WHOLE else torch.float64, batch)
     common: list[cuda.Argument] = [
         logits,
         *(cuda.DTYPES.index(logits.dtype), *logits.stride(), block, vocabulary),
         tokens,
         *(cuda.DTYPES.index(tokens.dtype), *tokens.stride()),
-        mask_token_id,
-        *_ids(suppressed, suppress_ids, logits.device),
-        *_ids(unscored, confidence_suppress_ids, logits.device),
-        *_strided(editable, torch.bool, 2),
-        *_strided(valid_lens, torch.int64, 1),
-        *_strided(candidates, torch.int64, 2),
-        *_strided(rank_noise, torch.float64, 2),
+        a.mask,
+        *_ids(a.suppressed, a.suppress_ids, logits.device),
+        *_ids(a.unscored, a.confidence_suppress_ids, logits.device),
+        *_strided(a.editable, torch.bool, 2),
+        *_strided(a.valid_lens, torch.int64, 1),
+        *_strided(a.candidates, torch.int64, 2),
+        *_strided(a.rank_noise, torch.float64, 2),
         *columns,
-        *options,
-        *bounds,
+        *a.options,
+        *a.bounds,
     ]
     warps = min(8, -(-vocabulary // (32 * _PER_THREAD)))
     pieces = -(-vocabulary // (32 * _PER_THREAD * warps))
     partials = logits.new_empty((batch * block * pieces, _PARTIAL_BYTES // 8), dtype=torch.int64)
-    sampled = not options[_GREEDY] and (temperature is not None or real[0] > 0)
-    some_filter = top_k is not None or 0 < whole[2] < vocabulary or top_p is not None or real[1] < 1
+    sampled = not a.options[_GREEDY] and (a.temperature is not None or a.real[0] > 0)
+    some_filter = a.top_k is not None or 0 < a.whole[2] < vocabulary or a.top_p is not None or a.real[1] < 1
     least_kept = None
-    if some_filter and (sampled or options[_STATISTICS] == _FILTERED):
+    if some_filter and (sampled or a.options[_STATISTICS] == _FILTERED):
         least_kept = logits.new_empty(batch * block, dtype=torch.float32)
         kernel = Kernel("remask_filter", "remask_filter_kernel", _defines(logits.dtype))
         threads = 32 * min(24, -(-vocabulary // (32 * _PER_THREAD)))

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from twotower_kernels.config import TwoTowerConfig
-from twotower_kernels.huge_pages import on_huge_pages
 from twotower_kernels.ops import (
     block_attention,
     gated_rms_norm,
@@ -122,7 +121,6 @@ class Conv1d(nn.Conv1d):
 def draw_weights(model: nn.Module) -> None:
     """Random weights that keep activations near 1: normal over the root of the inputs; no biases, norms of weight 1."""
     for name, p in model.named_parameters():
-        on_huge_pages(p)
         if name.endswith(("norm.weight", "norm_f.weight", "mixer.D")):
             p.fill_(1)
         elif name.endswith("A_log"):

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from twotower_kernels import checkpoint
 from twotower_kernels.checkpoint import Entry
 from twotower_kernels.config import TwoTowerConfig
-from twotower_kernels.huge_pages import on_huge_pages
 from twotower_kernels.layers import KEPT_WIDE, Stacked
 
 LARGE = 10**9  # bytes from which on loading shows a bar
@@ -145,8 +144,7 @@ def _put(
     if parameter.is_meta:
         if key.endswith(KEPT_WIDE):
             dtype = torch.promote_types(dtype, file_dtype)
-        storage = on_huge_pages(torch.empty(parameter.shape, dtype=dtype, device=device))
-        parameter = nn.Parameter(storage, requires_grad=False)
+        parameter = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
         setattr(place.module, place.name, parameter)
     (parameter if place.piece is None else parameter[place.piece]).copy_(tensor)
 

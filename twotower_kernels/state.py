@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twotower_kernels.huge_pages import on_huge_pages
 from twotower_kernels.ops import append_kv
 from twotower_kernels.ops.linear import linear
 
@@ -175,8 +174,7 @@ class ContextState:
         """In storage of its own with room for `needed` tokens and some to spare; and so the mirror, on its device."""
 
         def moved(storage: Tensor) -> Tensor:  # [R, T, Hkv, D] -> [B, needed and spare, Hkv, D]
-            room = needed + needed // 2 + _SPARE
-            fresh = on_huge_pages(storage.new_empty(self.batch_size, room, *storage.shape[2:]))
+            fresh = storage.new_empty(self.batch_size, needed + needed // 2 + _SPARE, *storage.shape[2:])
             used = storage[:, :longest]
             fresh[:, :longest] = used if self.index is None else used.index_select(0, self.index)
             return fresh

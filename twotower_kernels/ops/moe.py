@@ -82,39 +82,35 @@ def moe_route(
         raise ValueError(f"logits: expected [N, E], got {list(logits.shape)}")
     if logits.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"logits: expected float32 or float64, got {logits.dtype}")
-    _check_choice(logits.shape[1], correction_bias, top_k, score, n_group, topk_group)
+    choice = _checked_choice(
+        logits.shape[1],
+        correction_bias,
+        top_k=top_k,
+        score=score,
+        n_group=n_group,
+        topk_group=topk_group,
+        renormalize=renormalize,
+        scaling=scaling,
+    )
     same_device(logits, correction_bias=correction_bias)
     refuse_gradients("moe_route", logits=logits, correction_bias=correction_bias)
-    return torch.ops.twotower.moe_route.default(
-        logits, correction_bias, top_k, score == "softmax", n_group, topk_group, renormalize, scaling
-    )
+    return torch.ops.twotower.moe_route.default(logits, correction_bias, *choice)
 
 
 def moe_router(
-    x: Tensor,
-    gate_weight: Tensor,
-    correction_bias: Tensor | None = None,
-    *,
-    top_k: int,
-    score: str = "sigmoid",
-    n_group: int = 1,
-    topk_group: int = 1,
-    renormalize: bool = True,
-    scaling: float = 1.0,
+    x: Tensor, gate_weight: Tensor, correction_bias: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor, MoePlan]:
-    """`moe_gate`, `moe_route` and `moe_plan`, on a GPU the last two in one launch. Not public: it is the model's, and
-    saves dispatches.
+    """`moe_gate`, `moe_route` with its options, and `moe_plan`; on a GPU the last two in one launch. Not public: it is
+    the model's, and saves dispatches.
 
     Returns:
         weights, experts, plan.
     """
     _check_gate(x, gate_weight)
-    _check_choice(len(gate_weight), correction_bias, top_k, score, n_group, topk_group)
+    choice = _checked_choice(len(gate_weight), correction_bias, **options)
     same_device(x, gate_weight=gate_weight, correction_bias=correction_bias)
     refuse_gradients("moe_router", x=x, gate_weight=gate_weight, correction_bias=correction_bias)
-    weights, experts, *plan = torch.ops.twotower.moe_router.default(
-        x, gate_weight, correction_bias, top_k, score == "softmax", n_group, topk_group, renormalize, scaling
-    )
+    weights, experts, *plan = torch.ops.twotower.moe_router.default(x, gate_weight, correction_bias, *choice)
     return weights, experts, MoePlan(*plan)
 
 
@@ -214,9 +210,18 @@ def _check_gate(x: Tensor, gate_weight: Tensor) -> None:
     check_float(x=x, gate_weight=gate_weight)
 
 
-def _check_choice(
-    e: int, correction_bias: Tensor | None, top_k: int, score: str, n_group: int, topk_group: int
-) -> None:
+def _checked_choice(
+    e: int,
+    correction_bias: Tensor | None,
+    *,
+    top_k: int,
+    score: str = "sigmoid",
+    n_group: int = 1,
+    topk_group: int = 1,
+    renormalize: bool = True,
+    scaling: float = 1.0,
+) -> tuple[int, bool, int, int, bool, float]:
+    """The options of `moe_route` as the operators take them."""
     if score not in SCORES:
         raise ValueError(f"score: expected one of {SCORES}, got {score!r}")
     if n_group < 1 or e % n_group:
@@ -228,6 +233,7 @@ def _check_choice(
     if correction_bias is not None and correction_bias.shape != (e,):
         raise ValueError(f"correction_bias: expected shape {[e]}, got {list(correction_bias.shape)}")
     check_float(correction_bias=correction_bias)
+    return top_k, score == "softmax", n_group, topk_group, renormalize, scaling
 
 
 def _check_experts(experts: Tensor) -> None:

@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,6 +122,45 @@ _SUPPRESS_MASK, _SCHEDULE = OPTIONS.index("suppress_mask"), OPTIONS.index("sched
 _POSTERIOR = CHOICES["schedule"].index("posterior")
 
 
+class Arguments(NamedTuple):
+    """What the operator takes, in the schema's order: for the kernels of all devices."""
+
+    logits: Tensor
+    tokens: Tensor
+    mask_token_id: int | None
+    options: list[int]
+    bounds: list[float]
+    whole: list[int]
+    real: list[float]
+    step: Tensor | None
+    num_steps: Tensor | None
+    top_k: Tensor | None
+    seed: Tensor | None
+    offset: Tensor | None
+    initial_num_masked: Tensor | None
+    temperature: Tensor | None
+    top_p: Tensor | None
+    gate_bound: Tensor | None
+    suppressed: list[int]
+    suppress_ids: Tensor | None
+    unscored: list[int]
+    confidence_suppress_ids: Tensor | None
+    editable: Tensor | None
+    valid_lens: Tensor | None
+    candidates: Tensor | None
+    rank_noise: Tensor | None
+
+    @property
+    def mask(self) -> int:
+        """-1, which no token is, where there is none."""
+        return -1 if self.mask_token_id is None else self.mask_token_id
+
+    @property
+    def per_row(self) -> tuple[Tensor | None, ...]:
+        """In the order of `PER_ROW`."""
+        return self[7:16]
+
+
 def results(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
     rows = tokens.shape[:1]
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -153,60 +192,35 @@ def _sorted(listed: list[int], tensor: Tensor | None) -> Tensor | None:
     return _listed(tuple(listed)) if listed else None
 
 
-def _remask(
-    logits: Tensor,
-    tokens: Tensor,
-    mask_token_id: int | None,
-    options: list[int],
-    bounds: list[float],
-    whole: list[int],
-    real: list[float],
-    step: Tensor | None,
-    num_steps: Tensor | None,
-    top_k: Tensor | None,
-    seed: Tensor | None,
-    offset: Tensor | None,
-    initial_num_masked: Tensor | None,
-    temperature: Tensor | None,
-    top_p: Tensor | None,
-    gate_bound: Tensor | None,
-    suppressed: list[int],
-    suppress_ids: Tensor | None,
-    unscored: list[int],
-    confidence_suppress_ids: Tensor | None,
-    editable: Tensor | None,
-    valid_lens: Tensor | None,
-    candidates: Tensor | None,
-    rank_noise: Tensor | None,
-) -> tuple[Tensor, ...]:
-    rows = (step, num_steps, top_k, seed, offset, initial_num_masked, temperature, top_p, gate_bound)
-    per_row = {name: tensor for name, tensor in zip(PER_ROW, rows, strict=True) if tensor is not None}
-    tensors_of_ids = {"suppress_ids": suppress_ids, "confidence_suppress_ids": confidence_suppress_ids}
-    check_values(logits, per_row, tensors_of_ids, valid_lens, candidates, rank_noise)
+def _remask(*arguments: Any) -> tuple[Tensor, ...]:
+    a = Arguments(*arguments)
+    per_row = {name: tensor for name, tensor in zip(PER_ROW, a.per_row, strict=True) if tensor is not None}
+    tensors_of_ids = {"suppress_ids": a.suppress_ids, "confidence_suppress_ids": a.confidence_suppress_ids}
+    check_values(a.logits, per_row, tensors_of_ids, a.valid_lens, a.candidates, a.rank_noise)
 
     def row_view(name: str, tensor: Tensor) -> Tensor:
-        return tensor.to(torch.int64 if name in WHOLE else torch.float64).expand(logits.shape[0])
+        return tensor.to(torch.int64 if name in WHOLE else torch.float64).expand(a.logits.shape[0])
 
-    mask = -1 if mask_token_id is None else mask_token_id
-    if mask >= 0 and (options[_SUPPRESS_MASK] or options[_SCHEDULE] == _POSTERIOR):
-        suppressed = [*suppressed, mask]
-    out = results(logits, tokens)
+    suppressed = a.suppressed
+    if a.mask >= 0 and (a.options[_SUPPRESS_MASK] or a.options[_SCHEDULE] == _POSTERIOR):
+        suppressed = [*suppressed, a.mask]
+    out = results(a.logits, a.tokens)
     cpu.call(
         "remask",
-        logits,
-        tokens,
-        mask,
-        options,
-        bounds,
-        whole,
-        real,
-        *(None if tensor is None else row_view(name, tensor) for name, tensor in zip(PER_ROW, rows, strict=True)),
-        _sorted(suppressed, suppress_ids),
-        _sorted(unscored, confidence_suppress_ids),
-        editable,
-        valid_lens,
-        None if candidates is None else candidates.long(),
-        None if rank_noise is None else rank_noise.double(),
+        a.logits,
+        a.tokens,
+        a.mask,
+        a.options,
+        a.bounds,
+        a.whole,
+        a.real,
+        *(None if tensor is None else row_view(name, tensor) for name, tensor in zip(PER_ROW, a.per_row, strict=True)),
+        _sorted(suppressed, a.suppress_ids),
+        _sorted(a.unscored, a.confidence_suppress_ids),
+        a.editable,
+        a.valid_lens,
+        None if a.candidates is None else a.candidates.long(),
+        None if a.rank_noise is None else a.rank_noise.double(),
         *out,
     )
     return out

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from twotower_kernels.triton.attention_merge import merge_splits
 from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, machine, on_device_of, rows_contiguous
+from twotower_kernels.triton.rows import length_at, row_at
 
 COUNTS = ("length", "kv_heads", "group", "capacity", "context_rows", "pages", "window", "splits")
 STRIDES = (
@@ -72,24 +73,6 @@ def add_keys(x, values, sums, top, total, UNIT: tl.constexpr):
     total = total * kept + tl.sum(weights, 1)
     sums = tl.dot(weights.to(values.dtype), values, sums * kept[:, None], input_precision="ieee")
     return sums, above, total
-
-
-@triton.jit
-def length_at(lens, place, most):
-    """A length from the device, within what there is room for: nothing beyond is ever read."""
-    if lens is None:
-        return most
-    else:
-        return tl.minimum(tl.maximum(tl.load(lens + place), 0), most).to(tl.int32)
-
-
-@triton.jit
-def row_at(context_index, b, stride, rows):
-    """The context row that batch row b reads."""
-    if context_index is None:
-        return b
-    else:
-        return tl.minimum(tl.maximum(tl.load(context_index + b * stride).to(tl.int64), 0), rows - 1)
 
 
 @triton.jit

@@ -25,13 +25,12 @@ from twotower_kernels.triton.attention import (
     STRIDES,
     Tuning,
     capped,
-    length_at,
     places,
-    row_at,
     unit,
     within,
 )
 from twotower_kernels.triton.launch import DTYPES, Build, machine, on_device_of, rows_contiguous
+from twotower_kernels.triton.rows import length_at, row_at
 
 
 @triton.jit

@@ -41,7 +41,8 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, machine, on_device_of, rows_contiguous
-from twotower_kernels.triton.mamba2_chunk import activated, bounds, product, row_of, steps, tokens_of
+from twotower_kernels.triton.mamba2_chunk import activated, bounds, product, steps
+from twotower_kernels.triton.rows import length_at, row_at
 
 TILE = (32, 128)  # tokens and channels of a program of the convolution
 SCRATCH = 2**26  # numbers of states at a time, 256 MB
@@ -79,10 +80,10 @@ def mamba2_convolve_kernel(
     b = (tl.program_id(0) // channel_tiles // (tiles + blocks)).to(tl.int64)
     channel = tl.program_id(0) % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
-    tokens = tokens_of(seq_lens, b, length)
+    tokens = length_at(seq_lens, b, length)
     xbc += b * xbc_batch
     if conv_state is not None:
-        conv_state += row_of(state_index, b, conv_rows) * conv_row
+        conv_state += row_at(state_index, b, 1, conv_rows) * conv_row
     if piece < tiles:
         time = piece.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
         real = time < tokens
@@ -148,14 +149,14 @@ def mamba2_states_kernel(
     n = tile % across * DEPTH + tl.arange(0, DEPTH)
     here = (p < DIM)[:, None] & (n < STATE)[None, :]
     channels = heads * DIM + 2 * groups * STATE
-    tokens = tokens_of(seq_lens, b, length)
+    tokens = length_at(seq_lens, b, length)
     u += b * length * channels
     dt += b * dt_batch
     size = tl.cast(heads, tl.int64) * DIM * STATE  # of a state
     at = (head * DIM + p[:, None]) * STATE + n[None, :]
     state = tl.zeros((ROWS, DEPTH), tl.float32)
     if ssm_state is not None:
-        from_row = ssm_state + row_of(state_index, b, state_rows) * ssm_row + head.to(tl.int64) * ssm_head
+        from_row = ssm_state + row_at(state_index, b, 1, state_rows) * ssm_row + head.to(tl.int64) * ssm_head
         state = tl.load(from_row + p.to(tl.int64)[:, None] * ssm_dim + n[None, :], mask=here, other=0).to(tl.float32)
     t = tl.arange(0, TOKENS)
     for chunk in range(first, first + chunks):
@@ -235,16 +236,16 @@ def mamba2_scan_kernel(
     b = (pair // chunks).to(tl.int64)
     group = head * groups // heads
     start, end = bounds(first + pair % chunks, block, block_chunks, length, TOKENS)
-    count = tl.minimum(end, tokens_of(seq_lens, b, length)) - start
+    count = tl.minimum(end, length_at(seq_lens, b, length)) - start
     p = part * ROWS + tl.arange(0, ROWS)
     t = tl.arange(0, TOKENS)
     real = t < count
     time = (start + t).to(tl.int64)
     xbc += b * xbc_batch
     if conv_state is not None:
-        conv_state += row_of(state_index, b, conv_rows) * conv_row
+        conv_state += row_at(state_index, b, 1, conv_rows) * conv_row
     if ssm_state is not None:
-        ssm_state += row_of(state_index, b, state_rows) * ssm_row
+        ssm_state += row_at(state_index, b, 1, state_rows) * ssm_row
         ssm_state += pair % chunks * tl.cast(ssm_slot, tl.int64) + head.to(tl.int64) * ssm_head
 
     step, log_decay = steps(dt + b * dt_batch, time, real, dt_token, dt_bias, a_log, head, dt_min, dt_max)

@@ -1,27 +1,9 @@
-"""What Mamba-2's Triton kernels share: rows and chunks, the convolution, steps and decays, products."""
+"""What Mamba-2's Triton kernels share: chunks, the convolution, steps and decays, products."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def row_of(index, b, rows):
-    """The row of states that batch row b starts from."""
-    if index is None:
-        return b
-    else:
-        return tl.minimum(tl.maximum(tl.load(index + b).to(tl.int64), 0), rows - 1)
-
-
-@triton.jit
-def tokens_of(seq_lens, b, length):
-    """Tokens of a row."""
-    if seq_lens is None:
-        return length
-    else:
-        return tl.minimum(tl.maximum(tl.load(seq_lens + b), 0), length).to(tl.int32)
 
 
 @triton.jit
