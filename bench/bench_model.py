@@ -16,30 +16,14 @@ from torch import Tensor
 import twotower_kernels as tt
 from bench import rivals
 from bench.ceilings import Ceilings
+from bench.configs import CONFIG
+from bench.cost_model import forward, total
 from bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals
 from twotower_kernels import layers
 from twotower_kernels import model as wiring
 from twotower_kernels import state as states
 
 BLOCK = 16
-CONFIG = tt.TwoTowerConfig(
-    vocab_size=32768,
-    hidden_size=1024,
-    hybrid_override_pattern="MEMEM*EMEMEM*E",
-    num_attention_heads=16,
-    num_key_value_heads=2,
-    head_dim=128,
-    mamba_num_heads=32,
-    mamba_head_dim=64,
-    ssm_state_size=128,
-    n_groups=8,
-    conv_kernel=4,
-    n_routed_experts=64,
-    num_experts_per_tok=6,
-    moe_intermediate_size=512,
-    moe_shared_expert_intermediate_size=1024,
-    routed_scaling_factor=2.5,
-)
 
 
 @contextmanager
@@ -119,23 +103,6 @@ def as_near(exact: Tensor) -> Callable[[Tensor, Tensor], None]:
     return check
 
 
-def of_parameters(model: tt.TwoTowerModel, rows: int) -> tuple[int, int]:
-    """Bytes and multiplications times two of all linear layers and of the experts that so many rows hit on average."""
-    tower = model.denoiser_tower if model.towers == "denoiser" else model.context_tower
-    c = CONFIG
-    hit = c.n_routed_experts * (1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** rows)
-    moved, products = 0.0, 0.0
-    for name, p in tower.named_parameters():
-        size = p.numel() * p.element_size()
-        if ".experts." in name:
-            moved += size * hit / c.n_routed_experts
-            products += p.numel() / c.n_routed_experts * c.num_experts_per_tok
-        elif p.ndim == 2 and "embeddings" not in name:
-            moved += size
-            products += p.numel()
-    return int(moved), int(2 * products * rows)
-
-
 def step(
     model: tt.TwoTowerModel,
     batch: int,
@@ -163,19 +130,15 @@ def step(
     programs = {OURS: run({})}
     if rivalled:
         programs |= {ORIGINAL: run(rivals.ORIGINAL), "PyTorch: best operations": run(rivals.BEST)}
-    moved, flops = of_parameters(model, batch * BLOCK)
-    head = model.lm_head.weight
-    heads = CONFIG.num_attention_heads * CONFIG.head_dim * len(CONFIG.layers("*"))
-    attention = 4 * batch * BLOCK * heads * (context + BLOCK)
-    flops += 2 * batch * BLOCK * head.numel() + attention
+    calls = forward(CONFIG, "denoiser", batch, BLOCK, context, dtype=str(dtype).removeprefix("torch."))
+    cost, attention = total(calls), total([call for call in calls if call.op == "attention"])
     shape = f"B {batch}, S {BLOCK}, context {context}"
-    moved += head.numel() * head.element_size()
 
     def floor(c: Ceilings) -> float:
         """Weights at the speed of memory, then attention at 60 % of the peak: neither hides behind the other."""
-        return moved / c.read / 1e9 + attention / (0.6 * c.matrix(dtype)) / 1e9
+        return cost.weights / c.read / 1e9 + attention.flops / (0.6 * c.matrix(dtype)) / 1e9
 
-    return Case("denoiser step", shape, dtype, programs, check, moved, flops, goals, floor)
+    return Case("denoiser step", shape, dtype, programs, check, cost.bytes, cost.flops, goals, floor)
 
 
 def prefill(dtype: torch.dtype, tokens: int, goals: Goals) -> Case:
@@ -196,11 +159,9 @@ def prefill(dtype: torch.dtype, tokens: int, goals: Goals) -> Case:
 
         return call
 
-    _, flops = of_parameters(model, tokens)
-    heads = CONFIG.num_attention_heads * CONFIG.head_dim * len(CONFIG.layers("*"))
-    flops += 2 * heads * tokens * (tokens + 1)
+    cost = total(forward(CONFIG, "context", 1, tokens, 0, dtype=str(dtype).removeprefix("torch.")))
     programs = {OURS: run({}), ORIGINAL: run(rivals.ORIGINAL), "PyTorch: best operations": run(rivals.BEST)}
-    return Case("prefill", f"{tokens} tokens", dtype, programs, check, flops=flops, goals=goals)
+    return Case("prefill", f"{tokens} tokens", dtype, programs, check, cost.bytes, cost.flops, goals)
 
 
 def cases(device: str = "cpu") -> Iterator[Case]:

@@ -21,46 +21,19 @@ from torch import Tensor
 import twotower_kernels as tt
 from bench import ceilings, report
 from bench.bench_model import random_state
+from bench.configs import RELEASED, config
+from bench.cost_model import forward, total, weights
 from twotower_kernels import layers
 from twotower_kernels.capture import CapturedDenoiser
 from twotower_kernels.state import logits
 
-RELEASED = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 BLOCK = 16
-
-
-def config(pattern: str) -> tt.TwoTowerConfig:
-    return tt.TwoTowerConfig(
-        vocab_size=131072,
-        hidden_size=2688,
-        hybrid_override_pattern=pattern,
-        num_attention_heads=32,
-        num_key_value_heads=2,
-        head_dim=128,
-        mamba_num_heads=64,
-        mamba_head_dim=64,
-        ssm_state_size=128,
-        n_groups=8,
-        conv_kernel=4,
-        n_routed_experts=128,
-        num_experts_per_tok=6,
-        moe_intermediate_size=1856,
-        moe_shared_expert_intermediate_size=3712,
-        routed_scaling_factor=2.5,
-    )
-
-
-def size(c: tt.TwoTowerConfig) -> int:
-    """Bytes of both towers in bfloat16."""
-    with torch.device("meta"):
-        model = tt.TwoTowerModel(c, device="meta", dtype=torch.bfloat16)
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def largest(free: int) -> str:
     """The longest beginning of the released pattern whose two towers leave a tenth of the memory free."""
     for n in range(len(RELEASED), 0, -1):
-        if size(config(RELEASED[:n])) < 0.9 * free:
+        if sum(weights(config(RELEASED[:n])).values()) < 0.9 * free:
             return RELEASED[:n]
     raise SystemExit(f"no layer fits into {free / 1e9:.0f} GB")
 
@@ -96,19 +69,6 @@ def routes() -> Iterator[list[Tensor]]:
         layers.moe_router = before
 
 
-def bytes_of_step(model: tt.TwoTowerModel, state: tt.ContextState, hit: list[int]) -> int:
-    """Weights read once, experts as far as they are hit, and the context."""
-    c, total = model.config, 0
-    for name, p in model.denoiser_tower.named_parameters():
-        if ".experts." not in name and "embeddings" not in name:
-            total += p.numel() * p.element_size()
-    total += model.lm_head.weight.numel() * 2
-    total += sum(hit) * 2 * c.moe_intermediate_size * c.hidden_size * 2
-    for tensors in (state.k, state.v, state.conv, state.ssm):
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    return total
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_model", description=__doc__)
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write FOLDER/model.json")
@@ -118,7 +78,7 @@ def main() -> None:
     free, _ = torch.cuda.mem_get_info()
     c = config(largest(free))
     model = tt.TwoTowerModel(c, device="cuda", dtype=torch.bfloat16)
-    print(f"{len(c.hybrid_override_pattern)} of {len(RELEASED)} layers, {size(c) / 1e9:.1f} GB")
+    print(f"{len(c.hybrid_override_pattern)} of {len(RELEASED)} layers, {sum(weights(c).values()) / 1e9:.1f} GB")
     rows = []
     with torch.inference_mode():
         for batch, context in ((1, 4096), (1, 131072), (4, 4096), (16, 4096)):
@@ -130,7 +90,7 @@ def main() -> None:
             hit = [len(experts.unique()) for experts in found]
             denoise = CapturedDenoiser(model)
             seconds = median(lambda d=denoise, i=ids, s=state, t=t: d(i, s, t))  # type: ignore[misc]
-            moved = bytes_of_step(model, state, hit)
+            moved = total(forward(c, "denoiser", batch, BLOCK, context, hit=statistics.mean(hit) if hit else 0)).bytes
             one, states = ids[:, :1].contiguous(), [state]
             del state
 

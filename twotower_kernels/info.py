@@ -154,15 +154,20 @@ def sizes(folder: Path) -> Sizes:
         parameters[tower] = parameters.get(tower, 0) + math.prod(entry.shape)
         weights[tower] = weights.get(tower, 0) + entry.nbytes
     width = getattr(torch, config.torch_dtype).itemsize
-    attention, mamba = (config.hybrid_override_pattern.count(letter) for letter in "*M")
-    conv = config.mamba_channels * max(0, config.conv_kernel - 1) * width
-    scan = config.mamba_inner * config.ssm_state_size * max(4, width)  # float32, or wider
-    return Sizes(
-        parameters=parameters,
-        weights=weights,
-        kv_per_token=2 * attention * config.num_key_value_heads * config.head_dim * width,
-        state_per_row=mamba * (conv + scan),
-    )
+    return Sizes(parameters, weights, kv_per_token(config, width), state_per_row(config, width))
+
+
+def kv_per_token(config: TwoTowerConfig, itemsize: int) -> int:
+    """Bytes of keys and values of one token of one row, at so many bytes per number."""
+    return 2 * config.hybrid_override_pattern.count("*") * config.num_key_value_heads * config.head_dim * itemsize
+
+
+def state_per_row(config: TwoTowerConfig, itemsize: int) -> int:
+    """Bytes of one row's Mamba-2 states, whatever its length: the last inputs of the convolution, and the state itself
+    in float32 or wider."""
+    conv = config.mamba_channels * max(0, config.conv_kernel - 1) * itemsize
+    scan = config.mamba_inner * config.ssm_state_size * max(4, itemsize)
+    return config.hybrid_override_pattern.count("M") * (conv + scan)
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,84 @@
+"""Machines as the cost model sees them: what their memory, their arithmetic and their launches allow."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+# What kernels reach of the vendors' figures. An H200 was measured by others at about 4.3 of 4.8 TB/s and 790 of 989
+# TFLOP/s; the same shares are assumed of every GPU here. None of these machines was measured by this project.
+READ_SHARE, MATRIX_SHARE = 0.9, 0.8
+# Seconds from one kernel of a CUDA graph to the next: an assumption.
+GRAPH_LAUNCH = 2e-6
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One device, and what joins it to a second one.
+
+    Attributes:
+        memory: bytes.
+        read: bytes per second of main memory that a kernel reaches.
+        flops: per second that a matrix product reaches, by the name of the dtype.
+        launch: seconds that an operation takes at the least.
+        link: bytes per second, one way, to the device of the other tower.
+        source: where the figures come from.
+    """
+
+    name: str
+    memory: float
+    read: float
+    flops: dict[str, float]
+    launch: float
+    link: float
+    source: str
+
+
+def _gpu(
+    name: str, memory: float, read: float, bf16: float, fp32: float, fp64: float, link: float, source: str
+) -> Machine:
+    """From a data sheet: GB, GB/s, TFLOP/s without sparsity, GB/s of the link in one direction."""
+    flops = {"bfloat16": bf16, "float16": bf16, "float32": fp32, "float64": fp64}
+    reached = {dtype: MATRIX_SHARE * peak * 1e12 for dtype, peak in flops.items()}
+    return Machine(name, memory * 1e9, READ_SHARE * read * 1e9, reached, GRAPH_LAUNCH, link * 1e9, source)
+
+
+MACHINES = {
+    "h100": _gpu("H100 SXM", 80, 3350, 989, 67, 67, 450, "https://www.nvidia.com/en-us/data-center/h100/"),
+    "h200": _gpu("H200 SXM", 141, 4800, 989, 67, 67, 450, "https://www.nvidia.com/en-us/data-center/h200/"),
+    "b200": _gpu("B200", 180, 8000, 2250, 75, 37, 900, "https://www.nvidia.com/en-us/data-center/dgx-b200/"),
+    # One petaflop of FP4 with sparsity, of which bfloat16 without it is an eighth; the link is 200 Gb/s Ethernet.
+    "gb10": _gpu("GB10", 128, 273, 125, 31, 0.5, 25, "https://www.nvidia.com/en-us/products/workstations/dgx-spark/"),
+}
+
+
+def measured(run: Path) -> Machine:
+    """The CPU of a saved run of the benchmarks, by the ceilings that it measured.
+
+    Raises:
+        OSError: no such file. ValueError: not a saved run.
+    """
+    try:
+        saved = json.loads(run.read_text(encoding="utf-8"))
+        about, limits = saved["machine"], saved["ceilings"]
+        flops = {
+            "bfloat16": max(limits["fp32"], limits["bf16"]) * 1e9,  # a 16-bit type may always be widened
+            "float16": max(limits["fp32"], limits.get("fp16", 0)) * 1e9,
+            "float32": limits["fp32"] * 1e9,
+            "float64": limits.get("fp64", limits["fp32"] / 2) * 1e9,
+        }
+        read, launch = limits["read"] * 1e9, limits.get("launch", 10e-6)
+        name = f"{about['processor']}, {about['threads']} threads"
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{run}: expected a run saved by the benchmarks, got {error!r}") from None
+    memory = _installed_memory()
+    return Machine(name, memory, read, flops, launch, read, f"measured, {about['date']}, commit {about['commit']}")
+
+
+def _installed_memory() -> float:
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+    except OSError:
+        return 0.0
+    return float(text.split("MemTotal:")[1].split()[0]) * 1024
