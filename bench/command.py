@@ -6,28 +6,30 @@ import argparse
 import gc
 import importlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from bench import ceilings, report
+from bench.ceilings import Ceilings
 from bench.report import Skipped
 from bench.shapes import RELEASED, SMALL, Shapes
-from bench.timing import NO_GOALS, ORIGINAL, OURS, PYTORCH, Case, measure, why_not
+from bench.timing import NO_GOALS, ORIGINAL, OURS, PYTORCH, Case, Result, measure, why_not
 from twotower_kernels import cpu
 
 FILES = ("attention", "moe", "linear", "mamba2", "adaln", "remask", "model")
 RIVALS = ("all", "none", "original", "best", "peers")
 
 
-def number(kind: type, least: int) -> object:
+def number(kind: type, least: int) -> Callable[[str], Any]:
     """An argument type: a finite number of this kind, so large at least."""
 
-    def parse(text: str) -> int | float:
+    def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
@@ -83,7 +85,7 @@ def cases(family: str, options: argparse.Namespace, shapes: Shapes) -> Iterator[
         yield replace(case, programs=programs, goals=case.goals if shapes == RELEASED else NO_GOALS)
 
 
-def picture(run: dict, path: Path) -> str | None:
+def picture(run: dict[str, Any], path: Path) -> str | None:
     """Draws a saved run, or says why it cannot."""
     try:
         from bench.pictures import roofline
@@ -94,61 +96,70 @@ def picture(run: dict, path: Path) -> str | None:
     return None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line (default: the process's own). Returns 1 if a rival's output disagrees with ours, else 0."""
-    reader = parser()
-    options = reader.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        reader.error("--device cuda: expected a GPU, PyTorch sees none")
-    shapes, borrowed = {"released": RELEASED, "small": SMALL}.get(options.shapes), ()
-    if shapes is None:
-        try:
-            shapes, borrowed = Shapes.from_file(Path(options.shapes))
-        except ValueError as error:
-            reader.error(f"--shapes: {error}")
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=160)
-    if borrowed:
-        console.print(f"{options.shapes} does not say {', '.join(borrowed)}: taken from the released model")
-    limits = ceilings.measure(options.device)
-    console.print(report.heading(limits))
+def measured(
+    options: argparse.Namespace, shapes: Shapes, limits: Ceilings, console: Console
+) -> tuple[list[Result], list[Skipped], list[Skipped]]:
+    """Every case that was asked for: results, programs that cannot run here, and programs that disagree with ours."""
     results, skipped, wrong = [], [], []
+    families = options.op or FILES
     # Drawn between two cases alone: a bar that moves by itself takes time from what is measured.
     with Progress(console=console, transient=True, auto_refresh=False) as bar:
-        task = bar.add_task("", total=len(options.op or FILES))
-        for family in options.op or FILES:
+        task = bar.add_task("", total=len(families))
+        for family in families:
             waiting = cases(family, options, shapes)
-            op, shape = family, ""
             while True:
+                op, shape = family, ""
                 try:
-                    if (case := next(waiting, None)) is None:
+                    case = next(waiting, None)
+                    if case is None:
                         break
                     op, shape = case.op, case.shape
                     bar.update(task, description=f"{op}, {shape}", refresh=True)
                     result = measure(case, options.seconds, options.device)
                 except Exception as error:
                     skipped.append(Skipped(op, shape, OURS, why_not(error)))
-                    continue
-                finally:
-                    case = None
-                    gc.collect()
-                results.append(result)
-                skipped += [Skipped(op, shape, program, reason) for program, reason in result.skipped.items()]
-                wrong += [f"{op}, {shape}: {program} DISAGREES: {how}" for program, how in result.wrong.items()]
-                bar.print("  ".join(report.cells(result, limits)))
+                else:
+                    results.append(result)
+                    skipped += [Skipped(op, shape, program, why) for program, why in result.skipped.items()]
+                    wrong += [Skipped(op, shape, program, f"disagrees: {how}") for program, how in result.wrong.items()]
+                    console.print("  ".join(report.cells(result, limits)))
+                case = None  # and its tensors, before those of the next are drawn
+                gc.collect()
             bar.advance(task)
+    return results, skipped, wrong
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line (default: the process's own). Returns 1 if a rival's output disagrees with ours, else 0."""
+    reader = parser()
+    options = reader.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        reader.error("--device cuda: expected a GPU, PyTorch sees none")
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=160)
+    shapes = {"released": RELEASED, "small": SMALL}.get(options.shapes)
+    if shapes is None:
+        try:
+            shapes, missing = Shapes.from_file(Path(options.shapes))
+        except ValueError as error:
+            reader.error(f"--shapes: {error}")
+        if missing:
+            console.print(f"{options.shapes} lacks {', '.join(missing)}: as in the released model")
+    limits = ceilings.measure(options.device)
+    console.print(report.heading(limits))
+    results, skipped, wrong = measured(options, shapes, limits, console)
     limits = limits.better_of(ceilings.measure(options.device))  # what else the machine does changes
     console.print(report.heading(limits))
     if results:
         console.print(report.table(results, limits))
     if skipped:
         console.print(report.table_of_skipped(skipped))
-    for line in wrong:
-        console.print(line, style="bold red")
+    for case in wrong:
+        console.print(f"{case.op}, {case.shape}: {case.program} {case.reason}; it was not timed", style="bold red")
     if options.save:
         name = options.name or (cpu.kernels().isa() if options.device == "cpu" else "ops")
-        run = report.save(results, limits, options.save, name, skipped)
+        run = report.save(results, limits, options.save, name, [*skipped, *wrong])
         if problem := picture(run, options.save / f"{name}.png"):
             console.print(problem)
     return 1 if wrong else 0

@@ -21,9 +21,8 @@ from bench.ceilings import Ceilings
 from bench.timing import ORIGINAL, OURS, PYTORCH, Result
 from twotower_kernels import cpu
 
-HEADER = (
-    "op", "shape", "dtype", "µs", "spread", "vs original", "vs best PyTorch", "of ceiling", "GB/s", "GFLOP/s", "vs others"
-)  # fmt: skip
+HEADER = ("op", "shape", "dtype", "µs", "spread", "vs original", "vs best PyTorch", "of ceiling", "GB/s", "GFLOP/s")
+HEADER += ("vs others",)
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def cells(result: Result, ceilings: Ceilings) -> tuple[str, ...]:
 def rows(results: Sequence[Result], ceilings: Ceilings) -> list[tuple[str, ...]]:
     """HEADER and a row per result, without the columns in which no row says anything."""
     whole = [HEADER, *(cells(result, ceilings) for result in results)]
-    columns = [column for column in zip(*whole, strict=True) if any(column[1:])]
+    columns = [column for column in zip(*whole, strict=True) if any(column[1:]) or not results]
     return list(zip(*columns, strict=True))
 
 
