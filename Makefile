@@ -28,8 +28,8 @@ check: $(DEV)  ## ruff (lint and format), mypy and clang-format
 	@$(PY) -m mypy
 	@$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/simt/*.h tests/simt/*.cpp
 
-bench: $(DEV) $(KERNELS)  ## time every operation beside its rivals, into bench/results/cpu
-	@$(PY) -m bench --save bench/results/cpu
+bench: $(DEV) $(KERNELS)  ## time every operation beside its rivals, into bench/results/cpu: make bench [ARGS="--op moe"]
+	@$(PY) -m bench --save bench/results/cpu $(ARGS)
 
 bench-compare: $(DEV)  ## two commits side by side: make bench-compare BASE=main~1 [ARGS="--op moe"]
 	@$(PY) -m bench.compare $(BASE) $(ARGS)

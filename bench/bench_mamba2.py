@@ -1,69 +1,92 @@
-"""Mamba-2's convolution, scan and gated norm at the released sizes: 64 heads of 64, state 128, 8 groups."""
+"""Mamba-2's convolution, scan and gated norm."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
 import twotower_kernels as tt
-from bench import rivals
+from bench import costs, rivals
+from bench.shapes import RELEASED, Shapes
 from bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals, close
 from reference import mamba2
 
-HEADS, DIM, STATE, GROUPS = 64, 64, 128, 8
-PARAMETERS = ("xbc", "dt", "conv_weight", "conv_bias", "a_log", "d", "dt_bias")
-OPTIONS = ("n_groups", "head_dim", "conv_state", "ssm_state")
 
-
-def scan(batch: int, length: int, states: bool, device: str, goals: Goals = NO_GOALS) -> Case:
-    sizes = dict(b=batch, l=length, heads=HEADS, head_dim=DIM, state=STATE, groups=GROUPS, seeded=True)
-    inputs = mamba2.make_inputs("mamba2_scan", sizes, dtype=torch.bfloat16, device=device)
-    parameters = [inputs[name] for name in PARAMETERS]
-    options = {name: inputs[name] for name in OPTIONS} | {"return_states": states}
+def scan(
+    batch: int, length: int, states: bool, device: str, goals: Goals = NO_GOALS, shapes: Shapes = RELEASED
+) -> Case:
+    layer = dict(
+        heads=shapes.mamba_num_heads,
+        head_dim=shapes.mamba_head_dim,
+        state=shapes.ssm_state_size,
+        groups=shapes.n_groups,
+    )
+    given = dict(b=batch, l=length, seeded=True, width=shapes.conv_kernel, **layer)
+    inputs = mamba2.make_inputs("mamba2_scan", given, dtype=torch.bfloat16, device=device)
+    inputs["return_states"] = states
     programs = {
-        OURS: lambda: tt.mamba2_scan(*parameters, **options),
-        ORIGINAL: lambda: rivals.eager_scan(*parameters, **options),
-        "PyTorch: closed form": lambda: rivals.best_scan(*parameters, **options),
+        OURS: partial(tt.mamba2_scan, **inputs),
+        ORIGINAL: partial(rivals.eager_scan, **inputs),
+        "PyTorch: closed form": partial(rivals.best_scan, **inputs),
     }
-    xbc, size = parameters[0], inputs["ssm_state"].numel()
+    sizes = {f"mamba_{name}" if "head" in name else name: value for name, value in layer.items()}
     return Case(
         "mamba2_scan",
         f"B {batch}, L {length}{', states returned' if states else ''}",
         torch.bfloat16,
         programs,
         close(2e-2),
-        bytes=(1 + states) * size * 4 + 2 * xbc.numel() * xbc.element_size(),
+        costs.mamba2_scan(batch, length, **layer, kernel=shapes.conv_kernel, returned=states),
         goals=goals,
+        sizes=dict(batch=batch, length=length, **sizes),
+        inputs=inputs,
     )
 
 
-def norm(batch: int, device: str, goals: Goals = NO_GOALS) -> Case:
-    sizes = dict(b=batch, l=16, width=4096, groups=8)
-    inputs = mamba2.make_inputs("gated_rms_norm", sizes, dtype=torch.bfloat16, device=device)
+def norm(batch: int, device: str, goals: Goals = NO_GOALS, shapes: Shapes = RELEASED) -> Case:
+    block, width, groups = shapes.block_size, shapes.mamba_inner, shapes.n_groups
+    given = dict(b=batch, l=block, width=width, groups=groups)
+    inputs = mamba2.make_inputs("gated_rms_norm", given, dtype=torch.bfloat16, device=device)
     programs = {
-        OURS: lambda: tt.gated_rms_norm(**inputs),
-        ORIGINAL: lambda: rivals.eager_gated_rms_norm(**inputs),
-        "PyTorch: rms_norm": lambda: rivals.best_gated_rms_norm(**inputs),
+        OURS: partial(tt.gated_rms_norm, **inputs),
+        ORIGINAL: partial(rivals.eager_gated_rms_norm, **inputs),
+        "PyTorch: rms_norm": partial(rivals.best_gated_rms_norm, **inputs),
     }
-    moved = 3 * inputs["y"].numel() * inputs["y"].element_size()
-    shape = f"{batch * 16} × 4096"
-    return Case("gated_rms_norm", shape, torch.bfloat16, programs, close(1e-2), bytes=moved, goals=goals)
+    return Case(
+        "gated_rms_norm",
+        f"{batch * block} × {width}",
+        torch.bfloat16,
+        programs,
+        close(1e-2),
+        costs.gated_rms_norm(batch * block, width),
+        goals=goals,
+        sizes=dict(batch=batch, block=block, rows=batch * block, width=width, groups=groups),
+        inputs=inputs,
+    )
 
 
-def cases(device: str = "cpu") -> Iterator[Case]:
-    if device != "cpu":
-        for batch in (1, 4, 16, 64):
-            yield scan(batch, 16, False, device)
-            yield norm(batch, device)
-        yield scan(1, 64, False, device)
-        yield scan(1, 16, True, device)
-        yield scan(1, 4096, True, device)
+def cases(
+    device: str = "cpu",
+    shapes: Shapes = RELEASED,
+    batches: Sequence[int] | None = None,
+    contexts: Sequence[int] | None = None,
+) -> Iterator[Case]:
+    block = shapes.block_size
+    if batches or device != "cpu":
+        for batch in batches or (1, 4, 16, 64):
+            yield scan(batch, block, False, device, shapes=shapes)
+            yield norm(batch, device, shapes=shapes)
+        if not batches:
+            yield scan(1, 64, False, device, shapes=shapes)
+            yield scan(1, block, True, device, shapes=shapes)
+            yield scan(1, 4096, True, device, shapes=shapes)
         return
-    yield scan(1, 16, False, device, (10, 4, None))
-    yield scan(1, 16, True, device)
-    yield scan(16, 16, False, device, (10, 4, None))
-    yield scan(1, 1, True, device)
-    yield scan(1, 1024, True, device)
-    yield norm(1, device, (2, 1, None))
-    yield norm(16, device, (2, 1, None))
+    yield scan(1, block, False, device, (10, 4, None), shapes)
+    yield scan(1, block, True, device, shapes=shapes)
+    yield scan(16, block, False, device, (10, 4, None), shapes)
+    yield scan(1, 1, True, device, shapes=shapes)
+    yield scan(1, 1024, True, device, shapes=shapes)
+    yield norm(1, device, (2, 1, None), shapes)
+    yield norm(16, device, (2, 1, None), shapes)

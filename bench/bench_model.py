@@ -6,7 +6,7 @@ by the operations alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from bench import rivals
 from bench.ceilings import Ceilings
 from bench.configs import CONFIG
 from bench.cost_model import forward, total
+from bench.shapes import RELEASED, Shapes
 from bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals
 from twotower_kernels import layers
 from twotower_kernels import model as wiring
@@ -138,7 +139,8 @@ def step(
         """Weights at the speed of memory, then attention at 60 % of the peak: neither hides behind the other."""
         return cost.weights / c.read / 1e9 + attention.flops / (0.6 * c.matrix(dtype)) / 1e9
 
-    return Case("denoiser step", shape, dtype, programs, check, cost.bytes, cost.flops, goals, floor)
+    sizes = dict(batch=batch, block=BLOCK, context=context)
+    return Case("denoiser step", shape, dtype, programs, check, cost, goals, floor, sizes)
 
 
 def prefill(dtype: torch.dtype, tokens: int, goals: Goals) -> Case:
@@ -161,15 +163,33 @@ def prefill(dtype: torch.dtype, tokens: int, goals: Goals) -> Case:
 
     cost = total(forward(CONFIG, "context", 1, tokens, 0, dtype=str(dtype).removeprefix("torch.")))
     programs = {OURS: run({}), ORIGINAL: run(rivals.ORIGINAL), "PyTorch: best operations": run(rivals.BEST)}
-    return Case("prefill", f"{tokens} tokens", dtype, programs, check, cost.bytes, cost.flops, goals)
+    sizes = dict(batch=1, length=tokens)
+    return Case("prefill", f"{tokens} tokens", dtype, programs, check, cost, goals, sizes=sizes)
 
 
-def cases(device: str = "cpu") -> Iterator[Case]:
+def cases(
+    device: str = "cpu",
+    shapes: Shapes = RELEASED,
+    batches: Sequence[int] | None = None,
+    contexts: Sequence[int] | None = None,
+) -> Iterator[Case]:
+    """The model's sizes are its own; batches and contexts may be chosen.
+
+    Raises:
+        NotImplementedError: other shapes, or a device that is no CPU.
+    """
     if device != "cpu":
-        return  # bench/gpu_model.py measures the released size
+        raise NotImplementedError("measured on a CPU; bench/gpu_model.py measures the released size on a GPU")
+    if shapes != RELEASED:
+        raise NotImplementedError("this model's sizes are its own, whatever the shapes")
     torch.manual_seed(0)
     model = random_model(torch.bfloat16, "denoiser")
     wide = widened(model)
+    if batches or contexts:
+        for batch in batches or (1,):
+            for context in contexts or (8192,):
+                yield step(model, batch, context, wide=wide)
+        return
     yield step(wide, 1, 8192)
     yield step(model, 1, 8192, (6, 2, 1 / 1.6), wide=wide)
     del wide

@@ -1,18 +1,21 @@
-"""Remasking over a vocabulary of 131072 by TwoTower's rule, greedy and sampled."""
+"""Remasking over a vocabulary by TwoTower's rule, greedy and sampled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import twotower_kernels as tt
+from bench import costs
+from bench.shapes import RELEASED, Shapes
 from bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals
 from reference import remask as specification
 
-THRESHOLD, VOCABULARY = 0.8, 131072
+THRESHOLD = 0.8
 
 
 def original(logits: Tensor, tokens: Tensor, **options: Any) -> Tensor:
@@ -68,41 +71,58 @@ def best(logits: Tensor, tokens: Tensor, *, compiled: bool = False, **options: A
     return torch.where(masked & (rank < count), candidate, tokens)
 
 
-def case(batch: int, temperature: float, dtype: torch.dtype, device: str, goals: Goals = NO_GOALS) -> Case:
-    sizes = dict(batch=batch, block=16, vocab=VOCABULARY, num_steps=16, step=0, temperature=temperature)
-    inputs = specification.make_inputs("remask", sizes, dtype=dtype, device=device)
+def case(
+    batch: int,
+    temperature: float,
+    dtype: torch.dtype,
+    device: str,
+    goals: Goals = NO_GOALS,
+    shapes: Shapes = RELEASED,
+) -> Case:
+    block, vocabulary = shapes.block_size, shapes.vocab_size
+    given = dict(batch=batch, block=block, vocab=vocabulary, num_steps=16, step=0, temperature=temperature)
+    inputs = specification.make_inputs("remask", given, dtype=dtype, device=device)
     inputs |= {"policy": tt.RemaskPolicy.twotower(THRESHOLD)}
     inputs["tokens"] = torch.full_like(inputs["tokens"], inputs["mask_token_id"])  # the first step: nothing is known
 
-    def run(program: Callable[..., Tensor]) -> Callable[[], Tensor]:
-        return lambda: program(**inputs)
+    mask_token_id = inputs["mask_token_id"]
 
-    def same(ours: Any, theirs: Tensor) -> None:
+    def same(ours: Any, theirs: Any) -> None:
+        """`theirs` may be the tokens alone."""
+        theirs = getattr(theirs, "tokens", theirs)
         if temperature == 0:
             assert torch.equal(ours.tokens, theirs), "other tokens"
         else:  # every program has draws of its own
-            assert (theirs != inputs["mask_token_id"]).sum() >= batch, "nothing was committed"
+            assert (theirs != mask_token_id).sum() >= batch, "nothing was committed"
 
-    programs: dict[str, Callable[[], Any]] = {
-        OURS: lambda: tt.remask(**inputs),
-        ORIGINAL: run(original),
-        "PyTorch: logsumexp": run(best),
+    programs = {
+        OURS: partial(tt.remask, **inputs),
+        ORIGINAL: partial(original, **inputs),
+        "PyTorch: logsumexp": partial(best, **inputs),
     }
     if not temperature:
-        programs["PyTorch: logsumexp, compiled"] = lambda: best(**inputs, compiled=True)
+        programs["PyTorch: logsumexp, compiled"] = partial(best, **inputs, compiled=True)
     return Case(
         "remask, sampled" if temperature else "remask, greedy",
-        f"{batch * 16} × {VOCABULARY}",
+        f"{batch * block} × {vocabulary}",
         dtype,
         programs,
         same,
-        bytes=inputs["logits"].numel() * inputs["logits"].element_size(),
+        costs.remask(batch, block, vocabulary, dtype.itemsize),
         goals=goals,
+        sizes=dict(batch=batch, block=block, rows=batch * block, vocabulary=vocabulary),
+        inputs=inputs,
     )
 
 
-def cases(device: str = "cpu") -> Iterator[Case]:
-    for batch in (1, 16) if device == "cpu" else (1, 4, 16, 64):
-        yield case(batch, 0.0, torch.float32, device, (10, 4, 0.7))
-        yield case(batch, 1.0, torch.float32, device, (10, 4, None))
-    yield case(1, 0.0, torch.bfloat16, device)
+def cases(
+    device: str = "cpu",
+    shapes: Shapes = RELEASED,
+    batches: Sequence[int] | None = None,
+    contexts: Sequence[int] | None = None,
+) -> Iterator[Case]:
+    for batch in batches or ((1, 16) if device == "cpu" else (1, 4, 16, 64)):
+        yield case(batch, 0.0, torch.float32, device, (10, 4, 0.7), shapes)
+        yield case(batch, 1.0, torch.float32, device, (10, 4, None), shapes)
+    for batch in batches or (1,):
+        yield case(batch, 0.0, torch.bfloat16, device, shapes=shapes)

@@ -5,28 +5,38 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+import twotower_kernels as tt
+
 
 @dataclass(frozen=True)
 class Ceilings:
-    """read, copy: GB/s of main memory, bytes read plus bytes written. fp32, bf16: GFLOP/s of a large matrix product."""
+    """read, copy: GB/s of main memory, bytes read plus bytes written. fp64 to bf16: GFLOP/s of a large matrix product.
+    launch: seconds below which nothing can be: on a GPU an empty kernel, on a CPU an operation's smallest call."""
 
     read: float
     copy: float
+    fp64: float
     fp32: float
+    fp16: float
     bf16: float
+    launch: float
 
     def better_of(self, other: Ceilings) -> Ceilings:
-        """The larger of each."""
-        return Ceilings(*map(max, astuple(self), astuple(other)))
+        """The larger of each, and the shorter launch."""
+        mine, theirs = vars(self), vars(other)
+        return Ceilings(**{name: (min if name == "launch" else max)(mine[name], theirs[name]) for name in mine})
 
     def matrix(self, dtype: torch.dtype) -> float:
         """What arithmetic in this dtype could reach: a 16-bit type may always be widened."""
-        return self.fp32 if dtype == torch.float32 else max(self.fp32, self.bf16)
+        if dtype == torch.float64:
+            return self.fp64
+        narrow = {torch.float16: self.fp16, torch.bfloat16: self.bf16}
+        return max(self.fp32, narrow.get(dtype, 0.0))
 
 
 def _median(call: Callable[[], Any], times: int = 7) -> float:
@@ -48,8 +58,22 @@ def _copied(x: torch.Tensor) -> float:
     return _median(lambda: y.copy_(x))
 
 
+def _launch(on_cpu: bool) -> float:
+    if on_cpu:
+        x, weight = torch.ones(1, 16), torch.ones(16)
+        return _median(lambda: tt.rms_norm(x, weight, eps=1e-5), times=1001)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(2**22)  # while this kernel waits, the host queues those that are timed
+    start.record()
+    for _ in range(100):
+        torch.cuda._sleep(0)  # waits for nothing
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / 100
+
+
 def measure(device: str = "cpu") -> Ceilings:
-    """A sum over 1 GiB (on a GPU 4), a copy of it, and matrix products, with PyTorch's number of threads."""
+    """A sum over 1 GiB (on a GPU 4), a copy of it, matrix products with PyTorch's number of threads, and a launch."""
     on_cpu = torch.device(device).type == "cpu"
     x = torch.ones(2**28 if on_cpu else 2**30, device=device)  # zeros might all lie on one page
     size = x.numel() * x.element_size() / 1e9
@@ -58,13 +82,21 @@ def measure(device: str = "cpu") -> Ceilings:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         return 2 * n**3 / _median(lambda: a @ b) / 1e9
 
-    read, copied = size / _median(x.sum), 2 * size / _copied(x)
-    if not on_cpu:
-        return Ceilings(read, copied, product(torch.float32, 4096), product(torch.bfloat16, 8192))
-    # Where bfloat16 is emulated, a smaller product says so soon enough.
-    small = product(torch.bfloat16, 256)
-    bf16 = product(torch.bfloat16, 1024) if small > 20 else small
-    return Ceilings(read, copied, product(torch.float32, 1024), bf16)
+    def narrow(dtype: torch.dtype) -> float:
+        if not on_cpu:
+            return product(dtype, 8192)
+        small = product(dtype, 256)  # where the type is emulated, a smaller product says so soon enough
+        return product(dtype, 1024) if small > 20 else small
+
+    return Ceilings(
+        read=size / _median(x.sum),
+        copy=2 * size / _copied(x),
+        fp64=product(torch.float64, 1024 if on_cpu else 4096),
+        fp32=product(torch.float32, 1024 if on_cpu else 4096),
+        fp16=narrow(torch.float16),
+        bf16=narrow(torch.bfloat16),
+        launch=_launch(on_cpu),
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench.__main__ import FILES
+from bench.command import FILES
 from bench.timing import OURS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,8 @@ def prepared(commit: str) -> Path:
 def medians(folder: Path, ops: Sequence[str], seconds: float) -> Medians:
     """One round of a commit's operations, in a process of its own."""
     options = [option for op in ops for option in ("--op", op)]
-    command = [sys.executable, "-m", "bench", "--ours", "--seconds", str(seconds), "--save", "build", "--name", "round"]
+    command = [sys.executable, "-m", "bench", "--rivals", "none", "--seconds", str(seconds)]
+    command += ["--save", "build", "--name", "round"]
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     done = subprocess.run([*command, *options], cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:

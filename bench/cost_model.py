@@ -7,7 +7,6 @@ stays in a cache from one operation to the next. docs/cost_model.md compares thi
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -210,19 +209,17 @@ class Checked:
 
 
 def check(run: dict[str, Any], machine: Machine) -> list[Checked]:
-    """Every case of a saved run of which bytes or FLOPs are known, predicted for the machine that it ran on."""
+    """Every case of a saved run, predicted for the machine that it ran on."""
     found = []
     for result in run["results"]:
         op, shape, dtype = result["op"], result["shape"], result["dtype"]
-        sizes = {name: int(size) for name, size in re.findall(r"(B|S|context) (\d+)", shape)}
+        sizes = result["sizes"]
         if op == "denoiser step":
-            calls = forward(CONFIG, "denoiser", sizes["B"], sizes["S"], sizes["context"], dtype=dtype)
+            calls = forward(CONFIG, "denoiser", sizes["batch"], sizes["block"], sizes["context"], dtype=dtype)
         elif op == "prefill":
-            calls = forward(CONFIG, "context", 1, int(shape.split()[0]), 0, dtype=dtype)
-        elif result["bytes"] or result["flops"]:
-            calls = [Call(op, Cost(result["bytes"], result["flops"]), dtype)]
+            calls = forward(CONFIG, "context", sizes["batch"], sizes["length"], 0, dtype=dtype)
         else:
-            continue
+            calls = [Call(op, Cost(result["bytes"], result["flops"]), dtype)]
         measured = result["seconds"]["twotower_kernels"]["median"]
         found.append(Checked(op, shape, dtype, seconds(calls, machine), measured))
     return found

@@ -64,11 +64,11 @@ def measured(run: Path) -> Machine:
         about, limits = saved["machine"], saved["ceilings"]
         flops = {
             "bfloat16": max(limits["fp32"], limits["bf16"]) * 1e9,  # a 16-bit type may always be widened
-            "float16": max(limits["fp32"], limits.get("fp16", 0)) * 1e9,
+            "float16": max(limits["fp32"], limits["fp16"]) * 1e9,
             "float32": limits["fp32"] * 1e9,
-            "float64": limits.get("fp64", limits["fp32"] / 2) * 1e9,
+            "float64": limits["fp64"] * 1e9,
         }
-        read, launch = limits["read"] * 1e9, limits.get("launch", 10e-6)
+        read, launch = limits["read"] * 1e9, limits["launch"]
         name = f"{about['processor']}, {about['threads']} threads"
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{run}: expected a run saved by the benchmarks, got {error!r}") from None

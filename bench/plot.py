@@ -9,7 +9,6 @@ import torch
 
 from bench import report, rivals
 from bench.bench_adaln import case
-from bench.ceilings import Ceilings
 from bench.timing import ORIGINAL, OURS, measure
 
 matplotlib.use("Agg")
@@ -31,7 +30,7 @@ def main() -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    where = report.heading(Ceilings(0, 0, 0, 0)).split(". Ceilings")[0]
+    where = report.where()
     axes.set_title(where.replace("; torch", "\ntorch"), fontsize=7)
     figure.savefig(sys.argv[1], dpi=150)
 

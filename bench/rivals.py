@@ -186,10 +186,17 @@ def _finished(ys: Tensor, dtype: torch.dtype, states: tuple[Tensor, Tensor], **o
 
 
 def eager_scan(
-    xbc: Tensor, dt: Tensor, weight: Tensor, bias: Tensor, a_log: Tensor, d: Tensor, dt_bias: Tensor, **options: Any
+    xbc: Tensor,
+    dt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    a_log: Tensor,
+    d: Tensor,
+    dt_bias: Tensor,
+    **options: Any,
 ) -> Any:
     """The recurrence, token by token."""
-    x, b, c, delta, last = _projected(xbc, dt, weight, bias, dt_bias, **options)
+    x, b, c, delta, last = _projected(xbc, dt, conv_weight, conv_bias, dt_bias, **options)
     decay, ys = (-a_log.float().exp() * delta).exp(), []
     state = options.get("ssm_state")
     state = x.new_zeros(*x.shape[:1], *x.shape[2:], b.shape[-1]) if state is None else state
@@ -201,10 +208,18 @@ def eager_scan(
 
 
 def best_scan(
-    xbc: Tensor, dt: Tensor, weight: Tensor, bias: Tensor, a_log: Tensor, d: Tensor, dt_bias: Tensor, **options: Any
+    xbc: Tensor,
+    dt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    a_log: Tensor,
+    d: Tensor,
+    dt_bias: Tensor,
+    **options: Any,
 ) -> Any:
     """The closed form over chunks of 64 tokens, as batched matrix products."""
-    *parts, last = _projected(xbc, dt, weight, bias, dt_bias, wide=widen() and xbc.device.type == "cpu", **options)
+    wide = widen() and xbc.device.type == "cpu"
+    *parts, last = _projected(xbc, dt, conv_weight, conv_bias, dt_bias, wide=wide, **options)
     x, b, c, delta = (m.transpose(1, 2) for m in parts)  # heads before tokens
     state, chunk, ys = options.get("ssm_state"), 64, []
     state = x.new_zeros(*x.shape[:2], x.shape[-1], b.shape[-1]) if state is None else state
@@ -280,9 +295,19 @@ def _experts(add: Any, linear: Any) -> Any:
     def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         return linear(linear(x, up).relu().square(), down)
 
-    def moe_experts(x: Tensor, *routed: Tensor, plan: None = None, shared_up: Tensor, shared_down: Tensor) -> Tensor:
+    def moe_experts(
+        x: Tensor,
+        w_up: Tensor,
+        w_down: Tensor,
+        weights: Tensor,
+        experts: Tensor,
+        *,
+        plan: None = None,
+        shared_up: Tensor,
+        shared_down: Tensor,
+    ) -> Tensor:
         out = torch.zeros(x.shape, device=x.device)
-        add(mlp, out, x, *routed)
+        add(mlp, out, x, w_up, w_down, weights, experts)
         return out.to(x.dtype) + mlp(x, shared_up, shared_down)
 
     return moe_experts

@@ -9,14 +9,17 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from bench.ceilings import Ceilings
+from bench.costs import Cost
 
-OURS, ORIGINAL = "twotower_kernels", "original style"  # every other program is a candidate for "the best PyTorch"
+# The names of programs: ours, code as the models' authors write it, candidates for "the best PyTorch", and any others.
+OURS, ORIGINAL, PYTORCH = "twotower_kernels", "original style", "PyTorch:"
 
 
 # At least so many times as fast as the original style and as the best PyTorch, and the share of the ceiling.
@@ -32,9 +35,11 @@ class Case:
         op, shape, dtype: what is computed; shape is for people.
         programs: the calls, `OURS` among them.
         check: compares our output with another's and raises AssertionError if they disagree.
-        bytes, flops: what the operation must move and compute at least; 0: not counted.
+        cost: what the operation must move and compute at least.
         floor: the least seconds on a machine with these ceilings, where it is not the larger of bytes and arithmetic.
         goals: what this case should reach on a CPU; None: no goal.
+        sizes: what its shape says, by name: batch, block, context, ...
+        inputs: keyword arguments of the public operation.
     """
 
     op: str
@@ -42,10 +47,15 @@ class Case:
     dtype: torch.dtype
     programs: Mapping[str, Callable[[], Any]]
     check: Callable[[Any, Any], None]
-    bytes: int = 0
-    flops: int = 0
+    cost: Cost
     goals: Goals = NO_GOALS
     floor: Callable[[Ceilings], float] | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    def against(self, name: str, function: Callable[..., Any]) -> Case:
+        """The same case with one more program, `function(**inputs)`."""
+        return replace(self, programs={**self.programs, name: partial(function, **self.inputs)})
 
 
 @dataclass(frozen=True)
@@ -60,23 +70,33 @@ class Timing:
 
 @dataclass(frozen=True)
 class Result:
+    """A case without its programs, which hold their tensors, and the times of those that agreed.
+
+    Attributes:
+        skipped: programs that cannot run here, and why.
+        wrong: programs whose output disagrees with ours, and by how much.
+    """
+
     case: Case
     timings: Mapping[str, Timing]
+    skipped: Mapping[str, str]
+    wrong: Mapping[str, str]
 
-    def against(self, name: str) -> float | None:
-        """How many times as long another program takes."""
+    def ratio(self, name: str) -> float | None:
+        """How many times as long as ours another program takes."""
         return self.timings[name].median / self.timings[OURS].median if name in self.timings else None
 
     def best(self) -> str | None:
-        """The fastest program that is neither ours nor in the original style."""
-        others = [name for name in self.timings if name not in (OURS, ORIGINAL)]
-        return min(others, key=lambda name: self.timings[name].median, default=None)
+        """The fastest of the candidates for the best PyTorch."""
+        found = [name for name in self.timings if name.startswith(PYTORCH)]
+        return min(found, key=lambda name: self.timings[name].median, default=None)
 
-    def share(self, ceilings: Ceilings) -> float | None:
+    def share(self, ceilings: Ceilings) -> float:
         """The least time that bytes and arithmetic allow on this machine, over ours."""
-        moving, computing = self.case.bytes / ceilings.read, self.case.flops / ceilings.matrix(self.case.dtype)
+        cost = self.case.cost
+        moving, computing = cost.bytes / ceilings.read, cost.flops / ceilings.matrix(self.case.dtype)
         floor = max(moving, computing) / 1e9 if self.case.floor is None else self.case.floor(ceilings)
-        return floor / self.timings[OURS].median if floor else None
+        return floor / self.timings[OURS].median
 
 
 def interleaved(programs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Timing]:
@@ -122,20 +142,39 @@ def on_gpu(programs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
     return {name: _timing([start.elapsed_time(end) / 1e3 for start, end in pairs]) for name, pairs in events.items()}
 
 
+def why_not(error: Exception) -> str:
+    """Why a program cannot run here: no such kernel, not installed, not enough memory. Any other error is a mistake,
+    and is raised again."""
+    known = NotImplementedError, ImportError, MemoryError, torch.OutOfMemoryError
+    if not isinstance(error, known) and "allocate memory" not in str(error):  # PyTorch's allocator on a CPU
+        raise error
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def measure(case: Case, seconds: float = 1.0, device: str = "cpu") -> Result:
-    """Checks every program's output against ours, then times them."""
-    ours = case.programs[OURS]()
+    """Checks every program's output against ours, then times those that agree.
+
+    Raises:
+        Exception: whatever our own program raises.
+    """
+    ours, programs = case.programs[OURS](), dict(case.programs)
+    skipped, wrong = {}, {}
     for name, call in case.programs.items():
         if name != OURS:
             try:
                 case.check(ours, call())
             except AssertionError as error:
-                raise AssertionError(f"{case.op}, {case.shape}, {case.dtype}: {name} disagrees: {error}") from None
+                wrong[name] = str(error)
+            except Exception as error:
+                skipped[name] = why_not(error)
+            else:
+                continue
+            del programs[name]
     del ours
     with torch.inference_mode():
-        if torch.device(device).type == "cuda":
-            return Result(case, on_gpu(case.programs, rounds=30))
-        return Result(case, interleaved(case.programs, seconds))
+        on_cpu = torch.device(device).type == "cpu"
+        timings = interleaved(programs, seconds) if on_cpu else on_gpu(programs, rounds=30)
+    return Result(replace(case, programs={}, inputs={}), timings, skipped, wrong)
 
 
 def close(limit: float) -> Callable[[Any, Any], None]:

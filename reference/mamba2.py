@@ -266,20 +266,20 @@ def make_inputs(
         y, z = normal(b, length, sizes["width"]), normal(b, length, sizes["width"])
         return dict(y=y, z=z, weight=normal(sizes["width"]), n_groups=groups, eps=1e-5)
     heads, head_dim, state = sizes["heads"], sizes["head_dim"], sizes["state"]
-    channels = heads * head_dim + 2 * groups * state
+    channels, width = heads * head_dim + 2 * groups * state, sizes.get("width", 4)
     index, lens = sizes.get("index"), sizes.get("lens")
     rows = max(index) + 1 if index else b
     return dict(
         xbc=normal(b, length, channels),
         dt=normal(b, length, heads),
-        conv_weight=normal(channels, 4) * 0.5,
+        conv_weight=normal(channels, width) * 0.5,
         conv_bias=normal(channels) * 0.1,
         a_log=normal(heads, wide=True).abs().add(0.5).log(),
         d=normal(heads, wide=True),
         dt_bias=normal(heads, wide=True) - 2,
         n_groups=groups,
         head_dim=head_dim,
-        conv_state=normal(rows, channels, 3) if sizes.get("seeded") else None,
+        conv_state=normal(rows, channels, width - 1) if sizes.get("seeded") else None,
         ssm_state=normal(rows, heads, head_dim, state, wide=True) if sizes.get("seeded") else None,
         state_index=torch.tensor(index, device=device) if index else None,
         seq_lens=torch.tensor(lens, device=device) if lens else None,

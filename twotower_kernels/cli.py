@@ -7,6 +7,7 @@ until then and ends with 130, as a shell expects it.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -140,6 +141,11 @@ def _parser() -> argparse.ArgumentParser:
     about = commands.add_parser("info", help="versions, kernels, devices; sizes of a checkpoint", allow_abbrev=False)
     about.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a model folder")
     about.set_defaults(run=_info)
+
+    # Its arguments are the benchmark's to read, --help too, so none of them begins an option here.
+    timed = commands.add_parser("bench", help="time the kernels beside their rivals", add_help=False, prefix_chars="\0")
+    timed.add_argument("arguments", nargs="*")
+    timed.set_defaults(run=_bench)
     return parser
 
 
@@ -342,3 +348,13 @@ def _info(args: argparse.Namespace) -> int:
     console.print(table)
     console.print(kernels)
     return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    """The benchmark stands beside this package in a checkout, and is not installed with it."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "bench" / "command.py").is_file():
+        raise FileNotFoundError("the benchmark is not installed: clone the repository, and run `make bench` there")
+    sys.path.insert(0, str(checkout))  # the console script's first place is its own folder
+    code: int = importlib.import_module("bench.command").main(args.arguments)
+    return code

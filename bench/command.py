@@ -1,0 +1,165 @@
+"""The benchmark: every operation beside its rivals, checked and timed in one run (docs/benchmarking.md)."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from bench import ceilings, report
+from bench.ceilings import Ceilings
+from bench.report import Skipped
+from bench.shapes import RELEASED, SMALL, Shapes
+from bench.timing import NO_GOALS, ORIGINAL, OURS, PYTORCH, Case, Result, measure, why_not
+from twotower_kernels import cpu
+
+FILES = ("attention", "moe", "linear", "mamba2", "adaln", "remask", "model")
+RIVALS = ("all", "none", "original", "best", "peers")
+
+
+def number(kind: type, least: int) -> Callable[[str], Any]:
+    """An argument type: a finite number of this kind, so large at least."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            words = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {words}, {least} or more, got {text!r}")
+        return value
+
+    return parse
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="python -m bench", description=__doc__, allow_abbrev=False)
+    found.add_argument("--op", action="append", choices=FILES, help="only this family; may be given again")
+    found.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where (default: cpu)")
+    found.add_argument(
+        "--shapes",
+        default="released",
+        metavar="released|small|FILE",
+        help="sizes: the released model's (default), small ones, or those of a model's config.json",
+    )
+    for name, what in (("batch", "blocks at a time"), ("context", "tokens before the block")):
+        found.add_argument(
+            f"--{name}", action="append", type=number(int, 1), metavar="N", help=f"{what}; may be given again"
+        )
+    found.add_argument(
+        "--rivals",
+        action="append",
+        choices=RIVALS,
+        help="which programs stand beside ours: original style, best PyTorch, peers (what others wrote), all "
+        "(default) or none, and so without checks; may be given again",
+    )
+    found.add_argument(
+        "--seconds", type=number(float, 0), default=1.0, help="that each program is timed at least (default: 1)"
+    )
+    found.add_argument("--save", type=Path, metavar="FOLDER", help="write FOLDER/NAME.json, NAME.md and NAME.png")
+    found.add_argument("--name", help="of the files that are written (default: the CPU's instruction set, or ops)")
+    return found
+
+
+def wanted(program: str, kinds: Sequence[str]) -> bool:
+    """Whether a program is ours or a rival of one of these kinds."""
+    kind = "original" if program == ORIGINAL else "best" if program.startswith(PYTORCH) else "peers"
+    return program == OURS or "all" in kinds or kind in kinds
+
+
+def cases(family: str, options: argparse.Namespace, shapes: Shapes) -> Iterator[Case]:
+    """Those that were asked for; goals are the released model's."""
+    module = importlib.import_module(f"bench.bench_{family}")
+    for case in module.cases(options.device, shapes, options.batch, options.context):
+        programs = {n: call for n, call in case.programs.items() if wanted(n, options.rivals or ["all"])}
+        yield replace(case, programs=programs, goals=case.goals if shapes == RELEASED else NO_GOALS)
+
+
+def picture(run: dict[str, Any], path: Path) -> str | None:
+    """Draws a saved run, or says why it cannot."""
+    try:
+        from bench.pictures import roofline
+
+        roofline(run, path)
+    except (ImportError, ValueError) as error:  # no matplotlib; no case that has a place in it
+        return f"no picture: {error}"
+    return None
+
+
+def measured(
+    options: argparse.Namespace, shapes: Shapes, limits: Ceilings, console: Console
+) -> tuple[list[Result], list[Skipped], list[Skipped]]:
+    """Every case that was asked for: results, programs that cannot run here, and programs that disagree with ours."""
+    results, skipped, wrong = [], [], []
+    families = options.op or FILES
+    # Drawn between two cases alone: a bar that moves by itself takes time from what is measured.
+    with Progress(console=console, transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("", total=len(families))
+        for family in families:
+            waiting = cases(family, options, shapes)
+            while True:
+                op, shape = family, ""
+                try:
+                    case = next(waiting, None)
+                    if case is None:
+                        break
+                    op, shape = case.op, case.shape
+                    bar.update(task, description=f"{op}, {shape}", refresh=True)
+                    result = measure(case, options.seconds, options.device)
+                except Exception as error:
+                    skipped.append(Skipped(op, shape, OURS, why_not(error)))
+                else:
+                    results.append(result)
+                    skipped += [Skipped(op, shape, program, why) for program, why in result.skipped.items()]
+                    wrong += [Skipped(op, shape, program, f"disagrees: {how}") for program, how in result.wrong.items()]
+                    console.print("  ".join(report.cells(result, limits)))
+                case = None  # and its tensors, before those of the next are drawn
+                gc.collect()
+            bar.advance(task)
+    return results, skipped, wrong
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line (default: the process's own). Returns 1 if a rival's output disagrees with ours, else 0."""
+    reader = parser()
+    options = reader.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        reader.error("--device cuda: expected a GPU, PyTorch sees none")
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=160)
+    shapes = {"released": RELEASED, "small": SMALL}.get(options.shapes)
+    if shapes is None:
+        try:
+            shapes, missing = Shapes.from_file(Path(options.shapes))
+        except ValueError as error:
+            reader.error(f"--shapes: {error}")
+        if missing:
+            console.print(f"{options.shapes} lacks {', '.join(missing)}: as in the released model")
+    limits = ceilings.measure(options.device)
+    console.print(report.heading(limits))
+    results, skipped, wrong = measured(options, shapes, limits, console)
+    limits = limits.better_of(ceilings.measure(options.device))  # what else the machine does changes
+    console.print(report.heading(limits))
+    if results:
+        console.print(report.table(results, limits))
+    if skipped:
+        console.print(report.table_of_skipped(skipped))
+    for case in wrong:
+        console.print(f"{case.op}, {case.shape}: {case.program} {case.reason}; it was not timed", style="bold red")
+    if options.save:
+        name = options.name or (cpu.kernels().isa() if options.device == "cpu" else "ops")
+        run = report.save(results, limits, options.save, name, [*skipped, *wrong])
+        if problem := picture(run, options.save / f"{name}.png"):
+            console.print(problem)
+    return 1 if wrong else 0
