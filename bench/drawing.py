@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
 from bench.timing import ORIGINAL, OURS
@@ -58,7 +58,8 @@ def finish(figure: Figure, run: dict[str, Any], path: Path, keys: Iterable[Any] 
 
 
 def plain(axis: Axis) -> None:
-    """A logarithmic axis with numbers as they are spoken: 1, 10, 100 instead of powers."""
+    """A logarithmic axis with numbers as they are spoken: 1, 2, 5, 10 instead of powers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -1,0 +1,185 @@
+"""Text end to end: `python -m bench.generation --save bench/results/cpu`.
+
+Four parts, each of which can be asked for alone (`--part`):
+
+* `shipped`: the shipped model in its three modes, over batches and contexts: seconds of prefill, tokens per second
+  after the first block, tokens per model call (NFE), memory.
+* `random`: the same of the mid-size random model of `bench_model`, from a state of random contents, because a prefill
+  of 16 × 32768 tokens takes minutes on a CPU and what a context says does not change what it costs. Its steps and
+  commits are measured while it generates; tokens per second at 1, 2 and 4 tokens per NFE follow from them.
+* `shares`: where the time of a denoiser step goes (`bench.shares`).
+* `thresholds`: what the un-masking threshold buys and costs, and the trace of one text (`bench.thresholds`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import twotower_kernels as tt
+from bench import report, shares, thresholds
+from bench.bench_model import BLOCK, CONFIG, random_state
+from bench.drawing import about
+from bench.generation_report import markdown
+from bench.thresholds import held_out
+from reference.demo_data import windows
+from twotower_kernels.generate import MODES
+
+PARTS = ("shipped", "random", "shares", "thresholds")
+BATCHES = (1, 4, 16)
+MOST = 65536  # prompt tokens of the whole batch: beyond, the prefills alone take minutes
+STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def peak() -> int | None:
+    """The most bytes of memory that were resident since the last call; None where the system does not say."""
+    try:
+        found = re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text(encoding="utf-8"))
+        FORGET.write_text("5", encoding="utf-8")  # proc(5): the peak is set to what is resident now
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def generated(
+    model: tt.TwoTowerModel, prompts: Tensor, prefill: Callable[..., tt.ContextState] | None = None, **options: Any
+) -> tuple[dict[str, Any], list[tt.StepEvent]]:
+    """One generation, watched: what it cost, and its events.
+
+    What is counted lies between the end of the first block (in the autoregressive modes: of the first token) and that
+    of the last, so that a commit belongs to every block as it does in a long text.
+
+    Args:
+        prompts: [B, T].
+        prefill: makes the state that the generation starts from; None: the model does, from the prompts.
+        options: of `tt.TwoTowerModel.stream`.
+
+    Returns:
+        seconds, tokens (of the batch), "tokens per second", "tokens per NFE", "step seconds" (median; None without
+        un-masking steps), "commit seconds" (median; None with fewer than two blocks of such steps), "prefill seconds",
+        and the most bytes resident meanwhile, "prefill bytes" and "bytes".
+
+    Raises:
+        ValueError: fewer than two blocks.
+    """
+    fill, filled = prefill or model.prefill, {}
+
+    def watched(*arguments: Any) -> tt.ContextState:
+        peak()
+        start = time.perf_counter()
+        state = fill(*arguments)
+        filled["prefill seconds"], filled["prefill bytes"] = time.perf_counter() - start, peak()
+        return state
+
+    model.prefill = watched  # type: ignore[method-assign]
+    try:
+        marks = [(time.perf_counter(), event) for event in model.stream(prompts, **options)]
+    finally:
+        del model.prefill
+    ends = [i for i, (_, event) in enumerate(marks) if event.committed]
+    if len(ends) < 2:
+        raise ValueError(f"max_new_tokens: expected two blocks at least, got {len(ends)}")
+    (start, first), (end, last) = marks[ends[0]], marks[ends[-1]]
+    spans = [(after, b - a) for (a, _), (b, after) in pairwise(marks)]  # each until its event
+    steps = [span for event, span in spans if not event.committed and event.step > 0]
+    begins = [span for event, span in spans if not event.committed and event.step == 0]  # a commit and a step
+    step = statistics.median(steps) if steps else None
+    tokens = sum(marks[i][1].after.numel() for i in ends[1:])
+    return {
+        **filled,
+        "seconds": end - start,
+        "tokens": tokens,
+        "tokens per second": tokens / (end - start),
+        "tokens per NFE": tokens / int(last.nfe.sum() - first.nfe.sum()),
+        "step seconds": step,
+        "commit seconds": statistics.median(begins) - step if begins and step is not None else None,
+        "bytes": peak(),
+    }, [event for _, event in marks]
+
+
+def shipped(contexts: tuple[int, ...] = (1024, 4096, 16384, 32768), new: int = 128) -> Iterator[dict[str, Any]]:
+    """The shipped model on texts that it was not trained on."""
+    model, text = tt.TwoTowerModel.from_pretrained(tt.demo_path()), held_out()
+    for mode in MODES:  # the first calls in a process find out about the processor
+        model.generate(text[None, :64], mode=mode, max_new_tokens=BLOCK)
+    for batch in BATCHES:
+        for context in contexts:
+            if batch * context > MOST:
+                continue
+            prompts = windows(text, context, batch, torch.Generator().manual_seed(context))
+            for mode in MODES:
+                row, _ = generated(model, prompts, mode=mode, max_new_tokens=new)
+                yield {"mode": mode, "batch": batch, "context": context, **row}
+
+
+def reusable_state(model: tt.TwoTowerModel, batch: int, context: int, room: int) -> tt.ContextState:
+    """A random context whose storage has room, so that no generation of up to `room` tokens moves it."""
+    state = random_state(model, batch, context + room)
+    return state.replaced(lengths=state.lengths - room, longest=context)
+
+
+def random(
+    contexts: tuple[int, ...] = (1024, 8192, 32768), config: tt.TwoTowerConfig = CONFIG, blocks: int = 3
+) -> Iterator[dict[str, Any]]:
+    """The mid-size model of random weights. No confidence of it passes a threshold, so that four steps a block commit
+    four tokens each."""
+    torch.manual_seed(0)
+    model = tt.TwoTowerModel(config, dtype=torch.bfloat16)
+    for batch in BATCHES:
+        prompts = torch.randint(4, config.vocab_size, (batch, 2))
+        for context in contexts:
+            state = reusable_state(model, batch, context, blocks * BLOCK)
+
+            def ready(*_: Tensor, state: tt.ContextState = state) -> tt.ContextState:
+                return state.replaced()  # what one generation appends behind the context, the next one overwrites
+
+            for mode in MODES:
+                many = dict(max_new_tokens=blocks * BLOCK, steps_per_block=4) if mode == MODES[0] else {}
+                few = dict(max_new_tokens=9) if mode != MODES[0] else {}
+                row, _ = generated(model, prompts, ready, mode=mode, **many, **few)
+                del row["prefill seconds"], row["prefill bytes"]
+                if row["step seconds"] is not None:
+                    step, commit = row["step seconds"], row["commit seconds"]
+                    row["tokens per second at"] = {n: batch * BLOCK / (BLOCK / n * step + commit) for n in (1, 2, 4)}
+                yield {"mode": mode, "batch": batch, "context": context, **row}
+            del state, ready
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.generation", description="Text end to end.")
+    parser.add_argument("--part", action="append", choices=PARTS, help="only this one; may be given again")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write FOLDER/generation.json and generation.md")
+    options = parser.parse_args()
+    parts: dict[str, Callable[[], Any]] = {
+        "shipped": lambda: list(shipped()),
+        "random": lambda: list(random()),
+        "shares": lambda: list(shares.over_context()),
+        "thresholds": thresholds.measure,
+    }
+    run: dict[str, Any] = {"machine": report.machine()}
+    print(about(run))
+    for name in options.part or PARTS:
+        start = time.perf_counter()
+        run[name] = parts[name]()
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    text = markdown(run)
+    print(text)
+    if options.save:
+        options.save.mkdir(parents=True, exist_ok=True)
+        written = json.dumps(run, indent=1, ensure_ascii=False) + "\n"
+        (options.save / "generation.json").write_text(written, encoding="utf-8")
+        (options.save / "generation.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
