@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from matplotlib import rc_context
@@ -45,7 +46,9 @@ def page(panels: int = 1, height: float = 2.6, columns: int = 1, sharey: bool = 
 
 def finish(figure: Figure, run: dict[str, Any], path: Path, keys: Iterable[Any] = (), per_row: int = 3) -> Figure:
     """Legend (what `keys` draw, by their labels) and machine below the panels, and the file: PNG, 150 dots an inch."""
-    figure.supxlabel(about(run), fontsize=7, color="0.3")
+    letters = int(17 * figure.get_figwidth())  # of 7 points in a line
+    where = "\n".join(fill(line, letters) for line in about(run).splitlines())
+    figure.supxlabel(where, fontsize=7, color="0.3")
     keys = list(keys)
     if keys:
         names = [str(key.get_label()) for key in keys]

@@ -72,8 +72,8 @@ def markdown(run: dict[str, Any]) -> str:
     if "random" in run:
         parts += [
             "## The mid-size random model",
-            "bfloat16, from a context of random keys, values and states. In mask diffusion, blocks of 16 in four steps: "
-            "`tokens/s` is measured so, and `at n per NFE` is computed from the measured step and commit: "
+            "bfloat16, from a context of random keys, values and states. In mask diffusion, blocks of 16 in four "
+            "steps: `tokens/s` is measured so, and `at n per NFE` is computed from the measured step and commit: "
             "batch · 16 / (16/n · step + commit).",
             _rows(run["random"]),
         ]

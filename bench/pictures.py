@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
-from bench.drawing import fastest, finish, page, plain
-from bench.timing import OURS
+from bench.drawing import BEST, PROGRAMS, fastest, finish, page, plain
+from bench.pictures_of_text import step_shares, thresholds, trace
+from bench.timing import ORIGINAL, OURS
 
 # The ceiling that belongs to a dtype; a 16-bit type may always be widened, so float32's counts for it too.
 PEAKS = {"bfloat16": ("bf16", "fp32"), "float16": ("fp16", "fp32"), "float32": ("fp32",), "float64": ("fp64",)}
@@ -63,3 +68,79 @@ def roofline(run: dict[str, Any], path: Path) -> Figure:
         plain(axis.yaxis)
     axes[0].set_ylabel("GFLOP/s (filled: ours, hollow: best rival)")
     return finish(figure, run, path, keys.values(), per_row=3)
+
+
+def over(run: dict[str, Any], size: str, path: Path) -> Figure:
+    """Time over one size, a panel per operation: ours, the best PyTorch and the original style.
+
+    Args:
+        run: a saved run of `bench.sweeps`.
+        size: context, batch or vocabulary: what the sweep's results differ by.
+        path: of the PNG file.
+
+    Raises:
+        ValueError: the run has no such sweep.
+    """
+    results = [r for r in run["results"] if r["sweep"] == size]
+    if not results:
+        raise ValueError(f"time over {size}: expected a run with such a sweep, got none")
+    ops = list(dict.fromkeys(r["op"] for r in results))
+    figure, axes = page(len(ops), 2.7, columns=min(2, len(ops)))
+    keys: dict[str, Any] = {}
+    for axis, op in zip(axes, ops, strict=True):
+        found = sorted((r for r in results if r["op"] == op), key=lambda r: r["sizes"][size])
+        medians: dict[str, Callable[[dict[str, Any]], float | None]] = {
+            OURS: lambda seconds: seconds[OURS]["median"],
+            BEST: lambda seconds: fastest(seconds, but=(OURS, ORIGINAL)),
+            ORIGINAL: lambda seconds: seconds[ORIGINAL]["median"] if ORIGINAL in seconds else None,
+        }
+        for name, median in medians.items():
+            points = [(r["sizes"][size], t * 1e3) for r in found if (t := median(r["seconds"])) is not None]
+            if points:
+                color, marker, line = PROGRAMS[name]
+                style = dict(color=color, marker=marker, linestyle=line, markersize=4, linewidth=1)
+                (keys[name],) = axis.plot(*zip(*points, strict=True), label=name, **style)
+        constant = [
+            f"{name} {found[0]['sizes'][name]}"
+            for name in ("batch", "context")
+            if name != size
+            and all(name in r["sizes"] and r["sizes"][name] == found[0]["sizes"].get(name) for r in found)
+        ]
+        axis.set_title(", ".join([op, *constant, found[0]["dtype"]]), fontsize=7)
+        axis.set(xscale="log", yscale="log", xlabel=size)
+        plain(axis.yaxis)
+        values = [r["sizes"][size] for r in found]
+        axis.set_xticks(values, [spoken(value) for value in values], rotation=90 if len(values) > 6 else 0)
+        axis.xaxis.set_minor_locator(NullLocator())
+    axes[0].set_ylabel("ms, median")
+    return finish(figure, run, path, keys.values())
+
+
+def spoken(value: int) -> str:
+    """1024 as 1k, 8 as 8."""
+    return f"{value // 1024}k" if value >= 1024 and value % 1024 == 0 else str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.pictures", description="Draws every picture.")
+    parser.add_argument("results", type=Path, nargs="?", default="bench/results/cpu", help="folder with saved runs")
+    parser.add_argument("out", type=Path, nargs="?", default="docs/pictures", help="folder for the PNG files")
+    options = parser.parse_args()
+
+    def saved(name: str) -> dict[str, Any]:
+        path = options.results / f"{name}.json"
+        if not path.is_file():
+            raise SystemExit(f"{path}: expected a saved run, found none; `make bench` measures")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    sweeps, text = saved("sweeps"), saved("generation")
+    roofline(saved(sweeps["machine"]["instruction set"]), options.out / "roofline.png")
+    for size in ("context", "batch", "vocabulary"):
+        over(sweeps, size, options.out / f"over_{size}.png")
+    for draw in (step_shares, trace, thresholds):
+        draw(text, options.out / f"{draw.__name__}.png")
+    print(f"{options.out}: {', '.join(sorted(path.name for path in options.out.glob('*.png')))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,6 +19,7 @@ from twotower_kernels.ops.moe import moe_router
 # The operations that a step is made of: those that the rivals replace, here the package's own.
 INNER = {"linear": linear, "moe_router": moe_router}
 OPERATIONS = {name: INNER.get(name) or getattr(tt, name) for name in rivals.BEST}
+NORMS = ("adaln_norm", "gated_residual_adaln_norm", "gated_rms_norm")
 OTHER = "other"  # embedding, splits and activations between the operations, and Python
 
 
