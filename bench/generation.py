@@ -20,6 +20,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,10 @@ def generated(
         options: of `tt.TwoTowerModel.stream`.
 
     Returns:
-        seconds, tokens (of the batch), "tokens per second", "tokens per NFE", "step seconds" (median; None without
-        un-masking steps), "commit seconds" (median; None with fewer than two blocks of such steps), "prefill seconds",
-        and the most bytes resident meanwhile, "prefill bytes" and "bytes".
+        "block seconds" (median, from the end of a block to that of the next), "tokens per second" (of the batch, at
+        that rate), "tokens per NFE" (of all that is counted), "step seconds" and "commit seconds" (medians; None
+        without un-masking steps), "prefill seconds", and the most bytes resident meanwhile: "prefill bytes" during the
+        prefill, "bytes" after it, None where the system does not say.
 
     Raises:
         ValueError: fewer than two blocks.
@@ -90,18 +92,19 @@ def generated(
     ends = [i for i, (_, event) in enumerate(marks) if event.committed]
     if len(ends) < 2:
         raise ValueError(f"max_new_tokens: expected two blocks at least, got {len(ends)}")
-    (start, first), (end, last) = marks[ends[0]], marks[ends[-1]]
+    finished = [marks[i] for i in ends]
+    block = statistics.median(b - a for (a, _), (b, _) in pairwise(finished))
     spans = [(after, b - a) for (a, _), (b, after) in pairwise(marks)]  # each until its event
     steps = [span for event, span in spans if not event.committed and event.step > 0]
     begins = [span for event, span in spans if not event.committed and event.step == 0]  # a commit and a step
     step = statistics.median(steps) if steps else None
-    tokens = sum(marks[i][1].after.numel() for i in ends[1:])
+    tokens = [event.after.numel() for _, event in finished]
+    nfe = [int(event.nfe.sum()) for _, event in finished]
     return {
         **filled,
-        "seconds": end - start,
-        "tokens": tokens,
-        "tokens per second": tokens / (end - start),
-        "tokens per NFE": tokens / int(last.nfe.sum() - first.nfe.sum()),
+        "block seconds": block,
+        "tokens per second": tokens[0] / block,
+        "tokens per NFE": sum(tokens[1:]) / (nfe[-1] - nfe[0]),
         "step seconds": step,
         "commit seconds": statistics.median(begins) - step if begins and step is not None else None,
         "bytes": peak(),
@@ -125,8 +128,9 @@ def shipped(contexts: tuple[int, ...] = (1024, 4096, 16384, 32768), new: int = 1
     for batch in BATCHES:
         for context in (context for context in contexts if batch * context <= MOST):
             for mode in MODES:
-                with fresh.Pool(1) as pool:
-                    yield pool.apply(of_shipped, (mode, batch, context, new))
+                with ProcessPoolExecutor(1, fresh) as process:
+                    row = process.submit(of_shipped, mode, batch, context, new).result()
+                yield row
 
 
 def reusable_state(model: tt.TwoTowerModel, batch: int, context: int, room: int) -> tt.ContextState:
