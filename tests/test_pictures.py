@@ -1,18 +1,19 @@
-"""The pictures and the measurements they are drawn from: what is drawn is what was saved, and what is saved adds up."""
+"""The pictures show what was saved, and the sweeps save what is drawn."""
 
-from itertools import pairwise
+import itertools
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import twotower_kernels as tt
-from bench import generation, pictures, shares, thresholds
-from bench.generation_report import markdown
+from bench import pictures, shares, sweeps
+from bench.ceilings import Ceilings
 from bench.pictures_of_text import step_shares, trace
 from bench.pictures_of_text import thresholds as thresholds_picture
-from bench.timing import ORIGINAL, OURS
+from bench.timing import ORIGINAL, OURS, Case, measure
 
 MACHINE = {
     "processor": "a processor",
@@ -26,23 +27,6 @@ MACHINE = {
     "date": "2026-01-02",
 }
 CEILINGS = {"read": 10.0, "copy": 10.0, "fp32": 100.0, "bf16": 50.0}
-CONFIG = tt.TwoTowerConfig(
-    vocab_size=64,
-    hidden_size=32,
-    hybrid_override_pattern="M*E",
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-    mamba_num_heads=2,
-    mamba_head_dim=16,
-    ssm_state_size=16,
-    n_groups=1,
-    conv_kernel=4,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    moe_intermediate_size=16,
-    moe_shared_expert_intermediate_size=16,
-)
 
 
 def result(op: str, seconds: dict[str, float], bytes: int = 0, flops: int = 0, **more: Any) -> dict[str, Any]:
@@ -155,98 +139,29 @@ def test_the_threshold_picture_shows_the_sweep_beside_ar(tmp_path: Path) -> None
         assert drawn(axis, "ar")[0][1] == sweep[0][name]
 
 
-# --- what is measured -----------------------------------------------------------------------------------------------
+def slow() -> torch.Tensor:
+    time.sleep(0.02)
+    return torch.ones(1)
 
 
-@pytest.fixture(scope="module")
-def shipped() -> tt.TwoTowerModel:
-    return tt.TwoTowerModel.from_pretrained(tt.demo_path())
+def test_a_slow_rival_is_left_out_of_its_point_and_named() -> None:
+    programs = {OURS: slow, ORIGINAL: slow, "PyTorch: it": lambda: torch.ones(1)}
+    case = Case("op", "a shape", torch.float32, programs, lambda ours, theirs: None)
+    kept, left_out = sweeps.affordable(case, limit=0.01)
+    assert set(kept.programs) == {OURS, "PyTorch: it"}, "ours stays, however slow"
+    assert set(left_out) == {ORIGINAL} and left_out[ORIGINAL] >= 0.02
 
 
-@pytest.mark.parametrize("mode", ["ar", "mock_ar", "mask_diffusion"])
-def test_a_generation_is_counted_as_its_events_say(shipped: tt.TwoTowerModel, mode: str) -> None:
-    blocks, size = (3, 16) if mode == "mask_diffusion" else (5, 1)
-    row, events = generation.generated(
-        shipped, torch.arange(4, 24).view(2, 10), mode=mode, max_new_tokens=blocks * size
-    )
-    ends = [event for event in events if event.committed]
-    assert len(ends) == blocks and all(event.after.shape == (2, size) for event in ends)
-    assert row["tokens per second"] == pytest.approx(2 * size / row["block seconds"])
-    calls = int((ends[-1].nfe - ends[0].nfe).sum())
-    assert row["tokens per NFE"] == pytest.approx((blocks - 1) * size * 2 / calls)
-    assert row["prefill seconds"] > 0 and (row["step seconds"] is None) == (mode != "mask_diffusion")
-    assert row["bytes"] is None or row["bytes"] > 10 * 2**20
-    assert "prefill" not in vars(shipped), "the model is as it was"
-
-
-def test_one_block_says_nothing(shipped: tt.TwoTowerModel) -> None:
-    with pytest.raises(ValueError, match="expected two blocks at least, got 1"):
-        generation.generated(shipped, torch.tensor([[5, 6]]), max_new_tokens=16)
-
-
-def test_the_random_model_commits_four_tokens_a_call_whatever_its_context() -> None:
-    rows = list(generation.random((40, 70), CONFIG, blocks=2))
-    assert {(row["mode"], row["batch"], row["context"]) for row in rows} == {
-        (mode, batch, context) for mode in generation.MODES for batch in (1, 4, 16) for context in (40, 70)
-    }
-    for row in rows:
-        diffusion = row["mode"] == "mask_diffusion"
-        assert row["tokens per NFE"] == (4 if diffusion else 1)
-        if diffusion:
-            at, step, commit = row["tokens per second at"], row["step seconds"], row["commit seconds"]
-            assert at[2] == pytest.approx(row["batch"] * 16 / (8 * step + commit))
-    assert "| mask_diffusion | 16 | 70 |" in markdown(saved(random=rows))
-
-
-def test_a_reusable_state_is_read_alike_after_a_generation() -> None:
-    model = tt.TwoTowerModel(CONFIG, dtype=torch.bfloat16)
-    state, ids = generation.reusable_state(model, 2, 20, 32), torch.arange(10).view(2, 5)
-    before = model.denoise(ids, state, 0.5)
-    model.commit(ids, state.replaced())
-    assert state.lengths.tolist() == [20, 20] and state.k[1].shape[1] == 52
-    assert torch.equal(model.denoise(ids, state, 0.5), before)
-
-
-def test_the_parts_of_a_step_are_its_time() -> None:
-    (step,) = shares.over_context((32,), CONFIG, seconds=0.2)
-    assert set(step["parts"]) == {*shares.OPERATIONS, shares.OTHER}
-    assert all(seconds > 0 for seconds in step["parts"].values()), "every operation is used and clocked"
-    assert "sum of these" in markdown(saved(shares=[step]))
-
-
-def test_a_trace_is_what_the_events_say(shipped: tt.TwoTowerModel) -> None:
-    prompt = torch.arange(100, 120)
-    found = thresholds.trace(shipped, prompt, 32, threshold=0.3)
-    again = shipped.generate(prompt[None], max_new_tokens=32, confidence_threshold=0.3)
-    assert found["token"] == again.new_tokens[0].tolist() and found["calls"] == again.nfe[0]
-    first, second = found["call"][:16], found["call"][16:]
-    assert min(first) >= 1 and max(first) < min(second) and max(second) == found["calls"]
-    assert set(found["call"]) == set(range(1, found["calls"] + 1)), "every call commits something"
-
-
-def test_a_lower_threshold_commits_more_a_call(shipped: tt.TwoTowerModel) -> None:
-    prompts = torch.arange(64 * 2).view(2, 64) + 100
-    rows = thresholds.sweep(shipped, shipped, prompts, 32, (0.1, 0.95))
-    assert [row["threshold"] for row in rows] == [None, 0.1, 0.95]
-    rates = [row["tokens per NFE"] for row in rows]
-    assert rates[0] == 1 and rates[1] > rates[2] >= 1
-    assert all(row["tokens per second"] > 0 and row["nats per token"] > 0 for row in rows)
-    real = {"nats per token": 1.0, "distinct 4-grams": 1.0}
-    counts = {"prompts": 2, "prompt tokens": 64, "new tokens": 32}
-    assert "mask_diffusion, γ = 0.95" in markdown(saved(thresholds={"sweep": rows, "real text": real, **counts}))
-
-
-def test_peaks_are_since_the_last_look() -> None:
-    if generation.peak() is None:
-        pytest.skip("this system does not say how much memory was resident")
-    kept = torch.ones(2**24)  # 64 MB
-    much = generation.peak()
-    del kept
-    generation.peak()
-    less = generation.peak()
-    assert much is not None and less is not None and much - less > 48 * 2**20
+def test_a_sweep_is_saved_with_its_sizes_and_can_be_drawn(tmp_path: Path) -> None:
+    limits, entries = Ceilings(10, 10, 100, 50), []
+    for point in itertools.islice(sweeps.over_context("cpu"), 2):
+        ours = replace(point.case, programs={OURS: point.case.programs[OURS]})
+        entries.append(sweeps.entry(point, measure(ours, seconds=0), limits))
+    assert [entry["sizes"]["context"] for entry in entries] == [256, 1024]
+    (axis,) = pictures.over(saved(*entries), "context", tmp_path / "over.png").axes
+    medians = [entry["seconds"][OURS]["median"] * 1e3 for entry in entries]
+    assert near(drawn(axis, OURS), list(zip([256, 1024], medians, strict=True)))
 
 
 def test_sizes_are_spoken() -> None:
     assert [pictures.spoken(n) for n in (1, 64, 1000, 1024, 131072)] == ["1", "64", "1000", "1k", "128k"]
-    assert all(a < b for a, b in pairwise(thresholds.THRESHOLDS))
