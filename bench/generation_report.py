@@ -65,7 +65,7 @@ def markdown(run: dict[str, Any]) -> str:
         parts += [
             "## The shipped model",
             "Greedy, threshold 0.8, on texts held out of its training, 128 new tokens a row. Tokens per second are of "
-            "the whole batch and count from the end of the first block (`ar`, `mock_ar`: the first token). Memory is "
+            "the whole batch, by the median time of a block (`ar`, `mock_ar`: of a token) after the first. Memory is "
             "the most that was resident, Python and libraries included: during the prefill, and after it.",
             _rows(run["shipped"]),
         ]

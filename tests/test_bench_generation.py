@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import twotower_kernels as tt
-from bench import generation, shares, thresholds
+from bench import generation, shares, thresholds, watched
 from bench.generation_report import markdown
 from tests.test_pictures import saved
 
@@ -35,9 +35,7 @@ def shipped() -> tt.TwoTowerModel:
 @pytest.mark.parametrize("mode", ["ar", "mock_ar", "mask_diffusion"])
 def test_a_generation_is_counted_as_its_events_say(shipped: tt.TwoTowerModel, mode: str) -> None:
     blocks, size = (3, 16) if mode == "mask_diffusion" else (5, 1)
-    row, events = generation.generated(
-        shipped, torch.arange(4, 24).view(2, 10), mode=mode, max_new_tokens=blocks * size
-    )
+    row, events = watched.generated(shipped, torch.arange(4, 24).view(2, 10), mode=mode, max_new_tokens=blocks * size)
     ends = [event for event in events if event.committed]
     assert len(ends) == blocks and all(event.after.shape == (2, size) for event in ends)
     assert row["tokens per second"] == pytest.approx(2 * size / row["block seconds"])
@@ -50,7 +48,7 @@ def test_a_generation_is_counted_as_its_events_say(shipped: tt.TwoTowerModel, mo
 
 def test_one_block_says_nothing(shipped: tt.TwoTowerModel) -> None:
     with pytest.raises(ValueError, match="expected two blocks at least, got 1"):
-        generation.generated(shipped, torch.tensor([[5, 6]]), max_new_tokens=16)
+        watched.generated(shipped, torch.tensor([[5, 6]]), max_new_tokens=16)
 
 
 def test_the_random_model_commits_four_tokens_a_call_whatever_its_context() -> None:
@@ -106,11 +104,11 @@ def test_a_lower_threshold_commits_more_a_call(shipped: tt.TwoTowerModel) -> Non
 
 
 def test_peaks_are_since_the_last_look() -> None:
-    if generation.peak() is None:
+    if watched.peak() is None:
         pytest.skip("this system does not say how much memory was resident")
     kept = torch.ones(2**24)  # 64 MB
-    much = generation.peak()
+    much = watched.peak()
     del kept
-    generation.peak()
-    less = generation.peak()
+    watched.peak()
+    less = watched.peak()
     assert much is not None and less is not None and much - less > 48 * 2**20
