@@ -70,3 +70,8 @@ def plain(axis: Axis) -> None:
 def fastest(seconds: dict[str, Any], but: tuple[str, ...] = (OURS,)) -> float | None:
     """Seconds, the median, of the fastest program but these; None: there is no other."""
     return min((timing["median"] for name, timing in seconds.items() if name not in but), default=None)
+
+
+def spoken(value: int) -> str:
+    """1024 as 1k, 8 as 8."""
+    return f"{value // 1024}k" if value >= 1024 and value % 1024 == 0 else str(value)

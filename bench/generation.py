@@ -90,7 +90,9 @@ def random(
                 del row["prefill seconds"], row["prefill bytes"]
                 if row["step seconds"] is not None:
                     step, commit = row["step seconds"], row["commit seconds"]
-                    row["tokens per second at"] = {n: batch * BLOCK / (BLOCK / n * step + commit) for n in (1, 2, 4)}
+                    row["tokens per second at"] = {
+                        str(n): batch * BLOCK / (BLOCK / n * step + commit) for n in (1, 2, 4)
+                    }
                 yield {"mode": mode, "batch": batch, "context": context, **row}
             del state, ready
 

@@ -22,7 +22,7 @@ def _rows(rows: list[dict[str, Any]]) -> str:
         "tokens/s": lambda r: _form(r["tokens per second"], "{:.0f}" if r["tokens per second"] > 100 else "{:.1f}"),
         **{
             f"at {n} per NFE": lambda r, n=n: _form(r.get("tokens per second at", {}).get(n), "{:.1f}")
-            for n in (1, 2, 4)
+            for n in ("1", "2", "4")
         },
         "prefill, peak MB": lambda r: _form(r.get("prefill bytes"), "{:.0f}", 1e6),
         "peak MB": lambda r: _form(r["bytes"], "{:.0f}", 1e6),

@@ -11,8 +11,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from bench.drawing import BEST, PROGRAMS, fastest, finish, page, plain
-from bench.pictures_of_text import step_shares, thresholds, trace
+from bench.drawing import BEST, PROGRAMS, fastest, finish, page, plain, spoken
+from bench.pictures_of_text import speed, step_shares, thresholds, trace
 from bench.timing import ORIGINAL, OURS
 
 # The ceiling that belongs to a dtype; a 16-bit type may always be widened, so float32's counts for it too.
@@ -116,11 +116,6 @@ def over(run: dict[str, Any], size: str, path: Path) -> Figure:
     return finish(figure, run, path, keys.values())
 
 
-def spoken(value: int) -> str:
-    """1024 as 1k, 8 as 8."""
-    return f"{value // 1024}k" if value >= 1024 and value % 1024 == 0 else str(value)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.pictures", description="Draws every picture.")
     parser.add_argument("results", type=Path, nargs="?", default="bench/results/cpu", help="folder with saved runs")
@@ -137,7 +132,7 @@ def main() -> None:
     roofline(saved(sweeps["machine"]["instruction set"]), options.out / "roofline.png")
     for size in ("context", "batch", "vocabulary"):
         over(sweeps, size, options.out / f"over_{size}.png")
-    for draw in (step_shares, trace, thresholds):
+    for draw in (step_shares, speed, trace, thresholds):
         draw(text, options.out / f"{draw.__name__}.png")
     print(f"{options.out}: {', '.join(sorted(path.name for path in options.out.glob('*.png')))}")
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
-from bench.drawing import finish, page
+from bench.drawing import finish, page, spoken
 from bench.shares import NORMS, OTHER
 
 # Grey, hatch and colour apart from each other, from the bottom up.
@@ -40,6 +41,35 @@ def step_shares(run: dict[str, Any], path: Path) -> Figure:
     axis.set_xticks(range(len(steps)), [f"{step['context']}" for step in steps])
     axis.set(xlabel="context, tokens", ylabel="share of a denoiser step, batch 1", ylim=(0, 1.08))
     return finish(figure, run, path, drawn[::-1])
+
+
+def speed(run: dict[str, Any], path: Path) -> Figure:
+    """Tokens per second of the mid-size random model over the context, one panel per batch: the autoregressive modes,
+    and mask diffusion at given tokens per NFE."""
+    batches = sorted({row["batch"] for row in run["random"]})
+    figure, axes = page(len(batches), 2.7, columns=2)
+    looks = zip(("black", "0.5", "tab:blue", "tab:blue", "tab:blue"), "sxo^D", ("--", ":", "-", "-", "-"), strict=True)
+    modes = ["ar", "mock_ar", *(f"mask_diffusion, {n} per NFE" for n in ("1", "2", "4"))]
+    styles = dict(zip(modes, looks, strict=True))
+    keys: dict[str, Any] = {}
+    for axis, batch in zip(axes, batches, strict=True):
+        points: dict[str, list[tuple[int, float]]] = {mode: [] for mode in modes}
+        for row in sorted((r for r in run["random"] if r["batch"] == batch), key=lambda r: r["context"]):
+            if row["mode"] in points:
+                points[row["mode"]].append((row["context"], row["tokens per second"]))
+            for n, rate in row.get("tokens per second at", {}).items():
+                points[f"{row['mode']}, {n} per NFE"].append((row["context"], rate))
+        for mode, line in points.items():
+            color, marker, dash = styles[mode]
+            style = dict(color=color, marker=marker, linestyle=dash, markersize=4, linewidth=1)
+            (keys[mode],) = axis.plot(*zip(*line, strict=True), label=mode, **style)
+        axis.set_title(f"batch {batch}", fontsize=8)
+        axis.set(xscale="log", xlabel="context", ylim=(0, None))
+        contexts = [context for context, _ in points["ar"]]
+        axis.set_xticks(contexts, [spoken(context) for context in contexts])
+        axis.xaxis.set_minor_locator(NullLocator())
+    axes[0].set_ylabel("tokens per second")
+    return finish(figure, run, path, keys.values())
 
 
 def trace(run: dict[str, Any], path: Path) -> Figure:

@@ -11,7 +11,8 @@ import torch
 
 from bench import pictures, shares, sweeps
 from bench.ceilings import Ceilings
-from bench.pictures_of_text import step_shares, trace
+from bench.drawing import spoken
+from bench.pictures_of_text import speed, step_shares, trace
 from bench.pictures_of_text import thresholds as thresholds_picture
 from bench.timing import ORIGINAL, OURS, Case, measure
 
@@ -118,6 +119,20 @@ def test_the_bars_of_a_step_sum_to_one(tmp_path: Path) -> None:
     assert [text.get_text() for text in axis.texts] == ["50 ms", "50 ms"]
 
 
+def test_the_speed_of_diffusion_stands_beside_the_other_modes(tmp_path: Path) -> None:
+    rows = [
+        {"mode": mode, "batch": batch, "context": context, "tokens per second": 1000.0 * batch / context}
+        for batch, context in itertools.product((1, 4), (100, 50))
+        for mode in ("mask_diffusion", "mock_ar", "ar")
+    ]
+    for row in rows[::3]:
+        row["tokens per second at"] = {str(n): n * row["tokens per second"] for n in (1, 2, 4)}  # as JSON spells keys
+    first, second = speed(saved(random=rows), tmp_path / "speed.png").axes
+    assert near(drawn(first, "ar"), [(50, 20), (100, 10)])
+    assert near(drawn(second, "mask_diffusion, 4 per NFE"), [(50, 320), (100, 160)])
+    assert second.get_title() == "batch 4"
+
+
 def test_the_trace_shows_each_token_at_its_call(tmp_path: Path) -> None:
     found = {"threshold": 0.5, "block": 2, "calls": 3, "token": [5, 6, 7, 8], "call": [2, 1, 3, 3]}
     run = saved(thresholds={"trace": {**found, "text": ["a", "\n", " $", "b"]}})
@@ -164,4 +179,4 @@ def test_a_sweep_is_saved_with_its_sizes_and_can_be_drawn(tmp_path: Path) -> Non
 
 
 def test_sizes_are_spoken() -> None:
-    assert [pictures.spoken(n) for n in (1, 64, 1000, 1024, 131072)] == ["1", "64", "1000", "1k", "128k"]
+    assert [spoken(n) for n in (1, 64, 1000, 1024, 131072)] == ["1", "64", "1000", "1k", "128k"]
