@@ -11,7 +11,7 @@ KERNELS := build/.kernels
 SANITIZED := build/sanitize
 EMULATED := build/emulate
 
-.PHONY: help demo test check bench bench-compare sanitize emulate format clean
+.PHONY: help demo test check bench pictures bench-compare sanitize emulate format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -28,8 +28,13 @@ check: $(DEV)  ## ruff (lint and format), mypy and clang-format
 	@$(PY) -m mypy
 	@$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/simt/*.h tests/simt/*.cpp
 
-bench: $(DEV) $(KERNELS)  ## time every operation beside its rivals, into bench/results/cpu: make bench [ARGS="--op moe"]
-	@$(PY) -m bench --save bench/results/cpu $(ARGS)
+bench: $(DEV) $(KERNELS)  ## time every operation beside its rivals, then sweeps and generation, into bench/results/cpu
+	@$(PY) -m bench --save bench/results/cpu
+	@$(PY) -m bench.sweeps --save bench/results/cpu
+	@$(PY) -m bench.generation --save bench/results/cpu
+
+pictures: $(DEV)  ## draw docs/pictures from what is in bench/results/cpu
+	@$(PY) -m bench.pictures bench/results/cpu docs/pictures
 
 bench-compare: $(DEV)  ## two commits side by side: make bench-compare BASE=main~1 [ARGS="--op moe"]
 	@$(PY) -m bench.compare $(BASE) $(ARGS)

@@ -98,9 +98,9 @@ def picture(run: dict[str, Any], path: Path) -> str | None:
 
 def measured(
     options: argparse.Namespace, shapes: Shapes, limits: Ceilings, console: Console
-) -> tuple[list[Result], list[Skipped], list[Skipped]]:
-    """Every case that was asked for: results, programs that cannot run here, and programs that disagree with ours."""
-    results, skipped, wrong = [], [], []
+) -> tuple[list[Result], list[Skipped]]:
+    """Every case that was asked for: results, and programs that cannot run here or disagree with ours."""
+    results, skipped = [], []
     families = options.op or FILES
     # Drawn between two cases alone: a bar that moves by itself takes time from what is measured.
     with Progress(console=console, transient=True, auto_refresh=False) as bar:
@@ -120,13 +120,12 @@ def measured(
                     skipped.append(Skipped(op, shape, OURS, why_not(error)))
                 else:
                     results.append(result)
-                    skipped += [Skipped(op, shape, program, why) for program, why in result.skipped.items()]
-                    wrong += [Skipped(op, shape, program, f"disagrees: {how}") for program, how in result.wrong.items()]
+                    skipped += report.not_timed(result)
                     console.print("  ".join(report.cells(result, limits)))
                 case = None  # and its tensors, before those of the next are drawn
                 gc.collect()
             bar.advance(task)
-    return results, skipped, wrong
+    return results, skipped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -148,18 +147,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(f"{options.shapes} lacks {', '.join(missing)}: as in the released model")
     limits = ceilings.measure(options.device)
     console.print(report.heading(limits))
-    results, skipped, wrong = measured(options, shapes, limits, console)
+    results, skipped = measured(options, shapes, limits, console)
     limits = limits.better_of(ceilings.measure(options.device))  # what else the machine does changes
     console.print(report.heading(limits))
     if results:
         console.print(report.table(results, limits))
     if skipped:
         console.print(report.table_of_skipped(skipped))
-    for case in wrong:
-        console.print(f"{case.op}, {case.shape}: {case.program} {case.reason}; it was not timed", style="bold red")
+    wrong = [f"{r.case.op}, {r.case.shape}: {', '.join(r.wrong)}" for r in results if r.wrong]
+    for names in wrong:
+        console.print(f"{names} disagrees with {OURS}", style="bold red")
     if options.save:
         name = options.name or (cpu.kernels().isa() if options.device == "cpu" else "ops")
-        run = report.save(results, limits, options.save, name, [*skipped, *wrong])
+        run = report.save(results, limits, options.save, name, skipped)
         if problem := picture(run, options.save / f"{name}.png"):
             console.print(problem)
     return 1 if wrong else 0

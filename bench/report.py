@@ -35,6 +35,12 @@ class Skipped:
     reason: str
 
 
+def not_timed(result: Result) -> list[Skipped]:
+    """The programs of a case that could not run, or disagreed with ours."""
+    reasons = {**result.skipped, **{name: f"disagrees, {how}" for name, how in result.wrong.items()}}
+    return [Skipped(result.case.op, result.case.shape, name, why) for name, why in reasons.items()]
+
+
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     try:
@@ -126,7 +132,7 @@ def table(results: Sequence[Result], ceilings: Ceilings) -> Table:
 
 
 def table_of_skipped(skipped: Sequence[Skipped]) -> Table:
-    found = Table("op", "shape", "program", "skipped, because")
+    found = Table("op", "shape", "program", "not timed, because")
     for entry in skipped:
         found.add_row(entry.op, entry.shape, entry.program, entry.reason)
     return found
@@ -161,7 +167,7 @@ def markdown(results: Sequence[Result], ceilings: Ceilings, skipped: Sequence[Sk
         "Programs ran in turns in one process, and their outputs agreed before they were timed. Ceilings are the "
         "better of two measurements, before and after."
     )
-    left = [f"- {' '.join((s.op, s.shape)).strip()}: {s.program} skipped, {s.reason}" for s in skipped]
+    left = [f"- {' '.join((s.op, s.shape)).strip()}: {s.program} not timed, {s.reason}" for s in skipped]
     return "\n".join([heading(ceilings), "", *lines, "", note, "", *left])
 
 
@@ -182,17 +188,25 @@ def entry(result: Result, ceilings: Ceilings) -> dict[str, Any]:
     }
 
 
+def write(
+    entries: Sequence[dict[str, Any]], ceilings: Ceilings, path: Path, skipped: Sequence[Skipped]
+) -> dict[str, Any]:
+    """A run as JSON, which is returned too."""
+    run = {
+        "machine": machine(),
+        "ceilings": asdict(ceilings),
+        "results": list(entries),
+        "skipped": [asdict(s) for s in skipped],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return run
+
+
 def save(
     results: Sequence[Result], ceilings: Ceilings, folder: Path, stem: str, skipped: Sequence[Skipped] = ()
 ) -> dict[str, Any]:
     """<stem>.json with every program's times, which is returned too, and <stem>.md, the table."""
-    run = {
-        "machine": machine(),
-        "ceilings": asdict(ceilings),
-        "results": [entry(result, ceilings) for result in results],
-        "skipped": [asdict(s) for s in skipped],
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{stem}.json").write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    run = write([entry(result, ceilings) for result in results], ceilings, folder / f"{stem}.json", skipped)
     (folder / f"{stem}.md").write_text(markdown(results, ceilings, skipped), encoding="utf-8")
     return run
