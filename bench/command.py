@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from bench import ceilings, report
+from bench import ceilings, peers, report
 from bench.ceilings import Ceilings
 from bench.report import Skipped
 from bench.shapes import RELEASED, SMALL, Shapes
@@ -81,7 +81,8 @@ def cases(family: str, options: argparse.Namespace, shapes: Shapes) -> Iterator[
     """Those that were asked for; goals are the released model's."""
     module = importlib.import_module(f"bench.bench_{family}")
     for case in module.cases(options.device, shapes, options.batch, options.context):
-        programs = {n: call for n, call in case.programs.items() if wanted(n, options.rivals or ["all"])}
+        programs = {**case.programs, **peers.of(case.op, case.inputs, options.device)}
+        programs = {name: call for name, call in programs.items() if wanted(name, options.rivals or ["all"])}
         yield replace(case, programs=programs, goals=case.goals if shapes == RELEASED else NO_GOALS)
 
 
