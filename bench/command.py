@@ -151,10 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results, skipped = measured(options, shapes, limits, console)
     limits = limits.better_of(ceilings.measure(options.device))  # what else the machine does changes
     console.print(report.heading(limits))
-    if results:
-        console.print(report.table(results, limits))
-    if skipped:
-        console.print(report.table_of_skipped(skipped))
+    for rows in (report.rows(results, limits), report.others(results), report.left_out(skipped)):
+        if len(rows) > 1:
+            console.print(report.table(rows))
     wrong = [f"{r.case.op}, {r.case.shape}: {', '.join(r.wrong)}" for r in results if r.wrong]
     for names in wrong:
         console.print(f"{names} disagrees with {OURS}", style="bold red")

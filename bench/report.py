@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from bench.timing import ORIGINAL, OURS, PYTORCH, Result
 from twotower_kernels import cpu
 
 HEADER = ("op", "shape", "dtype", "µs", "spread", "vs original", "vs best PyTorch", "of ceiling", "GB/s", "GFLOP/s")
-HEADER += ("vs others",)
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,6 @@ def cells(result: Result, ceilings: Ceilings) -> tuple[str, ...]:
     """A row of HEADER; goals in parentheses."""
     case, ours, best = result.case, result.timings[OURS], result.best()
     original, pytorch, share = case.goals
-    others = [name for name in result.timings if name not in (OURS, ORIGINAL) and not name.startswith(PYTORCH)]
     return (
         case.op,
         case.shape,
@@ -110,7 +108,6 @@ def cells(result: Result, ceilings: Ceilings) -> tuple[str, ...]:
         _ratio(100 * result.share(ceilings), None if share is None else 100 * share, "{:.0f} %"),
         f"{case.cost.bytes / ours.median / 1e9:.1f}",
         f"{case.cost.flops / ours.median / 1e9:.0f}",
-        ", ".join(f"{name} {_ratio(result.ratio(name), None)}" for name in others),
     )
 
 
@@ -121,33 +118,40 @@ def rows(results: Sequence[Result], ceilings: Ceilings) -> list[tuple[str, ...]]
     return list(zip(*columns, strict=True))
 
 
-def table(results: Sequence[Result], ceilings: Ceilings) -> Table:
+def table(rows: Sequence[tuple[str, ...]]) -> Table:
+    """A header and rows, for the terminal; what says how much stands to the right."""
     found = Table()
-    header, *body = rows(results, ceilings)
-    for name in header:
-        found.add_column(name, justify="left" if name in ("op", "shape", "dtype") else "right")
-    for row in body:
+    for name in rows[0]:
+        found.add_column(name, justify="right" if name in HEADER[3:] or name == "vs ours" else "left")
+    for row in rows[1:]:
         found.add_row(*row)
     return found
 
 
-def table_of_skipped(skipped: Sequence[Skipped]) -> Table:
-    found = Table("op", "shape", "program", "not timed, because")
-    for entry in skipped:
-        found.add_row(entry.op, entry.shape, entry.program, entry.reason)
+def others(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """A header, and a row for every program that is neither ours nor stands for one of the table's columns."""
+    found: list[tuple[str, ...]] = [("op", "shape", "dtype", "program", "µs", "vs ours")]
+    for result in results:
+        case = result.case
+        for name, timing in result.timings.items():
+            if name not in (OURS, ORIGINAL) and not name.startswith(PYTORCH):
+                dtype, ratio = str(case.dtype).removeprefix("torch."), _ratio(result.ratio(name), None)
+                found.append((case.op, case.shape, dtype, name, f"{timing.median * 1e6:.1f}", ratio))
     return found
+
+
+def left_out(skipped: Sequence[Skipped]) -> list[tuple[str, ...]]:
+    """A header, and a row for every program that was not timed."""
+    return [("op", "shape", "program", "not timed, because"), *map(astuple, skipped)]
 
 
 def where() -> str:
     """The machine, in a line."""
     about = machine()
-    if about["gpu"] is not None:
-        where = f"{about['gpu']}"
-    else:
-        threads = f"{about['threads']} threads of {about['cores']} cores"
-        where = f"{about['processor']}, {threads}, {about['instruction set']}"
+    threads = f"{about['threads']} threads of {about['cores']} cores"
+    place = about["gpu"] or f"{about['processor']}, {threads}, {about['instruction set']}"
     made = f"torch {about['torch']}, Python {about['python']}; commit {about['commit']}, {about['date']}"
-    return f"{where}; clocks {about['clocks'] or 'unknown'}; {made}"
+    return f"{place}; clocks {about['clocks'] or 'unknown'}; {made}"
 
 
 def heading(ceilings: Ceilings) -> str:
@@ -159,16 +163,20 @@ def heading(ceilings: Ceilings) -> str:
     )
 
 
+def _markdown(rows: Sequence[tuple[str, ...]]) -> str:
+    header, *body = rows
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, ("---",) * len(header), *body))
+
+
 def markdown(results: Sequence[Result], ceilings: Ceilings, skipped: Sequence[Skipped] = ()) -> str:
-    header, *body = rows(results, ceilings)
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *body)]
     note = (
         "µs are medians, the spread goes from the tenth to the ninetieth percentile; goals stand in parentheses. "
         "Programs ran in turns in one process, and their outputs agreed before they were timed. Ceilings are the "
-        "better of two measurements, before and after."
+        "better of two measurements, before and after.\n"
     )
-    left = [f"- {' '.join((s.op, s.shape)).strip()}: {s.program} not timed, {s.reason}" for s in skipped]
-    return "\n".join([heading(ceilings), "", *lines, "", note, "", *left])
+    parts = [heading(ceilings) + "\n", _markdown(rows(results, ceilings)), note]
+    parts += [_markdown(more) for more in (others(results), left_out(skipped)) if len(more) > 1]
+    return "\n".join(parts)
 
 
 def entry(result: Result, ceilings: Ceilings) -> dict[str, Any]:

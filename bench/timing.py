@@ -151,6 +151,7 @@ def why_not(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+@torch.inference_mode()  # for the checks too: what is compiled then must be what is timed
 def measure(case: Case, seconds: float = 1.0, device: str = "cpu") -> Result:
     """Checks every program's output against ours, then times those that agree.
 
@@ -171,9 +172,8 @@ def measure(case: Case, seconds: float = 1.0, device: str = "cpu") -> Result:
                 continue
             del programs[name]
     del ours
-    with torch.inference_mode():
-        on_cpu = torch.device(device).type == "cpu"
-        timings = interleaved(programs, seconds) if on_cpu else on_gpu(programs, rounds=30)
+    on_cpu = torch.device(device).type == "cpu"
+    timings = interleaved(programs, seconds) if on_cpu else on_gpu(programs, rounds=30)
     return Result(replace(case, programs={}, inputs={}), timings, skipped, wrong)
 
 
