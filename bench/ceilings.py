@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ import twotower_kernels as tt
 @dataclass(frozen=True)
 class Ceilings:
     """read, copy: GB/s of main memory, bytes read plus bytes written. fp64 to bf16: GFLOP/s of a large matrix product.
-    launch: seconds below which nothing can be: on a GPU an empty kernel, on a CPU an operation's smallest call."""
+    launch: seconds of an empty kernel on a GPU, on a CPU of a very small call of an operation.
+    device: "cpu" or "cuda"."""
 
     read: float
     copy: float
@@ -25,11 +26,12 @@ class Ceilings:
     fp16: float
     bf16: float
     launch: float
+    device: str = "cpu"
 
     def better_of(self, other: Ceilings) -> Ceilings:
         """The larger of each, and the shorter launch."""
-        mine, theirs = vars(self), vars(other)
-        return Ceilings(**{name: (min if name == "launch" else max)(mine[name], theirs[name]) for name in mine})
+        pairs = {name: (mine, vars(other)[name]) for name, mine in vars(self).items() if name != "device"}
+        return replace(self, **{name: (min if name == "launch" else max)(*pair) for name, pair in pairs.items()})
 
     def matrix(self, dtype: torch.dtype) -> float:
         """What arithmetic in this dtype could reach: a 16-bit type may always be widened."""
@@ -96,6 +98,7 @@ def measure(device: str = "cpu") -> Ceilings:
         fp16=narrow(torch.float16),
         bf16=narrow(torch.bfloat16),
         launch=_launch(on_cpu),
+        device="cpu" if on_cpu else "cuda",
     )
 
 

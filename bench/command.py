@@ -19,7 +19,7 @@ from bench import ceilings, peers, report
 from bench.ceilings import Ceilings
 from bench.report import Skipped
 from bench.shapes import RELEASED, SMALL, Shapes
-from bench.timing import NO_GOALS, ORIGINAL, OURS, PYTORCH, Case, Result, measure, why_not
+from bench.timing import NO_GOALS, ORIGINAL, OURS, PYTORCH, Case, Result, cannot_run, measure, said
 from twotower_kernels import cpu
 
 FILES = ("attention", "moe", "linear", "mamba2", "adaln", "remask", "model")
@@ -99,9 +99,9 @@ def picture(run: dict[str, Any], path: Path) -> str | None:
 
 def measured(
     options: argparse.Namespace, shapes: Shapes, limits: Ceilings, console: Console
-) -> tuple[list[Result], list[Skipped]]:
-    """Every case that was asked for: results, and programs that cannot run here or disagree with ours."""
-    results, skipped = [], []
+) -> tuple[list[Result], list[Skipped], int]:
+    """Every case that was asked for: results, programs that were not timed, and how many cases our program failed."""
+    results, skipped, failed = [], [], 0
     families = options.op or FILES
     # Drawn between two cases alone: a bar that moves by itself takes time from what is measured.
     with Progress(console=console, transient=True, auto_refresh=False) as bar:
@@ -117,8 +117,9 @@ def measured(
                     op, shape = case.op, case.shape
                     bar.update(task, description=f"{op}, {shape}", refresh=True)
                     result = measure(case, options.seconds, options.device)
-                except Exception as error:
-                    skipped.append(Skipped(op, shape, OURS, why_not(error)))
+                except Exception as error:  # of whatever kind: what was measured until then is not thrown away
+                    skipped.append(Skipped(op, shape, OURS, said(error)))
+                    failed += not cannot_run(error)
                 else:
                     results.append(result)
                     skipped += report.not_timed(result)
@@ -126,11 +127,11 @@ def measured(
                 case = None  # and its tensors, before those of the next are drawn
                 gc.collect()
             bar.advance(task)
-    return results, skipped
+    return results, skipped, failed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line (default: the process's own). Returns 1 if a rival's output disagrees with ours, else 0."""
+    """Runs the command line (default: the process's own). Returns 1 if a program fails or disagrees, else 0."""
     reader = parser()
     options = reader.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -148,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(f"{options.shapes} lacks {', '.join(missing)}: as in the released model")
     limits = ceilings.measure(options.device)
     console.print(report.heading(limits))
-    results, skipped = measured(options, shapes, limits, console)
+    results, skipped, failed = measured(options, shapes, limits, console)
     limits = limits.better_of(ceilings.measure(options.device))  # what else the machine does changes
     console.print(report.heading(limits))
     for rows in (report.rows(results, limits), report.others(results), report.left_out(skipped)):
@@ -156,10 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(report.table(rows))
     wrong = [f"{r.case.op}, {r.case.shape}: {', '.join(r.wrong)}" for r in results if r.wrong]
     for names in wrong:
-        console.print(f"{names} disagrees with {OURS}", style="bold red")
+        console.print(f"{names}: wrong", style="bold red")
     if options.save:
         name = options.name or (cpu.kernels().isa() if options.device == "cpu" else "ops")
         run = report.save(results, limits, options.save, name, skipped)
         if problem := picture(run, options.save / f"{name}.png"):
             console.print(problem)
-    return 1 if wrong else 0
+    return 1 if wrong or failed else 0

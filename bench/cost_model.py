@@ -130,7 +130,7 @@ class Prediction:
         step: a denoiser call on a block. remask: the choice after it. commit: a finished block through the context
             tower, and across the link if the towers are apart.
         ar: one token by the context tower alone. mock_ar: one by the denoiser, and its commit.
-        memory: bytes per device.
+        memory: bytes per device of weights and context, without spare room, activations or what a system needs.
     """
 
     batch: int
@@ -152,9 +152,11 @@ class Prediction:
 
     @property
     def break_even(self) -> float | None:
-        """The tokens per NFE from which block diffusion is faster than the context tower alone; None: never."""
+        """The tokens per NFE from which block diffusion is faster than the context tower alone; None: a whole block
+        per call would not be."""
         spare = self.ar - self.commit / self.block
-        return (self.step + self.remask) / spare if spare > 0 else None
+        found = (self.step + self.remask) / spare if spare > 0 else self.block + 1.0
+        return found if found <= self.block else None
 
 
 def predict(
@@ -170,9 +172,8 @@ def predict(
     """Sampling and greedy choice cost the same here: the logits, read once in float32. `hit`: distinct experts that a
     batch of blocks uses per layer; None: as even routing would have it."""
 
-    def taken(tower: str, length: int, heads: int | None = None) -> float:
-        of_block = hit if length == block else None
-        return seconds(forward(c, tower, batch, length, context, heads=heads, hit=of_block, dtype=dtype), machine)
+    def taken(tower: str, length: int, heads: int | None = None, hit: float | None = None) -> float:
+        return seconds(forward(c, tower, batch, length, context, heads=heads, hit=hit, dtype=dtype), machine)
 
     def chosen(length: int) -> float:
         return Call("remask", costs.remask(batch, length, c.vocab_size), "float32").seconds(machine)
@@ -188,9 +189,9 @@ def predict(
     return Prediction(
         batch=batch,
         block=block,
-        step=taken("denoiser", block),
+        step=taken("denoiser", block, hit=hit),
         remask=chosen(block),
-        commit=taken("context", block) + sent(block),
+        commit=taken("context", block, hit=hit) + sent(block),
         ar=taken("context", 1, heads=1) + chosen(1),
         mock_ar=taken("denoiser", 1) + chosen(1) + taken("context", 1) + sent(1),
         memory=memory,
@@ -219,7 +220,8 @@ def check(run: dict[str, Any], machine: Machine) -> list[Checked]:
         elif op == "prefill":
             calls = forward(CONFIG, "context", sizes["batch"], sizes["length"], 0, dtype=dtype)
         else:
-            calls = [Call(op, Cost(result["bytes"], result["flops"]), dtype)]
+            computed = "float32" if op == "mamba2_scan" else dtype  # as in `forward`: its state is never rounded
+            calls = [Call(op, Cost(result["bytes"], result["flops"]), computed)]
         measured = result["seconds"]["twotower_kernels"]["median"]
         found.append(Checked(op, shape, dtype, seconds(calls, machine), measured))
     return found

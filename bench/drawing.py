@@ -60,9 +60,9 @@ def finish(figure: Figure, run: dict[str, Any], path: Path, keys: Iterable[Any] 
     return figure
 
 
-def plain(axis: Axis) -> None:
+def plain(axis: Axis, subs: tuple[int, ...] = (1, 2, 5)) -> None:
     """A logarithmic axis with numbers as they are spoken: 1, 2, 5, 10 instead of powers."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -108,7 +108,7 @@ def main() -> None:
         "shares": lambda: list(shares.over_context()),
         "thresholds": thresholds.measure,
     }
-    run: dict[str, Any] = {"machine": report.machine()}
+    run: dict[str, Any] = {"machine": report.machine("cpu")}
     print(about(run))
     for name in options.part or PARTS:
         start = time.perf_counter()

@@ -119,7 +119,7 @@ def main() -> None:
             del states, denoise
     if options.save:
         options.save.mkdir(parents=True, exist_ok=True)
-        whole = {"machine": report.machine(), "layers": c.hybrid_override_pattern, "results": rows}
+        whole = {"machine": report.machine("cuda"), "layers": c.hybrid_override_pattern, "results": rows}
         (options.save / "model.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 

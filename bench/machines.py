@@ -6,8 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-# What kernels reach of the vendors' figures. An H200 was measured by others at about 4.3 of 4.8 TB/s and 790 of 989
-# TFLOP/s; the same shares are assumed of every GPU here. None of these machines was measured by this project.
+# What kernels reach of the vendors' figures: assumptions, until one of these machines was measured.
 READ_SHARE, MATRIX_SHARE = 0.9, 0.8
 # Seconds from one kernel of a CUDA graph to the next: an assumption.
 GRAPH_LAUNCH = 2e-6
@@ -48,7 +47,8 @@ MACHINES = {
     "h100": _gpu("H100 SXM", 80, 3350, 989, 67, 67, 450, "https://www.nvidia.com/en-us/data-center/h100/"),
     "h200": _gpu("H200 SXM", 141, 4800, 989, 67, 67, 450, "https://www.nvidia.com/en-us/data-center/h200/"),
     "b200": _gpu("B200", 180, 8000, 2250, 75, 37, 900, "https://www.nvidia.com/en-us/data-center/dgx-b200/"),
-    # One petaflop of FP4 with sparsity, of which bfloat16 without it is an eighth; the link is 200 Gb/s Ethernet.
+    # One petaflop of FP4 with sparsity is all that is published. Taken from it: bfloat16 without sparsity an eighth,
+    # float32 a quarter of that, float64 a sixty-fourth of float32; the link is 200 Gb/s Ethernet.
     "gb10": _gpu("GB10", 128, 273, 125, 31, 0.5, 25, "https://www.nvidia.com/en-us/products/workstations/dgx-spark/"),
 }
 

@@ -65,7 +65,7 @@ def flex_attention(
     if causal:
         seen = lambda batch, head, query, key: query >= key  # noqa: E731
         mask = flex.create_block_mask(seen, None, None, q.shape[1], k.shape[1], device=q.device)
-    torch._dynamo.reset()  # what was compiled for other sizes counts against a limit, past which it is not compiled
+    torch.compiler.reset()  # what was compiled for other sizes counts against a limit, past which it is not compiled
     attend = torch.compile(flex.flex_attention, dynamic=False)
     options = dict(block_mask=mask, enable_gqa=True)
     return lambda: attend(*_together(q, k, v, k_context, v_context), **options).transpose(1, 2)

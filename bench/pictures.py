@@ -64,7 +64,7 @@ def roofline(run: dict[str, Any], path: Path) -> Figure:
                 (drawn,) = axis.plot([x], [reached], label="best rival", fillstyle="none", **style)
                 axis.plot([x, x], [reached, ours], color=f"C{n % 10}", linewidth=0.5, label="_")
         axis.set(xscale="log", yscale="log", xlabel="FLOPs per byte", xlim=ends)
-        plain(axis.xaxis)
+        plain(axis.xaxis, subs=(1,))
         plain(axis.yaxis)
     axes[0].set_ylabel("GFLOP/s (filled: ours, hollow: best rival)")
     return finish(figure, run, path, keys.values(), per_row=3)

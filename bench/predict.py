@@ -51,9 +51,9 @@ def facts(p: Prediction, machine: Machine, tokens_per_nfe: Sequence[float]) -> T
     even = p.break_even
     found.add_row("diffusion is faster from", "never" if even is None else f"{even:.2f} tokens per NFE")
     for number, size in enumerate(p.memory):
-        fits = "fits" if size <= machine.memory else "does not fit"
-        device = "memory" if len(p.memory) == 1 else f"memory, {('context', 'denoiser')[number]} tower's device"
-        found.add_row(device, f"{info.size(size)} of {info.size(int(machine.memory))}: {fits}")
+        fits = "" if size <= machine.memory else ": does not fit"
+        device = "weights and context" + ("" if len(p.memory) == 1 else f", {('context', 'denoiser')[number]} tower")
+        found.add_row(device, f"{info.size(size)} of {info.size(int(machine.memory))}{fits}")
     return found
 
 

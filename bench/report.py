@@ -36,12 +36,12 @@ class Skipped:
 
 def not_timed(result: Result) -> list[Skipped]:
     """The programs of a case that could not run, or disagreed with ours."""
-    reasons = {**result.skipped, **{name: f"disagrees, {how}" for name, how in result.wrong.items()}}
+    reasons = {**result.skipped, **result.wrong}
     return [Skipped(result.case.op, result.case.shape, name, why) for name, why in reasons.items()]
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+def machine(device: str) -> dict[str, Any]:
+    """What the figures were measured on: a processor, or a GPU beside it."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         model = re.findall(r"model name\s*:\s*(.+)", text)[0]
@@ -49,8 +49,7 @@ def machine() -> dict[str, Any]:
         model += f", family and model {family}"
     except (OSError, IndexError):
         model = platform.processor() or platform.machine()
-    gpu = torch.cuda.is_available()
-    described = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    gpu = device == "cuda"
     return {
         "processor": model,
         "cores": os.cpu_count(),
@@ -62,9 +61,19 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "twotower_kernels": tt.__version__,
         "gpu": torch.cuda.get_device_name() if gpu else None,
-        "commit": described.stdout.strip(),
+        "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _commit() -> str | None:
+    """Of this checkout, wherever the command was called."""
+    try:
+        asked = ["git", "rev-parse", "--short", "HEAD"]
+        said = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git
+        return None
+    return said.stdout.strip() or None
 
 
 def _cpu_clocks() -> str | None:
@@ -145,9 +154,9 @@ def left_out(skipped: Sequence[Skipped]) -> list[tuple[str, ...]]:
     return [("op", "shape", "program", "not timed, because"), *map(astuple, skipped)]
 
 
-def where() -> str:
+def where(device: str) -> str:
     """The machine, in a line."""
-    about = machine()
+    about = machine(device)
     threads = f"{about['threads']} threads of {about['cores']} cores"
     place = about["gpu"] or f"{about['processor']}, {threads}, {about['instruction set']}"
     made = f"torch {about['torch']}, Python {about['python']}; commit {about['commit']}, {about['date']}"
@@ -157,7 +166,7 @@ def where() -> str:
 def heading(ceilings: Ceilings) -> str:
     c = ceilings
     return (
-        f"{where()}. Ceilings, measured: memory read {c.read:.1f} GB/s, copy {c.copy:.1f} GB/s; matrix product "
+        f"{where(c.device)}. Ceilings, measured: memory read {c.read:.1f} GB/s, copy {c.copy:.1f} GB/s; matrix product "
         f"{c.fp64:.0f} GFLOP/s float64, {c.fp32:.0f} float32, {c.fp16:.0f} float16, {c.bf16:.0f} bfloat16; "
         f"launch {c.launch * 1e6:.1f} µs."
     )
@@ -201,7 +210,7 @@ def write(
 ) -> dict[str, Any]:
     """A run as JSON, which is returned too."""
     run = {
-        "machine": machine(),
+        "machine": machine(ceilings.device),
         "ceilings": asdict(ceilings),
         "results": list(entries),
         "skipped": [asdict(s) for s in skipped],

@@ -74,7 +74,7 @@ class Result:
 
     Attributes:
         skipped: programs that cannot run here, and why.
-        wrong: programs whose output disagrees with ours, and by how much.
+        wrong: programs that fail, or whose output disagrees with ours, and how.
     """
 
     case: Case
@@ -87,8 +87,8 @@ class Result:
         return self.timings[name].median / self.timings[OURS].median if name in self.timings else None
 
     def best(self) -> str | None:
-        """The fastest of the candidates for the best PyTorch."""
-        found = [name for name in self.timings if name.startswith(PYTORCH)]
+        """The fastest program in plain PyTorch: a candidate for that, or even the original style."""
+        found = [name for name in self.timings if name == ORIGINAL or name.startswith(PYTORCH)]
         return min(found, key=lambda name: self.timings[name].median, default=None)
 
     def share(self, ceilings: Ceilings) -> float:
@@ -142,13 +142,16 @@ def on_gpu(programs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
     return {name: _timing([start.elapsed_time(end) / 1e3 for start, end in pairs]) for name, pairs in events.items()}
 
 
-def why_not(error: Exception) -> str:
-    """Why a program cannot run here: no such kernel, not installed, not enough memory. Any other error is a mistake,
-    and is raised again."""
+def cannot_run(error: Exception) -> bool:
+    """Whether an error says that a program cannot run here: no such kernel, not installed, not enough memory."""
     known = NotImplementedError, ImportError, MemoryError, torch.OutOfMemoryError
-    if not isinstance(error, known) and "allocate memory" not in str(error):  # PyTorch's allocator on a CPU
-        raise error
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return isinstance(error, known) or "allocate memory" in str(error)  # PyTorch's allocator on a CPU
+
+
+def said(error: Exception) -> str:
+    """An error in a line."""
+    kind = "" if cannot_run(error) and str(error) else f"{type(error).__name__}: "
+    return kind + (str(error).splitlines() or [""])[0]
 
 
 @torch.inference_mode()  # for the checks too: what is compiled then must be what is timed
@@ -158,19 +161,23 @@ def measure(case: Case, seconds: float = 1.0, device: str = "cpu") -> Result:
     Raises:
         Exception: whatever our own program raises.
     """
-    ours, programs = case.programs[OURS](), dict(case.programs)
+    ours, programs = case.programs[OURS](), {OURS: case.programs[OURS]}
     skipped, wrong = {}, {}
     for name, call in case.programs.items():
-        if name != OURS:
-            try:
-                case.check(ours, call())
-            except AssertionError as error:
-                wrong[name] = str(error)
-            except Exception as error:
-                skipped[name] = why_not(error)
-            else:
-                continue
-            del programs[name]
+        if name == OURS:
+            continue
+        try:
+            theirs = call()
+        except Exception as error:
+            (skipped if cannot_run(error) else wrong)[name] = said(error)
+            continue
+        try:
+            case.check(ours, theirs)
+        except AssertionError as error:
+            wrong[name] = f"disagrees, {error}"
+        else:
+            programs[name] = call
+        del theirs
     del ours
     on_cpu = torch.device(device).type == "cpu"
     timings = interleaved(programs, seconds) if on_cpu else on_gpu(programs, rounds=30)

@@ -108,7 +108,7 @@ def test_a_kernel_of_ones_own_is_checked_and_timed() -> None:
 
 def test_a_wrong_kernel_is_reported_and_not_timed() -> None:
     result = measure(small_case().against("mine", lambda q, **_: q), seconds=0)
-    assert re.match("relative error .*, expected at most 1e-02", result.wrong["mine"])
+    assert re.match("disagrees, relative error .*, expected at most 1e-02", result.wrong["mine"])
     assert "mine" not in result.timings and ORIGINAL in result.timings
 
 
@@ -135,9 +135,30 @@ def test_what_cannot_run_is_skipped(error: Exception) -> None:
     assert measure(small_case().against("theirs", fails), seconds=0).skipped == {"theirs": str(error)}
 
 
-def test_a_mistake_in_a_program_is_not_skipped() -> None:
-    with pytest.raises(TypeError):
-        measure(small_case().against("mine", lambda x: x), seconds=0)
+def test_a_program_that_fails_is_wrong_and_not_skipped() -> None:
+    result = measure(small_case().against("mine", lambda x: x).against("other", softmax_attention), seconds=0)
+    assert re.match("TypeError: .*argument", result.wrong["mine"]) and result.skipped == {}
+    assert "other" in result.timings
+
+
+def test_a_failure_of_ours_ends_neither_the_run_nor_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(tt, "gated_residual_adaln_norm", broken)
+    run = saved(tmp_path, "--op", "adaln", "--shapes", "small", "--batch", "2", code=1)
+    assert [r["op"] for r in run["results"]] == ["adaln_norm", "adaln_norm"]
+    assert {"program": OURS, "reason": "RuntimeError: broken"}.items() <= run["skipped"][0].items()
+
+
+def test_the_best_pytorch_is_the_original_style_where_that_is_faster() -> None:
+    result = measure(small_case(), seconds=0)
+    slow = replace(result.timings[ORIGINAL], median=1.0)
+    fast = replace(slow, median=1e-9)
+    assert replace(result, timings={**result.timings, ORIGINAL: fast}).best() == ORIGINAL
+    assert replace(result, timings={**result.timings, ORIGINAL: slow}).best() != ORIGINAL
 
 
 def test_too_little_memory_skips_the_family(tmp_path: Path) -> None:

@@ -158,6 +158,14 @@ def test_there_is_no_break_even_where_commits_alone_are_slower():
     p = cost_model.predict(config(), H200)
     slow = replace(p, commit=2 * p.block * p.ar)
     assert slow.break_even is None and slow.diffusion_rate(1e9) < slow.ar_rate
+    short = cost_model.predict(config(), H200, block=2)  # of which a call cannot commit more than two tokens
+    assert short.break_even is None and short.diffusion_rate(2) < short.ar_rate
+
+
+def test_experts_that_a_block_uses_change_nothing_else():
+    some, even = (cost_model.predict(config(), H200, block=1, hit=hit) for hit in (3, None))
+    assert some.step < even.step and some.commit < even.commit
+    assert (some.ar, some.mock_ar, some.remask) == (even.ar, even.mock_ar, even.remask)
 
 
 def test_a_slow_link_shows_in_the_commit_alone():
