@@ -48,12 +48,15 @@ def medians(folder: Path, ops: Sequence[str], seconds: float) -> Medians:
     options = [option for op in ops for option in ("--op", op)]
     command = [sys.executable, "-m", "bench", "--rivals", "none", "--seconds", str(seconds)]
     command += ["--save", "build", "--name", "round"]
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    environment, path = {**os.environ, "PYTHONPATH": str(folder)}, folder / "build" / "round.json"
+    path.unlink(missing_ok=True)
     done = subprocess.run([*command, *options], cwd=folder, env=environment, capture_output=True, text=True)
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"results": [], "skipped": []}
     if done.returncode:
-        said = (done.stderr.strip() or "no message").splitlines()[-1]
+        reasons = [f"{s['op']}: {s['reason']}" for s in saved["skipped"]] or done.stderr.strip().splitlines()[-1:]
+        said = "; ".join(reasons) or "no message"
         raise SystemExit(f"{folder.name}: its package does not run this checkout's benchmarks: {said}")
-    found = json.loads((folder / "build" / "round.json").read_text(encoding="utf-8"))["results"]
+    found = saved["results"]
     return {(r["op"], r["shape"], r["dtype"]): r["seconds"][OURS]["median"] for r in found}
 
 
