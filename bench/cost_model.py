@@ -62,8 +62,8 @@ def forward(
     denoiser = tower == "denoiser"
     calls: list[Call] = []
 
-    def add(op: str, cost: Cost, computed: str = dtype) -> None:
-        calls.append(Call(op, cost, computed))
+    def add(op: str, cost: Cost) -> None:
+        calls.append(Call(op, cost, costs.arithmetic(op, dtype)))
 
     def product(inputs: int, outputs: int, count: int = rows) -> None:
         add("linear", costs.linear(count, inputs, outputs, wide))
@@ -73,7 +73,7 @@ def forward(
         if letter == "M":
             scan = batch, length, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size, c.n_groups, c.conv_kernel
             product(h, c.mamba_inner + c.mamba_channels + c.mamba_num_heads)
-            add("mamba2_scan", costs.mamba2_scan(*scan, context > 0, not denoiser, wide), "float32")
+            add("mamba2_scan", costs.mamba2_scan(*scan, context > 0, not denoiser, wide))
             add("gated_rms_norm", costs.gated_rms_norm(rows, c.mamba_inner, wide))
             product(c.mamba_inner, h)
         elif letter == "*":
@@ -88,7 +88,7 @@ def forward(
             e, k = c.n_routed_experts, c.num_experts_per_tok
             shared = c.moe_shared_expert_intermediate_size if c.n_shared_experts else 0
             some_hit = costs.experts_hit(e, k, rows) if hit is None else hit
-            add("moe_router", costs.moe_router(rows, h, e, wide), "float64")
+            add("moe_router", costs.moe_router(rows, h, e, wide))
             experts = costs.moe_experts(rows, h, c.moe_intermediate_size, k, some_hit, shared, itemsize=wide)
             add("moe_experts", experts)
         else:
@@ -220,8 +220,7 @@ def check(run: dict[str, Any], machine: Machine) -> list[Checked]:
         elif op == "prefill":
             calls = forward(CONFIG, "context", sizes["batch"], sizes["length"], 0, dtype=dtype)
         else:
-            computed = "float32" if op == "mamba2_scan" else dtype  # as in `forward`: its state is never rounded
-            calls = [Call(op, Cost(result["bytes"], result["flops"]), computed)]
+            calls = [Call(op, Cost(result["bytes"], result["flops"]), costs.arithmetic(op, dtype))]
         measured = result["seconds"]["twotower_kernels"]["median"]
         found.append(Checked(op, shape, dtype, seconds(calls, machine), measured))
     return found

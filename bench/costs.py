@@ -22,6 +22,12 @@ class Cost:
         return Cost(self.bytes + other.bytes, self.flops + other.flops, self.weights + other.weights)
 
 
+def arithmetic(op: str, dtype: str) -> str:
+    """The dtype whose speed bounds an operation on data of this dtype: a scan's state is never rounded, nor a router's
+    product."""
+    return {"mamba2_scan": "float32", "moe_router": "float64"}.get(op, dtype)
+
+
 def linear(rows: int, inputs: int, outputs: int, itemsize: int = 2) -> Cost:
     """`[rows, inputs] · [outputs, inputs]ᵀ`."""
     weights = inputs * outputs * itemsize

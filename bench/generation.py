@@ -84,9 +84,9 @@ def random(
                 return state.replaced()  # what one generation appends behind the context, the next one overwrites
 
             for mode in MODES:
-                many = dict(max_new_tokens=blocks * BLOCK, steps_per_block=4) if mode == MODES[0] else {}
-                few = dict(max_new_tokens=9) if mode != MODES[0] else {}
-                row, _ = generated(model, prompts, ready, mode=mode, **many, **few)
+                in_blocks = dict(max_new_tokens=blocks * BLOCK, steps_per_block=4)
+                options = in_blocks if mode == "mask_diffusion" else dict(max_new_tokens=9)
+                row, _ = generated(model, prompts, ready, mode=mode, **options)
                 del row["prefill seconds"], row["prefill bytes"]
                 if row["step seconds"] is not None:
                     step, commit = row["step seconds"], row["commit seconds"]

@@ -6,6 +6,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from bench.ceilings import Ceilings
+from twotower_kernels.config import DTYPES
+
 # What kernels reach of the vendors' figures: assumptions, until one of these machines was measured.
 READ_SHARE, MATRIX_SHARE = 0.9, 0.8
 # Seconds from one kernel of a CUDA graph to the next: an assumption.
@@ -61,14 +66,9 @@ def measured(run: Path) -> Machine:
     """
     try:
         saved = json.loads(run.read_text(encoding="utf-8"))
-        about, limits = saved["machine"], saved["ceilings"]
-        flops = {
-            "bfloat16": max(limits["fp32"], limits["bf16"]) * 1e9,  # a 16-bit type may always be widened
-            "float16": max(limits["fp32"], limits["fp16"]) * 1e9,
-            "float32": limits["fp32"] * 1e9,
-            "float64": limits["fp64"] * 1e9,
-        }
-        read, launch = limits["read"] * 1e9, limits["launch"]
+        about, limits = saved["machine"], Ceilings(**saved["ceilings"])
+        flops = {name: limits.matrix(getattr(torch, name)) * 1e9 for name in DTYPES}
+        read, launch = limits.read * 1e9, limits.launch
         name = f"{about['processor']}, {about['threads']} threads"
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{run}: expected a run saved by the benchmarks, got {error!r}") from None

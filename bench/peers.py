@@ -105,79 +105,48 @@ def mamba_ssm_gated_norm(y: Tensor, z: Tensor, weight: Tensor, n_groups: int, ep
     return lambda: rmsnorm_fn(y, weight, None, z, eps, len(weight) // n_groups, norm_before_gate=False)
 
 
-def _convolved(
-    xbc: Tensor, conv_weight: Tensor, conv_bias: Tensor, conv_state: Tensor, sizes: tuple[int, int, int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _convolved(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [B, L, heads, head_dim], B and C [B, L, groups, state], by PyTorch's convolution; the last inputs."""
-    inner, groups, head_dim = sizes
-    state = (xbc.shape[-1] - inner) // 2
-    columns = torch.cat([conv_state, xbc.transpose(1, 2)], -1)
-    u = F.silu(F.conv1d(columns, conv_weight[:, None], conv_bias, groups=xbc.shape[-1])).transpose(1, 2)
+    inner = a.dt.shape[-1] * a.head_dim
+    state = (a.xbc.shape[-1] - inner) // 2
+    columns = torch.cat([a.conv_state, a.xbc.transpose(1, 2)], -1)
+    u = F.silu(F.conv1d(columns, a.conv_weight[:, None], a.conv_bias, groups=a.xbc.shape[-1])).transpose(1, 2)
     x, b, c = u.split([inner, state, state], -1)
-    b, c = (m.unflatten(-1, (groups, -1)) for m in (b, c))
-    return x.unflatten(-1, (-1, head_dim)), b, c, columns[..., xbc.shape[1] :]
+    b, c = (m.unflatten(-1, (a.n_groups, -1)) for m in (b, c))
+    return x.unflatten(-1, (-1, a.head_dim)), b, c, columns[..., a.xbc.shape[1] :]
 
 
-def mamba_ssm_scan(
-    xbc: Tensor,
-    dt: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    a_log: Tensor,
-    d: Tensor,
-    dt_bias: Tensor,
-    n_groups: int,
-    head_dim: int,
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    time_step_limit: tuple[float, float],
-    return_states: bool,
-    **_: None,
-) -> Program:
+def mamba_ssm_scan(**inputs: Any) -> Program:
     """mamba_ssm's chunked scan."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    sizes = dt.shape[-1] * head_dim, n_groups, head_dim
-    options: dict[str, Any] = dict(chunk_size=256, D=d, dt_bias=dt_bias, dt_softplus=True, dt_limit=time_step_limit)
-    options |= dict(initial_states=ssm_state, return_final_states=return_states)
+    a = SimpleNamespace(**inputs)
+    options: dict[str, Any] = dict(chunk_size=256, D=a.d, dt_bias=a.dt_bias, dt_softplus=True)
+    options |= dict(dt_limit=a.time_step_limit, initial_states=a.ssm_state, return_final_states=a.return_states)
 
     def call() -> Any:
-        x, b, c, last = _convolved(xbc, conv_weight, conv_bias, conv_state, sizes)
-        found = mamba_chunk_scan_combined(x, dt, -a_log.exp(), b, c, **options)
-        return (found[0].flatten(2), last, found[1]) if return_states else found.flatten(2)
+        x, b, c, last = _convolved(a)
+        found = mamba_chunk_scan_combined(x, a.dt, -a.a_log.exp(), b, c, **options)
+        return (found[0].flatten(2), last, found[1]) if a.return_states else found.flatten(2)
 
     return call
 
 
-def mamba_ssm_minimal(
-    xbc: Tensor,
-    dt: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    a_log: Tensor,
-    d: Tensor,
-    dt_bias: Tensor,
-    n_groups: int,
-    head_dim: int,
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    time_step_limit: tuple[float, float],
-    return_states: bool,
-    **_: None,
-) -> Program:
+def mamba_ssm_minimal(**inputs: Any) -> Program:
     """Mamba-2's listing 1 (arXiv 2405.21060), as mamba_ssm keeps it, in chunks of 64 tokens where they divide them."""
     from tests.peers import mamba_ssm  # imported without its CUDA extension
 
-    sizes, chunk = (dt.shape[-1] * head_dim, n_groups, head_dim), xbc.shape[1] if xbc.shape[1] % 64 else 64
+    a = SimpleNamespace(**inputs)
+    chunk = a.xbc.shape[1] if a.xbc.shape[1] % 64 else 64
 
     def call() -> Any:
-        x, b, c, last = _convolved(xbc, conv_weight, conv_bias, conv_state, sizes)
-        x, delta = x.float(), F.softplus(dt.float() + dt_bias).clamp(*time_step_limit)
-        b, c = (m.float().repeat_interleave(dt.shape[-1] // n_groups, 2) for m in (b, c))
-        steps = x * delta[..., None], -a_log.exp() * delta, b, c
-        y, state = mamba_ssm.ssd_minimal(*steps, chunk, initial_states=ssm_state[:, None])
-        y = (y + d[:, None] * x).flatten(2).to(xbc.dtype)
-        return (y, last, state) if return_states else y
+        x, b, c, last = _convolved(a)
+        x, delta = x.float(), F.softplus(a.dt.float() + a.dt_bias).clamp(*a.time_step_limit)
+        b, c = (m.float().repeat_interleave(a.dt.shape[-1] // a.n_groups, 2) for m in (b, c))
+        steps = x * delta[..., None], -a.a_log.exp() * delta, b, c
+        y, state = mamba_ssm.ssd_minimal(*steps, chunk, initial_states=a.ssm_state[:, None])
+        y = (y + a.d[:, None] * x).flatten(2).to(a.xbc.dtype)
+        return (y, last, state) if a.return_states else y
 
     return call
 

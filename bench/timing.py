@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bench.ceilings import Ceilings
-from bench.costs import Cost
+from bench.costs import Cost, arithmetic
 
 # The names of programs: ours, code as the models' authors write it, candidates for "the best PyTorch", and any others.
 OURS, ORIGINAL, PYTORCH = "twotower_kernels", "original style", "PyTorch:"
@@ -94,7 +94,8 @@ class Result:
     def share(self, ceilings: Ceilings) -> float:
         """The least time that bytes and arithmetic allow on this machine, over ours."""
         cost = self.case.cost
-        moving, computing = cost.bytes / ceilings.read, cost.flops / ceilings.matrix(self.case.dtype)
+        computed = getattr(torch, arithmetic(self.case.op, str(self.case.dtype).removeprefix("torch.")))
+        moving, computing = cost.bytes / ceilings.read, cost.flops / ceilings.matrix(computed)
         floor = max(moving, computing) / 1e9 if self.case.floor is None else self.case.floor(ceilings)
         return floor / self.timings[OURS].median
 

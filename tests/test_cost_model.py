@@ -192,6 +192,15 @@ def test_measured_steps_are_as_predicted():
     assert list(by_context.values()) == sorted(by_context.values())
 
 
+def test_a_scan_and_a_router_are_judged_by_wider_arithmetic():
+    found = [costs.arithmetic(op, "bfloat16") for op in ("mamba2_scan", "moe_router", "linear")]
+    assert found == ["float32", "float64", "bfloat16"]
+    calls = cost_model.forward(TINY, "denoiser", 1, 16, 64)
+    assert all(call.dtype == costs.arithmetic(call.op, "bfloat16") for call in calls)
+    slow = replace(H200, flops={**H200.flops, "float32": 1.0})
+    assert cost_model.seconds(calls, slow) > 1 > cost_model.seconds(calls, H200)
+
+
 def test_a_file_that_is_no_run_is_refused(tmp_path):
     for text in ("", "[]", "{}", '{"machine": {}, "ceilings": {"read": 1}}'):
         path = tmp_path / "run.json"
@@ -219,5 +228,5 @@ def test_the_command_refuses(options, capsys):
 
 def test_every_public_cost_is_checked_here():
     public = {n for n, f in vars(costs).items() if callable(f) and getattr(f, "__module__", "") == costs.__name__}
-    assert public - {"Cost", "experts_hit"} == set(SIZES)
+    assert public - {"Cost", "experts_hit", "arithmetic"} == set(SIZES)
     assert dataclasses.is_dataclass(costs.Cost)
