@@ -1,68 +1,132 @@
-"""The recorded denoiser step: which tensors a replay reads. The recording itself is a stand-in that calls again."""
+"""Recorded calls: which tensors a replay reads. The recording itself is a stand-in that calls again."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from tests.random_models import models, random_ids
-from twotower_kernels.capture import CapturedDenoiser
+from tests.test_generate_package import package_model, told
+from twotower_kernels import TwoTowerModel
+from twotower_kernels.capture import CapturedModel
+from twotower_kernels.state import ContextState
+
+T = TypeVar("T")
+generation = importlib.import_module("twotower_kernels.generate")  # the package has a function of that name
 
 
 class Recorder:
-    """As a graph does, it runs the call once and from then on writes to the same tensor from the same ones."""
+    """As a graph does, it runs the call once and from then on writes to the same tensors from the same ones."""
 
     def __init__(self) -> None:
         self.recordings = 0
 
-    def __call__(self, call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    def __call__(self, call: Callable[[], T], device: torch.device) -> tuple[Callable[[], None], T]:
         self.recordings += 1
         output = call()
 
+        @torch.inference_mode()  # a graph writes whatever kind of tensor it is
         def replay() -> None:
-            output.copy_(call())
+            for mine, new in zip(tree_leaves(output), tree_leaves(call()), strict=True):
+                mine.copy_(new)
 
         return replay, output
 
 
+def small() -> TwoTowerModel:
+    return models("M*E-", torch.float32).ours
+
+
 def test_a_replay_says_what_the_model_says() -> None:
     """Over steps, blocks, dropped rows and storage that grows; recorded anew only for other shapes or storage."""
-    model = models("M*E-", torch.float32).ours
-    record = Recorder()
-    captured = CapturedDenoiser(model, record)
+    model, record = small(), Recorder()
+    captured = CapturedModel(model, record)
+
+    def agrees(state: ContextState, ids: Tensor, t: Tensor | None = None) -> None:
+        assert torch.equal(captured.denoise(ids, state, t), model.denoise(ids, state, t))
+
     with torch.inference_mode():
         state = model.prefill(random_ids(3, 20), [20, 3, 11])
-        expected = 0
         for block in range(3):
-            expected += block == 0  # there is room to spare for all three
             for step in range(2):
-                ids, t = random_ids(3, 4, seed=10 * block + step), torch.rand(3)
-                assert torch.equal(captured(ids, state, t), model.denoise(ids, state, t))
-                assert record.recordings == expected
+                agrees(state, random_ids(3, 4, seed=10 * block + step), torch.rand(3))
+                assert record.recordings == (block > 0 or step > 0)  # not for the first time
             state = model.commit(random_ids(3, 4, seed=block), state)
-        some = state.select([2, 0])
-        ids, t = random_ids(2, 4), torch.rand(2)
-        assert torch.equal(captured(ids, some, t), model.denoise(ids, some, t))
-        other = state.select([0, 1])
-        assert torch.equal(captured(ids, other, t), model.denoise(ids, other, t))
-        assert record.recordings == expected + 1
-        assert torch.equal(captured(ids, other), model.denoise(ids, other))
-        assert record.recordings == expected + 2
+        for rows in ([2, 0], [0, 1], [1, 2]):
+            agrees(state.select(rows), random_ids(2, 4), torch.rand(2))
+        assert record.recordings == 2
+        for rows in ([2, 0], [0, 1]):
+            agrees(state.select(rows), random_ids(2, 4))
+        assert record.recordings == 3
         state = model.commit(random_ids(3, 200), state)  # moves to larger storage
-        ids, t = random_ids(3, 4), torch.rand(3)
-        assert torch.equal(captured(ids, state, t), model.denoise(ids, state, t))
-        assert record.recordings == expected + 3
-        assert len(captured._steps) == 1
+        for _ in range(2):
+            agrees(state, random_ids(3, 4), torch.rand(3))
+        assert record.recordings == 4
+        assert len(captured._calls) == 1
+
+
+def test_recorded_commits_leave_the_same_context() -> None:
+    """Over blocks of two sizes, storage that grows, forks of what a replay gave, and rows that are dropped."""
+    model, record = small(), Recorder()
+    captured = CapturedModel(model, record)
+    with torch.inference_mode():
+        mine, theirs = (model.prefill(random_ids(3, 20), [20, 3, 11]) for _ in range(2))
+        kept: list[tuple[ContextState, ContextState]] = []
+        for block in range(40):
+            ids = random_ids(mine.batch_size, 1 if block % 3 else 4, seed=block)
+            kept.append((mine.fork(1), theirs.fork(1)) if block % 7 == 0 else kept[-1])
+            mine, theirs = captured.commit(ids, mine), model.commit(ids, theirs)
+            if block == 30:
+                mine, theirs = mine.select([2, 0]), theirs.select([2, 0])
+        for one, other in [*kept, (mine, theirs)]:
+            assert torch.equal(one.logits, other.logits)
+            ids = random_ids(one.batch_size, 4)
+            assert torch.equal(model.denoise(ids, one, 0.5), model.denoise(ids, other, 0.5))
+            assert torch.equal(one.lengths, other.lengths)
+    assert 2 <= record.recordings <= 8
+
+
+def test_a_commit_that_fails_leaves_the_state() -> None:
+    model = small()
+    captured = CapturedModel(model, Recorder())
+    state = model.prefill(random_ids(2, 5))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="expected 2 rows"):
+            captured.commit(random_ids(3, 4), state)
+        with patch.object(captured, "_call", side_effect=MemoryError), pytest.raises(MemoryError):
+            captured.commit(random_ids(2, 4), state)
+        assert state.batch_size == 2
+        state = captured.commit(random_ids(2, 4), state)
 
 
 def test_keys_and_values_are_not_copied() -> None:
-    model = models("M*E-", torch.float32).ours
-    captured = CapturedDenoiser(model, Recorder())
+    model = small()
+    captured = CapturedModel(model, Recorder())
     with torch.inference_mode():
         state = model.prefill(random_ids(2, 9))
-        captured(random_ids(2, 4), state, torch.rand(2))
-        (step,) = captured._steps.values()
-        assert all(step._state.k[i] is k for i, k in state.k.items())
-        assert all(step._state.v[i] is v for i, v in state.v.items())
+        for _ in range(2):
+            captured.denoise(random_ids(2, 4), state, torch.rand(2))
+        (recording,) = captured._calls.values()
+        assert recording is not None
+        assert all(recording._state.k[i] is k for i, k in state.k.items())
+        assert all(recording._state.v[i] is v for i, v in state.v.items())
+
+
+@pytest.mark.parametrize("mode", generation.MODES)
+def test_generation_through_recordings(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ragged batch whose rows end at different times writes what it writes without."""
+    prompts, model, record = [[5], [6, 7, 8], [9, 10]], package_model(), Recorder()
+    options: dict[str, Any] = dict(mode=mode, max_new_tokens=30, block_size=4, eos_token_id=19, temperature=1.2, seed=5)
+    wanted = [told(event) for event in generation.stream(model, prompts, **options)]
+    monkeypatch.setattr(generation, "_records", lambda device: True)
+    monkeypatch.setattr(generation, "CapturedModel", partial(CapturedModel, record=record))
+    assert [told(event) for event in generation.stream(model, prompts, **options)] == wanted
+    assert record.recordings > 0

@@ -17,7 +17,7 @@ from tests.small_model import save_small_model
 from tests.test_capture import Recorder
 from tests.test_generate_package import package_model, told
 from twotower_kernels import TwoTowerConfig, TwoTowerModel
-from twotower_kernels.capture import CapturedDenoiser
+from twotower_kernels.capture import CapturedModel
 from twotower_kernels.generate import MODES, generate, stream
 from twotower_kernels.loading import tower_of
 
@@ -84,16 +84,16 @@ def test_the_denoiser_sees_the_same_context(device: SecondDevice) -> None:
 def test_a_recorded_step_reads_the_mirror(device: SecondDevice) -> None:
     two = apart(exact())
     state = two.prefill(random_ids(2, 9))
-    captured = CapturedDenoiser(two, Recorder())
+    captured = CapturedModel(two, Recorder())
     for seed in range(2):
         ids = random_ids(2, 4, seed=seed).to(DEVICE)
         t = torch.rand(2, dtype=torch.float64).to(DEVICE)
-        assert torch.equal(captured(ids, state, t).to("cpu"), two.denoise(ids, state, t).to("cpu"))
+        assert torch.equal(captured.denoise(ids, state, t).to("cpu"), two.denoise(ids, state, t).to("cpu"))
         device.copied.clear()
-        captured(ids, state, t)
+        captured.denoise(ids, state, t)
         assert device.bytes == 0
         state = two.commit(ids, state)
-    assert len(captured._steps) == 1
+    assert len(captured._calls) == 1
 
 
 # --- what is sent -----------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from twotower_kernels.capture import CapturedDenoiser
+from twotower_kernels.capture import CapturedModel
 from twotower_kernels.generate_checks import check_blocks, check_options, prompt_rows
 from twotower_kernels.ops.remask import remask
 from twotower_kernels.remask_policy import RemaskPolicy
@@ -94,7 +94,8 @@ class _Request:
     seeds: Tensor  # [B] int64, Philox keys
     nfe: list[int]  # per row
     blocks: list[list[Tensor]]  # per row, its finished blocks
-    denoise: Callable[..., Tensor]  # the model's; on a GPU recorded once and replayed
+    denoise: Callable[..., Tensor]  # the model's; on a GPU recorded and replayed
+    commit: Callable[[Tensor, ContextState], ContextState]  # of whole blocks, likewise
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """The prompts as int64 [B, T], right-padded, and their lengths [B]."""
@@ -228,6 +229,7 @@ def stream(
     check_options(max_new_tokens, temperature, top_k, top_p, eos_token_id, vocab_size)
     device = model.device if mode == "ar" else model.denoiser_device
     rows = prompt_rows(prompts, vocab_size, device)
+    captured = CapturedModel(model)
     request = _Request(
         model=model,
         prompts=rows,
@@ -237,7 +239,8 @@ def stream(
         seeds=torch.tensor([sequence_seed(seed, b) for b in range(len(rows))], device=device),
         nfe=[0] * len(rows),
         blocks=[[] for _ in rows],
-        denoise=CapturedDenoiser(model) if device.type == "cuda" else model.denoise,
+        denoise=(captured if _records(model.denoiser_device) else model).denoise,
+        commit=(captured if _records(model.device) else model).commit,
     )
     if mode == "mask_diffusion":
         check_blocks(model, block_size, steps_per_block, confidence_threshold, mask_token_id, policy)
@@ -301,6 +304,11 @@ def generate(
     return events.result()
 
 
+def _records(device: torch.device) -> bool:
+    """Whether calls of a tower there are recorded and replayed."""
+    return device.type == "cuda"
+
+
 def _diffuse(
     request: _Request, policy: RemaskPolicy, block_size: int, num_steps: int, mask_token_id: int
 ) -> Generator[StepEvent, None, None]:
@@ -320,7 +328,7 @@ def _diffuse(
         if any(ended):
             keep, index = _kept([not end for end in ended], seeds.device)
             state, seeds, tokens, rows = state.select(index), seeds[index], tokens[index], [rows[i] for i in keep]
-        state = request.model.commit(tokens, state)
+        state = request.commit(tokens, state)
 
 
 def _denoise_block(
@@ -401,7 +409,7 @@ def _autoregress(request: _Request, with_denoiser: bool) -> Generator[StepEvent,
         if len(keep) < len(rows):
             state, seeds, last, token = state.select(kept), seeds[kept], last[kept], token[kept]
             rows = [rows[i] for i in keep]
-        state = request.model.commit(last if with_denoiser else token, state)
+        state = request.commit(last if with_denoiser else token, state)
         last = token
 
 

@@ -26,7 +26,7 @@ from twotower_kernels.config import TwoTowerConfig
 from twotower_kernels.generate import generate, stream
 from twotower_kernels.layers import Factory, Layer, Linear, Stacked, TimeEmbedder, Tower, draw_weights
 from twotower_kernels.ops import adaln_norm, gated_residual_adaln_norm
-from twotower_kernels.state import ContextState, logits
+from twotower_kernels.state import BlockRead, ContextState, logits
 
 TOWERS = ("both", "context", "denoiser")
 P = ParamSpec("P")
@@ -177,7 +177,6 @@ class TwoTowerModel(nn.Module):
         input_ids = self._checked_ids("input_ids", input_ids, self.device)
         return self.commit(input_ids, self.empty_state(input_ids.shape[0]), lengths)
 
-    @_without_gradients
     def commit(
         self, block_ids: Tensor, state: ContextState, lengths: Tensor | Sequence[int] | None = None
     ) -> ContextState:
@@ -196,26 +195,45 @@ class TwoTowerModel(nn.Module):
             ValueError: ids or lengths of the wrong shape, dtype, device or range. RuntimeError: a state that was
                 consumed, no such tower.
         """
+        return self.commit_by(self.read_block, block_ids, state, lengths)
+
+    @_without_gradients
+    def commit_by(
+        self,
+        read: Callable[[Tensor, ContextState, Any], BlockRead],
+        block_ids: Tensor,
+        state: ContextState,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> ContextState:
+        """`commit`, with `read` in the place of `read_block`."""
         self._need("context")
         block_ids = self._checked_ids("block_ids", block_ids, self.device, state)
         batch, size = block_ids.shape
         if lengths is not None:
             lengths = self._checked_lengths(lengths, batch, size)
-        if size == 0:
-            new = state.replaced()
-            state.consume()
-            return new
-        old = state.room_for(size)
+        new = state.replaced()
+        if size:
+            old = state.room_for(size)
+            new = old.advanced(size, lengths, read(block_ids, old, lengths))
+        state.consume()
+        return new
+
+    @_without_gradients
+    def read_block(self, block_ids: Tensor, state: ContextState, lengths: Tensor | None) -> BlockRead:
+        """What the context tower makes of a block `[B, S]`, S at least 1, of which `lengths` tokens count (None: all).
+
+        Keys and values are appended to the state, which has room for them; nothing else of it is written.
+        """
         conv: dict[int, Tensor] = {}
         ssm: dict[int, Tensor] = {}
 
         def mix(i: int, layer: Layer, x: Tensor) -> Tensor:
             if layer.letter == "M":
-                y, conv[i], ssm[i] = layer.mixer(x, old.conv[i], old.ssm[i], lengths=lengths, return_states=True)
+                y, conv[i], ssm[i] = layer.mixer(x, state.conv[i], state.ssm[i], lengths=lengths, return_states=True)
                 return y
             if layer.letter == "*":
-                context = old.k[i], old.v[i], old.lengths
-                append = partial(old.append, i, lengths=lengths)
+                context = state.k[i], state.v[i], state.lengths
+                append = partial(state.append, i, lengths=lengths)
                 return layer.mixer(x, context, lengths=lengths, causal=True, append=append)
             return layer.mixer(x)
 
@@ -224,10 +242,8 @@ class TwoTowerModel(nn.Module):
             last = hidden[:, -1].clone()  # a copy, so as not to keep all of `hidden`
         else:
             newest = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
-            last = torch.where(lengths[:, None] > 0, hidden.gather(1, newest)[:, 0], old.last_hidden)
-        new = old.advanced(size, lengths, conv, ssm, last)
-        state.consume()
-        return new
+            last = torch.where(lengths[:, None] > 0, hidden.gather(1, newest)[:, 0], state.last_hidden)
+        return BlockRead(conv, ssm, last)
 
     def empty_state(self, batch: int) -> ContextState:
         """The state of `batch` rows without any token: legal wherever a state is, except for its logits.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,26 +127,18 @@ class ContextState:
             device = self.mirror.lengths.device
             self.mirror.append(layer, k.to(device), v.to(device), None if lengths is None else lengths.to(device))
 
-    def advanced(
-        self, size: int, lengths: Tensor | None, conv: dict[int, Tensor], ssm: dict[int, Tensor], last_hidden: Tensor
-    ) -> ContextState:
-        """This state, and its mirror, after a block `[B, size]` of which `lengths` tokens count (None: all): with the
-        Mamba-2 states and the last token's output from there. Its keys and values are appended already."""
+    def advanced(self, size: int, lengths: Tensor | None, read: BlockRead) -> ContextState:
+        """This state, and its mirror, after a block `[B, size]` of which `lengths` tokens count (None: all): with what
+        `read` has from there. Its keys and values are appended already."""
         mirror = self.mirror
         if mirror is not None:
             device = mirror.lengths.device
-            mirror = mirror.advanced(
-                size,
-                None if lengths is None else lengths.to(device),
-                {i: state.to(device) for i, state in conv.items()},
-                {i: state.to(device) for i, state in ssm.items()},
-                last_hidden.to(device),
-            )
+            mirror = mirror.advanced(size, None if lengths is None else lengths.to(device), read.to(device))
         return self.replaced(
             lengths=self.lengths + (size if lengths is None else lengths),
-            conv=conv,
-            ssm=ssm,
-            last_hidden=last_hidden,
+            conv=read.conv,
+            ssm=read.ssm,
+            last_hidden=read.last_hidden,
             longest=self.longest + size,
             mirror=mirror,
         )
@@ -192,6 +184,18 @@ class ContextState:
 
     def _rows(self, storage: Tensor) -> Tensor:
         return storage if self.index is None else storage.index_select(0, self.index)
+
+
+class BlockRead(NamedTuple):
+    """What the context tower leaves behind a block, beside keys and values; the names mean what they do in a state."""
+
+    conv: dict[int, Tensor]
+    ssm: dict[int, Tensor]
+    last_hidden: Tensor
+
+    def to(self, device: torch.device) -> BlockRead:
+        conv, ssm = ({i: tensor.to(device) for i, tensor in part.items()} for part in (self.conv, self.ssm))
+        return BlockRead(conv, ssm, self.last_hidden.to(device))
 
 
 def logits(hidden: Tensor, head: Tensor) -> Tensor:
