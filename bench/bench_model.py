@@ -44,11 +44,13 @@ def operations(plain: dict[str, Callable[..., Any]]) -> Iterator[None]:
 OUTPUTS = ("out_proj.weight", "o_proj.weight", "experts.down", "down_proj.weight")  # what layers add to the residual
 
 
-def random_model(dtype: torch.dtype, towers: str, config: tt.TwoTowerConfig = CONFIG) -> tt.TwoTowerModel:
+def random_model(
+    dtype: torch.dtype, towers: str, config: tt.TwoTowerConfig = CONFIG, device: str = "cpu"
+) -> tt.TwoTowerModel:
     """Drawn as models begin their training: embeddings of variance 1, and what layers add to them scaled by
     (2 · layers)^-1/2 (GPT-2, section 2.3). The residual then says most of what a router sees, as in a trained model;
     with all weights alike it hangs on the rounding of the first layers which experts are chosen."""
-    model = tt.TwoTowerModel(config, dtype=dtype, towers=towers)
+    model = tt.TwoTowerModel(config, device=device, dtype=dtype, towers=towers)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("embeddings.weight"):

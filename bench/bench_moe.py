@@ -52,7 +52,7 @@ def router(n: int, device: str, shapes: Shapes = RELEASED) -> Case:
         programs,
         same,
         costs.moe_router(n, h, e),
-        goals=(3, 1.5, None),
+        goals=(3, 1.5, None) if device == "cpu" else NO_GOALS,
         sizes=dict(rows=n, hidden=h, experts=e, top_k=top_k),
         inputs=inputs,
     )
@@ -111,13 +111,13 @@ def cases(
     contexts: Sequence[int] | None = None,
 ) -> Iterator[Case]:
     block, weights = shapes.block_size, Weights(device, shapes)
-    for batch in batches or (1, 4):
+    for batch in batches or ((1, 4) if device == "cpu" else (1, 4, 16, 64, 256)):
         yield router(batch * block, device, shapes)
     if batches:
         for batch in batches:
             yield experts(weights, batch * block)
         return
-    yield experts(weights, block, (3, 1.5, 0.8))
+    yield experts(weights, block, (3, 1.5, 0.8) if device == "cpu" else (None, None, 0.85))
     yield experts(weights, 4 * block)
-    for n in (1,) if device == "cpu" else (256, 1024):
+    for n in (1,) if device == "cpu" else (256, 1024, 4096):
         yield experts(weights, n)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import twotower_kernels as tt
+from bench import gpu_clock
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,14 @@ class Ceilings:
 
 
 def _median(call: Callable[[], Any], times: int = 7) -> float:
-    """Seconds per call; on a GPU everything is waited for."""
-    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    """Seconds per call; on a GPU between two events."""
     call()
+    if torch.cuda.is_initialized():
+        return gpu_clock.median(call, times)
     taken = []
     for _ in range(times):
-        wait()
         start = time.perf_counter()
         call()
-        wait()
         taken.append(time.perf_counter() - start)
     return statistics.median(taken)
 

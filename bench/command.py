@@ -23,6 +23,7 @@ from bench.timing import NO_GOALS, ORIGINAL, OURS, PYTORCH, Case, Result, cannot
 from twotower_kernels import cpu
 
 FILES = ("attention", "moe", "linear", "mamba2", "adaln", "remask", "model")
+INTERRUPTED = 130  # the exit code after Ctrl-C
 RIVALS = ("all", "none", "original", "best", "peers")
 
 
@@ -64,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         "(default) or none, and so without checks; may be given again",
     )
     found.add_argument(
-        "--seconds", type=number(float, 0), default=1.0, help="that each program is timed at least (default: 1)"
+        "--seconds", type=number(float, 0), help="that each program is timed at least (default: 1, on a GPU 0.1)"
     )
     found.add_argument("--save", type=Path, metavar="FOLDER", help="write FOLDER/NAME.json, NAME.md and NAME.png")
     found.add_argument("--name", help="of the files that are written (default: the CPU's instruction set, or ops)")
@@ -100,8 +101,9 @@ def picture(run: dict[str, Any], path: Path) -> str | None:
 def measured(
     options: argparse.Namespace, shapes: Shapes, limits: Ceilings, console: Console
 ) -> tuple[list[Result], list[Skipped], int]:
-    """Every case that was asked for: results, programs that were not timed, and how many cases our program failed."""
-    results, skipped, failed = [], [], 0
+    """Every case that was asked for: results, programs that were not timed, and the exit code: 1 if our own program
+    failed."""
+    results, skipped, code = [], [], 0
     families = options.op or FILES
     # Drawn between two cases alone: a bar that moves by itself takes time from what is measured.
     with Progress(console=console, transient=True, auto_refresh=False) as bar:
@@ -117,9 +119,12 @@ def measured(
                     op, shape = case.op, case.shape
                     bar.update(task, description=f"{op}, {shape}", refresh=True)
                     result = measure(case, options.seconds, options.device)
+                except KeyboardInterrupt:
+                    console.print(f"interrupted at {op}, {shape}: what was measured until then follows")
+                    return results, skipped, INTERRUPTED
                 except Exception as error:  # of whatever kind: what was measured until then is not thrown away
                     skipped.append(Skipped(op, shape, OURS, said(error)))
-                    failed += not cannot_run(error)
+                    code = code if cannot_run(error) else 1
                 else:
                     results.append(result)
                     skipped += report.not_timed(result)
@@ -127,11 +132,12 @@ def measured(
                 case = None  # and its tensors, before those of the next are drawn
                 gc.collect()
             bar.advance(task)
-    return results, skipped, failed
+    return results, skipped, code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line (default: the process's own). Returns 1 if a program fails or disagrees, else 0."""
+    """Runs the command line (default: the process's own). Returns 1 if a program fails or disagrees, 130 if it is
+    interrupted, which loses nothing that was measured, else 0."""
     reader = parser()
     options = reader.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -149,8 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(f"{options.shapes} lacks {', '.join(missing)}: as in the released model")
     limits = ceilings.measure(options.device)
     console.print(report.heading(limits))
-    results, skipped, failed = measured(options, shapes, limits, console)
-    limits = limits.better_of(ceilings.measure(options.device))  # what else the machine does changes
+    results, skipped, code = measured(options, shapes, limits, console)
+    if code != INTERRUPTED:
+        limits = limits.better_of(ceilings.measure(options.device))  # what else the machine does changes
     console.print(report.heading(limits))
     for rows in (report.rows(results, limits), report.others(results), report.left_out(skipped)):
         if len(rows) > 1:
@@ -163,4 +170,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = report.save(results, limits, options.save, name, skipped)
         if problem := picture(run, options.save / f"{name}.png"):
             console.print(problem)
-    return 1 if wrong or failed else 0
+    return code or int(bool(wrong))

@@ -1,8 +1,9 @@
 """The released model's size with random weights on one GPU: `python -m bench.gpu_model`.
 
 Both towers in bfloat16 take 126 GB. Where that does not fit, the layers are as many as do, of the same pattern, and the
-table says how many. A denoiser step is timed as it runs in generation, replayed from a CUDA graph, beside the bytes
-that it must read: the weights of the layers it computes and of the experts that its tokens hit, keys, values, states.
+table says how many. A denoiser step, the commit of a block and an autoregressive step are timed as they run in
+generation, replayed from CUDA graphs, beside the bytes that each must read: the weights of the layers it computes and
+of the experts that its tokens hit, keys, values, states. What a replay gives must be to the bit what the model gives.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ from torch import Tensor
 
 import twotower_kernels as tt
 from bench import ceilings, report
-from bench.bench_model import random_state
+from bench.bench_model import BLOCK, random_model, random_state
+from bench.ceilings import Ceilings
 from bench.configs import RELEASED, config
 from bench.cost_model import forward, total, weights
+from bench.gpu_clock import median
 from twotower_kernels import layers
-from twotower_kernels.capture import CapturedDenoiser
+from twotower_kernels.capture import CapturedModel
 from twotower_kernels.state import logits
 
-BLOCK = 16
+SIZES = ((1, 4096), (1, 131072), (4, 4096), (16, 4096))  # batch, context
+TOKENS_PER_NFE = (1, 2, 4)
 
 
 def largest(free: int) -> str:
@@ -36,19 +40,6 @@ def largest(free: int) -> str:
         if sum(weights(config(RELEASED[:n])).values()) < 0.9 * free:
             return RELEASED[:n]
     raise SystemExit(f"no layer fits into {free / 1e9:.0f} GB")
-
-
-def median(call: Callable[[], Any], times: int = 20) -> float:
-    """Seconds per call, by device events."""
-    for _ in range(3):
-        call()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(times)]
-    for start, end in events:
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
 
 
 @contextmanager
@@ -69,58 +60,103 @@ def routes() -> Iterator[list[Tensor]]:
         layers.moe_router = before
 
 
-def main() -> None:
+def experts_hit(call: Callable[[], Any]) -> float:
+    """Distinct experts that a call's tokens go to, per layer; 0 without such layers."""
+    with routes() as found:
+        call()
+    return statistics.mean(len(experts.unique()) for experts in found) if found else 0.0
+
+
+class Measured:
+    """A model's three kinds of pass at one batch and context: seconds, and the least bytes that each must move."""
+
+    def __init__(self, model: tt.TwoTowerModel, batch: int, context: int) -> None:
+        self.batch, self.context = batch, context
+        captured, c = CapturedModel(model), model.config
+        state = random_state(model, batch, context)
+        device = state.lengths.device
+        ids = torch.randint(c.vocab_size, (batch, BLOCK), device=device)
+        t = torch.linspace(0.25, 1, batch, device=device)
+        self.hit = experts_hit(lambda: model.denoise(ids, state, t))
+        for _ in range(2):  # the second call records
+            replayed = captured.denoise(ids, state, t)
+        plain = model.denoise(ids, state, t)
+        assert plain.isfinite().all(), "logits that are not finite"
+        assert replayed.equal(plain), "a replayed step differs from the model's"
+        self.step = median(lambda: captured.denoise(ids, state, t))
+        self.moved = total(forward(c, "denoiser", batch, BLOCK, context, hit=self.hit)).bytes
+        states = [state]
+
+        def commit(ids: Tensor) -> Tensor:
+            states.append(captured.commit(ids, states.pop()))
+            return states[0].last_hidden
+
+        one = ids[:, :1].contiguous()
+        for _ in range(2):
+            commit(ids)
+        self.commit = median(lambda: commit(ids), times=5)
+        for _ in range(2):
+            commit(one)
+        self.ar_hit = experts_hit(lambda: model.commit(one, states[0].fork(1)))
+        self.ar_step = median(lambda: logits(commit(one), model.context_lm_head.weight), times=10)
+        self.ar_moved = total(forward(c, "context", batch, 1, context, hit=self.ar_hit)).bytes
+
+    def tokens_per_second(self, tokens_per_nfe: float) -> float:
+        """Of the batch by block diffusion: the steps of a block and its commit."""
+        return self.batch * BLOCK / (BLOCK / tokens_per_nfe * self.step + self.commit)
+
+    def entry(self, limits: Ceilings) -> dict[str, Any]:
+        """As it is saved."""
+        read = limits.read * 1e9
+        return {
+            "batch": self.batch,
+            "context": self.context,
+            "step seconds": self.step,
+            "bytes": self.moved,
+            "floor seconds": self.moved / read,
+            "experts hit per layer": self.hit,
+            "commit seconds": self.commit,
+            "autoregressive step seconds": self.ar_step,
+            "autoregressive bytes": self.ar_moved,
+            "autoregressive floor seconds": self.ar_moved / read,
+            "autoregressive experts hit per layer": self.ar_hit,
+            "autoregressive tokens per second": self.batch / self.ar_step,
+            "tokens per second at tokens per NFE": {str(n): self.tokens_per_second(n) for n in TOKENS_PER_NFE},
+        }
+
+    def line(self, limits: Ceilings) -> str:
+        step, ar = (moved / limits.read / 1e9 for moved in (self.moved, self.ar_moved))
+        rates = ", ".join(f"{self.tokens_per_second(n):.0f} at {n} per NFE" for n in TOKENS_PER_NFE)
+        return (
+            f"B {self.batch:2}, context {self.context:6}: "
+            f"step {self.step * 1e3:.2f} ms = {self.step / step:.2f} × its {self.moved / 1e9:.1f} GB "
+            f"({self.hit:.0f} experts hit); commit {self.commit * 1e3:.2f} ms; "
+            f"AR {self.ar_step * 1e3:.2f} ms = {self.ar_step / ar:.2f} × its {self.ar_moved / 1e9:.1f} GB; "
+            f"tokens/s: AR {self.batch / self.ar_step:.0f}, {rates}"
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_model", description=__doc__)
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write FOLDER/model.json")
-    options = parser.parse_args()
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write FOLDER/model.json, anew after every line")
+    options = parser.parse_args(arguments)
     limits = ceilings.measure("cuda")
-    print(report.heading(limits))
+    print(report.heading(limits), flush=True)
     free, _ = torch.cuda.mem_get_info()
     c = config(largest(free))
-    model = tt.TwoTowerModel(c, device="cuda", dtype=torch.bfloat16)
+    model = random_model(torch.bfloat16, "both", c, device="cuda")
     print(f"{len(c.hybrid_override_pattern)} of {len(RELEASED)} layers, {sum(weights(c).values()) / 1e9:.1f} GB")
-    rows = []
+    entries = []
     with torch.inference_mode():
-        for batch, context in ((1, 4096), (1, 131072), (4, 4096), (16, 4096)):
-            state = random_state(model, batch, context)
-            ids = torch.randint(c.vocab_size, (batch, BLOCK), device="cuda")
-            t = torch.linspace(0.25, 1, batch, device="cuda")
-            with routes() as found:
-                model.denoise(ids, state, t)
-            hit = [len(experts.unique()) for experts in found]
-            denoise = CapturedDenoiser(model)
-            seconds = median(lambda d=denoise, i=ids, s=state, t=t: d(i, s, t))  # type: ignore[misc]
-            moved = total(forward(c, "denoiser", batch, BLOCK, context, hit=statistics.mean(hit) if hit else 0)).bytes
-            one, states = ids[:, :1].contiguous(), [state]
-            del state
-
-            def ar_step(one: Tensor = one, states: list[tt.ContextState] = states) -> Tensor:
-                states.append(model.commit(one, states.pop()))
-                return logits(states[0].last_hidden, model.context_lm_head.weight)
-
-            ar = median(ar_step, times=5)
-            floor = moved / limits.read / 1e9
-            rows.append(
-                {
-                    "batch": batch,
-                    "context": context,
-                    "step seconds": seconds,
-                    "bytes": moved,
-                    "floor seconds": floor,
-                    "experts hit per layer": statistics.mean(hit) if hit else 0,
-                    "autoregressive step seconds": ar,
-                    "tokens per second at 1, 2, 4 tokens per NFE": [batch * n / seconds for n in (1, 2, 4)],
-                }
-            )
-            print(
-                f"B {batch:2}, context {context:6}: step {seconds * 1e3:7.2f} ms = {seconds / floor:.2f} × its bytes "
-                f"({moved / 1e9:.1f} GB, {rows[-1]['experts hit per layer']:.0f} experts hit), AR {ar * 1e3:7.2f} ms"
-            )
-            del states, denoise
-    if options.save:
-        options.save.mkdir(parents=True, exist_ok=True)
-        whole = {"machine": report.machine("cuda"), "layers": c.hybrid_override_pattern, "results": rows}
-        (options.save / "model.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        for batch, context in SIZES:
+            measured = Measured(model, batch, context)
+            entries.append(measured.entry(limits))
+            print(measured.line(limits), flush=True)
+            if options.save:
+                whole = {"machine": report.machine("cuda"), "ceilings": vars(limits)}
+                whole |= {"layers": c.hybrid_override_pattern, "results": entries}
+                options.save.mkdir(parents=True, exist_ok=True)
+                (options.save / "model.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rich.table import Table
 
 import twotower_kernels as tt
 from bench.ceilings import Ceilings
-from bench.timing import ORIGINAL, OURS, PYTORCH, Result
+from bench.timing import ORIGINAL, OURS, Result
 from twotower_kernels import cpu
 
 HEADER = ("op", "shape", "dtype", "µs", "spread", "vs original", "vs best PyTorch", "of ceiling", "GB/s", "GFLOP/s")
@@ -138,12 +138,12 @@ def table(rows: Sequence[tuple[str, ...]]) -> Table:
 
 
 def others(results: Sequence[Result]) -> list[tuple[str, ...]]:
-    """A header, and a row for every program that is neither ours nor stands for one of the table's columns."""
+    """A header, and a row for every program that stands for none of the table's columns."""
     found: list[tuple[str, ...]] = [("op", "shape", "dtype", "program", "µs", "vs ours")]
     for result in results:
         case = result.case
         for name, timing in result.timings.items():
-            if name not in (OURS, ORIGINAL) and not name.startswith(PYTORCH):
+            if name not in (OURS, ORIGINAL, result.best()):
                 dtype, ratio = str(case.dtype).removeprefix("torch."), _ratio(result.ratio(name), None)
                 found.append((case.op, case.shape, dtype, name, f"{timing.median * 1e6:.1f}", ratio))
     return found

@@ -126,6 +126,12 @@ def eager_attention(
     return torch.einsum("bhst,bthd->bshd", scores.softmax(-1).to(q.dtype), v)
 
 
+def expanded_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """SDPA over keys [B, T, Hkv, D] that hold the block too, repeated for all query heads."""
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2).transpose(1, 2) for x in (k, v))
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
+
+
 def packed_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """SDPA over keys [B, T, Hkv, D] that hold the block too, the query heads of a key head as rows of one head."""
     rows = q.unflatten(2, (k.shape[2], -1)).transpose(1, 2).flatten(2, 3)  # [B, Hkv, S·R, D]

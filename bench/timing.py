@@ -1,13 +1,7 @@
-"""One way to time: outputs checked first, programs interleaved, medians with their spread.
-
-On a GPU, device events bracket each call, behind a write to a buffer larger than the second-level cache: it leaves the
-caches cold, and while it runs the host has time to queue the call, so that launches are not what is measured.
-"""
+"""One way to measure: outputs checked first, then programs timed in turns (`clock`, `gpu_clock`)."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +10,9 @@ from typing import Any
 import torch
 
 from bench.ceilings import Ceilings
+from bench.clock import Timing, interleaved
 from bench.costs import Cost, arithmetic
+from bench.gpu_clock import on_gpu
 
 # The names of programs: ours, code as the models' authors write it, candidates for "the best PyTorch", and any others.
 OURS, ORIGINAL, PYTORCH = "twotower_kernels", "original style", "PyTorch:"
@@ -25,6 +21,7 @@ OURS, ORIGINAL, PYTORCH = "twotower_kernels", "original style", "PyTorch:"
 # At least so many times as fast as the original style and as the best PyTorch, and the share of the ceiling.
 Goals = tuple[float | None, float | None, float | None]
 NO_GOALS: Goals = (None, None, None)
+SECONDS = {"cpu": 1.0, "cuda": 0.1}  # that a program is timed, if nobody says how long
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Case:
         check: compares our output with another's and raises AssertionError if they disagree.
         cost: what the operation must move and compute at least.
         floor: the least seconds on a machine with these ceilings, where it is not the larger of bytes and arithmetic.
-        goals: what this case should reach on a CPU; None: no goal.
+        goals: what this case should reach on the device that it was made for; None: no goal.
         sizes: what its shape says, by name: batch, block, context, ...
         inputs: keyword arguments of the public operation.
     """
@@ -56,16 +53,6 @@ class Case:
     def against(self, name: str, function: Callable[..., Any]) -> Case:
         """The same case with one more program, `function(**inputs)`."""
         return replace(self, programs={**self.programs, name: partial(function, **self.inputs)})
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per call: median, and the tenth and ninetieth percentile."""
-
-    median: float
-    low: float
-    high: float
-    calls: int
 
 
 @dataclass(frozen=True)
@@ -100,49 +87,6 @@ class Result:
         return floor / self.timings[OURS].median
 
 
-def interleaved(programs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Timing]:
-    """All programs in turns, in alternating order, until each had `seconds`, and three calls at least. Between two
-    calls next to nothing happens: what it threw out of the caches would be charged to the next. (`measure` has called
-    each before.)"""
-    taken: dict[str, list[float]] = {name: [] for name in programs}
-    total, order = dict.fromkeys(programs, 0.0), list(programs.items())
-    while any(len(taken[name]) < 3 or total[name] < seconds for name in programs):
-        for name, call in order:
-            if len(taken[name]) >= 3 and total[name] >= 3 * seconds:
-                continue  # the slow need not wait for the fast
-            start = time.perf_counter()
-            call()
-            spent = time.perf_counter() - start
-            taken[name].append(spent)
-            total[name] += spent
-        order.reverse()
-    return {name: _timing(times) for name, times in taken.items()}
-
-
-def _timing(times: list[float]) -> Timing:
-    deciles = statistics.quantiles(times, n=10, method="inclusive")
-    return Timing(statistics.median(times), deciles[0], deciles[-1], len(times))
-
-
-def on_gpu(programs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
-    """All programs in turns, in alternating order, so many times each, after three calls to warm up."""
-    flush = torch.empty(2**26, dtype=torch.int32, device="cuda")  # 256 MB
-    for call in programs.values():
-        for _ in range(3):
-            call()
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in programs}
-    for turn in range(rounds):
-        for name, call in list(programs.items())[:: 1 if turn % 2 else -1]:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            start.record()
-            call()
-            end.record()
-            events[name].append((start, end))
-    torch.cuda.synchronize()
-    return {name: _timing([start.elapsed_time(end) / 1e3 for start, end in pairs]) for name, pairs in events.items()}
-
-
 def cannot_run(error: Exception) -> bool:
     """Whether an error says that a program cannot run here: no such kernel, not installed, not enough memory."""
     known = NotImplementedError, ImportError, MemoryError, torch.OutOfMemoryError
@@ -156,8 +100,8 @@ def said(error: Exception) -> str:
 
 
 @torch.inference_mode()  # for the checks too: what is compiled then must be what is timed
-def measure(case: Case, seconds: float = 1.0, device: str = "cpu") -> Result:
-    """Checks every program's output against ours, then times those that agree.
+def measure(case: Case, seconds: float | None = None, device: str = "cpu") -> Result:
+    """Checks every program's output against ours, then times those that agree, each for so long (default: SECONDS).
 
     Raises:
         Exception: whatever our own program raises.
@@ -180,8 +124,8 @@ def measure(case: Case, seconds: float = 1.0, device: str = "cpu") -> Result:
             programs[name] = call
         del theirs
     del ours
-    on_cpu = torch.device(device).type == "cpu"
-    timings = interleaved(programs, seconds) if on_cpu else on_gpu(programs, rounds=30)
+    kind = torch.device(device).type
+    timings = (interleaved if kind == "cpu" else on_gpu)(programs, SECONDS[kind] if seconds is None else seconds)
     return Result(replace(case, programs={}, inputs={}), timings, skipped, wrong)
 
 

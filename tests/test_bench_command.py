@@ -102,14 +102,30 @@ def test_a_kernel_of_ones_own_is_checked_and_timed() -> None:
     result = measure(small_case().against("mine", softmax_attention), seconds=0)
     assert result.wrong == {} and result.ratio("mine") > 0
     assert result.best() != "mine"
-    header, row = others([result])
-    assert row[3] == "mine" and re.fullmatch(r"[\d.]+×", row[header.index("vs ours")])
+    header, *rows = others([result])
+    assert {OURS, ORIGINAL, result.best()}.isdisjoint(row[3] for row in rows)
+    (row,) = (row for row in rows if row[3] == "mine")
+    assert re.fullmatch(r"[\d.]+×", row[header.index("vs ours")])
 
 
 def test_a_wrong_kernel_is_reported_and_not_timed() -> None:
     result = measure(small_case().against("mine", lambda q, **_: q), seconds=0)
     assert re.match("disagrees, relative error .*, expected at most 1e-02", result.wrong["mine"])
     assert "mine" not in result.timings and ORIGINAL in result.timings
+
+
+def test_an_interruption_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+
+    def stops_at_the_second(case: Case, *arguments: Any) -> Any:
+        measured.append(case.op)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return measure(case, *arguments)
+
+    monkeypatch.setattr(command, "measure", stops_at_the_second)
+    run = saved(tmp_path, "--op", "adaln", "--op", "remask", "--shapes", "small", code=130)
+    assert [result["op"] for result in run["results"]] == measured[:1]
 
 
 def test_the_command_goes_on_after_a_wrong_kernel(

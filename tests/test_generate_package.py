@@ -3,7 +3,6 @@
 import copy
 import functools
 import inspect
-import json
 import math
 import sys
 import tempfile
@@ -16,11 +15,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from reference import generate as specification
 from reference import philox
 from reference.remask_policy import RemaskPolicy as SpecifiedPolicy
+from tests import recordings
 from tests.paths import GOLDEN
 from tests.small_model import MASK, VOCAB, save_small_model, small_model
 from twotower_kernels import generate as package
@@ -100,20 +99,9 @@ def test_every_rule_as_specified(name: str) -> None:
         assert_same([[9, 4, 7], [5]], name, **options)
 
 
-RECORDED = [(name, index) for name in ("tiny", "grouped_router") for index in range(6)]
-
-
-@pytest.mark.parametrize(("name", "index"), [case for case in RECORDED if case != ("tiny", 2)])
+@pytest.mark.parametrize(("name", "index"), recordings.RECORDED_TEXTS)
 def test_generates_what_was_recorded(name: str, index: int) -> None:
-    """The original program's tokens and number of calls. (One recording has a decision closer than float32 tells.)"""
-    folder = GOLDEN / name
-    arguments = json.loads((folder / "generations.json").read_text(encoding="utf-8"))[index]
-    data = load_file(folder / "io.safetensors")
-    model = recorded_model(name)
-    result = generate(model, data[f"gen.{index}.prompt"], **{k: v for k, v in arguments.items() if k != "nfe"})
-    assert result.sequences[0].tolist() == data[f"gen.{index}.output"][0].tolist()
-    if arguments["mode"] == "mask_diffusion":
-        assert result.nfe == [arguments["nfe"]]
+    recordings.assert_recorded_text(recorded_model(name), name, index)
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 import dataclasses
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,8 +14,17 @@ from torch import Tensor
 from reference.config import TwoTowerConfig
 from reference.model import ContextState, TwoTower
 from tests.paths import GOLDEN
-
-FLOAT32, BFLOAT16 = ("tiny", "grouped_router"), "tiny_bf16"
+from tests.recordings import (
+    BFLOAT16,
+    FLOAT32,
+    RECORDED_FLOAT32,
+    assert_recorded_bfloat16,
+    assert_recorded_float32,
+    cached,
+    expected,
+    output_keys,
+    outputs_of,
+)
 
 
 @cache
@@ -29,59 +37,9 @@ def in_float64(name: str = "tiny") -> TwoTower:
     return TwoTower.from_pretrained(GOLDEN / name, dtype=torch.float64).requires_grad_(False)
 
 
-def cached(state: Any, prefix: str) -> dict[str, Tensor]:
-    """A state in the recording's layout: k and v heads first, as far as they are filled."""
-    filled = int(state.lengths.max())
-    tensors = {f"{prefix}.cache.conv.{i}": conv for i, conv in state.conv.items()}
-    tensors |= {f"{prefix}.cache.ssm.{i}": ssm for i, ssm in state.ssm.items()}
-    tensors |= {f"{prefix}.cache.k.{i}": k[:, :filled].transpose(1, 2) for i, k in state.k.items()}
-    return tensors | {f"{prefix}.cache.v.{i}": v[:, :filled].transpose(1, 2) for i, v in state.v.items()}
-
-
-def outputs_of(model: Any, io: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every recorded output, computed again from the recorded inputs; no state is read after it was committed to."""
-    state = model.prefill(io["prefill.input_ids"])
-    block, t = io["denoise.block_ids"], io["denoise.t"]
-    results = {
-        "forward_ar.logits": model.forward_ar(io["prefill.input_ids"]),
-        "prefill.logits_last": state.logits[:, None],
-        "denoise.logits": model.denoise(block, state, t),
-        "denoise.logits_no_time": model.denoise(block, state),
-        **cached(state, "prefill"),
-    }
-    state = model.commit(io["commit.block_ids"], state)
-    return results | {"commit.denoise.logits": model.denoise(block, state, t), **cached(state, "commit")}
-
-
 @cache
 def outputs(name: str) -> dict[str, Tensor]:
     return outputs_of(*recorded(name))
-
-
-def expected(name: str, key: str) -> Tensor:
-    want = recorded(name)[1][key]  # of four recorded conv columns the state holds the last three
-    return want[..., 1:] if ".conv." in key else want
-
-
-def output_keys(name: str) -> list[str]:
-    inputs = {"prefill.input_ids", "denoise.block_ids", "denoise.t", "commit.block_ids"}
-    return sorted(key for key in load_file(GOLDEN / name / "io.safetensors") if key not in inputs and "gen." not in key)
-
-
-RECORDED_FLOAT32 = [(name, key) for name in FLOAT32 for key in output_keys(name)]
-
-
-def assert_recorded_float32(got: Tensor, want: Tensor) -> None:
-    assert got.shape == want.shape
-    assert (got - want).abs().max() < 1e-3
-
-
-def assert_recorded_bfloat16(got: Tensor, want: Tensor) -> None:
-    """The recording's own rule: relative error per position, its median under 0.04, at most a quarter over 0.05."""
-    assert got.shape == want.shape and got.dtype == want.dtype
-    error = (got.double() - want.double()).norm(dim=-1) / want.double().norm(dim=-1).clamp(min=1e-12)
-    assert error.median() < 0.04
-    assert (error > 0.05).double().mean() <= 0.25
 
 
 @pytest.mark.parametrize(("name", "key"), RECORDED_FLOAT32)

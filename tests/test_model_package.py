@@ -1,21 +1,20 @@
 """The package's model: parity with the recorded tensors, agreement with the specification layer by layer, and calls."""
 
 import inspect
-import math
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from reference.generate import generate
 from reference.layers import Layer
-from tests import test_model as recordings
+from tests import recordings
+from tests.agreement import assert_agreement
 from tests.compare import assert_within_budget
 from tests.paths import GOLDEN
-from tests.random_models import Models, models, random_ids, with_wide_residual
+from tests.random_models import models, random_ids, with_wide_residual
 from twotower_kernels import ContextState, TwoTowerModel
 
 BFLOAT16 = recordings.BFLOAT16
@@ -27,7 +26,7 @@ BFLOAT16 = recordings.BFLOAT16
 @cache
 def outputs(name: str) -> dict[str, Tensor]:
     model = TwoTowerModel.from_pretrained(GOLDEN / name)
-    return recordings.outputs_of(model, load_file(GOLDEN / name / "io.safetensors"))
+    return recordings.outputs_of(model, recordings.recorded(name))
 
 
 @pytest.mark.parametrize(("name", "key"), recordings.RECORDED_FLOAT32)
@@ -80,54 +79,6 @@ def test_each_mixer_is_within_the_budget(letter: str, dtype: torch.dtype) -> Non
         results = mixed(ours, x, states), mixed(naive, x, states), mixed(exact, x.double(), states)
         for n, (got, plain, truth) in enumerate(zip(*results, strict=True)):
             assert_within_budget(got, plain, truth, what=f"{letter} {side} {n}")
-
-
-def results(model: Any, wide: bool, seed: int) -> dict[str, Tensor]:
-    """Every public product on a ragged batch; states as far as they are filled."""
-    ids, block, lengths = random_ids(3, 9, seed=seed), random_ids(3, 6, seed=seed + 1), torch.tensor([9, 1, 4])
-    t = torch.tensor([0.0, 0.6875, 1.0], dtype=torch.float64 if wide else torch.float32)
-    state = model.prefill(ids, lengths)
-    found = {"forward_ar": model.forward_ar(ids), "prefill": state.logits, "last": state.last_hidden}
-    found |= {"denoise": model.denoise(block, state, t), "without time": model.denoise(block, state)}
-    state = model.commit(block, state, torch.tensor([6, 0, 5]))
-    found |= {"commit": state.logits, "denoise again": model.denoise(block, state, t)}
-    for i, k in state.k.items():
-        for b, length in enumerate(state.lengths.tolist()):
-            found |= {f"k.{i}.{b}": k[b, :length], f"v.{i}.{b}": state.v[i][b, :length]}
-    found |= {f"conv.{i}": conv for i, conv in state.conv.items()}
-    return found | {f"ssm.{i}": ssm for i, ssm in state.ssm.items()}
-
-
-def shares(got: Tensor, naive: Tensor, exact: Tensor) -> list[float]:
-    """The errors in 2-norm and at the worst entry, over what `assert_within_budget` allows by default."""
-    if not exact.numel():
-        return [0.0, 0.0]
-    eps, sizes = torch.finfo(got.dtype).eps, (torch.linalg.vector_norm, lambda x: x.abs().max())
-    return [
-        float(size(got.double() - exact) / (2 * size(naive.double() - exact) + 2 * eps * size(exact))) for size in sizes
-    ]
-
-
-def assert_agreement(m: Models, batches: int = 8) -> None:
-    """Within the budget on the geometric mean over so many batches, and within four times the factor on each.
-
-    The worst entry of one batch is luck, in both programs: a token that a norm divides by little magnifies the rounding
-    errors before it, whichever they happen to be. Over 60 batches the two programs err alike in the mean,
-    but on one batch the logarithm of the ratio of their worst entries scatters by 0.3 to 0.5, so that one product in
-    fifty leaves a budget of twice the naive error; and pooling entries keeps the one worst token.
-    """
-    ratios: dict[tuple[str, int], list[float]] = {}
-    for seed in range(0, 2 * batches, 2):
-        got, plain, truth = (
-            results(model, wide, seed) for model, wide in ((m.ours, False), (m.naive, False), (m.exact, True))
-        )
-        assert got.keys() == plain.keys() == truth.keys()
-        for key in truth:
-            assert_within_budget(got[key], plain[key], truth[key], factor=8, what=f"{key}, seed {seed}")
-            for n, ratio in enumerate(shares(got[key], plain[key], truth[key])):
-                ratios.setdefault((key, n), []).append(ratio)
-    for where, found in ratios.items():
-        assert math.prod(found) ** (1 / batches) <= 1, f"{where}: {found}"
 
 
 @pytest.mark.parametrize("pattern", ["M", "*", "E", "-", "MEM*E-", "MEM*EM*E-"])

@@ -2,10 +2,9 @@
 a generation."""
 
 import pytest
-from safetensors.torch import load_file
 
+from tests import recordings
 from tests import test_generate_package as generations
-from tests import test_model as recordings
 from tests.paths import GOLDEN
 from tests.simt.overlay import cuda_kernels
 from tests.triton_checks import triton_kernels
@@ -16,7 +15,7 @@ def test_recorded_tensors() -> None:
     name = recordings.FLOAT32[0]
     model = TwoTowerModel.from_pretrained(GOLDEN / name)
     with triton_kernels(), cuda_kernels():
-        outputs = recordings.outputs_of(model, load_file(GOLDEN / name / "io.safetensors"))
+        outputs = recordings.outputs_of(model, recordings.recorded(name))
     for key in recordings.output_keys(name):
         recordings.assert_recorded_float32(outputs[key], recordings.expected(name, key))
 
