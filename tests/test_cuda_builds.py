@@ -3,17 +3,21 @@
 import importlib
 import os
 import re
+import struct
+import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from tests.build_kernels import cuda_modules
 from tests.paths import ROOT
+from tests.simt import executor
 from twotower_kernels import cuda
 
 PLAN = ("moe_plan", (), "sm_90a")
@@ -152,24 +156,34 @@ def test_what_to_install_is_said(gone: str, monkeypatch: pytest.MonkeyPatch) -> 
         cuda._nvrtc_version.cache_clear()
 
 
-def test_a_launch_as_cuda_core_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: what is handed to `cuda.core.launch`, in which order."""
-    calls = []
-    core = SimpleNamespace(
-        Stream=SimpleNamespace(from_handle=lambda handle: ("stream", handle)),
-        LaunchConfig=cuda._core().LaunchConfig,
-        launch=lambda *arguments: calls.append(arguments),
+def launched() -> None:
+    """Launches a kernel on a GPU, of which the driver alone says that it is there; run in a process of its own."""
+    stand_in = dict(
+        device=lambda device: nullcontext(),
+        get_device_capability=lambda device: (9, 0),
+        is_current_stream_capturing=lambda: False,
+        current_stream=lambda device: SimpleNamespace(cuda_stream=7),
     )
-    monkeypatch.setattr(cuda, "_core", lambda: core)
-    monkeypatch.setattr(cuda, "_loaded", lambda kernel, device: kernel.name)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     tensor = torch.zeros(2)
-    cuda.launch(cuda.Kernel("moe_plan", "moe_plan_kernel"), 2, 64, 100, (tensor, None, True, 3, 2.5))
-    ((stream, config, function, *values),) = calls
-    assert (stream, function, values) == (("stream", 7), "moe_plan_kernel", [tensor.data_ptr(), 0, 1, 3, 2.5])
-    assert [type(value) for value in values] == [int, int, int, int, float]
-    assert (config.grid[0], config.block[0], config.shmem_size) == (2, 64, 100)
+    tensor_there = SimpleNamespace(device=torch.device("cuda", 0), data_ptr=tensor.data_ptr)
+    with patch.multiple(torch.cuda, **stand_in), patch.object(cuda, "Tensor", SimpleNamespace):
+        cuda.launch(cuda.Kernel("moe_plan", "moe_plan_kernel"), 2, 64, 100, (tensor_there, None, True, 3, 2.5))
+    print(f"{tensor.data_ptr():x}")
+
+
+def test_a_launch_reaches_the_driver(tmp_path: Path) -> None:
+    """Through cuda-python as it is installed: the cubin, the kernel's name, the grid, and every argument in 8 bytes."""
+    source = ROOT / "tests" / "simt" / "fake_driver.cpp"
+    build = [executor.CXX, "-std=c++17", "-shared", "-fPIC", source, "-o", tmp_path / "libcuda.so.1"]
+    subprocess.run(build, check=True)
+    call = [sys.executable, "-c", "from tests.test_cuda_builds import launched; launched()"]
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    loaded, kernel, launch, address = done.stdout.splitlines()
+    assert (loaded, kernel) == ("load ELF", "kernel moe_plan_kernel")
+    config, arguments = launch.split(": ")
+    assert config == "launch 2 blocks of 64 threads, 100 bytes, stream 0x7"
+    assert arguments.split() == [address, "0", "1", "3", struct.pack(">d", 2.5).hex()]
 
 
 def test_nothing_is_loaded_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
