@@ -121,21 +121,29 @@ def test_texts_of_several_prompts_are_told_apart(
     assert capsys.readouterr().out == "--- prompt 1\nabc\n--- prompt 2\nde\n"
 
 
-def test_weights_and_threads_are_as_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_devices_and_threads_are_as_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The autoregressive mode reads the context tower alone."""
     asked: list[Any] = []
     load = TwoTowerModel.from_pretrained
 
     def noted(path: Path, **options: Any) -> TwoTowerModel:
         asked.append(options)
-        return load(path, **options)
+        return load(path, dtype=options["dtype"], towers=options["towers"])  # on the CPU, wherever it was asked for
 
     monkeypatch.setattr(TwoTowerModel, "from_pretrained", noted)
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     flags = ["generate", "abc", "--model", folder, "--max-new-tokens", 1]
     assert run(*flags, "--dtype", "float32", "--threads", 3) == 0
     assert run(*flags, "--mode", "ar") == 0
-    assert asked == [3, {"dtype": torch.float32, "towers": "both"}, {"dtype": None, "towers": "context"}]
+    assert run(*flags, "--device", "cuda", "--denoiser-device", "cuda:1") == 0
+    devices = {"device": "cpu", "context_device": None, "denoiser_device": None}
+    there = {"device": "cuda", "context_device": None, "denoiser_device": "cuda:1"}
+    assert asked == [
+        3,
+        {"dtype": torch.float32, "towers": "both", **devices},
+        {"dtype": None, "towers": "context", **devices},
+        {"dtype": None, "towers": "both", **there},
+    ]
 
 
 def test_the_block_is_the_models_unless_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

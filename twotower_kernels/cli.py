@@ -11,6 +11,7 @@ import importlib
 import json
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -38,7 +39,7 @@ PROMPT = '''def read_lines(filename):
 '''.rstrip()
 
 # What a user, a file or a machine can be the cause of. Anything else is a mistake in this package, and is shown whole.
-EXPECTED = (OSError, ValueError, FloatingPointError, NotImplementedError, ImportError)
+EXPECTED = (OSError, ValueError, FloatingPointError, NotImplementedError, ImportError, torch.OutOfMemoryError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +80,7 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def _number(kind: type, words: str, allowed: Callable[[Any], bool]) -> Callable[[str], Any]:
+def _checked(kind: type, words: str, allowed: Callable[[Any], Any]) -> Callable[[str], Any]:
     """An argument type, checked before a model is loaded. Comparisons are written so that NaN fails them."""
 
     def parse(text: str) -> Any:
@@ -94,12 +95,13 @@ def _number(kind: type, words: str, allowed: Callable[[Any], bool]) -> Callable[
     return parse
 
 
-COUNT = _number(int, "an integer, 0 or more", lambda n: n >= 0)
-POSITIVE = _number(int, "an integer, 1 or more", lambda n: n >= 1)
-THRESHOLD = _number(float, "a number", lambda x: not math.isnan(x))
-TEMPERATURE = _number(float, "a finite number, 0 or more", lambda x: 0 <= x < math.inf)
-FRACTION = _number(float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
-SEED = _number(int, "an integer of 64 bits", lambda n: -(2**63) <= n < 2**64)
+COUNT = _checked(int, "an integer, 0 or more", lambda n: n >= 0)
+POSITIVE = _checked(int, "an integer, 1 or more", lambda n: n >= 1)
+THRESHOLD = _checked(float, "a number", lambda x: not math.isnan(x))
+TEMPERATURE = _checked(float, "a finite number, 0 or more", lambda x: 0 <= x < math.inf)
+FRACTION = _checked(float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
+DEVICE = _checked(str, "cpu, cuda, or cuda with a number, as in cuda:1", re.compile(r"cpu|cuda(:\d+)?").fullmatch)
+SEED = _checked(int, "an integer of 64 bits", lambda n: -(2**63) <= n < 2**64)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,6 +138,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=SEED, default=0, metavar="N", help="default: 0")
         command.add_argument("--model", type=Path, metavar="PATH", help="a model folder (default: the shipped model)")
         command.add_argument("--dtype", choices=DTYPES, help="of weights and computation (default: the model's)")
+        command.add_argument("--device", type=DEVICE, default="cpu", metavar="NAME", help="cpu (default), cuda, cuda:1")
+        for tower in ("context", "denoiser"):
+            command.add_argument(f"--{tower}-device", type=DEVICE, metavar="NAME", help=f"of the {tower} tower alone")
         command.add_argument("--threads", type=POSITIVE, metavar="N", help="default: PyTorch's choice")
 
     about = commands.add_parser("info", help="versions, kernels, devices; sizes of a checkpoint", allow_abbrev=False)
@@ -223,7 +228,8 @@ def _load(args: argparse.Namespace, towers: str = "both") -> tuple[TwoTowerModel
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path}: not a tokenizer: {error}") from None
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    return TwoTowerModel.from_pretrained(folder, dtype=dtype, towers=towers), tokenizer
+    devices = {name: getattr(args, name) for name in ("device", "context_device", "denoiser_device")}
+    return TwoTowerModel.from_pretrained(folder, dtype=dtype, towers=towers, **devices), tokenizer
 
 
 def _ids(model: TwoTowerModel, tokenizer: Tokenizer, prompts: list[str]) -> list[list[int]]:
