@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.agreement import assert_agreement
 from tests.paths import GOLDEN
-from tests.random_models import models
+from tests.random_models import models, random_ids
 from tests.recordings import (
     BFLOAT16,
     FLOAT32,
@@ -67,6 +67,15 @@ def check_text_through_graphs(mode: str, device: str, record: Recorder = cuda_gr
     assert told[0] == told[1]
 
 
+def check_compilation(device: str) -> None:
+    """The denoiser compiles as one graph, and says what it says without."""
+    model = models("M*E-", torch.float32).ours.to(device)
+    state = model.prefill(random_ids(2, 200).to(device), [200, 7])
+    block, t = random_ids(2, 4, seed=1).to(device), torch.tensor([0.25, 1.0], device=device)
+    compiled = torch.compile(model.denoise, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(block, state, t), model.denoise(block, state, t), rtol=1e-5, atol=1e-5)
+
+
 def of_the_model(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """Every check, by what it says."""
     for name in (*FLOAT32, BFLOAT16):
@@ -76,5 +85,6 @@ def of_the_model(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"model, recorded text {index} of {name}", partial(check_recorded_text, name, index, device)
     for pattern, dtype in AGREEMENTS:
         yield f"model, agreement of {pattern} {dtype}", partial(check_agreement, pattern, dtype, device)
+    yield "model, compiled", partial(check_compilation, device)
     for mode in generation.MODES:
         yield f"model, {mode} through graphs", partial(check_text_through_graphs, mode, device)
