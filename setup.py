@@ -2,7 +2,7 @@
 The sources of CUDA C++ kernels, csrc/cuda, go into the package as they are: they are compiled at first use.
 
 Needs a C++17 compiler (CXX, else c++), pybind11, ninja. No torch and no CUDA: the kernels take pointers. CXXFLAGS and
-LDFLAGS are appended to the flags below. All metadata is in pyproject.toml.
+LDFLAGS are appended to the flags below. All metadata but the licence is in pyproject.toml.
 """
 
 import os
@@ -13,6 +13,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
@@ -103,7 +104,10 @@ class CopySources(build_py):
 
 
 sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.cpp"))]
+# pyproject.toml would have to spell it in one way before setuptools 77 and in another after.
+license_key = "license_expression" if int(setuptools.__version__.split(".")[0]) >= 77 else "license"
 setup(
+    **{license_key: "Apache-2.0"},
     ext_modules=[Extension("twotower_kernels._C", sources)],
     cmdclass={"build_ext": BuildKernels, "build_py": CopySources},
 )
