@@ -49,7 +49,9 @@ tests)
     ;;
 ops)
     for family in moe attention remask mamba2 adaln linear; do
-        limited 80 "$python" -m bench --device cuda --op "$family" --save "$folder" --name "$family"
+        seconds=60
+        [ "$family" = attention ] && seconds=150 # FlexAttention is compiled for every context
+        limited "$seconds" "$python" -m bench --device cuda --op "$family" --save "$folder" --name "$family"
     done
     ;;
 model) limited 230 "$python" -m bench.gpu_model --save "$folder" ;;
