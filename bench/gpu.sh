@@ -49,8 +49,11 @@ tests)
     ;;
 ops)
     for family in moe attention remask mamba2 adaln linear; do
-        seconds=60
-        [ "$family" = attention ] && seconds=150 # FlexAttention is compiled for every context
+        case "$family" in
+        attention) seconds=140 ;; # rivals are compiled for every shape
+        remask) seconds=100 ;;
+        *) seconds=50 ;;
+        esac
         limited "$seconds" "$python" -m bench --device cuda --op "$family" --save "$folder" --name "$family"
     done
     ;;
