@@ -16,8 +16,8 @@ halves of 128 columns take 255 registers without a spill, and are predicted to b
 reads shared memory more than 32 rows and 32 keys, whole, in products of single warps: no wgmma there.
 float32: operands in shared memory are read into registers early, but not past a barrier, and one for this step's tile
 came later. So they stayed: 230 registers at head_dim 64, kilobytes of spills at 256. With the barrier first (`settled`)
-it is 80, and 156 at 256. The compiler spills to make room for one more block per processor: as many warps as are asked
-for here are those with which it does not.
+it is 80, and 156 at 256. The compiler spills a few to make room for one more block per processor (32 rows and keys in
+eight warps at head_dim 64 on sm_100): tiles and warps are those with which it does not.
 """
 
 from __future__ import annotations

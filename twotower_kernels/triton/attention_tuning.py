@@ -57,10 +57,8 @@ def gradient_tuning(dtype: torch.dtype, dim: int, arch: int) -> tuple[Tuning, Tu
     large = arch in (90, 100)
     least = not large and arch != 80
     if dtype == torch.float32:
-        if dim <= 128:
-            return Tuning(32, 32, 8, 1) if dim <= 64 else Tuning(16, 16, 4, 1), Tuning(16, 32, 8, 1)
         if dim <= 256:
-            return Tuning(16, 16, 4, 1), Tuning(16, 16, 8, 1)
+            return Tuning(16, 16, 4, 1), Tuning(16, 32 if dim <= 128 else 16, 8, 1)
         tune = Tuning(16, 16, 16, 1) if least else Tuning(16, 16, 8, 1, columns=512)
         return tune, tune
     if dim <= 128:
