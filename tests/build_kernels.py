@@ -2,7 +2,7 @@
 
 Needs neither GPU nor driver: Triton, its wheel's ptxas and cuobjdump, and NVRTC for CUDA C++ are enough. The file
 lists, per build, kernel, configuration, architecture, registers per thread, bytes of shared memory, bytes spilled to
-local memory, and which instructions asked for are missing.
+local memory, and what it asked for and misses: instructions, or tensor memory.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from twotower_kernels.triton.launch import Build
 ARCHITECTURES = (80, 90, 100, 120)
 # Shared memory that one block may have, in bytes: CUDA C++ Programming Guide, table of technical specifications.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+TENSOR_MEMORY = 512  # columns of sm_100's: PTX ISA, tcgen05.alloc
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def compiled(build: Build, arch: int) -> Built:
     done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spills = resources(done.asm["cubin"])
     missing = tuple(name for name in build.needs if arch == 90 and name not in done.asm["ptx"])
+    if done.metadata.tmem_size > TENSOR_MEMORY:  # it compiles to nothing then, and fails when it is launched
+        missing += (f"{done.metadata.tmem_size} columns of tensor memory",)
     name = build.kernel.fn.__name__
     return Built(name, described(build), f"sm_{arch}", registers, done.metadata.shared, spills, missing)
 

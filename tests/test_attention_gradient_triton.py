@@ -1,6 +1,7 @@
 """Attention's gradients in Triton, in the interpreter, against those of the specification in float64."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from tests.compare import assert_within_budget
 from tests.kernel_checks import widened
 from tests.test_attention_kernel import ATTENDING, DIFFERENTIABLE
 from tests.triton_checks import DTYPES, triton_kernels
+from twotower_kernels.triton import attention_gradient as kernels
+from twotower_kernels.triton.attention_tuning import Tuning
 
 
 def gradients(op: Any, inputs: dict[str, Any]) -> list[Tensor]:
@@ -57,8 +60,25 @@ def test_gradients_are_the_same_bits_every_time() -> None:
     assert all(map(torch.equal, first, second))
 
 
-@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 65), (torch.bfloat16, 129)])
-def test_what_has_no_kernel_is_refused(dtype: torch.dtype, dim: int) -> None:
-    inputs = attention.make_inputs("block_attention", {"block": 1, "head_dim": dim}, dtype=dtype)
-    with triton_kernels(), pytest.raises(NotImplementedError, match=f"head_dim up to {dim - 1} for"):
-        gradients(tt.block_attention, inputs)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [130, 320])
+def test_gradients_of_wide_heads(dim: int, dtype: torch.dtype) -> None:
+    sizes = {"block": 2, "heads": 2, "kv_heads": 1, "head_dim": dim, "context": 9, "context_lens": [9, 4]}
+    assert_gradients_agree("block_attention", attention.make_inputs("block_attention", sizes, dtype=dtype))
+
+
+@pytest.mark.parametrize("dim", [17, 32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_programs_may_share_a_tile_of_rows(dim: int, dtype: torch.dtype) -> None:
+    """Each for its own columns of the gradients."""
+    sizes = GRADIENTS["tiles"] | {"head_dim": dim, "causal": True, "softcap": 1.5, "block_lens": [9, 4]}
+    tune = Tuning(16, 16, 4, 2, columns=16)
+    with mock.patch.object(kernels, "gradient_tuning", lambda *_: (tune, tune)):
+        assert_gradients_agree("block_attention", attention.make_inputs("block_attention", sizes, dtype=dtype))
+
+
+def test_what_has_no_kernel_is_refused() -> None:
+    q = torch.zeros(1, 1, 1, 513)
+    arguments = q, q[..., 0], q, q, q, *[None] * 6, False, None, None, 0.0
+    with triton_kernels(), pytest.raises(NotImplementedError, match="attention_backward on cpu: expected head_dim"):
+        torch.ops.twotower.attention_backward.default(*arguments)

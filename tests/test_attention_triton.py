@@ -17,12 +17,12 @@ from tests.kernel_checks import awkward
 from tests.test_attention_kernel import ATTENDING, assert_agrees, assert_same_storage, problems, small
 from tests.triton_checks import DTYPES, triton_kernels
 from twotower_kernels.triton import attention as kernels
-from twotower_kernels.triton.attention import Tuning, splits_for
+from twotower_kernels.triton.attention_tuning import Tuning, splits_for
 
 
 def cases() -> list[tuple[str, str]]:
     ops = (*ATTENDING, "merge_attention", "append_kv")
-    return [(op, case) for op in ops for case in small(op) if case != "widest_head"]
+    return [(op, case) for op in ops for case in small(op)]
 
 
 @contextmanager
@@ -55,16 +55,17 @@ def test_every_case(op: str, case: str) -> None:
     layout=st.integers(0, 3),
     size=st.sampled_from([1.0, 1.0, 1e-3, 30.0]),
     tiles=st.sampled_from([(16, 16), (32, 16), (64, 64)]),
+    columns=st.sampled_from([256, 16]),
     splits=st.sampled_from([1, 2, 5]),
     seed=st.integers(0, 2**31),
 )
-def test_any_shape_and_layout(sizes, causal, op, dtype, layout, size, tiles, splits, seed):  # type: ignore[no-untyped-def]
+def test_any_shape_and_layout(sizes, causal, op, dtype, layout, size, tiles, columns, splits, seed):  # type: ignore[no-untyped-def]
     sizes |= {"causal": causal} if op == "block_attention" else {}
     sizes |= {"block": min(sizes["block"], 19)}
     sizes |= {"block_lens": None if sizes["block_lens"] is None else [min(n, 19) for n in sizes["block_lens"]]}
     inputs = attention.make_inputs(op, sizes, dtype=dtype, seed=seed)
     inputs["q"] = inputs["q"] * size
-    with pinned(splits, Tuning(*tiles, 4, 2)):
+    with pinned(splits, Tuning(*tiles, 4, 2, columns)):
         assert_agrees(op, inputs, layout)
 
 
@@ -107,6 +108,27 @@ def test_head_dims_between_the_powers_of_two(dim: int, dtype: torch.dtype) -> No
     sizes = {"head_dim": dim, "context": 150, "context_lens": [150, 71], "causal": True, "heads": 2, "kv_heads": 1}
     with triton_kernels():
         assert_agrees("block_attention", attention.make_inputs("block_attention", sizes, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [257, 320])
+def test_heads_wider_than_a_program_sums(dim: int, dtype: torch.dtype) -> None:
+    sizes = {"head_dim": dim, "block": 2, "context": 40, "context_lens": [40, 7], "causal": True, "kv_heads": 1}
+    with triton_kernels():
+        assert_agrees("block_attention", attention.make_inputs("block_attention", sizes, dtype=dtype))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_programs_that_share_a_tile_of_rows_give_the_same_result(splits: int) -> None:
+    """Whatever the columns of each, the logits are those of the whole head."""
+    inputs = attention.make_inputs("block_attention", {"head_dim": 40, "context": 70, "block_lens": [5, 2]})
+    results = []
+    for columns in (64, 16):
+        with pinned(splits, Tuning(16, 16, 4, 2, columns)):
+            results.append(tt.block_attention(**inputs, return_lse=True))
+    (whole, lse), (shared, shared_lse) = results
+    torch.testing.assert_close(shared, whole, rtol=1e-6, atol=1e-6)
+    assert torch.equal(shared_lse, lse)
 
 
 @pytest.mark.parametrize("page", [16, 64, 128])
@@ -271,7 +293,7 @@ def test_what_has_no_place_is_not_appended(change: dict[str, Any]) -> None:
 def test_what_has_no_kernel_is_refused() -> None:
     x = torch.zeros(1, 1, 1, 4, dtype=torch.float64)
     lse = torch.zeros(1, 1, 1, dtype=torch.float64)
-    wide = torch.zeros(1, 1, 1, 257)
+    wide = torch.zeros(1, 1, 1, 513)
     with triton_kernels():
         for call in (
             lambda: tt.block_attention(x, x, x),
@@ -280,5 +302,5 @@ def test_what_has_no_kernel_is_refused() -> None:
         ):
             with pytest.raises(NotImplementedError, match="is float64"):
                 call()
-        with pytest.raises(NotImplementedError, match="expected head_dim up to 256, got 257"):
+        with pytest.raises(NotImplementedError, match="expected head_dim up to 512, got 513"):
             tt.block_attention(wide, wide, wide)

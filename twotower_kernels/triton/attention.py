@@ -14,17 +14,25 @@ Predicted for an H200, not measured (16 queries, 32 query heads on 2 key heads, 
     and exponentials of a tile wait for each other: 65 to 75 us, at 60 to 65 % of the tensor cores' peak.
   context of 4096: 4 MB and 1 GFLOP in 33 splits of two tiles, 9 MB of sums through the cache: latency, about 10 us.
   causal prefill of 4096 without context: 137 GFLOP under the diagonal, 0.3 ms at 450 TFLOP/s.
+  head_dim 512, 256 queries, 8 query heads per key head: 300 to 350 TFLOP/s. A tile of keys comes from the cache once
+    for 128 rows, 85 FLOP a byte, and a third of the products are made by another program too.
 Tiles of 128 rows and 64 keys in eight warps take 190 registers and 128 KB of shared memory. Tried, by compiling: 64
 keys at head_dim 256, and four warps in float32, spill registers; head_dim as a run-time number hides from the compiler
 that rows are whole, and nothing is loaded ahead.
+
+Above head_dim 256 two programs share a tile of rows: each takes the logits of the whole head and sums 256 columns of
+the values. Tried, by compiling, 512 columns on sm_90: with 64 rows they fill 128 registers of eight warps, spill some
+120 bytes however few keys a tile has, and 64 rows are one warp group's, so that the other makes the same logits, 16
+keys at a time. Halves let 128 rows and 32 keys do, in 234 registers and 224 KB; four warps with 64 rows spill. On
+sm_100 that takes all registers and spills with a softcap, as do 64 rows and 64 keys: there it is 64 rows and 32 keys.
+Warps that make products alone (sm_80, sm_120) read all rows of queries each, and make the same logits as others when a
+tile has fewer than 8 keys per warp: hence 64 keys for eight warps, or 32 for four, where memory is short.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -33,6 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.triton.attention_merge import merge_splits
+from twotower_kernels.triton.attention_tuning import WIDEST, splits_for, tuning, unit
 from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, machine, on_device_of, rows_contiguous
 from twotower_kernels.triton.rows import length_at, row_at
 
@@ -96,8 +105,9 @@ def places(
 
 @triton.jit
 def within(rows, column, dim: tl.constexpr):
-    """Mask of a tile: its rows that are there, and columns below dim. Without columns to hide, loads stay wide."""
-    if column.shape[0] == dim:
+    """Mask of a tile: its rows that are there, and columns below dim. Without columns to hide, loads stay wide: then
+    as many columns as there are, or a program's share of them, divide dim."""
+    if dim // column.shape[0] * column.shape[0] == dim:
         return rows[:, None]
     else:
         return rows[:, None] & (column < dim)[None, :]
@@ -159,11 +169,14 @@ def block_attention_kernel(
     BLOCK_N: tl.constexpr,  # keys of a tile
     DIM: tl.constexpr,  # D
     BLOCK_D: tl.constexpr,  # a power of two, at least D
+    BLOCK_V: tl.constexpr,  # columns of values and results of a program: BLOCK_D, or a divisor of it
 ):
     rows = length * group
     tiles = tl.cdiv(rows, BLOCK_M)
-    pair = tl.program_id(0) // tiles
-    first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M  # under a causal mask the last rows see the most
+    PARTS: tl.constexpr = (DIM + BLOCK_V - 1) // BLOCK_V
+    item, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    pair = item // tiles
+    first = (tiles - 1 - item % tiles) * BLOCK_M  # under a causal mask the last rows see the most
     split = tl.program_id(1)
     head = pair % kv_heads
     b = (pair // kv_heads).to(tl.int64)
@@ -173,6 +186,7 @@ def block_attention_kernel(
     real = token < tokens
     q_heads = head * group + r % group
     column = tl.arange(0, BLOCK_D)
+    mine = part * BLOCK_V + tl.arange(0, BLOCK_V)
 
     # Tiles of keys: the context's, then the block's own. Every split takes its share of what there is.
     begin, end, own = 0, 0, 0
@@ -189,7 +203,7 @@ def block_attention_kernel(
     at = b * q_batch + token.to(tl.int64) * q_token + q_heads.to(tl.int64) * q_head
     here = real & (low < high)
     queries = tl.load(q + at[:, None] + column[None, :], mask=within(here, column, DIM), other=0)
-    sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    sums = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
 
@@ -211,7 +225,7 @@ def block_attention_kernel(
             there = within(seen, column, DIM)
             keys = tl.load(k_past + k_at[:, None] + column[None, :], mask=there, other=0)
             x = logits_of(queries, keys, factor, inner, SOFTCAP) + tl.where(seen, 0.0, float("-inf"))[None, :]
-            values = tl.load(v_past + v_at[:, None] + column[None, :], mask=there, other=0)
+            values = tl.load(v_past + v_at[:, None] + mine[None, :], mask=within(seen, mine, DIM), other=0)
             sums, top, total = add_keys(x, values, sums, top, total, UNIT)
 
     if k is not None:
@@ -228,7 +242,7 @@ def block_attention_kernel(
                 x = tl.where((position[None, :] <= token[:, None]) & seen[None, :], x, float("-inf"))
             else:
                 x += tl.where(seen, 0.0, float("-inf"))[None, :]
-            values = tl.load(v_own + place[:, None] * v_token + column[None, :], mask=there, other=0)
+            values = tl.load(v_own + place[:, None] * v_token + mine[None, :], mask=within(seen, mine, DIM), other=0)
             sums, top, total = add_keys(x, values, sums, top, total, UNIT)
 
     inside = r < rows
@@ -236,60 +250,19 @@ def block_attention_kernel(
         weights = tl.where(total == 0, 1.0, total)
         result = tl.where(real[:, None], sums / weights[:, None], 0.0)
         at = b * out_batch + token.to(tl.int64) * out_token + q_heads.to(tl.int64) * out_head
-        where = within(inside, column, DIM)
-        tl.store(out + at[:, None] + column[None, :], result.to(out.dtype.element_ty), mask=where)
+        where = within(inside, mine, DIM)
+        tl.store(out + at[:, None] + mine[None, :], result.to(out.dtype.element_ty), mask=where)
         at = (b * length + token) * kv_heads * group + q_heads
         logarithm = top * (UNIT * 0.6931471805599453) + tl.log2(weights) * 0.6931471805599453
-        tl.store(lse + at, tl.where(real, logarithm, float("-inf")), mask=inside)
+        tl.store(lse + at, tl.where(real, logarithm, float("-inf")), mask=inside & (part == 0))
     else:
         total = tl.where(real, total, 0.0)
-        total_rows = (tl.num_programs(0) // tiles).to(tl.int64) * rows
+        total_rows = (tl.num_programs(0) // PARTS // tiles).to(tl.int64) * rows
         at = split * total_rows + pair.to(tl.int64) * rows + r
-        tl.store(stats + at, top, mask=inside)
-        tl.store(stats + splits * total_rows + at, total, mask=inside)
-        where = within(inside & (total != 0), column, DIM)  # NaN is no 0
-        tl.store(partial + at[:, None] * DIM + column[None, :], sums, mask=where)
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Rows of queries and keys per tile, and how a program is run."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def tuning(dtype: torch.dtype, rows: int, dim: int, arch: int) -> Tuning:
-    """Tiles for `rows` packed query rows. Products of 16-bit numbers want 64 rows for each group of four warps, and
-    sums of [block_m, dim] fill half of the registers; float32 runs without tensor cores, in small tiles."""
-    if dtype == torch.float32:
-        return Tuning(32, 32, 8, 1)
-    large = arch in (90, 100)  # 227 KB of shared memory: two tiles of keys and values are on their way
-    if dim <= 128:
-        if rows > 64:
-            return Tuning(128, 64, 8, 3 if large else 2)
-        return Tuning(64, 64, 4, 3) if large else Tuning(64, 32, 4, 2)
-    if rows > 64 and arch == 90:
-        return Tuning(128, 32, 8, 3)
-    return Tuning(64, 64, 8, 2) if large else Tuning(64, 32, 8, 2)
-
-
-def unit(dtype: torch.dtype) -> float:
-    """Logits times it are exponents of 2. The factor to base 2 rounds every logit by a part in 2**25, which 16-bit
-    inputs drown and float32 shows when logits are large: there logits are natural, and differences are scaled."""
-    return math.log2(math.e) if dtype == torch.float32 else 1.0
-
-
-@cache
-def splits_for(items: int, tiles: int, processors: int) -> int:
-    """Into how many parts to cut the keys of `items` tiles of rows with at most `tiles` tiles of keys each: what leaves
-    the longest queue of tiles on a processor the shortest. Starting a part and merging it costs about two tiles, and
-    four parts per processor, which the scratch must hold, are as good as more."""
-    most = min(processors, tiles // 2, 4 * processors // max(items, 1))
-    counts = range(1, max(most, 1) + 1)
-    return min(counts, key=lambda n: -(-items * n // processors) * (-(-tiles // n) + 2 * (n > 1)))
+        tl.store(stats + at, top, mask=inside & (part == 0))
+        tl.store(stats + splits * total_rows + at, total, mask=inside & (part == 0))
+        where = within(inside & (total != 0), mine, DIM)  # NaN is no 0
+        tl.store(partial + at[:, None] * DIM + mine[None, :], sums, mask=where)
 
 
 def arguments_of(
@@ -300,8 +273,8 @@ def arguments_of(
     """What all of attention's kernels are told, by name. A context without room for a token is none."""
     check_dtype(op, q=q)
     dim = q.shape[3]
-    if dim > 256:
-        raise NotImplementedError(f"{op} on {q.device.type}: expected head_dim up to 256, got {dim}")
+    if dim > WIDEST:
+        raise NotImplementedError(f"{op} on {q.device.type}: expected head_dim up to {WIDEST}, got {dim}")
     kv_heads = (k if k is not None else k_context).shape[2]  # type: ignore[union-attr]
     page, rows, capacity, pages = 0, 0, 0, 0
     if k_context is not None:
@@ -347,7 +320,7 @@ def block_attention_out(q: Tensor, k: Tensor | None, *arguments: Any) -> None:
     arch, processors = machine(q.device)
     rows = length * given["group"]
     tune = tuning(q.dtype, rows, dim, arch)
-    items = batch * given["kv_heads"] * -(-rows // tune.block_m)
+    items = batch * given["kv_heads"] * -(-rows // tune.block_m) * tune.parts(dim)
     tiles = -(-given["window"] // tune.block_n) + (0 if k is None else -(-length // tune.block_n))
     splits = splits_for(items, tiles, processors)
     partial = stats = None
@@ -362,10 +335,7 @@ def block_attention_out(q: Tensor, k: Tensor | None, *arguments: Any) -> None:
             partial=partial,
             stats=stats,
             splits=splits,
-            BLOCK_M=tune.block_m,
-            BLOCK_N=tune.block_n,
-            num_warps=tune.num_warps,
-            num_stages=tune.num_stages,
+            **tune.launch(given["BLOCK_D"]),
         )
         if partial is not None and stats is not None:
             merge_splits(partial, stats, written[0], written[1], given["kv_heads"], given["UNIT"])
@@ -393,13 +363,16 @@ def context_attention(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 def builds(arch: int) -> Iterator[Build]:
     """What the launchers ask for at head_dim 64, 128 and 256: denoising over a dense and a paged context, commit and
-    prefill, cut into splits and whole."""
+    prefill, cut into splits and whole. At 512 one kind of tiles serves all numbers of rows."""
     for dim in (64, 128, 256):
         for dtype in DTYPES:
             yield _build(dtype, dim, 256, arch, causal=False, split=True)
             yield _build(dtype, dim, 256, arch, causal=True, split=False, paged=True)
         yield _build(torch.bfloat16, dim, 16, arch, causal=True, split=True, paged=True)
         yield _build(torch.bfloat16, dim, 65536, arch, causal=True, split=False, context=False)
+    yield _build(torch.bfloat16, WIDEST, 256, arch, causal=False, split=True)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield _build(dtype, WIDEST, 256, arch, causal=True, split=False, paged=True)
 
 
 def _build(
@@ -415,7 +388,8 @@ def _build(
     types |= {x: "i32" for x in COUNTS + STRIDES} | {"factor": "fp32", "inner": "fp32"}
     constants: dict[str, Any] = {x: None for x in pointers if x not in types}
     constants |= {"CAUSAL": causal, "SOFTCAP": False, "UNIT": unit(dtype), "PAGE": 64 if context and paged else 0}
-    constants |= {"BLOCK_M": tune.block_m, "BLOCK_N": tune.block_n, "DIM": dim, "BLOCK_D": dim}
+    constants |= {"DIM": dim, "BLOCK_D": dim}
+    constants |= {name: x for name, x in tune.launch(dim).items() if name.startswith("BLOCK")}
     needs = ("wgmma",) if dtype != torch.float32 else ()
     odd = frozenset(COUNTS) | {x for x in STRIDES if x.endswith("_stride") or x.startswith("table")}
     return Build(block_attention_kernel, types, constants, tune.num_warps, tune.num_stages, odd, needs)

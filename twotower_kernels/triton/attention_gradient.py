@@ -7,6 +7,17 @@ over all the keys that it sees; then one per tile of own keys, over all the rows
 
 With the logits' weights p, `delta` the product of a row's output and its gradient, and g the gradient of its
 log-sum-exp: ds = p * (grad_out . v - delta + g), grad_q = scale * ds k, grad_k = scale * ds^T q, grad_v = p^T grad_out.
+
+Where a head is wide, programs share a tile as in the forward kernel: each makes both products of whole heads and sums
+its own columns of the gradients. Tried, by compiling, for queries at head_dim 256 on sm_90: 64 rows and 32 keys fit
+whole (227 registers), but 64 rows are one warp group's, and the other makes the same products. 128 rows, 32 keys and
+halves of 128 columns take 255 registers without a spill, and are predicted to be twice as fast; likewise 128 keys and
+32 rows for the gradients of keys (244). At 512, 64 rows leave room for 16 keys and a quarter of the columns, which
+reads shared memory more than 32 rows and 32 keys, whole, in products of single warps: no wgmma there.
+float32: operands in shared memory are read into registers early, but not past a barrier, and one for this step's tile
+came later. So they stayed: 230 registers at head_dim 64, kilobytes of spills at 256. With the barrier first (`settled`)
+it is 80, and 156 at 256. The compiler spills a few to make room for one more block per processor (32 rows and keys in
+eight warps at head_dim 64 on sm_100): tiles and warps are those with which it does not.
 """
 
 from __future__ import annotations
@@ -20,15 +31,8 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.triton import attention
-from twotower_kernels.triton.attention import (
-    COUNTS,
-    STRIDES,
-    Tuning,
-    capped,
-    places,
-    unit,
-    within,
-)
+from twotower_kernels.triton.attention import COUNTS, STRIDES, capped, places, within
+from twotower_kernels.triton.attention_tuning import Tuning, gradient_tuning, tuning, unit
 from twotower_kernels.triton.launch import DTYPES, Build, machine, on_device_of, rows_contiguous
 from twotower_kernels.triton.rows import length_at, row_at
 
@@ -46,6 +50,15 @@ def weights_and_slopes(
     if SOFTCAP:
         slopes *= 1 - bounded * bounded
     return weights, slopes
+
+
+@triton.jit
+def settled(tile):
+    """The tile, in float32 in shared memory before anything else is read from there: see above. (16-bit tiles have been
+    on their way since the step before; nothing may wait for them here.)"""
+    if tile.dtype == tl.float32:
+        tl.debug_barrier()
+    return tile
 
 
 @triton.jit(do_not_specialize=COUNTS[:-1])
@@ -106,11 +119,14 @@ def query_gradient_kernel(
     BLOCK_N: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,  # columns of the gradient that a program sums
 ):
     rows = length * group
     tiles = tl.cdiv(rows, BLOCK_M)
-    pair = tl.program_id(0) // tiles
-    first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
+    PARTS: tl.constexpr = (DIM + BLOCK_V - 1) // BLOCK_V
+    item, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    pair = item // tiles
+    first = (tiles - 1 - item % tiles) * BLOCK_M
     head = pair % kv_heads
     b = (pair // kv_heads).to(tl.int64)
     tokens = length_at(block_lens, b * tokens_stride, length)
@@ -119,26 +135,33 @@ def query_gradient_kernel(
     real = token < tokens
     q_heads = (head * group + r % group).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
-    there = within(real, column, DIM)
-    at = b * q_batch + token.to(tl.int64) * q_token + q_heads * q_head
-    queries = tl.load(q + at[:, None] + column[None, :], mask=there, other=0)
-    at = b * out_batch + token.to(tl.int64) * out_token + q_heads * out_head
-    grads = tl.load(grad_out + at[:, None] + column[None, :], mask=there, other=0)
+    mine = part * BLOCK_V + tl.arange(0, BLOCK_V)
+    q_at = b * q_batch + token.to(tl.int64) * q_token + q_heads * q_head
+    out_at = b * out_batch + token.to(tl.int64) * out_token + q_heads * out_head
 
-    total_rows = (tl.num_programs(0) // tiles).to(tl.int64) * rows
+    total_rows = (tl.num_programs(0) // PARTS // tiles).to(tl.int64) * rows
     packed = pair.to(tl.int64) * rows + r
     top = tl.load(stats + packed, mask=real, other=float("-inf"))
     total = tl.load(stats + total_rows + packed, mask=real, other=0)
     some = real & (total != 0)  # NaN is no 0
     inverse = 1 / tl.where(total == 0, 1.0, total)
     base = tl.where(top == float("-inf"), 0.0, top)
-    result = tl.load(sums + packed[:, None] * DIM + column[None, :], mask=within(some, column, DIM), other=0)
-    below = tl.sum(result * grads.to(tl.float32), 1) * inverse
+    below = tl.zeros((BLOCK_M,), tl.float32)
+    for one in tl.static_range(PARTS):
+        columns = one * BLOCK_V + tl.arange(0, BLOCK_V)
+        where = within(some, columns, DIM)
+        result = tl.load(sums + packed[:, None] * DIM + columns[None, :], mask=where, other=0)
+        grads = tl.load(grad_out + out_at[:, None] + columns[None, :], mask=where, other=0)
+        below += tl.sum(result * grads.to(tl.float32), 1)
+    below *= inverse
     unpacked = (b * length + token) * kv_heads * group + q_heads
     below -= tl.load(grad_lse + unpacked, mask=some, other=0)
-    tl.store(delta + packed, below, mask=real)
+    tl.store(delta + packed, below, mask=real & (part == 0))
 
-    gradient = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    there = within(real, column, DIM)
+    queries = tl.load(q + q_at[:, None] + column[None, :], mask=there, other=0)
+    grads = tl.load(grad_out + out_at[:, None] + column[None, :], mask=there, other=0)
+    gradient = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     live = first < tokens * group
     if k_context is not None:
         end = tl.where(live, length_at(context_lens, b * lens_stride, capacity), 0)
@@ -158,14 +181,16 @@ def query_gradient_kernel(
             seen = (position >= begin) & (position < end)
             k_at, v_at = places(start, seen, entry, table_page, pages, k_row, k_place, v_row, v_place, PAGE, BLOCK_N)
             inside = within(seen, column, DIM)
-            keys = tl.load(k_past + k_at[:, None] + column[None, :], mask=inside, other=0)
+            keys = settled(tl.load(k_past + k_at[:, None] + column[None, :], mask=inside, other=0))
             products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-            values = tl.load(v_past + v_at[:, None] + column[None, :], mask=inside, other=0)
+            values = settled(tl.load(v_past + v_at[:, None] + column[None, :], mask=inside, other=0))
             towards = tl.dot(grads, tl.trans(values), input_precision="ieee")
             _, slopes = weights_and_slopes(
                 products, towards, seen[None, :], base[:, None], inverse[:, None], below[:, None],
                 factor, inner, SOFTCAP, UNIT,
             )  # fmt: skip
+            if PARTS > 1:
+                keys = tl.load(k_past + k_at[:, None] + mine[None, :], mask=within(seen, mine, DIM), other=0)
             gradient = tl.dot(slopes.to(keys.dtype), keys, gradient, input_precision="ieee")
 
     if k is not None:
@@ -177,9 +202,9 @@ def query_gradient_kernel(
             position = t * BLOCK_N + tl.arange(0, BLOCK_N)
             inside = within(position < own, column, DIM)
             place = position.to(tl.int64)
-            keys = tl.load(k_own + place[:, None] * k_token + column[None, :], mask=inside, other=0)
+            keys = settled(tl.load(k_own + place[:, None] * k_token + column[None, :], mask=inside, other=0))
             products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-            values = tl.load(v_own + place[:, None] * v_token + column[None, :], mask=inside, other=0)
+            values = settled(tl.load(v_own + place[:, None] * v_token + column[None, :], mask=inside, other=0))
             towards = tl.dot(grads, tl.trans(values), input_precision="ieee")
             seen = (position < own)[None, :]
             if CAUSAL:
@@ -187,11 +212,14 @@ def query_gradient_kernel(
             _, slopes = weights_and_slopes(
                 products, towards, seen, base[:, None], inverse[:, None], below[:, None], factor, inner, SOFTCAP, UNIT
             )
+            if PARTS > 1:
+                inside = within(position < own, mine, DIM)
+                keys = tl.load(k_own + place[:, None] * k_token + mine[None, :], mask=inside, other=0)
             gradient = tl.dot(slopes.to(keys.dtype), keys, gradient, input_precision="ieee")
 
     gradient = tl.where(real[:, None], gradient * scale, 0.0)
-    where = within(r < rows, column, DIM)
-    to = grad_q + unpacked[:, None] * DIM + column[None, :]
+    where = within(r < rows, mine, DIM)
+    to = grad_q + unpacked[:, None] * DIM + mine[None, :]
     tl.store(to, gradient.to(grad_q.dtype.element_ty), mask=where)
 
 
@@ -232,16 +260,20 @@ def key_gradient_kernel(
     BLOCK_N: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     rows = length * group
     tiles = tl.cdiv(length, BLOCK_N)
-    pair = tl.program_id(0) // tiles
-    start = tl.program_id(0) % tiles * BLOCK_N  # under a causal mask the first keys are seen by the most
+    PARTS: tl.constexpr = (DIM + BLOCK_V - 1) // BLOCK_V
+    item, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    pair = item // tiles
+    start = item % tiles * BLOCK_N  # under a causal mask the first keys are seen by the most
     head = pair % kv_heads
     b = (pair // kv_heads).to(tl.int64)
     tokens = length_at(block_lens, b * tokens_stride, length)
     position = start + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_D)
+    mine = part * BLOCK_V + tl.arange(0, BLOCK_V)
     there = within(position < tokens, column, DIM)
     place = position.to(tl.int64)
     at = b * k_batch + place * k_token + head.to(tl.int64) * k_head
@@ -249,9 +281,9 @@ def key_gradient_kernel(
     at = b * v_batch + place * v_token + head.to(tl.int64) * v_head
     values = tl.load(v + at[:, None] + column[None, :], mask=there, other=0)
 
-    of_keys = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    of_values = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    total_rows = (tl.num_programs(0) // tiles).to(tl.int64) * rows
+    of_keys = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    of_values = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    total_rows = (tl.num_programs(0) // PARTS // tiles).to(tl.int64) * rows
     begin = start * group // BLOCK_M if CAUSAL else 0
     end = tl.where(start < tokens, tl.cdiv(tokens * group, BLOCK_M), 0)
     for t in range(begin, end):
@@ -261,16 +293,16 @@ def key_gradient_kernel(
         q_heads = (head * group + r % group).to(tl.int64)
         inside = within(real, column, DIM)
         q_at = b * q_batch + token.to(tl.int64) * q_token + q_heads * q_head
-        queries = tl.load(q + q_at[:, None] + column[None, :], mask=inside, other=0)
         out_at = b * out_batch + token.to(tl.int64) * out_token + q_heads * out_head
-        grads = tl.load(grad_out + out_at[:, None] + column[None, :], mask=inside, other=0)
         packed = pair.to(tl.int64) * rows + r
         top = tl.load(stats + packed, mask=real, other=float("-inf"))
         total = tl.load(stats + total_rows + packed, mask=real, other=0)
         below = tl.load(delta + packed, mask=real, other=0)
         inverse = 1 / tl.where(total == 0, 1.0, total)
         base = tl.where(top == float("-inf"), 0.0, top)
+        queries = settled(tl.load(q + q_at[:, None] + column[None, :], mask=inside, other=0))
         products = tl.dot(keys, tl.trans(queries), input_precision="ieee")
+        grads = settled(tl.load(grad_out + out_at[:, None] + column[None, :], mask=inside, other=0))
         towards = tl.dot(values, tl.trans(grads), input_precision="ieee")
         seen = real[None, :] & (position < tokens)[:, None]
         if CAUSAL:
@@ -278,21 +310,17 @@ def key_gradient_kernel(
         weights, slopes = weights_and_slopes(
             products, towards, seen, base[None, :], inverse[None, :], below[None, :], factor, inner, SOFTCAP, UNIT
         )
+        if PARTS > 1:
+            inside = within(real, mine, DIM)
+            queries = tl.load(q + q_at[:, None] + mine[None, :], mask=inside, other=0)
+            grads = tl.load(grad_out + out_at[:, None] + mine[None, :], mask=inside, other=0)
         of_values = tl.dot(weights.to(grads.dtype), grads, of_values, input_precision="ieee")
         of_keys = tl.dot(slopes.to(queries.dtype), queries, of_keys, input_precision="ieee")
 
-    where = within(position < length, column, DIM)
-    to = ((b * length + place) * kv_heads + head)[:, None] * DIM + column[None, :]
+    where = within(position < length, mine, DIM)
+    to = ((b * length + place) * kv_heads + head)[:, None] * DIM + mine[None, :]
     tl.store(grad_k + to, (of_keys * scale).to(grad_k.dtype.element_ty), mask=where)
     tl.store(grad_v + to, of_values.to(grad_v.dtype.element_ty), mask=where)
-
-
-def tuning(dtype: torch.dtype) -> tuple[Tuning, Tuning]:
-    """Tiles for the gradients of queries and of keys. At head_dim 256, or 128 in float32, what a program holds of rows
-    [block, D] leaves it no registers: with tiles of 16 and 32 rows too, by compiling."""
-    if dtype == torch.float32:
-        return Tuning(32, 32, 8, 1), Tuning(16, 32, 8, 1)
-    return Tuning(64, 64, 8, 2), Tuning(32, 64, 8, 2)
 
 
 def attention_backward(
@@ -300,11 +328,6 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_q = q.new_zeros(q.shape)
     grad_k, grad_v = (q.new_zeros(() if x is None else x.shape) for x in (k, v))
-    most = 64 if q.dtype == torch.float32 else 128
-    if q.shape[3] > most:
-        raise NotImplementedError(
-            f"attention_backward on {q.device.type}: expected head_dim up to {most} for {q.dtype}, got {q.shape[3]}"
-        )
     grad_out, grad_lse = rows_contiguous(grad_out), grad_lse.contiguous()  # type: ignore[assignment]
     given = attention.arguments_of("attention_backward", *(q, k, v, *arguments, grad_out))
     if q.numel() == 0:
@@ -317,65 +340,59 @@ def attention_backward(
     sums = q.new_empty((batch * length * heads, dim), dtype=torch.float32)
     stats = q.new_empty((2, batch * length * heads), dtype=torch.float32)
     delta = q.new_empty(batch * length * heads, dtype=torch.float32)
-    forward = attention.tuning(q.dtype, rows, dim, arch)
-    of_queries, of_keys = tuning(q.dtype)
+    forward = tuning(q.dtype, rows, dim, arch)
+    of_queries, of_keys = gradient_tuning(q.dtype, dim, arch)
+    depth = given["BLOCK_D"]
     with on_device_of(q):
-        attention.block_attention_kernel[(pairs * -(-rows // forward.block_m), 1)](
+        attention.block_attention_kernel[(pairs * -(-rows // forward.block_m) * forward.parts(dim), 1)](
             **given,
             **{"out": None, "lse": None, "partial": sums, "stats": stats, "splits": 1},
-            **_launch(forward),
+            **forward.launch(depth),
         )
         given |= {"grad_out": grad_out, "stats": stats, "delta": delta, "scale": scale}
-        query_gradient_kernel[(pairs * -(-rows // of_queries.block_m),)](
-            **given, **_launch(of_queries), grad_lse=grad_lse, sums=sums, grad_q=grad_q
+        query_gradient_kernel[(pairs * -(-rows // of_queries.block_m) * of_queries.parts(dim),)](
+            **given, **of_queries.launch(depth), grad_lse=grad_lse, sums=sums, grad_q=grad_q
         )
         if k is not None:
             names = key_gradient_kernel.arg_names
             given |= {"grad_k": grad_k, "grad_v": grad_v}
-            key_gradient_kernel[(pairs * -(-length // of_keys.block_n),)](
-                **{name: x for name, x in given.items() if name in names}, **_launch(of_keys)
+            key_gradient_kernel[(pairs * -(-length // of_keys.block_n) * of_keys.parts(dim),)](
+                **{name: x for name, x in given.items() if name in names}, **of_keys.launch(depth)
             )
     return grad_q, grad_k, grad_v
 
 
-def _launch(tune: Tuning) -> dict[str, int]:
-    tiles = {"BLOCK_M": tune.block_m, "BLOCK_N": tune.block_n}
-    return tiles | {"num_warps": tune.num_warps, "num_stages": tune.num_stages}
-
-
 def builds(arch: int) -> Iterator[Build]:
-    """What the launcher asks for: a block in training, with and without a context, and a causal one. The same on
-    every architecture."""
-    for dim in (64, 128):
-        for dtype, name in DTYPES.items():
-            if dtype == torch.float32 and dim > 64:
-                continue
-            of_queries, of_keys = tuning(dtype)
-            needs = ("wgmma",) if dtype != torch.float32 else ()
-            for causal, context in ((False, True), (True, False)):
-                constants: dict[str, Any] = {"CAUSAL": causal, "SOFTCAP": False, "UNIT": unit(dtype)}
-                constants |= {"DIM": dim, "BLOCK_D": dim}
-                floats = {x: "fp32" for x in ("scale", "factor", "inner")}
-                types = {x: f"*{name}" for x in ("q", "k", "v", "grad_out")} | {"block_lens": "*i64"}
-                types |= {x: "*fp32" for x in ("stats", "delta")} | floats
-                given = types | {x: f"*{name}" for x in ("grad_k", "grad_v")}
-                yield _build(key_gradient_kernel, given, constants, of_keys, needs)
-
-                types |= {"grad_q": f"*{name}", "sums": "*fp32", "grad_lse": "*fp32"}
-                past = {
-                    "k_context": f"*{name}",
-                    "v_context": f"*{name}",
-                    "context_lens": "*i64",
-                    "context_index": "*i64",
-                }
-                constants |= {"PAGE": 0, "block_table": None} | ({} if context else {x: None for x in past})
-                yield _build(query_gradient_kernel, types | (past if context else {}), constants, of_queries, needs)
+    """What the launcher asks for: a block in training, with and without a context, and a causal one; of wide heads one
+    build each that has it all."""
+    for dtype in DTYPES:
+        for dim in (64, 128) if dtype != torch.float32 else (64,):
+            yield from _builds(dtype, dim, arch, causal=False, context=True)
+            yield from _builds(dtype, dim, arch, causal=True, context=False)
+    for dtype, dim in ((torch.float32, 128), *((x, n) for x in (torch.float32, torch.bfloat16) for n in (256, 512))):
+        yield from _builds(dtype, dim, arch, causal=True, context=True)
 
 
-def _build(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], tune: Tuning, needs: tuple[str, ...]
-) -> Build:
-    constants = constants | {"BLOCK_M": tune.block_m, "BLOCK_N": tune.block_n}
+def _builds(dtype: torch.dtype, dim: int, arch: int, *, causal: bool, context: bool) -> Iterator[Build]:
+    """The gradient of keys, then of queries."""
+    of_queries, of_keys = gradient_tuning(dtype, dim, arch)
+    name = f"*{DTYPES[dtype]}"
+    constants: dict[str, Any] = {"CAUSAL": causal, "SOFTCAP": False, "UNIT": unit(dtype), "DIM": dim, "BLOCK_D": dim}
+    types = {x: name for x in ("q", "k", "v", "grad_out")} | {"block_lens": "*i64"}
+    types |= {x: "*fp32" for x in ("stats", "delta")} | {x: "fp32" for x in ("scale", "factor", "inner")}
+    yield _build(key_gradient_kernel, types | {x: name for x in ("grad_k", "grad_v")}, constants, of_keys, dtype)
+
+    types |= {"grad_q": name, "sums": "*fp32", "grad_lse": "*fp32"}
+    past = {"k_context": name, "v_context": name, "context_lens": "*i64", "context_index": "*i64"}
+    constants |= {"PAGE": 0, "block_table": None} | ({} if context else {x: None for x in past})
+    yield _build(query_gradient_kernel, types | (past if context else {}), constants, of_queries, dtype)
+
+
+def _build(kernel: Any, types: dict[str, str], constants: dict[str, Any], tune: Tuning, dtype: torch.dtype) -> Build:
+    launch = tune.launch(constants["BLOCK_D"])
+    constants = constants | {name: x for name, x in launch.items() if name.startswith("BLOCK")}
     integers = {x: "i32" for x in (*COUNTS, *STRIDES) if x in kernel.arg_names}
     odd = frozenset(COUNTS) | {x for x in STRIDES if x.endswith("_stride") or x.startswith("table")}
+    fewest = tune.block_m if kernel is query_gradient_kernel else tune.block_n  # rows of the products' first side
+    needs = ("wgmma",) if dtype != torch.float32 and fewest >= 64 else ()
     return Build(kernel, types | integers, constants, tune.num_warps, tune.num_stages, odd, needs)

@@ -234,7 +234,7 @@ def builds(arch: int) -> Iterator[Build]:
     """What the launchers ask for in every dtype, at the released head_dim and the widest. The same on every
     architecture."""
     for dtype, name in DTYPES.items():
-        for dim, splits in ((128, 33), (256, 129)):
+        for dim, splits in ((128, 33), (512, 129)):
             unit = math.log2(math.e) if dtype == torch.float32 else 1.0
             parts, columns, warps = _tuning(splits, dim)
             constants: dict[str, object] = {"UNIT": unit, "SPLITS": parts, "DIM": dim, "COLUMNS": columns}
