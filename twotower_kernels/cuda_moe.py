@@ -83,7 +83,8 @@ def moe_plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def moe_route_plan(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`moe_route`, with its arguments, and the `moe_plan` of its experts: one launch up to 64 tokens, else two."""
+    """`moe_route`, with its arguments, and the `moe_plan` of its experts: one launch up to 64 tokens, else two
+    or three."""
     routing = _Routing(logits, *arguments)
     if len(logits) > ONE_BLOCK:
         routing.launch()

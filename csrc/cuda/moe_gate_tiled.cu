@@ -1,44 +1,45 @@
 // The router's product (reference/moe.py) for many tokens: logits[n][e] = x[n] . weight[e], both factors widened to
-// double. moe_gate.cu reads and widens every number of a factor once for 4 of the other side; this once for 32.
+// double. moe_gate.cu reads and widens a number again for every 4 rows of the other factor, this for every 32.
 //
 // A block has 32 tokens and 32 experts and goes through H in stages of 32 numbers, which it widens into shared memory.
-// A warp takes 8 numbers of every stage for all 1024 sums: a thread has 8 tokens by 4 experts. A thread adds 64 numbers
-// in a row before it adds them to its total, and at the end the warps' totals are added in their order; so an error
-// does not grow with the length of H, and the order depends on H alone: within this kernel a token's logits are the
-// same bits in every batch.
+// Each of its four warps takes 8 numbers of a stage for all 1024 sums; a thread has 8 tokens by 4 experts. It adds at
+// most 64 products in a row before it adds them to its total, and at the end the warps' totals are added in their
+// order. So products of one sign lose no more by being many, and the order depends on H alone: a token's logits are the
+// same bits in every batch that comes here.
 //
-// Shared memory gives a warp one register per cycle, or two where lanes i and i ^ 1, or i and i ^ 2, read the same
-// address (forums.developer.nvidia.com/t/unexpected-shared-memory-bank-conflict/77228): hence the order of lanes in
-// `own_token` and `own_expert`, and pairs of numbers that lie behind each other in a row of odd length (in pairs).
+// Shared memory fills one register of a warp per cycle, or two if lanes i and i ^ 1, or lanes i and i ^ 2, read the
+// same address (a developer of Nvidia's: forums.developer.nvidia.com/t/unexpected-shared-memory-bank-conflict/77228):
+// hence the order of lanes in `own_token` and `own_expert`. Two numbers are read at once, and a row is 17 times two
+// numbers long, so that 8 rows lie in different banks.
 //
 // A stage is put into one of two buffers while the other is read, and the numbers of the one after it are on their way
-// to registers meanwhile, so there is one barrier per stage. With 128 threads of up to 255 registers two blocks fit on
-// a processor, and neither waits at the other's barriers. Tiles of 64 by 64 would copy half as much per product, but
-// 4096 tokens would leave half of the processors' places empty.
+// to registers meanwhile: one barrier per stage. Two blocks fit on a processor (128 threads of at most 255 registers),
+// so that one computes while the other waits. Tiles of 64 by 64 would copy half as much, and leave half of the places
+// on an H200 empty at 4096 tokens.
 //
-// Predicted, not measured, on an H200 (132 processors of 64 products per cycle at 1.8 GHz; bfloat16 and float32, 128
-// experts, H 2688). Compiled for it, a warp issues 500 instructions per stage: 256 products, which take their unit 512
-// cycles, 48 loads from shared memory, 16 copies with 9 each, and the loop. Of the processor's 512 cycles for a block's
-// stage shared memory is busy for 4 (48 * 2 + 16 * 2 + 16) = 576: about as long as the products' unit. So at best 89 %
-// of that unit, 85 % expected: 4096 tokens, two rounds of blocks on all processors, take 115 us, where the products
-// alone take 93; 65536 tokens 1.7 ms. 512 tokens are 64 blocks, alone on their processors, which nobody relieves while
-// they wait at a barrier: 36 us, and the same for 1024.
+// Predicted, not measured, for bfloat16 tokens, experts in float32, 128 of them and H 2688 on an H200: 132 processors
+// of 64 products per cycle at 1.8 GHz. For its part of a stage a warp issues 490 instructions (counted in the code for
+// sm_90a): 256 products, 48 loads from shared memory, 16 copies with 9 each, and the loop. The products keep their unit
+// busy for 512 cycles per stage and block; shared memory is busy for 4 (48 * 2 + 16 * 2 + 16) = 576, which is the
+// bound, and the unit that widens for 128. 4096 tokens are four blocks for each processor: 108 us at that bound, 120
+// expected, since a stage also waits; the products alone would take 93. 65536 tokens take 1.9 ms. 512 are 64 blocks
+// that are alone on their processors and are not relieved while they wait: 36 us, and the same for 1024.
 //
-// What is left: tensor cores multiply doubles twice as fast and would halve the reads of shared memory.
+// What is left: tensor cores multiply doubles at twice the rate, and would read a third from shared memory.
 //
 // Compiled for X_TYPE and WEIGHT_TYPE: double, float, Bfloat16 or Float16.
 #include "moe_gate.h"
 
 constexpr int warps = 4;
-constexpr int tile = 32;                         // tokens, and experts, of a block
-constexpr int depth = 32;                        // numbers of H of a stage
-constexpr int own_depth = depth / warps;         // of them a warp's
-constexpr int rows_each = tile / warps;          // rows of a factor that a thread copies
+constexpr int tile = 32;                  // tokens, and experts, of a block: LARGE_TILE in twotower_kernels/cuda_moe.py
+constexpr int depth = 32;                 // numbers of H of a stage
+constexpr int own_depth = depth / warps;  // of them a warp's
+constexpr int rows_each = tile / warps;   // rows of a factor that a thread copies
 constexpr int token_step = 4, expert_step = 8;   // lanes of a warp side by side
 constexpr int own_tokens = tile / token_step;    // of a thread, one in token_step
 constexpr int own_experts = tile / expert_step;  // of a thread, one in expert_step
 constexpr int pitch = depth + 2;                 // of a row in shared memory
-constexpr int buffer = 2 * tile * pitch;         // tokens, then experts; TILED_SHARED for two of them
+constexpr int buffer = 2 * tile * pitch;         // tokens, then experts
 constexpr int longest = 8;                       // stages whose products are added in a row
 constexpr int gathered = tile / 2;               // tokens whose totals are in a buffer at a time
 

@@ -9,10 +9,11 @@
 // `__match_any_sync` finds those of the same expert. No block waits for another: each of several adds up the counts
 // of all, which are 48 KB for 96 blocks and 128 experts, instead of leaving that to a third launch between two.
 //
-// Predicted, not measured, on an H200: one block 3 us up to 64 tokens of 6 experts, most of it the launch, and 4 us at
-// 1024, where it visits 6 pairs per thread twice. Several blocks visit 4 to 8 per thread three times: 7 us with both
-// launches at 1366 tokens and 9 at 65536, of which 3 are for adding up the counts and 1.5 for the 6 MB that are read
-// and written. One block would take 75 us there.
+// Predicted, not measured, on an H200. A warp's visit to 32 pairs takes 0.2 us, most of it a wait for the L2, and the
+// other warps wait at the same time. One block: 3 us up to 64 tokens of 6 experts, nearly all of it the launch, and 6
+// us at 1365, two visits each to 8 times 32 pairs. Several blocks, 4 to 8 times 32 pairs and three visits each: 8 us
+// with both launches up to 65536 tokens, 1.5 of them for adding up counts; the 6 MB that are read and written take
+// less. One block would take 150 us there.
 //
 // An expert outside [0, E) stops the kernel, as an index out of bounds does in PyTorch: a GPU cannot raise.
 #include "warp.h"

@@ -13,7 +13,7 @@ constexpr unsigned whole_warp = 0xffffffffu;
 constexpr int lanes = 32;
 
 #ifndef SHARED_MEMORY
-#define SHARED_MEMORY(name) extern __shared__ uint64 name[]
+#define SHARED_MEMORY(name) extern __shared__ __align__(16) uint64 name[]
 #endif
 
 // --- numbers --------------------------------------------------------------------------------------------------------
