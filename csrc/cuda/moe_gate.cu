@@ -3,7 +3,7 @@
 // A block has 4 tokens and 4 experts, and its threads share H: each adds 16 products for every number of H it has,
 // blockDim.x apart. Then the 16 sums of a warp's lanes are added by halving (every lane gives half of its sums away and
 // keeps the other, so that 16 shuffles do what 80 would), and the warps' sums in their order. The order of adding
-// depends on H alone: a token's logits are the same bits in every batch.
+// depends on H alone: a token's logits are the same bits in every batch that comes here.
 //
 // Why 4 by 4: a processor widens 16 numbers to double per cycle and multiplies 64. With T tokens and E experts a number
 // of H costs (T + E) / 16 + T E / 64 cycles; for 16 tokens and 128 experts on 128 blocks that is 1.31 as 16 by 1, 0.88

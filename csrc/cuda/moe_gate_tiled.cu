@@ -8,8 +8,8 @@
 // same bits in every batch that comes here.
 //
 // Shared memory fills one register of a warp per cycle, or two if lanes i and i ^ 1, or lanes i and i ^ 2, read the
-// same address (a developer of Nvidia's: forums.developer.nvidia.com/t/unexpected-shared-memory-bank-conflict/77228):
-// hence the order of lanes in `own_token` and `own_expert`. Two numbers are read at once, and a row is 17 times two
+// same address (forums.developer.nvidia.com/t/unexpected-shared-memory-bank-conflict/77228, said of compute capability
+// 7): hence the order of lanes in `own_token` and `own_expert`. Two numbers are read at once, and a row is 17 times two
 // numbers long, so that 8 rows lie in different banks.
 //
 // A stage is put into one of two buffers while the other is read, and the numbers of the one after it are on their way
