@@ -240,10 +240,12 @@ CASES: dict[str, dict[str, dict]] = {
         "one": dict(n=1, e=1, h=1),
         "empty": dict(n=0, e=4, h=8),
         "odd": dict(n=5, e=12, h=33),
+        "prompt": dict(n=513, e=128, h=100),
         "released": dict(n=16, e=128, h=2688),
     },
     "moe_route": _ROUTE,
-    "moe_plan": {name: dict(n=case["n"], e=case["e"], top_k=case["top_k"]) for name, case in _ROUTE.items()},
+    "moe_plan": {name: dict(n=case["n"], e=case["e"], top_k=case["top_k"]) for name, case in _ROUTE.items()}
+    | {"prompt": dict(n=1400, e=128, top_k=6)},
     "moe_experts": _EXPERTS,
 }
 

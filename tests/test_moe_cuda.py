@@ -1,5 +1,6 @@
 """The router's CUDA C++ kernels, run on a host: the CPU kernels' demands, and what is peculiar to them."""
 
+from collections.abc import Callable, Iterator
 from unittest.mock import patch
 
 import pytest
@@ -23,6 +24,14 @@ PROPERTIES = (
     cpu_tests.test_float64_logits_are_honoured,
     cpu_tests.test_plan_of_any_experts,
 )
+MANY = dict(MANY_LOGITS=1, PLANNED_PAIRS=3)  # so that small cases are many tokens
+
+
+@pytest.fixture(params=["few", "many"])
+def tokens(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels for few tokens, or those for many."""
+    with patch.dict(vars(cuda_moe), MANY if request.param == "many" else {}):
+        yield request.param
 
 
 @pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__.removeprefix("test_"))
@@ -31,16 +40,30 @@ def test_as_on_a_cpu(check) -> None:  # type: ignore[no-untyped-def]
         check()
 
 
+@pytest.mark.parametrize(
+    "check",
+    [
+        cpu_tests.test_gate_of_any_shape_layout_and_pair_of_dtypes,
+        cpu_tests.test_gate_of_many_tokens,
+        cpu_tests.test_plan_of_any_experts,
+    ],
+    ids=lambda check: check.__name__.removeprefix("test_"),
+)
+def test_many_tokens_as_on_a_cpu(check) -> None:  # type: ignore[no-untyped-def]
+    with cuda_kernels(), patch.dict(vars(cuda_moe), MANY):
+        check()
+
+
 @pytest.mark.parametrize("build", ["plain", "race"])
 @pytest.mark.parametrize("case", moe.CASES["moe_gate"])
-def test_every_gate(case: str, build: str) -> None:
+def test_every_gate(case: str, build: str, tokens: str) -> None:
     with cuda_kernels(build=build):
-        for dtype in DTYPES if case != "released" else [torch.bfloat16]:
+        for dtype in DTYPES if case not in ("prompt", "released") else [torch.bfloat16]:
             cpu_tests.assert_faithful(moe.make_inputs("moe_gate", case, dtype=dtype))
 
 
-def test_a_token_alone_has_the_same_logits_bit_for_bit() -> None:
-    """A block of four and one of two; 8 warps in two rounds, of which the second is not full."""
+def test_a_token_alone_has_the_same_logits_bit_for_bit(tokens: str) -> None:
+    """A block of four and one of two; 8 warps in two rounds, of which the second is not full. Or one block of 32."""
     inputs = moe.make_inputs("moe_gate", dict(n=6, e=5, h=2001), dtype=torch.bfloat16)
     with cuda_kernels():
         together = tt.moe_gate(**inputs)
@@ -49,18 +72,26 @@ def test_a_token_alone_has_the_same_logits_bit_for_bit() -> None:
             assert torch.equal(alone, together[n : n + 1])
 
 
-def test_nan_stays_with_its_token_and_its_expert() -> None:
-    inputs = moe.make_inputs("moe_gate", dict(n=5, e=6, h=40))
+def test_nan_stays_with_its_token_and_its_expert(tokens: str) -> None:
+    inputs = moe.make_inputs("moe_gate", dict(n=35, e=38, h=40))
     with cuda_kernels():
         expected = tt.moe_gate(**inputs)
-        inputs["x"][2, 39], inputs["gate_weight"][5, 0] = torch.nan, torch.nan
-        expected[2], expected[:, 5] = torch.nan, torch.nan
+        inputs["x"][2, 39], inputs["gate_weight"][37, 0] = torch.nan, torch.nan
+        expected[2], expected[:, 37] = torch.nan, torch.nan
         assert torch.equal(tt.moe_gate(**inputs).nan_to_num(7), expected.nan_to_num(7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_long_sums_of_one_sign_stay_faithful(dtype: torch.dtype, tokens: str) -> None:
+    """Added one after the other, thousands of products of one sign would lose more than 4 roundings."""
+    inputs = moe.make_inputs("moe_gate", dict(n=32, e=32, h=8000), dtype=dtype)
+    with cuda_kernels():
+        cpu_tests.assert_faithful({name: value.abs() for name, value in inputs.items()})
 
 
 @pytest.mark.parametrize("build", ["plain", "race"])
 @pytest.mark.parametrize("case", moe.CASES["moe_route"])
-def test_every_routing_and_plan(case: str, build: str) -> None:
+def test_every_routing_and_plan(case: str, build: str, tokens: str) -> None:
     with cuda_kernels(build=build):
         for dtype in (torch.float64, torch.float32):
             assert_op_within_budget(tt.moe_route, moe.moe_route, moe.make_inputs("moe_route", case, dtype=dtype))
@@ -106,9 +137,34 @@ def test_plan_of_many_pairs() -> None:
 
 
 @pytest.mark.parametrize("bad", [-1, 3])
-def test_experts_out_of_bounds_stop_the_plan(bad: int) -> None:
+def test_experts_out_of_bounds_stop_the_plan(bad: int, tokens: str) -> None:
     with simulated(), pytest.raises(SimtError, match="trap"):
-        cuda_moe.moe_plan(torch.tensor([[0, bad]], dtype=torch.int32), 3)
+        cuda_moe.moe_plan(torch.tensor([[0, bad]] * 3, dtype=torch.int32), 3)
+
+
+def launches_of(call: Callable[..., object], *arguments: object) -> list[tuple[str, int]]:
+    """Names and blocks of what is launched; nothing runs."""
+    with patch.object(cuda, "launch") as launch:
+        call(*arguments)
+    return [(call.args[0].name, call.args[1]) for call in launch.call_args_list]
+
+
+def test_how_many_tokens_are_many() -> None:
+    def gate(n: int, e: int = 128) -> list[tuple[str, int]]:
+        return launches_of(cuda_moe.moe_gate, torch.empty(n, 8), torch.empty(e, 8))
+
+    assert gate(511) == [("moe_gate_kernel", 128 * 32)] and gate(512) == [("moe_gate_tiled_kernel", 16 * 4)]
+    assert gate(4095, 16)[0][0] == "moe_gate_kernel" and gate(65536) == [("moe_gate_tiled_kernel", 2048 * 4)]
+
+    def plan(n: int, e: int = 128) -> list[tuple[str, int]]:
+        return launches_of(cuda_moe.moe_plan, torch.empty(n, 4, dtype=torch.int32), e)
+
+    def by(blocks: int) -> list[tuple[str, int]]:
+        return [("moe_plan_count_kernel", blocks), ("moe_plan_kernel", blocks)]
+
+    assert plan(2047) == [("moe_plan_kernel", 1)] and plan(2048) == by(2)
+    assert plan(98304) == by(96) and plan(10**6) == by(128)
+    assert plan(98304, 4096) == by(96) and plan(98304, 4097) == [("moe_plan_kernel", 1)]  # no room for the counts
 
 
 def test_too_many_experts_are_refused() -> None:

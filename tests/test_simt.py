@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -130,7 +131,6 @@ def exercise_moe() -> None:
     """Every path of the router's kernels, some warps with two tokens. The gate's numbers are whole, its sums exact."""
     generator = torch.Generator().manual_seed(1)
     x, weight = (torch.randint(-9, 10, (rows, 300), generator=generator).float() for rows in (5, 6))
-    assert torch.equal(cuda_moe.moe_gate(x.half(), weight), moe.moe_gate(x, weight)), "logits"
     logits = torch.randn(40, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for groups in (1, 3):
         arguments = logits, None, 4, False, groups, min(groups, 2), True, 1.0
@@ -138,6 +138,11 @@ def exercise_moe() -> None:
         for got, expected in zip(plan, moe.moe_plan(experts, 24), strict=True):
             assert torch.equal(got, expected)
     cuda_moe.moe_plan(torch.full((600, 2), 35), 40)  # two rounds of every warp
+    for switches in ({}, dict(MANY_LOGITS=1, PLANNED_PAIRS=50)):  # three blocks plan
+        with patch.dict(vars(cuda_moe), switches):
+            assert torch.equal(cuda_moe.moe_gate(x.half(), weight), moe.moe_gate(x, weight)), "logits"
+            for got, expected in zip(cuda_moe.moe_plan(experts, 24), moe.moe_plan(experts, 24), strict=True):
+                assert torch.equal(got, expected), "plan"
 
 
 def exercise_remask() -> None:
@@ -188,7 +193,9 @@ def test_every_barrier_is_needed(source: str, at: int, monkeypatch: pytest.Monke
             "const Key next = lane < 9 ? warp_max(first) : 0;",
             "waits",
         ),
-        ("moe_plan.cu", "const unsigned same =", "if (pair >= last) continue;\nconst unsigned same =", "waits"),
+        ("moe_gate_tiled.cu", "first + lane_id() < h", "first + lane_id() <= h", "logits"),
+        ("moe_plan.cu", "if (i < mine)", "if (i <= mine)", "plan"),
+        ("moe_plan.cu", "const unsigned same =", "if (pair >= stretch.last) continue;\nconst unsigned same =", "waits"),
         ("remask_scan.cu", "    tops = warp_sum(tops);\n", "    if (tops) tops = warp_sum(tops);\n", "waits"),
         ("remask_scan.cu", "% unsigned(pieces)) * per_thread", "% unsigned(pieces)) * (per_thread - 1)", "confidence"),
         ("remask_scan.cu", "(i + j) < size", "(i + j) <= size", "candidate"),  # a guard is NaN

@@ -1,57 +1,122 @@
 // The plan that sorts (token, choice) pairs by expert, stably (reference/moe.py), for any number of pairs.
 //
-// A counting sort by one block. Each warp has its own stretch of the pairs and its own count of every expert, so that a
-// pair's place is the expert's start, plus what the warps before have of it, plus what the warp itself has met: stable
-// without any order among threads. Within 32 pairs, `__match_any_sync` finds those of the same expert. One block is
-// enough: the pairs are read twice, 8192 tokens of 6 experts in 48 rounds of each warp.
+//     moe_plan_count_kernel  how many pairs of every block's stretch choose every expert; not called for one block
+//     moe_plan_kernel        the plan: by one block alone, or by several that know those counts
 //
-// Predicted, not measured: 3 us on an H200 up to 64 tokens, most of it the launch, and 10 us at 8192.
+// A counting sort. Every block has its own stretch of the pairs, every warp its own stretch of the block's, and its own
+// count of every expert, so that a pair's place is the expert's start, plus what the blocks and then the warps before
+// have of it, plus what the warp itself has met: stable without any order among threads. Within 32 pairs,
+// `__match_any_sync` finds those of the same expert. No block waits for another: each of several adds up the counts
+// of all, which are 48 KB for 96 blocks and 128 experts, instead of leaving that to a third launch between two.
+//
+// Predicted, not measured, on an H200. A warp's visit to 32 pairs takes 0.2 us, most of it a wait for the L2, and the
+// other warps wait at the same time. One block: 3 us up to 64 tokens of 6 experts, nearly all of it the launch, and 6
+// us at 1365, two visits each to 8 times 32 pairs. Several blocks, 4 to 8 times 32 pairs and three visits each: 8 us
+// with both launches up to 65536 tokens, 1.5 of them for adding up counts; the 6 MB that are read and written take
+// less. One block would take 150 us there.
 //
 // An expert outside [0, E) stops the kernel, as an index out of bounds does in PyTorch: a GPU cannot raise.
 #include "warp.h"
 
+struct Choices {
+    const void* experts;
+    int64 type, row, column, n, k, e;
+
+    __device__ int expert_of(int64 pair) const {
+        // Choices mostly lie in the order of the pairs, which saves a division of 64 bits.
+        const int64 at = row == k * column ? pair * column : pair / k * row + pair % k * column;
+        const int64 expert =
+            type == type_int64 ? static_cast<const int64*>(experts)[at] : int64(static_cast<const int*>(experts)[at]);
+        if (expert < 0 || expert >= e) __trap();
+        return int(expert);
+    }
+};
+
+struct Stretch {
+    int64 first, last;
+
+    // Part `index` of it, if every part has `size` and the last ones what is left.
+    __device__ Stretch part(int64 index, int64 size) const {
+        const int64 start = first + index * size, end = start + size;
+        return {start < last ? start : last, end < last ? end : last};
+    }
+};
+
+__device__ inline Stretch block_stretch(const Choices& c) {
+    const int64 total = c.n * c.k;
+    return Stretch{0, total}.part(blockIdx.x, (total + gridDim.x - 1) / gridDim.x);
+}
+
+extern "C" __global__ void __launch_bounds__(1024)
+    moe_plan_count_kernel(const void* experts, int64 experts_type, int64 row, int64 column, int64 n, int64 k, int64 e,
+                          unsigned* of_blocks) {
+    SHARED_MEMORY(shared);
+    unsigned* seen = reinterpret_cast<unsigned*>(shared);  // [E]
+    const Choices choices = {experts, experts_type, row, column, n, k, e};
+    const Stretch own = block_stretch(choices);
+#pragma unroll 1
+    for (int64 i = threadIdx.x; i < e; i += blockDim.x) seen[i] = 0;
+    __syncthreads();
+#pragma unroll 1
+    for (int64 pair = own.first + threadIdx.x; pair < own.last; pair += blockDim.x)
+        atomicAdd(&seen[choices.expert_of(pair)], 1u);
+    __syncthreads();
+#pragma unroll 1
+    for (int64 i = threadIdx.x; i < e; i += blockDim.x) of_blocks[blockIdx.x * e + i] = seen[i];
+}
+
+// of_blocks: [blocks, E], null for one block.
 extern "C" __global__ void __launch_bounds__(1024)
     moe_plan_kernel(const void* experts, int64 experts_type, int64 row, int64 column, int64 n, int64 k, int64 e,
-                    int64* counts, int64* offsets, int64* pairs) {
+                    int64* counts, int64* offsets, int64* pairs, const unsigned* of_blocks) {
     SHARED_MEMORY(shared);
     const int lane = lane_id(), warps = int(blockDim.x) / lanes;
     unsigned* starts = reinterpret_cast<unsigned*>(shared);  // [E]
     unsigned* seen = starts + e;                             // [warps, E]
     unsigned* own = seen + warp_id() * e;
-    const int64 total = n * k, each = (total + blockDim.x - 1) / blockDim.x * lanes;
-    const int64 first = warp_id() * each, last = first + each < total ? first + each : total;
-    const auto expert_of = [=](int64 pair) {
-        const int64 at = pair / k * row + pair % k * column;
-        const int64 expert = experts_type == type_int64 ? static_cast<const int64*>(experts)[at]
-                                                        : int64(static_cast<const int*>(experts)[at]);
-        if (expert < 0 || expert >= e) __trap();
-        return int(expert);
-    };
+    unsigned* earlier = seen + warps * e;  // [E] in the blocks before, if there are several
+    const Choices choices = {experts, experts_type, row, column, n, k, e};
+    const Stretch block = block_stretch(choices);
+    const Stretch stretch = block.part(warp_id(), (block.last - block.first + blockDim.x - 1) / blockDim.x * lanes);
 
+    const int64 rows = warps + (of_blocks ? 2 : 1);
 #pragma unroll 1
-    for (int64 i = threadIdx.x; i < warps * e; i += blockDim.x) seen[i] = 0;
+    for (int64 i = threadIdx.x; i < rows * e; i += blockDim.x) starts[i] = 0;
     __syncthreads();
 #pragma unroll 1
-    for (int64 pair = first + lane; pair < last; pair += lanes) atomicAdd(&own[expert_of(pair)], 1u);
+    for (int64 pair = stretch.first + lane; pair < stretch.last; pair += lanes)
+        atomicAdd(&own[choices.expert_of(pair)], 1u);
+    if (of_blocks) {
+        const unsigned experts_here = unsigned(e), all = gridDim.x * experts_here, mine = blockIdx.x * experts_here;
+#pragma unroll 4
+        for (unsigned i = threadIdx.x; i < all; i += blockDim.x) {
+            const unsigned count = of_blocks[i];
+            atomicAdd(&starts[i % experts_here], count);
+            if (i < mine) atomicAdd(&earlier[i % experts_here], count);
+        }
+    }
     __syncthreads();
 #pragma unroll 1
     for (int64 i = threadIdx.x; i < e; i += blockDim.x) {
-        unsigned sum = 0;
+        unsigned sum = of_blocks ? earlier[i] : 0;
 #pragma unroll 1
         for (int w = 0; w < warps; ++w) {
             const unsigned count = seen[w * e + i];
-            seen[w * e + i] = sum;  // in the warps before
+            seen[w * e + i] = sum;  // in the blocks and warps before
             sum += count;
         }
-        starts[i] = sum;
+        if (!of_blocks) starts[i] = sum;
     }
     __syncthreads();
-    if (warp_id() == 0) scan([=](int i) { return starts[i]; }, int(e), starts, counts, offsets);
+    if (warp_id() == 0) {
+        const bool writes = blockIdx.x == 0;
+        scan([=](int i) { return starts[i]; }, int(e), starts, writes ? counts : nullptr, writes ? offsets : nullptr);
+    }
     __syncthreads();
 #pragma unroll 1
-    for (int64 base = first; base < last; base += lanes) {
+    for (int64 base = stretch.first; base < stretch.last; base += lanes) {
         const int64 pair = base + lane;
-        const int expert = pair < last ? expert_of(pair) : -1;
+        const int expert = pair < stretch.last ? choices.expert_of(pair) : -1;
         const unsigned same = __match_any_sync(whole_warp, expert);
         const unsigned before = same & ((1u << lane) - 1);
         if (expert >= 0) pairs[starts[expert] + own[expert] + __popc(before)] = pair;

@@ -13,7 +13,7 @@ constexpr unsigned whole_warp = 0xffffffffu;
 constexpr int lanes = 32;
 
 #ifndef SHARED_MEMORY
-#define SHARED_MEMORY(name) extern __shared__ uint64 name[]
+#define SHARED_MEMORY(name) extern __shared__ __align__(16) uint64 name[]
 #endif
 
 // --- numbers --------------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ __device__ inline W sum_below(W x) {
 }
 
 // By one warp: offsets[i] = counts(0) + ... + counts(i - 1), in shared memory and, all 64 bits wide, outside, there for
-// i = n too. `counts` may read `offsets`.
+// i = n too, unless the pointers to there are null. `counts` may read `offsets`.
 template <class Count>
 __device__ inline void scan(const Count& counts, int n, unsigned* offsets, int64* counts_out, int64* offsets_out) {
     const int each = (n + lanes - 1) / lanes, first = lane_id() * each;
@@ -128,9 +128,12 @@ __device__ inline void scan(const Count& counts, int n, unsigned* offsets, int64
 #pragma unroll 1
     for (int i = first; i < last; ++i) {
         const unsigned count = counts(i);
-        counts_out[i] = count;
-        offsets_out[i] = offsets[i] = sum;
+        offsets[i] = sum;
+        if (counts_out) {
+            counts_out[i] = count;
+            offsets_out[i] = sum;
+        }
         sum += count;
     }
-    if (lane_id() == lanes - 1) offsets_out[n] = sum;
+    if (counts_out && lane_id() == lanes - 1) offsets_out[n] = sum;
 }
