@@ -210,7 +210,7 @@ def _loaded(kernel: Kernel, device: int) -> Any:
 
 
 def launch(kernel: Kernel, grid: int, block: int, shared: int, arguments: Sequence[Argument]) -> None:
-    """Runs `grid` blocks (0: nothing) of `block` threads with `shared` bytes, on the current stream of the tensors' device.
+    """Runs `grid` blocks (0: none) of `block` threads with `shared` bytes, on the tensors' device, on its current stream.
 
     Tensors become pointers (None: a null pointer), integers and booleans 64-bit integers, floats doubles: no kernel
     takes anything else.
