@@ -1,5 +1,6 @@
 """The CUDA C++ kernels of remasking, run on a host: the CPU kernel's demands, and what is peculiar to them."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -19,13 +20,16 @@ from tests.simt.overlay import cuda_kernels
 from twotower_kernels import cuda, cuda_remask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SMALL = [case for case in CASES["remask"] if not case.startswith("released")]
+SMALL = [case for case in CASES["remask"] if not case.startswith("released") and case != "posterior"]
 
 
 def supported(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a step without what the GPU refuses: float64."""
-    logits = inputs["logits"]
-    return inputs | {"logits": logits.float() if logits.dtype == torch.float64 else logits}
+    """Arguments of a step without what the GPU refuses."""
+    policy, logits = inputs["policy"], inputs["logits"]
+    schedule = "truncated" if policy.schedule == "posterior" else policy.schedule
+    changes = dict(renoise=False, edit_threshold=None, remask_threshold=None, schedule=schedule)
+    logits = logits.float() if logits.dtype == torch.float64 else logits
+    return inputs | {"policy": dataclasses.replace(policy, **changes), "logits": logits}
 
 
 @pytest.mark.parametrize("build", ["plain", "race"])
@@ -50,10 +54,14 @@ def test_any_step_is_free_of_races(inputs: dict[str, Any], layout: int) -> None:
         assert_step_agrees(inputs, layout=layout)
 
 
-@pytest.mark.parametrize("name", test_policies.CASES)
+@pytest.mark.parametrize("name", [name for name in test_policies.CASES if "posterior" not in name])
 def test_recorded_steps_come_out(name: str) -> None:
-    with cuda_kernels():
-        assert replay(test_policies.CASES[name], implementation("package")) == []
+    try:
+        with cuda_kernels():
+            assert replay(test_policies.CASES[name], implementation("package")) == []
+    except NotImplementedError as error:
+        assert "judges committed tokens" in str(error)
+        assert name.split(".")[0] in ("llada21", "dinfer", "diffusion_gemma")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -93,12 +101,6 @@ def test_the_draws_are_the_cpus(seed, offset, step, temperature, spread, dtype):
     with cuda_kernels():
         got = package(logits, tokens, **options)
     assert got.candidate.equal(package(logits, tokens, **options).candidate)
-
-
-@pytest.mark.parametrize("alpha", ["cosine", "sine"])
-def test_the_end_of_a_schedule(alpha: str) -> None:
-    with cuda_kernels():
-        cpu_tests.test_the_end_of_a_schedule(alpha, "posterior")
 
 
 def test_known_answers_of_philox() -> None:
@@ -212,6 +214,10 @@ def test_lists_of_tokens_are_not_copied_during_a_capture(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"policy": tt.RemaskPolicy.posterior()}, "expected another schedule, got 'posterior'"),
+        ({"policy": tt.RemaskPolicy.llada2(edit_threshold=0.9)}, "expected a policy without edit_threshold"),
+        ({"policy": tt.RemaskPolicy.llada2(remask_threshold=0.1)}, "expected a policy without remask_threshold"),
+        ({"policy": tt.RemaskPolicy.diffusion_gemma()}, "expected a policy without renoise"),
         ({"logits": torch.zeros(1, 2, 9).double()}, "expected float32, bfloat16 or float16 logits, got torch.float64"),
         (
             {"logits": torch.zeros(1, 2000, 9), "tokens": torch.full((1, 2000), MASK)},

@@ -3,20 +3,14 @@
 //
 //     remask_filter.cu  where top-k or top-p are asked for: the least logit that each position keeps
 //     remask_scan.cu    reads the logits once, all processors over pieces of positions: what a piece says
-//     remask_select.cu  merges the pieces of each position and judges it (remask_judge.h), selects, writes; a block per
-//                       sequence
+//     remask_select.cu  merges the pieces of each position, scores the positions, selects, writes; a block per sequence
 #pragma once
 
 #include "philox.h"
 
 #define REMASK_FUNCTION __device__ inline
-// (cos and sin themselves keep room for the bits of a large argument.) At 1, the cosine is that of the double next to
-// pi / 2, so that the schedules that end there end as in the definition.
-REMASK_FUNCTION double quarter_cosine(double t) {
-    return t == 1 ? 6.123233995736766e-17 : cospi(0.5 * t);
-}
-REMASK_FUNCTION double quarter_sine(double t) {
-    return sinpi(0.5 * t);
+REMASK_FUNCTION double quarter_cosine(double t) {  // cos itself keeps room for the bits of a large argument
+    return cospi(0.5 * t);
 }
 #include "remask_policy.h"
 #include "remask_schedule.h"
@@ -82,15 +76,7 @@ struct Row {
     bool sampled, filtered;
 };
 
-__device__ inline bool is_posterior(const Remask& a) {
-    return a.options.schedule == RemaskChoice::posterior;
-}
-// Whether the mask token has no place among the tokens. (a.mask is -1 where there is none.)
-__device__ inline bool hides_mask(const Remask& a) {
-    return a.options.suppress_mask || is_posterior(a);
-}
-
-// All but `leave`, which takes long.
+// All but `leave`, which only selection needs and takes long.
 __device__ inline Row row_of(const Remask& a, int64 b) {
     Row row;
     row.step = REMASK_AT(a, step, b);
@@ -105,10 +91,9 @@ __device__ inline Row row_of(const Remask& a, int64 b) {
         const float rest = float(left) / float(row.num_steps);  // a quotient of integers is float in the definition
         row.temperature = a.bounds.temperature_end + (row.temperature - a.bounds.temperature_end) * double(rest);
     }
-    const bool ends = a.options.renoise && a.options.finish && row.step >= row.num_steps - 1;
-    row.sampled = row.temperature > 0 && !a.options.greedy && !ends;
+    row.sampled = row.temperature > 0 && !a.options.greedy;
     const bool filters = (row.top_k > 0 && row.top_k < a.vocabulary) || row.top_p < 1;
-    row.filtered = filters && (row.sampled || a.options.statistics == RemaskChoice::filtered || is_posterior(a));
+    row.filtered = filters && (row.sampled || a.options.statistics == RemaskChoice::filtered);
     return row;
 }
 
@@ -139,19 +124,9 @@ __device__ inline bool reaches(const Remask& a, int64 b, int64 s) {
     return valid(a, b, s) && (!a.editable || a.editable[b * a.editable_row + s * a.editable_place]);
 }
 
-__device__ inline bool is_mask(const Remask& a, int64 b, int64 s) {
-    return a.mask >= 0 && token_at(a, b, s) == a.mask;
-}
-// Whether the step looks at the position: at masks, or at everything in reach. The logits of others are not read.
-__device__ inline bool looks(const Remask& a, int64 b, int64 s) {
-    const bool at_all = a.options.renoise || a.options.has_edit_threshold || a.options.has_remask_threshold;
-    return (at_all || is_mask(a, b, s)) && reaches(a, b, s);
-}
-
-// The mask token's logit in q(x_s | x_t), which gives the mask the probability 1 - leave: from the logarithm of what
-// the tokens' logits sum to.
-__device__ inline float mask_logit(double log_sum, double leave) {
-    return float(log_sum) + float(log1p(-leave) - log(leave));
+// Whether the position waits; the logits of others are not read.
+__device__ inline bool waits(const Remask& a, int64 b, int64 s) {
+    return token_at(a, b, s) == a.mask && reaches(a, b, s);
 }
 
 // --- what kernels leave for each other ------------------------------------------------------------------------------
@@ -165,7 +140,6 @@ struct Partial {
     unsigned best_token;
     float second;     // of what the statistics see
     unsigned wrong;   // NaN or +infinity: the rest may then be anything
-    float all, kept;  // posterior: sums of e^(z - best) of what may be proposed, and tempered of what the filter keeps
     uint64 drawn[2];  // the two best with noise, as `drawn_key` orders them; 0: there is none
 };
 

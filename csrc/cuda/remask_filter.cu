@@ -32,10 +32,9 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == 26384, "_FILTER_SHARED in twotower_kernels/cuda_remask.py");
 
-// f(z) for the position's logits, without the suppressed ones and -infinity; `of_mask` is the mask token's, of the
-// posterior. Every thread takes its share.
+// f(z) for the position's logits, without the suppressed ones and -infinity. Every thread takes its share.
 template <class F>
-__device__ inline void for_logits(const Remask& a, const Logit* logits, float of_mask, Shared& shared, const F& f) {
+__device__ inline void for_logits(const Remask& a, const Logit* logits, Shared& shared, const F& f) {
     constexpr int ahead = 4;  // loads under way
 #pragma unroll 1
     for (int64 first = 0; first < a.vocabulary; first += section) {
@@ -53,13 +52,12 @@ __device__ inline void for_logits(const Remask& a, const Logit* logits, float of
 #pragma unroll
             for (int i = 0; i < ahead; ++i) {
                 const int64 token = base + i * int(blockDim.x), at = token - first;
-                if (z[i] == -infinity() || (hides_mask(a) && token == a.mask)) continue;
+                if (z[i] == -infinity() || (a.options.suppress_mask && token == a.mask)) continue;
                 if (a.suppressed_count > 0 && shared.suppressed[at / 32] >> (at % 32) & 1) continue;
                 f(z[i]);
             }
         }
     }
-    if (threadIdx.x == 0 && of_mask != -infinity()) f(of_mask);
 }
 
 // The largest key of the block's threads.
@@ -73,7 +71,6 @@ __device__ inline unsigned block_max(unsigned key, Shared& shared) {
 }
 __device__ inline double block_sum(double x, Shared& shared) {
     const double sum = warp_sum(x);
-    __syncthreads();  // all have read what an earlier sum left
     if (lane_id() == 0) shared.mass[warp_id()] = sum;
     __syncthreads();
     double all = 0;
@@ -120,8 +117,8 @@ __device__ inline void choose(Shared& shared, int shift, uint64 budget, bool its
 // Of the logits' values (-infinity: none), largest first: the least one for which the weight of the larger ones (with
 // `itself`: and its own) is at most `budget`; at least the largest.
 template <class Value, class Weigh>
-__device__ inline float least_kept(const Remask& a, const Logit* logits, float of_mask, Shared& shared, uint64 budget,
-                                   bool itself, const Value& value_of, const Weigh& weigh) {
+__device__ inline float least_kept(const Remask& a, const Logit* logits, Shared& shared, uint64 budget, bool itself,
+                                   const Value& value_of, const Weigh& weigh) {
     unsigned prefix = 0;
     if (threadIdx.x == 0) shared.above = 0;
 #pragma unroll 1
@@ -131,7 +128,7 @@ __device__ inline float least_kept(const Remask& a, const Logit* logits, float o
         for (int i = threadIdx.x; i < bins + lanes; i += blockDim.x)
             shared.low[i] = shared.high[i] = shared.largest[i] = 0;
         __syncthreads();
-        for_logits(a, logits, of_mask, shared, [&](float z) {
+        for_logits(a, logits, shared, [&](float z) {
             const float value = value_of(z);
             if (value == -infinity()) return;
             const unsigned key = ordered(value);
@@ -150,8 +147,8 @@ __device__ inline float least_kept(const Remask& a, const Logit* logits, float o
 }
 
 // The least logit of the nucleus, of which the best of top-k are at least `among`.
-__device__ inline float nucleus(const Remask& a, const Row& row, const Logit* logits, float of_mask, Shared& shared,
-                                float largest, float among) {
+__device__ inline float nucleus(const Remask& a, const Row& row, const Logit* logits, Shared& shared, float largest,
+                                float among) {
     const float t = temperature_of(row);
     const auto value_of = [&](float z) {
         const float x = a.options.top_p_tempered ? (z - largest) / t : z;
@@ -159,14 +156,13 @@ __device__ inline float nucleus(const Remask& a, const Row& row, const Logit* lo
     };
     const float top = value_of(largest);
     float own = 0;
-    for_logits(a, logits, of_mask, shared, [&](float z) { own += expf(value_of(z) - top); });
+    for_logits(a, logits, shared, [&](float z) { own += expf(value_of(z) - top); });
     const double mass = block_sum(double(own), shared);
     const auto weigh = [&](float x) { return uint64(double(float(double(expf(x - top)) / mass)) * 0x1p62); };
     const uint64 budget = uint64(row.top_p * 0x1p62);
-    const bool itself = !a.options.top_p_keep_crossing;
-    const float least_x = least_kept(a, logits, of_mask, shared, budget, itself, value_of, weigh);
+    const float least_x = least_kept(a, logits, shared, budget, !a.options.top_p_keep_crossing, value_of, weigh);
     unsigned least = 0;  // the largest of keys in reverse
-    for_logits(a, logits, of_mask, shared, [&](float z) {
+    for_logits(a, logits, shared, [&](float z) {
         const unsigned key = ~ordered(z);
         if (z >= among && value_of(z) >= least_x && key > least) least = key;
     });
@@ -174,37 +170,28 @@ __device__ inline float nucleus(const Remask& a, const Row& row, const Logit* lo
 }
 
 extern "C" __global__ void __launch_bounds__(768, 1)
-    remask_filter_kernel(const void* logits, REMASK_PARAMETERS float* least_out, float* mask_out) {
+    remask_filter_kernel(const void* logits, REMASK_PARAMETERS float* least_out) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const Remask a = REMASK_ARGUMENTS;
     const int64 b = blockIdx.x / a.block, s = blockIdx.x % a.block;
-    if (!looks(a, b, s)) return;
+    if (!waits(a, b, s)) return;
     const Row row = row_of(a, b);
     if (!row.filtered) return;
     const Logit* z = static_cast<const Logit*>(a.logits) + b * a.logits_row + s * a.logits_place;
 
     unsigned most = 0;
-    for_logits(a, z, -infinity(), shared, [&](float logit) {
+    for_logits(a, z, shared, [&](float logit) {
         const unsigned key = logit == infinity() ? ~0u : ordered(logit);
         most = key > most ? key : most;
     });
     most = block_max(most, shared);
     float least = -infinity();
     const bool usable = most != 0 && most != ~0u;  // something finite, and nothing else
-    float largest = number(most), of_mask = -infinity();
-    if (usable && is_posterior(a)) {
-        double own = 0;
-        for_logits(a, z, of_mask, shared, [&](float logit) { own += double(expf(logit - largest)); });
-        of_mask =
-            mask_logit(double(largest) + log(block_sum(own, shared)), leave_probability(a, row.step, row.num_steps));
-        largest = fmaxf(largest, of_mask);
-    }
     if (usable && row.top_k > 0 && row.top_k < a.vocabulary)
         least = least_kept(
-            a, z, of_mask, shared, uint64(row.top_k - 1), false, [](float logit) { return logit; },
+            a, z, shared, uint64(row.top_k - 1), false, [](float logit) { return logit; },
             [](float) { return uint64(1); });
-    if (usable && row.top_p < 1)  // a mask that stays for certain has no nucleus of tokens
-        least = largest == infinity() ? largest : nucleus(a, row, z, of_mask, shared, largest, least);
-    if (threadIdx.x == 0) least_out[blockIdx.x] = least, mask_out[blockIdx.x] = of_mask;
+    if (usable && row.top_p < 1) least = nucleus(a, row, z, shared, number(most), least);
+    if (threadIdx.x == 0) least_out[blockIdx.x] = least;
 }

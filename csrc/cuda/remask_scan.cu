@@ -18,28 +18,23 @@
 // 1024 x 131072 in 150 us greedy, where reading takes 125 and the instructions, 20 a token, 95; in 250 us sampled,
 // bound by Philox's products and the bounds of the noise, 25 instructions more.
 //
-// Compiled for LOGIT_TYPE (warp.h), SAMPLED 0 or 1, and POSTERIOR, if it is to be more than 0, 1: the two sums from
-// which the posterior's probability of the mask follows.
+// Compiled for LOGIT_TYPE (warp.h) and SAMPLED 0 or 1.
 #include "remask.h"
 #include "remask_logit.h"
-
-#ifndef POSTERIOR
-#define POSTERIOR 0
-#endif
 
 constexpr int per_thread = 32, width = 16 / int(sizeof(Logit)), vectors = per_thread / width, most_warps = 8;
 
 struct Shared {
     unsigned most[most_warps], scored_most[most_warps];
     Two<unsigned> reached[most_warps];  // by the tokens that were tried
-    float mass[most_warps], drop[most_warps], all[most_warps], kept[most_warps];
+    float mass[most_warps], drop[most_warps];
     int tops[most_warps];
     unsigned best_token[most_warps];
     Two<unsigned> scored[most_warps];
     Two<uint64> drawn[most_warps];
     // and behind it the bits of the piece's suppressed and unscored tokens
 };
-static_assert(sizeof(Shared) == 512 && sizeof(Partial) == 56, "as in twotower_kernels/cuda_remask.py");
+static_assert(sizeof(Shared) == 448 && sizeof(Partial) == 48, "as in twotower_kernels/cuda_remask.py");
 
 // Token i of this thread, counted from the piece's first: width neighbours, then as many a block further.
 __device__ inline int token_of(int i) {
@@ -159,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
     const Remask a = REMASK_ARGUMENTS;
     const unsigned position = blockIdx.x / unsigned(pieces);
     const int64 b = position / unsigned(a.block), s = position % unsigned(a.block);
-    if (!looks(a, b, s)) return;
+    if (!waits(a, b, s)) return;
     const int lane = lane_id(), warps = int(blockDim.x) / lanes, words = int(blockDim.x);
     const int64 begin = int64(blockIdx.x % unsigned(pieces)) * per_thread * blockDim.x;
     const Logit* z = static_cast<const Logit*>(a.logits) + b * a.logits_row + s * a.logits_place;
@@ -172,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
 
     // Which tokens are left out, of all or of the statistics.
     unsigned excluded = 0, scored = ~0u;
-    if (hides_mask(a) && a.mask >= begin && a.mask < begin + int64(per_thread) * blockDim.x) {
+    if (a.options.suppress_mask && a.mask >= begin && a.mask < begin + int64(per_thread) * blockDim.x) {
         const int at = int(a.mask - begin), vector = at / width;
         if (vector % int(blockDim.x) == int(threadIdx.x))
             excluded |= 1u << (vector / int(blockDim.x) * width + at % width);
@@ -224,23 +219,6 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
     }
     token = __reduce_min_sync(whole_warp, token);
 
-#if POSTERIOR
-    float all = 0, all_kept = 0, unused = 0;
-    if (best > -infinity()) {
-        const Exponential plain(1), tempering(temperature_of(row));
-#pragma unroll
-        for (int i = 0; i < per_thread; ++i) {
-            plain.add(x[i] - best, all, unused);
-            all += x[i] == best;
-            if (!(kept >> i & 1)) continue;
-            tempering.add(x[i] - best, all_kept, unused);
-            all_kept += x[i] == best;
-        }
-    }
-    all = warp_sum(all), all_kept = warp_sum(all_kept);
-    if (lane == 0) shared.all[warp_id()] = all, shared.kept[warp_id()] = all_kept;
-#endif
-
     // The sums over tokens below the largest; those that are as large are counted, so that what little there may be
     // beside them is not rounded away.
     if (!SAMPLED) keep_only(x, scored);  // else the draw needs the others still
@@ -290,10 +268,6 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
     tops = warp_sum(has ? shared.tops[lane] : 0);
     const unsigned best_token = __reduce_min_sync(whole_warp, has ? shared.best_token[lane] : ~0u);
     two_scored = warp_two(has ? shared.scored[lane] : Two<unsigned>());
-#if POSTERIOR
-    all = warp_sum(has ? shared.all[lane] : 0.0f), all_kept = warp_sum(has ? shared.kept[lane] : 0.0f);
-    if (lane == 0) out.all = all, out.kept = all_kept;
-#endif
 #if SAMPLED
     const Two<uint64> drawn = warp_two(has && row.sampled ? shared.drawn[lane] : Two<uint64>());
     if (lane == 0) out.drawn[0] = drawn.first, out.drawn[1] = drawn.second;

@@ -1,16 +1,156 @@
 // Stage B of a remasking step: candidates, scores, selection, results. A block for each sequence.
 //
-// First a warp for each position judges it (remask_judge.h). Then a warp for each stretch of positions (one, unless the
-// policy has sub-blocks) ranks its positions, finds how many this step commits and which, and writes. Blocks have some
-// dozens of positions, so a rank is counted, not sorted for: every lane asks for its positions how many of the others
-// come before.
+// First a warp for each position merges what the position's pieces say, a lane for each piece, and judges it. Then a
+// warp for each stretch of positions (one, unless the policy has sub-blocks) ranks its positions, finds how many this
+// step commits and which, and writes. Blocks have some dozens of positions, so a rank is counted, not sorted for: every
+// lane asks for its positions how many of the others come before.
 //
 // Everything is double here, as in the CPU's kernel. Where the definition compares in float32, values and bounds are
 // floats, and each operation on them is rounded to float again: exact for sums, products and quotients of two floats.
 //
 // Predicted, not measured: 3 us on an H200 for 16 positions of 131072 tokens, most of it the launch, one wait for the
 // partials and one for the exponentials of doubles that scale them.
-#include "remask_judge.h"
+#include "remask.h"
+
+// What selection knows of a position; arrays of a block's length in shared memory, 36 bytes a position (_PLACE_BYTES in
+// twotower_kernels/cuda_remask.py).
+struct Places {
+    double* score;
+    float *confidence, *entropy;
+    int *candidate, *rank;
+    int* order;  // of a stretch: its usable places, best first
+    unsigned* is;
+    int* good;  // whether the gate lets it pass
+
+    __device__ bool has(int64 s, unsigned what) const { return is[s] & what; }
+};
+enum : unsigned { within = 1, waiting = 2, usable = 4, drawn = 8 };
+
+__device__ inline Places places_at(uint64* memory, int64 block) {
+    Places p;
+    p.score = reinterpret_cast<double*>(memory);
+    p.confidence = reinterpret_cast<float*>(p.score + block);
+    p.entropy = p.confidence + block;
+    p.candidate = reinterpret_cast<int*>(p.entropy + block);
+    p.rank = p.candidate + block;
+    p.order = p.rank + block;
+    p.is = reinterpret_cast<unsigned*>(p.order + block);
+    p.good = reinterpret_cast<int*>(p.is + block);
+    return p;
+}
+
+// --- one position, by a warp ----------------------------------------------------------------------------------------
+
+// A position's pieces together, as Partial; the same in every lane.
+struct Findings {
+    float top, best, second;
+    double mass, drop;
+    int64 best_token;
+    Two<uint64> drawn;
+    bool wrong;
+};
+
+__device__ inline Findings merged(const Partial* partials, int64 pieces, double t) {
+    Two<uint64> best, drawn;
+    Two<unsigned> scored;
+    bool wrong = false;
+#pragma unroll 1
+    for (int64 p = lane_id(); p < pieces; p += lanes) {
+        const Partial& partial = partials[p];
+        wrong |= partial.wrong != 0;
+        if (wrong) break;
+        best.offer(drawn_key(partial.best, partial.best_token));
+        scored.offer(ordered(partial.top));
+        scored.offer(ordered(partial.second));
+        drawn.offer(partial.drawn[0]);
+        drawn.offer(partial.drawn[1]);
+    }
+    Findings f;
+    f.wrong = __ballot_sync(whole_warp, wrong) != 0;
+    const uint64 first = warp_max(best.first);
+    f.best = drawn_value(first);
+    f.best_token = drawn_token(first);
+    f.drawn = warp_two(drawn);
+    const Two<unsigned> two = warp_two(scored);
+    f.top = number(two.first);
+    f.second = number(two.second);
+    double mass = 0, drop = 0;
+#pragma unroll 1
+    for (int64 p = lane_id(); p < pieces && !f.wrong; p += lanes) {
+        const Partial& partial = partials[p];
+        if (partial.tops == 0) continue;
+        const double own = double(partial.tops) + double(partial.mass);
+        const double by = (double(f.top) - double(partial.top)) / t, factor = exp(-by);
+        mass += factor * own;
+        if (factor > 0) drop += factor * (double(partial.drop) + own * by);
+    }
+    f.mass = warp_sum(mass);
+    f.drop = warp_sum(drop);
+    return f;
+}
+
+__device__ inline float logit_at(const Remask& a, int64 b, int64 s, int64 token) {
+    return number_at<float>(a.logits, a.logits_type, b * a.logits_row + s * a.logits_place + token * a.logits_token);
+}
+
+// The proposal: the caller's, the sample, or the argmax.
+__device__ inline int64 proposal(const Remask& a, const Row& row, int64 b, int64 s, const Findings& f) {
+    if (a.candidates) {
+        const int64 given = a.candidates[b * a.candidates_row + s * a.candidates_place];
+        if (given >= 0 && given < a.vocabulary) return given;
+    }
+    if (!row.sampled) return f.best_token;
+    const int64 first = drawn_token(f.drawn.first), second = drawn_token(f.drawn.second);
+    if (!(drawn_value(f.drawn.first) - drawn_value(f.drawn.second) < 1e-4f)) return first;
+    const Stream stream = stream_of(a, row, b, s);
+    const auto exactly = [&](int64 token) {
+        return double(logit_at(a, b, s, token)) / row.temperature + exact_gumbel(philox_word(stream, unsigned(token)));
+    };
+    const int64 low = first < second ? first : second, high = first < second ? second : first;
+    return exactly(high) > exactly(low) ? high : low;
+}
+
+// The caller's number of a position, or the op's own.
+__device__ inline double position_noise(const Remask& a, const Row& row, int64 b, int64 s) {
+    if (a.rank_noise) return a.rank_noise[b * a.rank_noise_row + s * a.rank_noise_place];
+    return uniform(philox_word(stream_of(a, row, b, s), ranking_draw));
+}
+
+// What one position's logits come to: candidate, confidence, entropy, score; NaN where they are not usable.
+__device__ inline void judge(const Remask& a, const Row& row, int64 b, int64 s, const float* least_kept,
+                             const Partial* partials, int64 pieces, const Places& place) {
+    const bool tempered = a.options.statistics == RemaskChoice::filtered;
+    const double t = double(own_temperature(a, row));
+    const Findings f = merged(partials, pieces, t);
+    if (lane_id() == 0) {  // until it is known to be usable
+        place.candidate[s] = -1;
+        place.score[s] = place.confidence[s] = place.entropy[s] = __uint_as_float(0x7fc00000u);
+    }
+    if (f.wrong || f.mass == 0) return;
+    const int64 candidate = proposal(a, row, b, s, f);
+    float z = candidate == f.best_token ? f.best : logit_at(a, b, s, candidate);
+    const bool suppressed = (a.options.suppress_mask && candidate == a.mask) ||
+                            listed(candidate, a.suppressed, a.suppressed_count) ||
+                            listed(candidate, a.unscored, a.unscored_count);
+    if (suppressed || (tempered && row.filtered && !(z >= *least_kept))) z = -infinity();
+    if (lane_id() > 0) return;
+
+    const auto probability = [&](float logit) { return float(exp((double(logit) - double(f.top)) / t) / f.mass); };
+    const float confidence = probability(z), entropy = float(log(f.mass) + f.drop / f.mass);
+    if (confidence != confidence) return;  // a temperature that is 0 as a float
+    double score = confidence;
+    if (a.options.score == RemaskChoice::margin) score = probability(f.top) - probability(f.second);
+    if (a.options.score == RemaskChoice::neg_entropy) score = -entropy;
+    if (a.options.score == RemaskChoice::random) score = position_noise(a, row, b, s);
+    if (a.options.score == RemaskChoice::leftmost) score = -double(s);
+    const bool coin = a.options.schedule == RemaskChoice::coin && position_noise(a, row, b, s) < row.leave;
+    const bool sits_out = a.options.skip_mask_candidates && candidate == a.mask;
+    place.candidate[s] = int(candidate);
+    place.confidence[s] = confidence;
+    place.entropy[s] = entropy;
+    place.score[s] = score;
+    place.is[s] |= (sits_out ? 0 : usable) | (coin ? drawn : 0);
+}
 
 // --- one stretch of positions, by a warp ----------------------------------------------------------------------------
 
@@ -120,14 +260,12 @@ class Selection {
 
     // What `chosen` has to know of a stretch.
     __device__ void prepare(const Stretch& stretch) {
-        if (finishes() || by_draw()) return;
+        if (finishes() || a_.options.schedule == RemaskChoice::coin) return;
         const int waits = count(stretch, [&](int i) { return place_.has(i, waiting); });
         const int length = count(stretch, [&](int i) { return place_.has(i, within); });
         passed_ = count(stretch, [&](int i) { return place_.good[i]; });
         first_ = lowest(stretch, [&](int i) { return place_.has(i, waiting) ? unsigned(i) : ~0u; });
-        least_ = 0;
-        if (stretch.owes)
-            least_ = a_.options.min_commits + count(stretch, [&](int i) { return place_.has(i, sent_back); });
+        least_ = stretch.owes ? a_.options.min_commits : 0;
         owed_ = 0;
         if (!stretch.owes) return;
         const int64 initial = infers_initial(a_, row_) ? inferred_initial(waits, length) : row_.initial;
@@ -139,7 +277,7 @@ class Selection {
         const RemaskOptions& options = a_.options;
         const bool good = place_.good[i];
         if (finishes()) return true;
-        if (by_draw()) return good || place_.has(i, drawn);
+        if (options.schedule == RemaskChoice::coin) return good || place_.has(i, drawn);
         const int rank = place_.rank[i];
         const bool scheduled = options.window ? i - int64(first_) < owed_ : rank < owed_;
         if (options.combine == RemaskChoice::cap) return (good && scheduled) || rank < least_;
@@ -154,7 +292,6 @@ class Selection {
     }
 
    private:
-    __device__ bool by_draw() const { return a_.options.schedule == RemaskChoice::coin || is_posterior(a_); }
     __device__ bool finishes() const { return a_.options.finish && row_.step >= row_.num_steps - 1; }
     __device__ double value(int i) const {
         return a_.options.gate_on == RemaskChoice::on_score ? place_.score[i] : double(place_.confidence[i]);
@@ -207,57 +344,33 @@ class Selection {
 // Whether stretch k owes its quota: the one before is committed to the fraction that the policy wants.
 __device__ inline bool owes(const Remask& a, int64 b, const Stretch& before, const Places& place) {
     if (!a.options.has_complete_threshold || before.end == before.begin) return true;
-    const int committed = count(before, [&](int i) { return place.has(i, within) && !is_mask(a, b, i); });
+    const int committed = count(before, [&](int i) { return place.has(i, within) && token_at(a, b, i) != a.mask; });
     const int length = count(before, [&](int i) { return place.has(i, within); });
     return double(committed) >= a.bounds.complete_threshold * double(length);
 }
 
-// What becomes of a position: its token, and whether it took its candidate.
-struct Outcome {
-    int64 token;
-    bool written, rejected;  // rejected: it became noise instead
-};
-__device__ inline Outcome outcome(const Remask& a, const Row& row, int64 b, int i, const Places& place, bool takes) {
-    const int64 before = token_at(a, b, i), candidate = place.candidate[i];
-    const bool committed = place.has(i, looked) && !is_mask(a, b, i), returns = place.has(i, sent_back);
-    const bool edited = a.options.has_edit_threshold && committed && !returns &&
-                        place.confidence[i] > float(a.bounds.edit_threshold) && candidate != before;
-    Outcome out = {before, takes || edited, a.options.renoise && place.has(i, usable) && !takes};
-    if (out.written)
-        out.token = candidate;
-    else if (returns)
-        out.token = a.mask;
-    if (out.rejected) out.token = int64(position_noise(a, row, b, i, renoise_draw) * double(a.vocabulary));
-    return out;
-}
-
 extern "C" __global__ void __launch_bounds__(512, 1)
-    remask_select_kernel(const void* logits, REMASK_PARAMETERS const float* least_kept, const float* of_masks,
-                         const Partial* partials, int64 pieces, void* tokens_out, bool* transfer_mask, int64* candidate,
-                         float* confidence, float* entropy, int64* num_masked, bool* done) {
+    remask_select_kernel(const void* logits, REMASK_PARAMETERS const float* least_kept, const Partial* partials,
+                         int64 pieces, void* tokens_out, bool* transfer_mask, int64* candidate, float* confidence,
+                         float* entropy, int64* num_masked, bool* done) {
     SHARED_MEMORY(memory);
     const Remask a = REMASK_ARGUMENTS;
     const int64 b = blockIdx.x;
     const int all = int(a.block), warps = int(blockDim.x) / lanes;
     const Places place = places_at(memory + 1, a.block);
-    unsigned* left = reinterpret_cast<unsigned*>(memory);  // masks that stay, or positions that became noise
+    unsigned* left = reinterpret_cast<unsigned*>(memory);  // masks that stay
     Row row = row_of(a, b);
     row.leave = 0;
-    if (a.options.schedule == RemaskChoice::coin || a.options.schedule == RemaskChoice::truncated || is_posterior(a))
+    if (a.options.schedule == RemaskChoice::coin || a.options.schedule == RemaskChoice::truncated)
         row.leave = leave_probability(a, row.step, row.num_steps);
 
     if (threadIdx.x == 0) *left = 0;
 #pragma unroll 1
     for (int s = warp_id(); s < all; s += warps) {
-        const bool looks_there = looks(a, b, s), masked = is_mask(a, b, s);
-        if (lane_id() == 0) {
-            const bool waits = looks_there && (masked || a.options.renoise);
-            place.is[s] = (valid(a, b, s) ? within : 0) | (looks_there ? looked : 0) | (waits ? waiting : 0);
-        }
+        const bool looked = waits(a, b, s);
+        if (lane_id() == 0) place.is[s] = (valid(a, b, s) ? within : 0) | (looked ? waiting : 0);
         const int64 position = b * a.block + s;
-        if (looks_there)
-            judge(a, row, b, s, least_kept + position, of_masks + position, partials + position * pieces, pieces,
-                  place);
+        if (looked) judge(a, row, b, s, least_kept + position, partials + position * pieces, pieces, place);
     }
     __syncthreads();
 
@@ -274,24 +387,23 @@ extern "C" __global__ void __launch_bounds__(512, 1)
         selection.prepare(stretch);
 #pragma unroll 1
         for (int i = begin + lane_id(); i < stretch.end; i += lanes) {
-            const int64 at = b * a.block + i;
-            const bool is_looked_at = place.has(i, looked);
-            const bool takes = place.has(i, usable) && selection.chosen(stretch, i);
-            const Outcome out = outcome(a, row, b, i, place, takes);
+            const int64 at = b * a.block + i, before = token_at(a, b, i);
+            const bool looked = place.has(i, waiting), takes = place.has(i, usable) && selection.chosen(stretch, i);
+            const int64 after = takes ? place.candidate[i] : before;
             if (a.tokens_type == type_int64)
-                static_cast<int64*>(tokens_out)[at] = out.token;
+                static_cast<int64*>(tokens_out)[at] = after;
             else
-                static_cast<int*>(tokens_out)[at] = int(out.token);
-            transfer_mask[at] = out.written;
-            candidate[at] = is_looked_at ? place.candidate[i] : -1;
-            confidence[at] = is_looked_at ? place.confidence[i] : 0;
-            entropy[at] = is_looked_at ? place.entropy[i] : 0;
-            if (a.options.renoise ? out.rejected : is_looked_at && out.token == a.mask) atomicAdd(left, 1u);
+                static_cast<int*>(tokens_out)[at] = int(after);
+            transfer_mask[at] = takes;
+            candidate[at] = looked ? place.candidate[i] : -1;
+            confidence[at] = looked ? place.confidence[i] : 0;
+            entropy[at] = looked ? place.entropy[i] : 0;
+            if (looked && after == a.mask) atomicAdd(left, 1u);
         }
     }
     __syncthreads();
     if (threadIdx.x == 0) {
         num_masked[b] = *left;
-        done[b] = a.options.renoise ? row.step >= row.num_steps - 1 : *left == 0;
+        done[b] = *left == 0;
     }
 }
