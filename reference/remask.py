@@ -362,6 +362,19 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "llada": dict(batch=2, block=8, vocab=64, num_steps=4, policy=RemaskPolicy.llada()),
         "dream": dict(batch=2, block=8, vocab=64, num_steps=4, top_p=0.9, policy=RemaskPolicy.dream("margin")),
         "posterior": dict(batch=2, block=8, vocab=64, num_steps=4, temperature=1.0, policy=RemaskPolicy.posterior()),
+        "posterior_filtered": dict(
+            **dict(batch=2, block=8, vocab=257, step=2, num_steps=4, temperature=0.9, top_p=0.9, seed=13),
+            policy=RemaskPolicy.posterior("cosine"),
+        ),
+        "editing": dict(
+            **dict(batch=2, block=8, vocab=64, num_steps=4, masked=0.4),
+            policy=RemaskPolicy.llada2(0.6, edit_threshold=0.9, remask_threshold=0.5),
+        ),
+        "renoise": dict(
+            **dict(batch=2, block=8, vocab=64, step=1, num_steps=4, temperature=0.8, seed=14),
+            policy=RemaskPolicy.diffusion_gemma(),
+        ),
+        "whole_sequence": dict(batch=1, block=1500, vocab=33, num_steps=4, masked=0.1, policy=RemaskPolicy.llada()),
         "released_b1": dict(batch=1, block=16, vocab=131072, num_steps=16, policy=RemaskPolicy.twotower(0.8)),
         "released_b64": dict(batch=64, block=16, vocab=131072, num_steps=16, policy=RemaskPolicy.twotower(0.8)),
         "released_b1_sampled": dict(batch=1, block=16, vocab=131072, num_steps=16, temperature=1.0, seed=1),

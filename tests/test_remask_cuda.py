@@ -1,7 +1,7 @@
 """The CUDA C++ kernels of remasking, run on a host: the CPU kernel's demands, and what is peculiar to them."""
 
-import dataclasses
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,16 +20,13 @@ from tests.simt.overlay import cuda_kernels
 from twotower_kernels import cuda, cuda_remask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SMALL = [case for case in CASES["remask"] if not case.startswith("released") and case != "posterior"]
+SMALL = [case for case in CASES["remask"] if not case.startswith("released")]
 
 
-def supported(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a step without what the GPU refuses."""
-    policy, logits = inputs["policy"], inputs["logits"]
-    schedule = "truncated" if policy.schedule == "posterior" else policy.schedule
-    changes = dict(renoise=False, edit_threshold=None, remask_threshold=None, schedule=schedule)
-    logits = logits.float() if logits.dtype == torch.float64 else logits
-    return inputs | {"policy": dataclasses.replace(policy, **changes), "logits": logits}
+def narrowed(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a step without float64 logits, which the GPU refuses."""
+    logits = inputs["logits"]
+    return inputs | {"logits": logits.float() if logits.dtype == torch.float64 else logits}
 
 
 @pytest.mark.parametrize("build", ["plain", "race"])
@@ -41,27 +38,30 @@ def test_every_case(case: str, build: str) -> None:
 
 
 @settings(max_examples=200)
-@given(inputs=steps().map(supported), layout=st.integers(0, 3))
+@given(inputs=steps().map(narrowed), layout=st.integers(0, 3))
 def test_any_step(inputs: dict[str, Any], layout: int) -> None:
     with cuda_kernels():
         assert_step_agrees(inputs, layout=layout)
 
 
+@settings(max_examples=60)
+@given(inputs=steps().map(narrowed), layout=st.integers(0, 3))
+def test_any_step_whose_places_lie_in_scratch(inputs: dict[str, Any], layout: int) -> None:
+    with cuda_kernels(), patch.object(cuda_remask, "_LONGEST", 0):
+        assert_step_agrees(inputs, layout=layout)
+
+
 @settings(max_examples=40)
-@given(inputs=steps().map(supported), layout=st.integers(0, 3))
+@given(inputs=steps().map(narrowed), layout=st.integers(0, 3))
 def test_any_step_is_free_of_races(inputs: dict[str, Any], layout: int) -> None:
     with cuda_kernels(build="race"):
         assert_step_agrees(inputs, layout=layout)
 
 
-@pytest.mark.parametrize("name", [name for name in test_policies.CASES if "posterior" not in name])
+@pytest.mark.parametrize("name", test_policies.CASES)
 def test_recorded_steps_come_out(name: str) -> None:
-    try:
-        with cuda_kernels():
-            assert replay(test_policies.CASES[name], implementation("package")) == []
-    except NotImplementedError as error:
-        assert "judges committed tokens" in str(error)
-        assert name.split(".")[0] in ("llada21", "dinfer", "diffusion_gemma")
+    with cuda_kernels():
+        assert replay(test_policies.CASES[name], implementation("package")) == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -78,6 +78,17 @@ def test_vocabularies_of_whole_vectors_and_of_several_pieces(vocab: int, dtype: 
             assert_step_agrees(inputs, layout=layout)
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.7}])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_the_posterior_over_several_pieces(temperature: float, filters: dict[str, Any]) -> None:
+    """The mask's chance hangs on sums over all pieces, and on whether the filter keeps it."""
+    case = dict(batch=3, block=4, vocab=17001, num_steps=4, temperature=temperature, policy=RemaskPolicy.posterior())
+    inputs = make_inputs("remask", case | filters) | {"step": torch.tensor([1, 2, 3])}
+    with cuda_kernels():
+        left = [assert_step_agrees(inputs | {"seed": seed}).num_masked for seed in range(3)]
+    assert 0 < sum(left)[:2].sum() <= 24 and not sum(left)[2]  # the last step leaves none
+
+
 def test_long_vocabularies_with_a_filter_are_free_of_races() -> None:
     options = dict(temperature=0.9, top_k=60, top_p=0.9, suppress_ids=[5, 8999], confidence_suppress_ids=[6])
     with cuda_kernels(build="race"):
@@ -92,15 +103,18 @@ def test_long_vocabularies_with_a_filter_are_free_of_races() -> None:
     temperature=st.sampled_from([0.02, 0.7, 1.0, 5.0]),
     spread=st.sampled_from([0.0, 0.3, 3.0]),
     dtype=st.sampled_from(DTYPES),
+    policy=st.sampled_from([tt.RemaskPolicy(), tt.RemaskPolicy.posterior(), tt.RemaskPolicy.diffusion_gemma()]),
 )
-def test_the_draws_are_the_cpus(seed, offset, step, temperature, spread, dtype):  # type: ignore[no-untyped-def]
+def test_the_draws_are_the_cpus(seed, offset, step, temperature, spread, dtype, policy):  # type: ignore[no-untyped-def]
+    """Of candidates; of the positions that the posterior leaves, half of them here; of the tokens that are noise."""
     generator = torch.Generator().manual_seed(seed)
     logits = (spread * torch.randn(1, 4, 2000, generator=generator)).to(dtype)
     options = dict(mask_token_id=MASK, num_steps=step + 2, step=step, seed=seed, offset=offset, temperature=temperature)
     tokens = torch.full((1, 4), MASK)
     with cuda_kernels():
-        got = package(logits, tokens, **options)
-    assert got.candidate.equal(package(logits, tokens, **options).candidate)
+        got = package(logits, tokens, policy=policy, **options)
+    want = package(logits, tokens, policy=policy, **options)
+    assert got.candidate.equal(want.candidate) and got.tokens.equal(want.tokens)
 
 
 def test_known_answers_of_philox() -> None:
@@ -108,9 +122,10 @@ def test_known_answers_of_philox() -> None:
         cpu_tests.test_known_answers_of_philox()
 
 
-def test_rows_that_are_not_looked_at_are_not_read() -> None:
+@pytest.mark.parametrize("policy", [RemaskPolicy(), *cpu_tests.JUDGES])
+def test_rows_that_are_not_looked_at_are_not_read(policy: RemaskPolicy) -> None:
     with cuda_kernels():
-        cpu_tests.test_rows_that_are_not_looked_at_are_not_read()
+        cpu_tests.test_rows_that_are_not_looked_at_are_not_read(policy)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -130,12 +145,8 @@ def test_extreme_logits(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("temperature", [1e-50, 1e-44, 1e-39, 1e-30, 1e-3, 1e6])
 def test_extreme_temperatures(temperature: float) -> None:
-    """The smallest is 0 as a float, and nothing is usable; the inverse of the next two is infinite."""
-    for policy in (RemaskPolicy.dream("entropy"), RemaskPolicy.twotower(0.8)):
-        sizes = dict(batch=2, block=3, vocab=70, num_steps=3, seed=3, policy=policy)
-        for filters in ({}, {"top_p": 0.9}):
-            with cuda_kernels():
-                assert_step_agrees(make_inputs("remask", sizes | filters | {"temperature": temperature}))
+    with cuda_kernels():
+        cpu_tests.test_extreme_temperatures(temperature)
 
 
 def test_a_row_alone_gets_the_same_bits() -> None:
@@ -179,21 +190,22 @@ def launches(monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[tuple[Any,
     names = ("step", "num_steps", "top_k", "seed", "offset", "initial_num_masked", "temperature", "top_p", "gate_bound")
     rows = [options.get(name) for name in names]
     whole, real = [0, 1, 0, 0, 0, -1], [options.get("temperature_of_all", 0.0), 1.0, 0.0]
-    logits = torch.empty(2, 16, 131072, device="meta", dtype=options.get("dtype", torch.float32))
-    tokens = torch.empty(2, 16, device="meta", dtype=torch.int32)
+    block = options.get("block", 16)
+    logits = torch.empty(2, block, 131072, device="meta", dtype=options.get("dtype", torch.float32))
+    tokens = torch.empty(2, block, device="meta", dtype=torch.int32)
     lengths = torch.empty(2, device="meta", dtype=torch.int32)
     ids = torch.empty(3, device="meta", dtype=torch.int32)
-    last = [[], ids, [4], None, torch.empty(2, 16, device="meta", dtype=torch.bool), lengths, tokens, None]
+    last = [[], ids, [4], None, torch.empty(2, block, device="meta", dtype=torch.bool), lengths, tokens, None]
     got = cuda_remask.remask(logits, tokens, MASK, *policy.encoded(), whole, real, *rows, *last)
     assert got[0].dtype == torch.int32 and got[3].dtype == torch.float32 and got[5].shape == (2,)
     return made
 
 
 def test_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    logit = {"LOGIT_TYPE": "type_float32"}
-    scan, select = ("remask_scan_kernel", logit | {"SAMPLED": "0"}, 512, 256), ("remask_select_kernel", {}, 2, 512)
+    logit = {"LOGIT_TYPE": "type_float32", "POSTERIOR": "0"}
+    select = ("remask_select_kernel", {"LONG": "0"}, 2, 512)
+    scan, drawn = (("remask_scan_kernel", logit | {"SAMPLED": sampled}, 512, 256) for sampled in "01")
     assert launches(monkeypatch) == [scan, select]
-    drawn = ("remask_scan_kernel", logit | {"SAMPLED": "1"}, 512, 256)
     assert launches(monkeypatch, temperature_of_all=0.5) == [drawn, select]
     rows = torch.empty(2, device="meta")
     assert launches(monkeypatch, temperature=rows) == [drawn, select]
@@ -202,7 +214,22 @@ def test_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launches(monkeypatch, temperature=rows, top_k=rows.long()) == [threads, drawn, select]
     assert launches(monkeypatch, top_p=rows, policy=tt.RemaskPolicy.dream()) == [threads, scan, select]
     half = launches(monkeypatch, dtype=torch.bfloat16)
-    assert half[0][1] == {"LOGIT_TYPE": "type_bfloat16", "SAMPLED": "0"}
+    assert half[0][1] == {"LOGIT_TYPE": "type_bfloat16", "POSTERIOR": "0", "SAMPLED": "0"}
+
+
+def test_what_other_policies_and_long_blocks_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Committed tokens are judged by the same kernels; the posterior has its own builds."""
+    plain = launches(monkeypatch)
+    assert launches(monkeypatch, policy=tt.RemaskPolicy.llada2(edit_threshold=0.9, remask_threshold=0.1)) == plain
+    assert launches(monkeypatch, policy=tt.RemaskPolicy.diffusion_gemma()) == plain
+    logit = {"LOGIT_TYPE": "type_float32", "POSTERIOR": "1"}
+    scan = ("remask_scan_kernel", logit | {"SAMPLED": "0"}, 512, 256)
+    posterior, rows = tt.RemaskPolicy.posterior(), torch.empty(2, device="meta")
+    assert launches(monkeypatch, policy=posterior) == [scan, plain[1]]
+    filtered = launches(monkeypatch, policy=posterior, top_p=rows)  # the argmax may be the mask
+    assert filtered == [("remask_filter_kernel", logit, 32, 512), scan, plain[1]]
+    for block, long in ((1365, "0"), (1366, "1")):
+        assert launches(monkeypatch, block=block)[-1] == ("remask_select_kernel", {"LONG": long}, 2, 512)
 
 
 def test_lists_of_tokens_are_not_copied_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,21 +238,7 @@ def test_lists_of_tokens_are_not_copied_during_a_capture(monkeypatch: pytest.Mon
         cuda_remask._listed((4, 5), torch.device("cuda"))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"policy": tt.RemaskPolicy.posterior()}, "expected another schedule, got 'posterior'"),
-        ({"policy": tt.RemaskPolicy.llada2(edit_threshold=0.9)}, "expected a policy without edit_threshold"),
-        ({"policy": tt.RemaskPolicy.llada2(remask_threshold=0.1)}, "expected a policy without remask_threshold"),
-        ({"policy": tt.RemaskPolicy.diffusion_gemma()}, "expected a policy without renoise"),
-        ({"logits": torch.zeros(1, 2, 9).double()}, "expected float32, bfloat16 or float16 logits, got torch.float64"),
-        (
-            {"logits": torch.zeros(1, 2000, 9), "tokens": torch.full((1, 2000), MASK)},
-            "expected at most 1365 positions, got 2000",
-        ),
-    ],
-)
-def test_what_is_refused(change: dict[str, Any], message: str) -> None:
-    inputs = {"logits": torch.zeros(1, 2, 9), "tokens": torch.full((1, 2), MASK), "mask_token_id": MASK}
-    with cuda_kernels(), pytest.raises(NotImplementedError, match=f"remask on cuda: {message}"):
-        tt.remask(**(inputs | change))
+def test_float64_is_refused() -> None:
+    message = "remask on cuda: expected float32, bfloat16 or float16 logits, got torch.float64"
+    with cuda_kernels(), pytest.raises(NotImplementedError, match=message):
+        tt.remask(torch.zeros(1, 2, 9).double(), torch.full((1, 2), MASK), mask_token_id=MASK)

@@ -1,5 +1,6 @@
 """The remasking kernel: against the specification on every instruction set, dtype, layout and policy; registration."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -122,16 +123,36 @@ def result_of_certainty() -> tt.RemaskResult:
     return tt.remask(logits, torch.full((1, 1), MASK), mask_token_id=MASK)
 
 
-def test_rows_that_are_not_looked_at_are_not_read() -> None:
-    """Committed, fixed and padded positions may hold anything; suppressed tokens too."""
-    inputs = make_inputs("remask", dict(batch=3, block=6, vocab=70, masked=0.5, num_steps=3))
+JUDGES = [RemaskPolicy.llada2(0.6, edit_threshold=0.9, remask_threshold=0.5), RemaskPolicy.diffusion_gemma()]
+
+
+@pytest.mark.parametrize("policy", [RemaskPolicy(), *JUDGES])
+def test_rows_that_are_not_looked_at_are_not_read(policy: RemaskPolicy) -> None:
+    """Committed positions, unless the policy judges them, fixed and padded ones may hold anything; suppressed tokens
+    too."""
+    case = dict(
+        batch=3, block=6, vocab=70, masked=0.5, num_steps=3, policy=dataclasses.replace(policy, suppress_mask=True)
+    )
+    inputs = make_inputs("remask", case)
     inputs |= {"editable": torch.rand(3, 6) < 0.8, "valid_lens": torch.tensor([6, 4, 0]), "suppress_ids": [9]}
     clean = package(**inputs)
-    waits = (inputs["tokens"] == MASK) & inputs["editable"] & (torch.arange(6) < inputs["valid_lens"][:, None])
-    inputs["logits"][~waits] = torch.nan
+    looked = inputs["editable"] & (torch.arange(6) < inputs["valid_lens"][:, None])
+    if policy not in JUDGES:
+        looked &= inputs["tokens"] == MASK
+    assert clean.candidate.ge(0).equal(looked)
+    inputs["logits"][~looked] = torch.nan
     inputs["logits"][..., 9] = math.inf
     inputs["logits"][..., MASK] = torch.nan
     assert all(a.equal(b) for a, b in zip(package(**inputs), clean, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [1e-50, 1e-44, 1e-39, 1e-30, 1e6])
+def test_extreme_temperatures(temperature: float) -> None:
+    """The smallest is 0 as a float, and nothing is usable; the inverse of the next two is infinite."""
+    for policy in (RemaskPolicy.dream("entropy"), RemaskPolicy.twotower(0.8), RemaskPolicy.posterior()):
+        sizes = dict(batch=2, block=3, vocab=70, num_steps=3, seed=3, policy=policy)
+        for filters in ({}, {"top_p": 0.9}):
+            assert_step_agrees(make_inputs("remask", sizes | filters | {"temperature": temperature}))
 
 
 # --- registration ---------------------------------------------------------------------------------------------------

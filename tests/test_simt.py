@@ -146,13 +146,14 @@ def exercise_moe() -> None:
 
 
 def exercise_remask() -> None:
-    """Every path of a step's kernels: two pieces and a filter's two sections; penalties, a gate that few pass."""
+    """Every path of a step's kernels: two pieces and a filter's two sections; penalties, a gate that few pass; the
+    posterior's mask in a nucleus."""
     policy = RemaskPolicy(gate="threshold", gate_bound=0.5, run_threshold=0.3, position_penalty=0.01, min_commits=2)
     lists = dict(suppress_ids=[9, 8600], confidence_suppress_ids=[7])
     sizes = dict(batch=1, block=5, vocab=8700, num_steps=9, temperature=1.0, top_k=90, top_p=0.9, policy=policy)
     with laid_over({"remask": cuda_remask.remask}):
-        for listed in ({}, lists):
-            assert_step_agrees(make_inputs("remask", sizes | listed))
+        for changes in ({}, lists, dict(top_k=0, policy=RemaskPolicy.posterior())):
+            assert_step_agrees(make_inputs("remask", sizes | changes))
 
 
 EXERCISES = {"moe": exercise_moe, "remask": exercise_remask}  # by the first part of the sources' names
@@ -196,7 +197,7 @@ def test_every_barrier_is_needed(source: str, at: int, monkeypatch: pytest.Monke
         ("remask_scan.cu", "    tops = warp_sum(tops);\n", "    if (tops) tops = warp_sum(tops);\n", "waits"),
         ("remask_scan.cu", "% unsigned(pieces)) * per_thread", "% unsigned(pieces)) * (per_thread - 1)", "confidence"),
         ("remask_scan.cu", "(i + j) < size", "(i + j) <= size", "candidate"),  # a guard is NaN
-        ("remask_select.cu", "p < pieces && !f.wrong", "p < pieces - 1 && !f.wrong", "confidence"),
+        ("remask_merge.h", "p < pieces && !f.wrong", "p < pieces - 1 && !f.wrong", "confidence"),
         ("remask_filter.cu", "if (shift < 32 && key >> shift != prefix) return;", "", "tokens"),
     ],
 )

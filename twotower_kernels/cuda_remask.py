@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,31 +18,28 @@ from twotower_kernels.remask_policy import CHOICES, OPTIONS
 
 _TYPES = {torch.float32: "type_float32", torch.bfloat16: "type_bfloat16", torch.float16: "type_float16"}  # in warp.h
 _PER_THREAD = 32  # tokens of a piece that a thread takes
-_PARTIAL_BYTES, _PLACE_BYTES = 48, 36  # Partial in remask.h, Places in remask_select.cu
-_SCAN_SHARED = 448  # bytes of Shared in remask_scan.cu; two bits for each token come behind it
+_PARTIAL_BYTES, _PLACE_BYTES = 64, 36  # Partial in remask.h, Places in remask_selection.h
+_SCAN_SHARED = 544  # bytes of Shared in remask_scan.cu; two bits for each token come behind it
 _FILTER_SHARED = 26_384  # bytes of Shared in remask_filter.cu
-_LONGEST = (cuda.SHARED_LIMIT - 8) // _PLACE_BYTES  # block whose places fit into shared memory
+_LONGEST = (cuda.SHARED_LIMIT - 8) // _PLACE_BYTES  # positions whose places fit into shared memory
 
 _GREEDY, _STATISTICS, _SCHEDULE = (OPTIONS.index(name) for name in ("greedy", "statistics", "schedule"))
 _FILTERED, _POSTERIOR = CHOICES["statistics"].index("filtered"), CHOICES["schedule"].index("posterior")
-_RENOISE, _EDIT, _REMASK = OPTIONS.index("renoise"), len(OPTIONS) + 4, len(OPTIONS) + 5
 
 
 def remask(*arguments: Any) -> tuple[Tensor, ...]:
     """The step in two launches, three with top-k or top-p. What tensors hold is not checked: looking would wait.
 
     Raises:
-        NotImplementedError: float64 logits, a block that is too long, or a policy with the posterior, edit_threshold,
-            remask_threshold or renoise.
+        NotImplementedError: float64 logits.
     """
     a = Arguments(*arguments)
     logits, tokens = a.logits, a.tokens
-    _refuse(logits, a.options)
+    if logits.dtype not in _TYPES:
+        raise NotImplementedError(f"remask on cuda: expected float32, bfloat16 or float16 logits, got {logits.dtype}")
     batch, block, vocabulary = logits.shape
     out = results(logits, tokens)
-    if batch * block == 0:
-        out[5].zero_()
-        out[6].fill_(True)
+    if batch == 0:
         return out
     columns: list[cuda.Argument] = []
     for name, rows, number in zip(PER_ROW, a.per_row, [*a.whole, *map(float, a.real)], strict=True):
@@ -67,33 +65,25 @@ def remask(*arguments: Any) -> tuple[Tensor, ...]:
     partials = logits.new_empty((batch * block * pieces, _PARTIAL_BYTES // 8), dtype=torch.int64)
     sampled = not a.options[_GREEDY] and (a.temperature is not None or a.real[0] > 0)
     some_filter = a.top_k is not None or 0 < a.whole[2] < vocabulary or a.top_p is not None or a.real[1] < 1
-    least_kept = None
-    if some_filter and (sampled or a.options[_STATISTICS] == _FILTERED):
-        least_kept = logits.new_empty(batch * block, dtype=torch.float32)
-        kernel = Kernel("remask_filter", "remask_filter_kernel", _defines(logits.dtype))
-        threads = 32 * min(24, -(-vocabulary // (32 * _PER_THREAD)))
-        cuda.launch(kernel, batch * block, threads, _FILTER_SHARED, (*common, least_kept))
-    kernel = Kernel("remask_scan", "remask_scan_kernel", _defines(logits.dtype, sampled))
-    shared = _SCAN_SHARED + 2 * 4 * 32 * warps
-    cuda.launch(kernel, batch * block * pieces, 32 * warps, shared, (*common, least_kept, partials, pieces))
-    kernel = Kernel("remask_select", "remask_select_kernel")
-    threads = 32 * min(16, block)
-    cuda.launch(kernel, batch, threads, 8 + _PLACE_BYTES * block, (*common, least_kept, partials, pieces, *out))
+    posterior = a.options[_SCHEDULE] == _POSTERIOR
+    filters = None
+    if block > 0 and some_filter and (sampled or posterior or a.options[_STATISTICS] == _FILTERED):
+        filters = logits.new_empty((batch * block, 2), dtype=torch.float32)  # Filter in remask.h
+        kernel = Kernel("remask_filter", "remask_filter_kernel", _filter_defines(logits.dtype, posterior))
+        threads = 32 * min(16 if posterior else 24, -(-vocabulary // (32 * _PER_THREAD)))
+        cuda.launch(kernel, batch * block, threads, _FILTER_SHARED, (*common, filters))
+    if block > 0:
+        kernel = Kernel("remask_scan", "remask_scan_kernel", _scan_defines(logits.dtype, posterior, sampled))
+        shared = _SCAN_SHARED + 2 * 4 * 32 * warps
+        cuda.launch(kernel, batch * block * pieces, 32 * warps, shared, (*common, filters, partials, pieces))
+    fits = block <= _LONGEST
+    words = -(-_PLACE_BYTES * block // 8)  # of the places, of 8 bytes
+    scratch = None if fits else logits.new_empty((batch, words), dtype=torch.int64)
+    kernel = Kernel("remask_select", "remask_select_kernel", _select_defines(not fits))
+    shared = 8 if scratch is not None else 8 * (1 + words)
+    arguments = (*common, filters, partials, pieces, scratch, words, *out)
+    cuda.launch(kernel, batch, 32 * max(1, min(16, block)), shared, arguments)
     return out
-
-
-def _refuse(logits: Tensor, options: list[int]) -> None:
-    if logits.dtype not in _TYPES:
-        raise NotImplementedError(f"remask on cuda: expected float32, bfloat16 or float16 logits, got {logits.dtype}")
-    if logits.shape[1] > _LONGEST:
-        raise NotImplementedError(f"remask on cuda: expected at most {_LONGEST} positions, got {logits.shape[1]}")
-    if options[_SCHEDULE] == _POSTERIOR:
-        raise NotImplementedError("remask on cuda: expected another schedule, got 'posterior'")
-    for name, place in (("edit_threshold", _EDIT), ("remask_threshold", _REMASK), ("renoise", _RENOISE)):
-        if options[place]:
-            raise NotImplementedError(
-                f"remask on cuda: expected a policy without {name}, which judges committed tokens"
-            )
 
 
 def _column(rows: Tensor | None, number: int | float, dtype: torch.dtype, batch: int) -> list[cuda.Argument]:
@@ -128,15 +118,23 @@ def _listed(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
-def _defines(dtype: torch.dtype, sampled: bool | None = None) -> tuple[tuple[str, str], ...]:
-    logit = (("LOGIT_TYPE", _TYPES[dtype]),)
-    return logit if sampled is None else (*logit, ("SAMPLED", str(int(sampled))))
+def _filter_defines(dtype: torch.dtype, posterior: bool) -> tuple[tuple[str, str], ...]:
+    return (("LOGIT_TYPE", _TYPES[dtype]), ("POSTERIOR", str(int(posterior))))
+
+
+def _scan_defines(dtype: torch.dtype, posterior: bool, sampled: bool) -> tuple[tuple[str, str], ...]:
+    return (*_filter_defines(dtype, posterior), ("SAMPLED", str(int(sampled))))
+
+
+def _select_defines(long: bool) -> tuple[tuple[str, str], ...]:
+    return (("LONG", str(int(long))),)
 
 
 def builds() -> Iterator[tuple[str, tuple[tuple[str, str], ...]]]:
     """Source and macros of everything that the launcher asks for."""
-    yield "remask_select", ()
-    for dtype in _TYPES:
-        yield "remask_filter", _defines(dtype)
+    for long in (False, True):
+        yield "remask_select", _select_defines(long)
+    for dtype, posterior in product(_TYPES, (False, True)):
+        yield "remask_filter", _filter_defines(dtype, posterior)
         for sampled in (False, True):
-            yield "remask_scan", _defines(dtype, sampled)
+            yield "remask_scan", _scan_defines(dtype, posterior, sampled)

@@ -18,10 +18,6 @@ namespace TT_ISA {
 
 namespace {
 
-bool judges_all(const RemaskOptions& options) {
-    return options.renoise || options.has_edit_threshold || options.has_remask_threshold;
-}
-
 template <class T>
 T& at(const View& view, int64_t b, int64_t s) {
     return view.as<T>()[b * view.stride[0] + s * view.stride[1]];
@@ -55,38 +51,23 @@ int64_t proposal(const Remask& a, const RemaskRow& row, int64_t b, int64_t s, co
     return exactly(high) > exactly(low) ? high : low;
 }
 
-// The probability that a draw of the posterior is a token and not the mask.
-template <class X>
-double token_probability(const Scan<X>& scan, const RemaskRow& row, int64_t mask, const Findings<Wide<X>>& f) {
-    using W = Wide<X>;
-    const W z = scan.mask_logit(row, f);
-    if (!(row.temperature > 0)) {
-        const bool mask_wins = z > f.best.value || (z == f.best.value && mask < f.best.token);
-        return mask_wins ? 0 : 1;
-    }
-    if (z == infinity<W>) return 0;
-    if (!f.mask_kept) return 1;
-    if (f.kept.mass == 0) return 0;
-    const double ahead = (double(z) - double(f.kept.top)) / row.temperature;  // of the mask, against the sum's top
-    return double(W(ahead > 0 ? f.kept.mass * ::exp(-ahead) / (f.kept.mass * ::exp(-ahead) + 1)
-                              : f.kept.mass / (f.kept.mass + ::exp(ahead))));
-}
-
 // What one position's logits come to: confidence, entropy, score; NaN where they are not usable.
 template <class X>
 void judge(const Remask& a, const Scan<X>& scan, const RemaskRow& row, int64_t b, int64_t s, const Findings<Wide<X>>& f,
            RemaskPlace& place) {
     using W = Wide<X>;
     const bool posterior = a.options.schedule == RemaskChoice::posterior;
-    const bool mask_is_certain =
-        posterior && a.options.statistics == RemaskChoice::filtered && scan.mask_logit(row, f) == infinity<W>;
+    const W mask = posterior ? f.mask_logit(row.leave) : -infinity<W>;
+    const bool mask_is_certain = a.options.statistics == RemaskChoice::filtered && mask == infinity<W>;
     place.candidate = -1;
     place.score = place.confidence = place.entropy = __builtin_nan("");
     if (f.wrong || f.sum.mass == 0 || mask_is_certain) return;
-    const int64_t candidate = place.candidate = proposal<X>(a, row, b, s, f);
+    const int64_t candidate = proposal<X>(a, row, b, s, f);
     const double t = double(scan.own_temperature(row)), top = double(f.sum.top);
     const auto probability = [&](W z) { return double(W(::exp((double(z) - top) / t) / f.sum.mass)); };
     place.confidence = probability(scan.scored_logit(row, b, s, candidate, f));
+    if (place.confidence != place.confidence) return;  // a temperature that is 0 as a float
+    place.candidate = candidate;
     place.entropy = double(W(f.sum.entropy()));
     switch (a.options.score) {
         case RemaskChoice::confidence: place.score = place.confidence; break;
@@ -97,23 +78,11 @@ void judge(const Remask& a, const Scan<X>& scan, const RemaskRow& row, int64_t b
         case RemaskChoice::random: place.score = position_noise(a, row, b, s, ranking_draw); break;
         default: place.score = -double(s);
     }
-    if (a.options.schedule == RemaskChoice::coin)
-        place.drawn = position_noise(a, row, b, s, ranking_draw) < row.leave;
-    else if (posterior)
-        place.drawn =
-            position_noise(a, row, b, s, posterior_draw) < token_probability<X>(scan, row, a.mask_token_id, f);
-}
-
-// Who waits and who may be chosen.
-template <class W>
-void enlist(const Remask& a, RemaskPlace& place) {
-    const RemaskOptions& options = a.options;
-    place.sent_back = options.has_remask_threshold && place.looked && !place.masked &&
-                      place.confidence < double(W(a.bounds.remask_threshold));
-    place.waiting = options.renoise ? place.looked : (place.looked && place.masked) || place.sent_back;
-    place.usable = place.waiting && place.confidence == place.confidence;
-    if (options.skip_mask_candidates && a.mask_token_id >= 0 && place.candidate == a.mask_token_id)
-        place.usable = false;
+    if (a.options.schedule == RemaskChoice::coin) place.drawn = position_noise(a, row, b, s, ranking_draw) < row.leave;
+    if (!posterior) return;
+    const bool mask_best = mask > f.best.value || (mask == f.best.value && a.mask_token_id < f.best.token);
+    const Posterior<W> q = {mask, mask_best, f.mask_kept, f.kept.top, f.kept.mass};
+    place.drawn = position_noise(a, row, b, s, posterior_draw) < token_probability(q, row.temperature);
 }
 
 void choose(const Remask& a, const RemaskSelection& selection, const RemaskRow& row, RemaskPlace* place, int64_t block,
@@ -148,18 +117,11 @@ void write_row(const Remask& a, const RemaskRow& row, int64_t b, const RemaskPla
     int64_t left = 0;
     for (int64_t s = 0; s < block; ++s) {
         const RemaskPlace& p = place[s];
-        const int64_t before = token_at(a, b, s);
-        const bool edited = options.has_edit_threshold && p.looked && !p.masked && !p.sent_back &&
-                            p.confidence > double(W(a.bounds.edit_threshold)) && p.candidate != before;
-        const bool written = p.chosen || edited;
-        int64_t after = written ? p.candidate : p.sent_back ? a.mask_token_id : before;
-        if (options.renoise && p.usable && !p.chosen) {
-            after = int64_t(position_noise(a, row, b, s, renoise_draw) * double(a.logits.size[2]));
-            ++left;
-        }
-        if (!options.renoise && reaches(a, row, b, s) && after == a.mask_token_id) ++left;
-        write_token(a, b, s, after);
-        at<bool>(a.transfer_mask, b, s) = written;
+        const auto uniform = [&] { return position_noise(a, row, b, s, renoise_draw); };
+        const RemaskOutcome o = outcome<W>(a, a.mask_token_id, a.logits.size[2], p, p.chosen, uniform);
+        left += o.left;
+        write_token(a, b, s, o.token);
+        at<bool>(a.transfer_mask, b, s) = o.written;
         at<int64_t>(a.candidate, b, s) = p.looked ? p.candidate : -1;
         at<W>(a.confidence, b, s) = p.looked ? W(p.confidence) : W(0);
         at<W>(a.entropy, b, s) = p.looked ? W(p.entropy) : W(0);
@@ -187,7 +149,8 @@ void step(const Remask& a) {
             RemaskPlace& place = places[i] = RemaskPlace();
             place.candidate = -1;
             place.valid = s < rows[b].length;
-            place.masked = a.mask_token_id >= 0 && token_at(a, b, s) == a.mask_token_id;
+            place.before = token_at(a, b, s);
+            place.masked = a.mask_token_id >= 0 && place.before == a.mask_token_id;
             place.looked = reaches(a, rows[b], b, s) && (all || place.masked);
             if (place.looked) slot[i] = count, looked[count++] = i;
         }
@@ -222,7 +185,9 @@ void step(const Remask& a) {
                         f->merge(f[p], scan.temperature(row), scan.own_temperature(row));
                     judge<X>(a, scan, row, b, s, *f, place[s]);
                 }
-                enlist<W>(a, place[s]);
+                place[s].sent_back = sent_back<W>(a, place[s]);
+                place[s].waiting = waits<W>(a, place[s]);
+                place[s].usable = usable<W>(a, a.mask_token_id, place[s]);
             }
             choose(a, selection, row, place, block, room);
             write_row<W>(a, row, b, place, block);

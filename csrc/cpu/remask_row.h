@@ -33,18 +33,7 @@ inline RemaskRow remask_row(const Remask& a, int64_t b) {
     row.top_p = real(a.top_p, a.real.top_p);
     row.gate_bound = real(a.gate_bound, a.real.gate_bound);
     row.leave = leave_probability(a, row.step, row.num_steps);
-    if (a.options.has_temperature_end && row.temperature > 0) {
-        const int64_t left = larger(row.num_steps - row.step, int64_t(0));
-        const float rest = float(left) / float(row.num_steps);  // a quotient of integers is float32 in the definition
-        row.temperature = a.bounds.temperature_end + (row.temperature - a.bounds.temperature_end) * double(rest);
-    }
-    const bool ends = a.options.renoise && a.options.finish && row.step >= row.num_steps - 1;
-    row.sampled = row.temperature > 0 && !a.options.greedy && !ends;
-    const int64_t vocabulary = a.logits.size[2];
-    const bool filters = (row.top_k > 0 && row.top_k < vocabulary) || row.top_p < 1;
-    const bool matters =
-        row.sampled || a.options.statistics == RemaskChoice::filtered || a.options.schedule == RemaskChoice::posterior;
-    row.filtered = filters && matters;
+    derive(a, a.logits.size[2], row);
     return row;
 }
 

@@ -75,8 +75,11 @@ struct Findings {
     Sum<W> kept;                                     // posterior: of what the filter keeps, tempered
     W largest = -infinity<W>;                        // of all that is filtered: x is tempered from here
     W least = -infinity<W>, least_x = -infinity<W>;  // of the filter: of z by top-k, of x by top-p
-    bool mask_kept = true, none_kept = false;        // posterior: whether the filter keeps the mask, or only it
+    bool mask_kept = true, none_kept = false;        // whether the filter keeps the posterior's mask; no token
     bool wrong = false;                              // NaN or +infinity; the rest may then be anything
+
+    // Of the posterior.
+    W mask_logit(double leave) const { return tt::TT_ISA::mask_logit<W>(double(all.top) + all.log(), leave); }
 
     void merge(const Findings& o, W t, W own) {
         wrong |= o.wrong;
@@ -173,7 +176,7 @@ class Scan {
         f.largest = f.best.value;
         if (f.wrong || f.largest == -infinity<W>) return f;
         if (posterior_) {
-            z[a_.mask_token_id] = mask_logit(row, f);
+            z[a_.mask_token_id] = f.mask_logit(row.leave);
             f.largest = larger(f.largest, z[a_.mask_token_id]);
         }
         find_filter(row, z, x, weight, f);
@@ -191,11 +194,6 @@ class Scan {
             after_filter(row, noise, y, n, base, peak<W>(y, padded(n)), heat, f);
         }
         return f;
-    }
-
-    // The mask token's logit in q(x_s | x_t): it gives the mask the probability 1 - leave.
-    W mask_logit(const RemaskRow& row, const Findings<W>& f) const {
-        return W(double(f.all.top) + f.all.log()) + W(::log1p(-row.leave) - ::log(row.leave));
     }
 
     bool keeps(const RemaskRow& row, W z, const Findings<W>& f) const {
@@ -354,10 +352,9 @@ class Scan {
             f.least = least_kept<W>(x, nullptr, v, double(row.top_k - 1), false);
         }
         if (row.top_p >= 1) return;
-        if (f.largest == infinity<W>) {  // the posterior of a mask that stays for certain has no nucleus of tokens
-            f.none_kept = true;
-            return;
-        }
+        // The posterior of a mask that stays for certain has no nucleus, nor what is divided by a temperature of 0.
+        f.none_kept = f.largest == infinity<W> || (a_.options.top_p_tempered && temperature(row) == 0);
+        if (f.none_kept) return;
         Sum<W> total;
         for (int64_t i = 0; i < v; ++i) {
             const W value = nucleus_value(row, z[i], f);

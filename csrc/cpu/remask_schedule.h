@@ -1,4 +1,5 @@
-// How many positions a step owes: what csrc/cuda/remask_schedule.h, which both kernels share, makes of a policy.
+// What both kernels share and makes of a policy what a step does: how many positions it owes (remask_schedule.h), and
+// what becomes of a row's and a position's numbers (remask_rule.h), both in csrc/cuda.
 #pragma once
 
 #include <cmath>
@@ -12,6 +13,7 @@ namespace TT_ISA {
 REMASK_FUNCTION double quarter_cosine(double t) {
     return ::cos(1.5707963267948966 * t);  // pi / 2
 }
+#include "../cuda/remask_rule.h"
 #include "../cuda/remask_schedule.h"
 
 }  // namespace TT_ISA

@@ -12,10 +12,9 @@ namespace tt {
 namespace TT_ISA {
 
 // What selection knows of a position.
-struct RemaskPlace {
-    double score, confidence, entropy;
-    int64_t candidate;
-    bool valid, looked, masked, sent_back, waiting, usable, drawn, gate, chosen;
+struct RemaskPlace : RemaskPosition {
+    double score, entropy;
+    bool valid, sent_back, waiting, usable, drawn, gate, chosen;
 };
 
 // Scratch of one thread for rows of n positions: the usable positions in order, and the merge sort's other half.

@@ -5,7 +5,7 @@
 #include "warp.h"
 
 // Token numbers reserved for draws that belong to a position.
-constexpr unsigned ranking_draw = 0xffffffffu;
+constexpr unsigned ranking_draw = 0xffffffffu, posterior_draw = 0xfffffffeu, renoise_draw = 0xfffffffdu;
 
 // The draws of one position in one step; the rest of the counter is the token.
 struct Stream {

@@ -3,7 +3,8 @@
 //
 //     remask_filter.cu  where top-k or top-p are asked for: the least logit that each position keeps
 //     remask_scan.cu    reads the logits once, all processors over pieces of positions: what a piece says
-//     remask_select.cu  merges the pieces of each position, scores the positions, selects, writes; a block per sequence
+//     remask_select.cu  merges the pieces of each position (remask_merge.h), scores the positions, selects
+//                       (remask_selection.h), writes; a block per sequence
 #pragma once
 
 #include "philox.h"
@@ -13,6 +14,7 @@ REMASK_FUNCTION double quarter_cosine(double t) {  // cos itself keeps room for 
     return cospi(0.5 * t);
 }
 #include "remask_policy.h"
+#include "remask_rule.h"
 #include "remask_schedule.h"
 
 __device__ inline float infinity() {
@@ -86,14 +88,7 @@ __device__ inline Row row_of(const Remask& a, int64 b) {
     row.temperature = REMASK_AT(a, temperature, b);
     row.top_p = REMASK_AT(a, top_p, b);
     row.gate_bound = REMASK_AT(a, gate_bound, b);
-    if (a.options.has_temperature_end && row.temperature > 0) {
-        const int64 left = row.num_steps > row.step ? row.num_steps - row.step : 0;
-        const float rest = float(left) / float(row.num_steps);  // a quotient of integers is float in the definition
-        row.temperature = a.bounds.temperature_end + (row.temperature - a.bounds.temperature_end) * double(rest);
-    }
-    row.sampled = row.temperature > 0 && !a.options.greedy;
-    const bool filters = (row.top_k > 0 && row.top_k < a.vocabulary) || row.top_p < 1;
-    row.filtered = filters && (row.sampled || a.options.statistics == RemaskChoice::filtered);
+    derive(a, a.vocabulary, row);
     return row;
 }
 
@@ -124,12 +119,23 @@ __device__ inline bool reaches(const Remask& a, int64 b, int64 s) {
     return valid(a, b, s) && (!a.editable || a.editable[b * a.editable_row + s * a.editable_place]);
 }
 
-// Whether the position waits; the logits of others are not read.
-__device__ inline bool waits(const Remask& a, int64 b, int64 s) {
-    return token_at(a, b, s) == a.mask && reaches(a, b, s);
+__device__ inline bool masked(const Remask& a, int64 b, int64 s) {
+    return a.mask >= 0 && token_at(a, b, s) == a.mask;
+}
+
+// Whether the position is looked at: it holds a mask, or the policy judges committed ones. The logits of others are not
+// read.
+__device__ inline bool looked(const Remask& a, int64 b, int64 s) {
+    return (masked(a, b, s) || judges_all(a.options)) && reaches(a, b, s);
 }
 
 // --- what kernels leave for each other ------------------------------------------------------------------------------
+
+// What the filter finds of a position.
+struct Filter {
+    float least;  // the least logit that it keeps; +infinity: it keeps no token
+    float mask;   // of the posterior: the mask token's logit
+};
 
 // What a piece of a position says. Sums are over what the statistics see and lies below `top`, which `tops` tokens
 // have: of e^u and of -u e^u, u = (z - top) / t.
@@ -141,6 +147,10 @@ struct Partial {
     float second;     // of what the statistics see
     unsigned wrong;   // NaN or +infinity: the rest may then be anything
     uint64 drawn[2];  // the two best with noise, as `drawn_key` orders them; 0: there is none
+    // Of the posterior: sums of e^(z - best) over what may be proposed, of e^((z - best) / temperature) over what of it
+    // the filter keeps, both below `best`, which `bests` tokens have.
+    float all, kept;
+    unsigned bests;
 };
 
 // Larger for larger values, and among equals for lower tokens.

@@ -9,7 +9,9 @@
 // Predicted, not measured: 131072 tokens on an H200 in 80 us with top-k, 150 us with top-p, for up to 132 positions at
 // once: 4 and 6 passes, each of which one processor reads out of the L2 in 20 us.
 //
-// Compiled for LOGIT_TYPE (warp.h).
+// Under the posterior the mask token is filtered with the others, by the logit that a pass of its own finds for it.
+//
+// Compiled for LOGIT_TYPE (warp.h) and POSTERIOR 0 or 1.
 #include "remask.h"
 #include "remask_logit.h"
 
@@ -32,33 +34,42 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == 26384, "_FILTER_SHARED in twotower_kernels/cuda_remask.py");
 
-// f(z) for the position's logits, without the suppressed ones and -infinity. Every thread takes its share.
-template <class F>
-__device__ inline void for_logits(const Remask& a, const Logit* logits, Shared& shared, const F& f) {
-    constexpr int ahead = 4;  // loads under way
+// What is filtered: a position's logits, without the suppressed ones and -infinity, and the posterior's mask.
+struct Values {
+    const Remask& a;
+    const Logit* logits;
+    Shared& shared;
+    float mask;  // -infinity: none
+
+    // f(z) for each of them. Every thread takes its share.
+    template <class F>
+    __device__ void each(const F& f) const {
+        constexpr int ahead = 4;  // loads under way
 #pragma unroll 1
-    for (int64 first = 0; first < a.vocabulary; first += section) {
-        const int64 end = a.vocabulary < first + section ? a.vocabulary : first + section;
-        if (a.suppressed_count > 0)
-            mark(shared.suppressed, int(end - first + 31) / 32, first, a.suppressed, a.suppressed_count);
+        for (int64 first = 0; first < a.vocabulary; first += section) {
+            const int64 end = a.vocabulary < first + section ? a.vocabulary : first + section;
+            if (a.suppressed_count > 0)
+                mark(shared.suppressed, int(end - first + 31) / 32, first, a.suppressed, a.suppressed_count);
 #pragma unroll 1
-        for (int64 base = first + threadIdx.x; base < end; base += ahead * blockDim.x) {
-            float z[ahead];
+            for (int64 base = first + threadIdx.x; base < end; base += ahead * blockDim.x) {
+                float z[ahead];
 #pragma unroll
-            for (int i = 0; i < ahead; ++i) {
-                const int64 token = base + i * int(blockDim.x);
-                z[i] = token < end ? widen(logits[token * a.logits_token]) : -infinity();
-            }
+                for (int i = 0; i < ahead; ++i) {
+                    const int64 token = base + i * int(blockDim.x);
+                    z[i] = token < end ? widen(logits[token * a.logits_token]) : -infinity();
+                }
 #pragma unroll
-            for (int i = 0; i < ahead; ++i) {
-                const int64 token = base + i * int(blockDim.x), at = token - first;
-                if (z[i] == -infinity() || (a.options.suppress_mask && token == a.mask)) continue;
-                if (a.suppressed_count > 0 && shared.suppressed[at / 32] >> (at % 32) & 1) continue;
-                f(z[i]);
+                for (int i = 0; i < ahead; ++i) {
+                    const int64 token = base + i * int(blockDim.x), at = token - first;
+                    if (z[i] == -infinity() || (a.options.suppress_mask && token == a.mask)) continue;
+                    if (a.suppressed_count > 0 && shared.suppressed[at / 32] >> (at % 32) & 1) continue;
+                    f(z[i]);
+                }
             }
         }
+        if (POSTERIOR && threadIdx.x == 0 && mask > -infinity()) f(mask);
     }
-}
+};
 
 // The largest key of the block's threads.
 __device__ inline unsigned block_max(unsigned key, Shared& shared) {
@@ -69,7 +80,9 @@ __device__ inline unsigned block_max(unsigned key, Shared& shared) {
     for (int w = 0; w < int(blockDim.x) / lanes; ++w) all = shared.most[w] > all ? shared.most[w] : all;
     return all;
 }
+// Begins with a barrier, so that it may follow itself.
 __device__ inline double block_sum(double x, Shared& shared) {
+    __syncthreads();
     const double sum = warp_sum(x);
     if (lane_id() == 0) shared.mass[warp_id()] = sum;
     __syncthreads();
@@ -114,11 +127,12 @@ __device__ inline void choose(Shared& shared, int shift, uint64 budget, bool its
     shared.prefix = shared.largest[slot(bins - 1 - int(chosen))] >> shift;
 }
 
-// Of the logits' values (-infinity: none), largest first: the least one for which the weight of the larger ones (with
-// `itself`: and its own) is at most `budget`; at least the largest.
+// Of what value_of makes of them (-infinity: none), largest first: the least one for which the weight of the larger
+// ones (with `itself`: and its own) is at most `budget`; at least the largest.
 template <class Value, class Weigh>
-__device__ inline float least_kept(const Remask& a, const Logit* logits, Shared& shared, uint64 budget, bool itself,
-                                   const Value& value_of, const Weigh& weigh) {
+__device__ inline float least_kept(const Values& values, uint64 budget, bool itself, const Value& value_of,
+                                   const Weigh& weigh) {
+    Shared& shared = values.shared;
     unsigned prefix = 0;
     if (threadIdx.x == 0) shared.above = 0;
 #pragma unroll 1
@@ -128,7 +142,7 @@ __device__ inline float least_kept(const Remask& a, const Logit* logits, Shared&
         for (int i = threadIdx.x; i < bins + lanes; i += blockDim.x)
             shared.low[i] = shared.high[i] = shared.largest[i] = 0;
         __syncthreads();
-        for_logits(a, logits, shared, [&](float z) {
+        values.each([&](float z) {
             const float value = value_of(z);
             if (value == -infinity()) return;
             const unsigned key = ordered(value);
@@ -147,8 +161,8 @@ __device__ inline float least_kept(const Remask& a, const Logit* logits, Shared&
 }
 
 // The least logit of the nucleus, of which the best of top-k are at least `among`.
-__device__ inline float nucleus(const Remask& a, const Row& row, const Logit* logits, Shared& shared, float largest,
-                                float among) {
+__device__ inline float nucleus(const Values& values, const Row& row, float largest, float among) {
+    const Remask& a = values.a;
     const float t = temperature_of(row);
     const auto value_of = [&](float z) {
         const float x = a.options.top_p_tempered ? (z - largest) / t : z;
@@ -156,42 +170,50 @@ __device__ inline float nucleus(const Remask& a, const Row& row, const Logit* lo
     };
     const float top = value_of(largest);
     float own = 0;
-    for_logits(a, logits, shared, [&](float z) { own += expf(value_of(z) - top); });
-    const double mass = block_sum(double(own), shared);
+    values.each([&](float z) { own += expf(value_of(z) - top); });
+    const double mass = block_sum(double(own), values.shared);
     const auto weigh = [&](float x) { return uint64(double(float(double(expf(x - top)) / mass)) * 0x1p62); };
     const uint64 budget = uint64(row.top_p * 0x1p62);
-    const float least_x = least_kept(a, logits, shared, budget, !a.options.top_p_keep_crossing, value_of, weigh);
+    const float least_x = least_kept(values, budget, !a.options.top_p_keep_crossing, value_of, weigh);
     unsigned least = 0;  // the largest of keys in reverse
-    for_logits(a, logits, shared, [&](float z) {
+    values.each([&](float z) {
         const unsigned key = ~ordered(z);
         if (z >= among && value_of(z) >= least_x && key > least) least = key;
     });
-    return number(~block_max(least, shared));
+    return number(~block_max(least, values.shared));
 }
 
-extern "C" __global__ void __launch_bounds__(768, 1)
-    remask_filter_kernel(const void* logits, REMASK_PARAMETERS float* least_out) {
+extern "C" __global__ void __launch_bounds__(POSTERIOR ? 512 : 768, 1)
+    remask_filter_kernel(const void* logits, REMASK_PARAMETERS Filter* out) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const Remask a = REMASK_ARGUMENTS;
     const int64 b = blockIdx.x / a.block, s = blockIdx.x % a.block;
-    if (!waits(a, b, s)) return;
+    if (!looked(a, b, s)) return;
     const Row row = row_of(a, b);
     if (!row.filtered) return;
     const Logit* z = static_cast<const Logit*>(a.logits) + b * a.logits_row + s * a.logits_place;
+    Values values = {a, z, shared, -infinity()};
 
     unsigned most = 0;
-    for_logits(a, z, shared, [&](float logit) {
+    values.each([&](float logit) {
         const unsigned key = logit == infinity() ? ~0u : ordered(logit);
         most = key > most ? key : most;
     });
     most = block_max(most, shared);
-    float least = -infinity();
+    float least = -infinity(), largest = number(most);
     const bool usable = most != 0 && most != ~0u;  // something finite, and nothing else
+    if (POSTERIOR && usable) {
+        float own = 0;
+        values.each([&](float logit) { own += expf(logit - largest); });
+        const double log_sum = double(largest) + log(block_sum(double(own), shared));
+        values.mask = mask_logit<float>(log_sum, leave_probability(a, row.step, row.num_steps));
+        if (values.mask > largest) largest = values.mask;
+    }
     if (usable && row.top_k > 0 && row.top_k < a.vocabulary)
         least = least_kept(
-            a, z, shared, uint64(row.top_k - 1), false, [](float logit) { return logit; },
-            [](float) { return uint64(1); });
-    if (usable && row.top_p < 1) least = nucleus(a, row, z, shared, number(most), least);
-    if (threadIdx.x == 0) least_out[blockIdx.x] = least;
+            values, uint64(row.top_k - 1), false, [](float logit) { return logit; }, [](float) { return uint64(1); });
+    if (usable && row.top_p < 1)  // the posterior of a mask that stays for certain has no nucleus of tokens
+        least = largest == infinity() ? largest : nucleus(values, row, largest, least);
+    if (threadIdx.x == 0) out[blockIdx.x] = {least, values.mask};
 }

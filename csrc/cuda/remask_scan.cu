@@ -18,7 +18,10 @@
 // 1024 x 131072 in 150 us greedy, where reading takes 125 and the instructions, 20 a token, 95; in 250 us sampled,
 // bound by Philox's products and the bounds of the noise, 25 instructions more.
 //
-// Compiled for LOGIT_TYPE (warp.h) and SAMPLED 0 or 1.
+// The posterior asks for two sums more, of all that may be proposed and of what the filter keeps; only builds for it
+// have them, so that others keep their registers.
+//
+// Compiled for LOGIT_TYPE (warp.h), SAMPLED 0 or 1, POSTERIOR 0 or 1.
 #include "remask.h"
 #include "remask_logit.h"
 
@@ -32,9 +35,11 @@ struct Shared {
     unsigned best_token[most_warps];
     Two<unsigned> scored[most_warps];
     Two<uint64> drawn[most_warps];
+    float all[most_warps], kept[most_warps];
+    int bests[most_warps];
     // and behind it the bits of the piece's suppressed and unscored tokens
 };
-static_assert(sizeof(Shared) == 448 && sizeof(Partial) == 48, "as in twotower_kernels/cuda_remask.py");
+static_assert(sizeof(Shared) == 544 && sizeof(Partial) == 64, "as in twotower_kernels/cuda_remask.py");
 
 // Token i of this thread, counted from the piece's first: width neighbours, then as many a block further.
 __device__ inline int token_of(int i) {
@@ -148,13 +153,13 @@ __device__ inline void draw(float* x, const Remask& a, const Row& row, int64 b, 
 #endif
 
 extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
-    remask_scan_kernel(const void* logits, REMASK_PARAMETERS const float* least_kept, Partial* partials, int64 pieces) {
+    remask_scan_kernel(const void* logits, REMASK_PARAMETERS const Filter* filters, Partial* partials, int64 pieces) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const Remask a = REMASK_ARGUMENTS;
     const unsigned position = blockIdx.x / unsigned(pieces);
     const int64 b = position / unsigned(a.block), s = position % unsigned(a.block);
-    if (!waits(a, b, s)) return;
+    if (!looked(a, b, s)) return;
     const int lane = lane_id(), warps = int(blockDim.x) / lanes, words = int(blockDim.x);
     const int64 begin = int64(blockIdx.x % unsigned(pieces)) * per_thread * blockDim.x;
     const Logit* z = static_cast<const Logit*>(a.logits) + b * a.logits_row + s * a.logits_place;
@@ -185,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
     keep_only(x, ~excluded);
     unsigned kept = ~0u;
     if (row.filtered) {
-        const float least = least_kept[position];
+        const float least = filters[position].least;
         kept = 0;
 #pragma unroll
         for (int i = 0; i < per_thread; ++i) kept |= unsigned(x[i] >= least) << i;
@@ -218,6 +223,26 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
         for (int i = per_thread - 1; i >= 0; --i) token = x[i] == best ? unsigned(begin + token_of(i)) : token;
     }
     token = __reduce_min_sync(whole_warp, token);
+
+#if POSTERIOR
+    float all[4] = {}, kept_all[4] = {};
+    int bests = 0;
+    if (best > -infinity()) {
+        const Exponential untempered(1.0f), draws(temperature_of(row));
+        float unused = 0;
+#pragma unroll
+        for (int i = 0; i < per_thread; ++i) {
+            untempered.add(x[i] - best, all[i % 4], unused);
+            draws.add(kept >> i & 1 ? x[i] - best : -infinity(), kept_all[i % 4], unused);
+            bests += x[i] == best;
+        }
+    }
+    bests = warp_sum(bests);
+    const float warp_all = warp_sum((all[0] + all[1]) + (all[2] + all[3]));
+    const float warp_kept = warp_sum((kept_all[0] + kept_all[1]) + (kept_all[2] + kept_all[3]));
+    if (lane == 0)
+        shared.all[warp_id()] = warp_all, shared.kept[warp_id()] = warp_kept, shared.bests[warp_id()] = bests;
+#endif
 
     // The sums over tokens below the largest; those that are as large are counted, so that what little there may be
     // beside them is not rounded away.
@@ -271,6 +296,11 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
 #if SAMPLED
     const Two<uint64> drawn = warp_two(has && row.sampled ? shared.drawn[lane] : Two<uint64>());
     if (lane == 0) out.drawn[0] = drawn.first, out.drawn[1] = drawn.second;
+#endif
+#if POSTERIOR
+    const float all_all = warp_sum(has ? shared.all[lane] : 0.0f), all_kept = warp_sum(has ? shared.kept[lane] : 0.0f);
+    bests = warp_sum(has ? shared.bests[lane] : 0);
+    if (lane == 0) out.all = all_all, out.kept = all_kept, out.bests = unsigned(bests);
 #endif
     if (lane == 0) {
         out.top = top;

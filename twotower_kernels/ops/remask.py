@@ -83,8 +83,7 @@ def remask(
     Raises:
         TypeError: wrong type or dtype. ValueError: wrong shape, device or value; logits that require grad. A GPU does
             not wait to look at what tensors hold: with values out of range the step is another, but nothing else is
-            harmed. NotImplementedError, on a GPU: float64 logits, blocks of more than 1365 positions, policies with the
-            posterior, edit_threshold, remask_threshold or renoise.
+            harmed. NotImplementedError, on a GPU: float64 logits.
     """
     check(logits, tokens, mask_token_id, policy, editable, valid_lens, candidates, rank_noise)
     whole, whole_rows = split_all(WHOLE, (step, num_steps, top_k, seed, offset, initial_num_masked), logits)

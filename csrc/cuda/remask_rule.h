@@ -1,0 +1,109 @@
+// What a step makes of a row's and of a position's numbers (reference/remask.py), once the logits have been read.
+//
+// Included by both the CPU's kernel and the GPU's, as remask_schedule.h is. `Step` has options and bounds
+// (remask_policy.h). W is what statistics are rounded to, float or double: bounds are compared with them at that
+// precision, while all numbers are held as doubles.
+#pragma once
+
+// --- a row ----------------------------------------------------------------------------------------------------------
+
+// Whether committed positions are looked at, too.
+REMASK_FUNCTION bool judges_all(const RemaskOptions& options) {
+    return options.renoise || options.has_edit_threshold || options.has_remask_threshold;
+}
+
+// `Row` has step, num_steps, top_k and top_p, and temperature as it was given. Sets temperature to that of this step,
+// and whether tokens are drawn and whether a filter matters.
+template <class Step, class Row>
+REMASK_FUNCTION void derive(const Step& a, int64 vocabulary, Row& row) {
+    if (a.options.has_temperature_end && row.temperature > 0) {
+        const int64 left = row.num_steps > row.step ? row.num_steps - row.step : 0;
+        const float rest = float(left) / float(row.num_steps);  // a quotient of integers is float in the definition
+        row.temperature = a.bounds.temperature_end + (row.temperature - a.bounds.temperature_end) * double(rest);
+    }
+    const bool ends = a.options.renoise && a.options.finish && row.step >= row.num_steps - 1;
+    row.sampled = row.temperature > 0 && !a.options.greedy && !ends;
+    const bool filters = (row.top_k > 0 && row.top_k < vocabulary) || row.top_p < 1;
+    const bool matters =
+        row.sampled || a.options.statistics == RemaskChoice::filtered || a.options.schedule == RemaskChoice::posterior;
+    row.filtered = filters && matters;
+}
+
+// --- the posterior of a position ------------------------------------------------------------------------------------
+
+// The mask token's logit in q(x_s | x_t): it gives the mask the probability 1 - leave beside tokens whose e^z add up to
+// e^log_sum.
+template <class W>
+REMASK_FUNCTION W mask_logit(double log_sum, double leave) {
+    return W(log_sum) + W(log1p(-leave) - log(leave));
+}
+
+template <class W>
+struct Posterior {
+    W mask;          // the mask token's logit
+    bool mask_best;  // it is the argmax: larger than every token's, or as large and of a lower number
+    bool mask_kept;  // by the filter
+    W top;           // the largest of the tokens that the filter keeps
+    double mass;     // of those: the sum of e^((z - top) / temperature)
+};
+
+// The probability that a draw is a token and not the mask; without a temperature, whether the argmax is one.
+template <class W>
+REMASK_FUNCTION double token_probability(const Posterior<W>& q, double temperature) {
+    if (!(temperature > 0)) return q.mask_best ? 0 : 1;
+    if (q.mass == 0) return 0;  // no token is kept
+    if (!q.mask_kept) return 1;
+    const double ahead = (double(q.mask) - double(q.top)) / temperature;
+    return double(W(ahead > 0 ? q.mass * exp(-ahead) / (q.mass * exp(-ahead) + 1) : q.mass / (q.mass + exp(ahead))));
+}
+
+// --- a position -----------------------------------------------------------------------------------------------------
+
+struct RemaskPosition {
+    int64 before, candidate;  // tokens
+    double confidence;        // NaN: its logits are not usable
+    bool looked, masked;      // whether it was looked at, and whether it holds the mask token
+};
+
+// Committed, and sent back to wait.
+template <class W, class Step>
+REMASK_FUNCTION bool sent_back(const Step& a, const RemaskPosition& p) {
+    return a.options.has_remask_threshold && p.looked && !p.masked &&
+           p.confidence < double(W(a.bounds.remask_threshold));
+}
+template <class W, class Step>
+REMASK_FUNCTION bool waits(const Step& a, const RemaskPosition& p) {
+    return a.options.renoise ? p.looked : (p.looked && p.masked) || sent_back<W>(a, p);
+}
+// It waits and may be chosen. mask: the token, -1 if there is none.
+template <class W, class Step>
+REMASK_FUNCTION bool usable(const Step& a, int64 mask, const RemaskPosition& p) {
+    const bool sits_out = a.options.skip_mask_candidates && mask >= 0 && p.candidate == mask;
+    return waits<W>(a, p) && p.confidence == p.confidence && !sits_out;
+}
+// Committed, and rewritten.
+template <class W, class Step>
+REMASK_FUNCTION bool edited(const Step& a, const RemaskPosition& p) {
+    return a.options.has_edit_threshold && p.looked && !p.masked && !sent_back<W>(a, p) &&
+           p.confidence > double(W(a.bounds.edit_threshold)) && p.candidate != p.before;
+}
+
+struct RemaskOutcome {
+    int64 token;
+    bool written;  // it took its candidate
+    bool left;     // it counts as one that is left to do
+};
+
+// uniform: the position's number in [0, 1), which becomes a random token under renoise; asked for only then.
+template <class W, class Step, class Uniform>
+REMASK_FUNCTION RemaskOutcome outcome(const Step& a, int64 mask, int64 vocabulary, const RemaskPosition& p, bool chosen,
+                                      const Uniform& uniform) {
+    const bool written = chosen || edited<W>(a, p);
+    if (a.options.renoise) {
+        const bool rejected = !written && usable<W>(a, mask, p);
+        if (rejected) return {int64(uniform() * double(vocabulary)), false, true};
+        return {written ? p.candidate : p.before, written, false};
+    }
+    const int64 token = written ? p.candidate : sent_back<W>(a, p) ? mask : p.before;
+    return {token, written, p.looked && token == mask};
+}
