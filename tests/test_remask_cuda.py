@@ -117,6 +117,12 @@ def test_the_draws_are_the_cpus(seed, offset, step, temperature, spread, dtype, 
     assert got.candidate.equal(want.candidate) and got.tokens.equal(want.tokens)
 
 
+@pytest.mark.parametrize("alpha", ["cosine", "sine"])
+def test_the_end_of_a_schedule(alpha: str) -> None:
+    with cuda_kernels():
+        cpu_tests.test_the_end_of_a_schedule(alpha, "posterior")
+
+
 def test_known_answers_of_philox() -> None:
     with cuda_kernels():
         cpu_tests.test_known_answers_of_philox()

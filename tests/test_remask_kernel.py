@@ -84,6 +84,17 @@ def test_the_draws_are_those_of_the_specification(seed, offset, step, temperatur
         assert package(flat, tokens, **options).candidate.equal(words.argmin(-1))
 
 
+@pytest.mark.parametrize("alpha", ["linear", "cosine", "exponential", "sine", "cosine_floor"])
+@pytest.mark.parametrize("schedule", ["posterior", "coin", "truncated"])
+def test_the_end_of_a_schedule(alpha: str, schedule: str) -> None:
+    """There a(t) is 0 or 1 but for the last digit of a cosine, and what leaves is all or nothing."""
+    for long_grid in (False, True):
+        policy = RemaskPolicy(schedule=schedule, alpha=alpha, long_grid=long_grid, statistics="filtered")
+        sizes = dict(batch=3, block=4, vocab=9, num_steps=2, temperature=1.0, policy=policy)
+        for step in (0, 1, 2):
+            assert_step_agrees(make_inputs("remask", sizes | {"step": torch.full((3,), step)}))
+
+
 def test_known_answers_of_philox() -> None:
     """Random123's answers for counter and key all zero: on flat logits the smallest word wins."""
     words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]  # tokens 0 to 3 at position 0, step 0, offset 0

@@ -210,13 +210,11 @@ def _loaded(kernel: Kernel, device: int) -> Any:
 
 
 def launch(kernel: Kernel, grid: int, block: int, shared: int, arguments: Sequence[Argument]) -> None:
-    """Runs `grid` blocks (0: none) of `block` threads with `shared` bytes, on the tensors' device, on its current stream.
+    """Runs `grid` blocks of `block` threads with `shared` bytes each, on the current stream of the tensors' device.
 
     Tensors become pointers (None: a null pointer), integers and booleans 64-bit integers, floats doubles: no kernel
     takes anything else.
     """
-    if grid == 0:
-        return
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     with torch.cuda.device(device):
         function = _loaded(kernel, device.index)

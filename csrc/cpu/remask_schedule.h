@@ -13,6 +13,9 @@ namespace TT_ISA {
 REMASK_FUNCTION double quarter_cosine(double t) {
     return ::cos(1.5707963267948966 * t);  // pi / 2
 }
+REMASK_FUNCTION double quarter_sine(double t) {
+    return ::sin(1.5707963267948966 * t);
+}
 #include "../cuda/remask_rule.h"
 #include "../cuda/remask_schedule.h"
 

@@ -10,8 +10,13 @@
 #include "philox.h"
 
 #define REMASK_FUNCTION __device__ inline
-REMASK_FUNCTION double quarter_cosine(double t) {  // cos itself keeps room for the bits of a large argument
-    return cospi(0.5 * t);
+// (cos and sin themselves keep room for the bits of a large argument.) At 1, the cosine is that of the double next to
+// pi / 2, so that the schedules that end there end as in the definition.
+REMASK_FUNCTION double quarter_cosine(double t) {
+    return t == 1 ? 6.123233995736766e-17 : cospi(0.5 * t);
+}
+REMASK_FUNCTION double quarter_sine(double t) {
+    return sinpi(0.5 * t);
 }
 #include "remask_policy.h"
 #include "remask_rule.h"

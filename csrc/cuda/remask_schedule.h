@@ -2,8 +2,8 @@
 // multiple of 2^-30 before they are rounded, so that no count hangs on the last digit of a cosine or a division.
 //
 // Included by both the CPU's kernel and the GPU's, inside their namespaces, where `int64`, `REMASK_FUNCTION` (what
-// stands before a function) and `quarter_cosine(t)`, cos(pi t / 2) for t in [0, 1], are declared. `Step` has options
-// and bounds (remask_policy.h); `Row` has step, num_steps, initial and leave.
+// stands before a function) and `quarter_cosine(t)` and `quarter_sine(t)`, of pi t / 2 for t in [0, 1], are declared.
+// `Step` has options and bounds (remask_policy.h); `Row` has step, num_steps, initial and leave.
 #pragma once
 
 struct RemaskTimes {
@@ -24,7 +24,7 @@ REMASK_FUNCTION double clean_fraction(int64 alpha, double t) {
     switch (alpha) {
         case RemaskChoice::linear: return 1 - t;
         case RemaskChoice::cosine: return quarter_cosine(t);
-        case RemaskChoice::sine: return 1 - quarter_cosine(1 - t);
+        case RemaskChoice::sine: return 1 - quarter_sine(t);
         case RemaskChoice::cosine_floor: return 0.999 * quarter_cosine(t);
         default: return (exp(-3 * t) - exp(-3.0)) / (1 - exp(-3.0));
     }

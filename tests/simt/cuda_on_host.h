@@ -171,6 +171,9 @@ inline long long __double_as_longlong(double x) {
 inline double cospi(double x) {
     return std::cos(3.141592653589793 * x);
 }
+inline double sinpi(double x) {
+    return std::sin(3.141592653589793 * x);
+}
 using std::exp;
 
 // At the end of a translation unit, for each of its kernels.
