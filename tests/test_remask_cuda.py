@@ -1,5 +1,6 @@
 """The CUDA C++ kernels of remasking, run on a host: the CPU kernel's demands, and what is peculiar to them."""
 
+import dataclasses
 from typing import Any
 from unittest.mock import patch
 
@@ -51,6 +52,25 @@ def test_any_step_whose_places_lie_in_scratch(inputs: dict[str, Any], layout: in
         assert_step_agrees(inputs, layout=layout)
 
 
+RARE: dict[str, dict[str, Any]] = {
+    "posterior": dict(schedule="posterior", suppress_mask=True),
+    "editing": dict(renoise=False, edit_threshold=0.5, remask_threshold=0.3),
+    "renoise": dict(renoise=True, edit_threshold=None, remask_threshold=None),
+}
+
+
+@pytest.mark.parametrize("rule", RARE)
+@settings(max_examples=100)
+@given(inputs=steps().map(narrowed), layout=st.integers(0, 3))
+def test_any_step_of_a_rare_rule(rule: str, inputs: dict[str, Any], layout: int) -> None:
+    """One that few random policies have; also as the CPU has it."""
+    inputs = inputs | {"policy": dataclasses.replace(inputs["policy"], **RARE[rule])}
+    with cuda_kernels():
+        got = assert_step_agrees(inputs, layout=layout)
+    for a, b in zip(got, package(**inputs), strict=True):
+        assert a.is_floating_point() or a.equal(b)
+
+
 @settings(max_examples=40)
 @given(inputs=steps().map(narrowed), layout=st.integers(0, 3))
 def test_any_step_is_free_of_races(inputs: dict[str, Any], layout: int) -> None:
@@ -78,15 +98,43 @@ def test_vocabularies_of_whole_vectors_and_of_several_pieces(vocab: int, dtype: 
             assert_step_agrees(inputs, layout=layout)
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.7}])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 1}, {"top_k": 3}, {"top_p": 0.7}])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_the_posterior_over_several_pieces(temperature: float, filters: dict[str, Any]) -> None:
     """The mask's chance hangs on sums over all pieces, and on whether the filter keeps it."""
     case = dict(batch=3, block=4, vocab=17001, num_steps=4, temperature=temperature, policy=RemaskPolicy.posterior())
     inputs = make_inputs("remask", case | filters) | {"step": torch.tensor([1, 2, 3])}
+    inputs["logits"] *= 3  # else the many others outweigh the best
     with cuda_kernels():
         left = [assert_step_agrees(inputs | {"seed": seed}).num_masked for seed in range(3)]
     assert 0 < sum(left)[:2].sum() <= 24 and not sum(left)[2]  # the last step leaves none
+
+
+@pytest.mark.parametrize("statistics", ["raw", "filtered"])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 1}, {"top_k": 3}, {"top_p": 0.7}])
+def test_a_mask_that_is_certain_stays(filters: dict[str, Any], statistics: str) -> None:
+    """Nothing moves in the last step of this schedule: the mask's logit is infinite, and no nucleus has a token."""
+    policy = dataclasses.replace(RemaskPolicy.posterior("cosine_floor", long_grid=True), statistics=statistics)
+    case = dict(batch=2, block=4, vocab=70, step=3, num_steps=4, temperature=0.8, policy=policy)
+    with cuda_kernels():
+        assert assert_step_agrees(make_inputs("remask", case | filters)).num_masked.tolist() == [4, 4]
+
+
+def test_every_sequence_has_its_own_scratch() -> None:
+    """The executor runs one block after the other, so that shared scratch would not be seen in the results."""
+    found = []
+
+    def spy(kernel: cuda.Kernel, grid: int, block: int, shared: int, arguments: Any) -> None:
+        scratch = arguments[-9]
+        if kernel.name == "remask_select_kernel":
+            found.append(scratch.fill_(-1))
+        launch(kernel, grid, block, shared, arguments)
+
+    with cuda_kernels(), patch.object(cuda_remask, "_LONGEST", 0):
+        launch = cuda.launch
+        with patch.object(cuda, "launch", spy):
+            package(**make_inputs("remask", "tiny"))
+    assert found[0].shape == (2, 36) and found[0].ne(-1).sum(1).ge(30).all()
 
 
 def test_long_vocabularies_with_a_filter_are_free_of_races() -> None:

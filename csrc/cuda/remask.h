@@ -153,7 +153,7 @@ struct Partial {
     unsigned wrong;   // NaN or +infinity: the rest may then be anything
     uint64 drawn[2];  // the two best with noise, as `drawn_key` orders them; 0: there is none
     // Of the posterior: sums of e^(z - best) over what may be proposed, of e^((z - best) / temperature) over what of it
-    // the filter keeps, both below `best`, which `bests` tokens have.
+    // the filter keeps, both below `best`, which `bests` tokens have. Only builds for it write them.
     float all, kept;
     unsigned bests;
 };

@@ -2,8 +2,8 @@
 // (reference/remask_select.py).
 //
 // Positions are ranked by all threads: each asks for its positions how many of the others come before, which for the
-// some dozens of positions of a block is less than sorting. Then a warp for each stretch of positions (one, unless the
-// policy has sub-blocks) finds how many this step commits, and which.
+// some dozens of positions of a block is less than sorting (thousands: tenths of a millisecond, predicted). Then a warp
+// for each stretch of positions (one, unless the policy has sub-blocks) finds how many this step commits, and which.
 //
 // Everything is double here, as in the CPU's kernel. Where the definition compares in float32, values and bounds are
 // floats, and each operation on them is rounded to float again: exact for sums, products and quotients of two floats.
