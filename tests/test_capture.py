@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 from unittest.mock import patch
 
 import pytest
@@ -14,13 +12,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from tests.random_models import models, random_ids
-from tests.test_generate_package import package_model, told
 from twotower_kernels import TwoTowerModel
 from twotower_kernels.capture import CapturedModel
 from twotower_kernels.state import ContextState
 
 T = TypeVar("T")
-generation = importlib.import_module("twotower_kernels.generate")  # the package has a function of that name
 
 
 class Recorder:
@@ -119,15 +115,3 @@ def test_keys_and_values_are_not_copied() -> None:
         assert recording is not None
         assert all(recording._state.k[i] is k for i, k in state.k.items())
         assert all(recording._state.v[i] is v for i, v in state.v.items())
-
-
-@pytest.mark.parametrize("mode", generation.MODES)
-def test_generation_through_recordings(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ragged batch whose rows end at different times writes what it writes without."""
-    prompts, model, record = [[5], [6, 7, 8], [9, 10]], package_model(), Recorder()
-    options: dict[str, Any] = dict(mode=mode, max_new_tokens=30, block_size=4, eos_token_id=19, temperature=1.2, seed=5)
-    wanted = [told(event) for event in generation.stream(model, prompts, **options)]
-    monkeypatch.setattr(generation, "_records", lambda device: True)
-    monkeypatch.setattr(generation, "CapturedModel", partial(CapturedModel, record=record))
-    assert [told(event) for event in generation.stream(model, prompts, **options)] == wanted
-    assert record.recordings > 0

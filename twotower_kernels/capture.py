@@ -1,6 +1,6 @@
 """Calls of the model recorded as CUDA graphs, and replayed whenever they come again.
 
-A pass through a tower of the released model is some 400 launches, which cost the host more time than the device needs
+A pass through a tower of the released model is some 300 launches, which cost the host more time than the device needs
 for them: a denoising step, a commit, an autoregressive token. One graph serves a (batch, block size, storage of keys
 and values), whatever the rows' lengths: these are read on the device. Keys and values are read and written where they
 lie, so a graph is recorded anew when their storage moves, that is when it grows. Everything small that a new state
@@ -71,9 +71,9 @@ class CapturedModel:
 
     def _call(self, call: Callable[..., T], block_ids: Tensor, state: ContextState, t: Tensor | None) -> T:
         key = _Key.of(call.__name__, block_ids, state, t)
-        # Storage that moved does not come back: what was recorded for it is of no use any more.
-        self._calls = {k: recording for k, recording in self._calls.items() if k.storage == key.storage}
         if key not in self._calls:
+            # Storage that moved does not come back: what was recorded for it is of no use any more.
+            self._calls = {k: recording for k, recording in self._calls.items() if k.storage == key.storage}
             self._calls[key] = None
             return call(block_ids, state, t)
         recording = self._calls[key]
