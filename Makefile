@@ -48,14 +48,14 @@ sanitize: $(DEV)  ## the kernels' tests under AddressSanitizer and UndefinedBeha
 	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 CI=true OMP_NUM_THREADS=1 \
 		KERNEL_LIBRARY="$$(echo $(CURDIR)/$(SANITIZED)/lib/twotower_kernels/_C*.so)" \
-		$(PY) -m pytest -q -n $(WORKERS) tests/test_*_kernel*.py
+		$(PY) -m pytest -q -n $(WORKERS) tests/kernels
 
 # The paths of AVX512-BF16 on a processor that lacks it: same source, the instruction computed by other means.
 emulate: $(DEV)  ## the kernels' tests with the instructions of AVX512-BF16 emulated
 	@TT_EMULATE=1 CXXFLAGS="-march=native -Wno-psabi" \
 		$(PY) setup.py -q build_ext --build-lib $(EMULATED)/lib --build-temp $(EMULATED)/temp
 	@CI=true OMP_NUM_THREADS=1 KERNEL_LIBRARY="$$(echo $(CURDIR)/$(EMULATED)/lib/twotower_kernels/_C*.so)" \
-		$(PY) -m pytest -q -n $(WORKERS) tests/test_*_kernel*.py
+		$(PY) -m pytest -q -n $(WORKERS) tests/kernels
 
 format: $(DEV)  ## let ruff and clang-format rewrite the files
 	@$(PY) -m ruff check --fix .

@@ -51,7 +51,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 def compare(results: tuple[Tensor, ...], reference: Operation, inputs: dict[str, Any]) -> None:
     from tests.compare import assert_within_budget
-    from tests.kernel_checks import assert_gate_faithful, widened
+    from tests.kernels.kernel_checks import assert_gate_faithful, widened
 
     if reference.__name__ == "moe_gate":
         return assert_gate_faithful(results[0].cpu(), **{name: tensor.cpu() for name, tensor in inputs.items()})
@@ -154,7 +154,7 @@ def check_draws(device: str) -> None:
 def check_router(case: str, dtype: torch.dtype, device: str) -> None:
     """The same of the model's router: product, choice and plan together."""
     from reference import moe
-    from tests.kernel_checks import router_inputs
+    from tests.kernels.kernel_checks import router_inputs
     from twotower_kernels.ops.moe import moe_router
 
     def ours(x: Tensor, gate_weight: Tensor, **options: Any) -> tuple[Tensor, ...]:
@@ -198,7 +198,7 @@ def of_part(number: int, parts: int, labels: Sequence[str]) -> list[str]:
 
 def run(device: str, only: Sequence[str], number: int, parts: int) -> int:
     """Runs a part of the checks, and prints what fails. Returns how many did."""
-    from tests.triton_checks import triton_kernels
+    from tests.gpu.triton_checks import triton_kernels
 
     passed, failed, start = 0, 0, time.perf_counter()
     found = dict(tasks(device))

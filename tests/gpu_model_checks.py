@@ -12,10 +12,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from tests.agreement import assert_agreement
-from tests.paths import GOLDEN
-from tests.random_models import models, random_ids
-from tests.recordings import (
+from tests.model.agreement import assert_agreement
+from tests.model.random_models import models, random_ids
+from tests.model.recordings import (
     BFLOAT16,
     FLOAT32,
     RECORDED_TEXTS,
@@ -27,6 +26,7 @@ from tests.recordings import (
     outputs_of,
     recorded,
 )
+from tests.paths import GOLDEN
 from twotower_kernels import TwoTowerModel
 from twotower_kernels.capture import CapturedModel, Recorder, cuda_graph
 

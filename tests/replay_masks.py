@@ -3,7 +3,7 @@
     python -m tests.replay_masks FOLDER [--impl reference|package]
 
 FOLDER holds cases.json and one safetensors file per case (the README in tests/data/golden/masks says what is in them).
-Every pattern is said with the op's arguments (tests/mask_patterns.py). The values are one-hot, so the output is the row
+Every pattern is said with the op's arguments (tests/specification/mask_patterns.py). The values are one-hot, so the output is the row
 of attention weights: its positive entries are the mask, its numbers must be those of a masked softmax in float64, and
 the log-sum-exp must be that softmax's. Keys and values that nobody may see are NaN.
 """
@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.mask_patterns import PATTERNS, Block, Call
+from tests.specification.mask_patterns import PATTERNS, Block, Call
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 32
 TOLERANCE = 1e-12

@@ -7,7 +7,7 @@
 //
 // A template or inline function of the standard library that is instantiated in such a file, but not inlined, would be
 // merged by the linker with the baseline's copy and could bring AVX-512 to a processor without it. So kernels use plain
-// arrays and the helpers of numeric.h and parallel.h, which live in tt::TT_ISA too; tests/test_build.py looks for
+// arrays and the helpers of numeric.h and parallel.h, which live in tt::TT_ISA too; tests/house/test_build.py looks for
 // leaks.
 #pragma once
 

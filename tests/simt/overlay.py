@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from tests.kernel_checks import laid_over
+from tests.kernels.kernel_checks import laid_over
 from tests.simt import executor
 from twotower_kernels import cuda, cuda_moe, cuda_remask
 

@@ -1,0 +1,65 @@
+"""Makes every launch of the ops' small cases for a GPU that is not there: `python -m tests.gpu.launch_kernels`.
+
+Triton's own launcher looks at the arguments, as on a GPU: a number that is 1 becomes a constant, one that 16 divides
+promises alignment, whatever the kernel's `builds` say. It compiles what it is asked for, and nothing is run. Prints the
+kernels' names.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import Any
+from unittest import mock
+
+import torch
+
+import twotower_kernels as tt
+from reference import adaln, attention, mamba2, moe
+from tests.gpu.triton_checks import triton_kernels
+
+ARCHITECTURE = 90  # what launchers take CPU tensors to be on
+
+
+class NoDriver:
+    """What Triton asks of a driver before it launches."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", ARCHITECTURE, 32)
+
+
+def main() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    driver.set_active(NoDriver())
+    run, launched = JITFunction.run, set()
+
+    def compiled(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        launched.add(self.fn.__name__)
+        return run(self, *arguments, grid=grid, warmup=True, **options)
+
+    with mock.patch.object(JITFunction, "run", compiled), triton_kernels(), torch.no_grad():
+        for family in (adaln, attention, mamba2, moe):
+            for op, cases in family.CASES.items():
+                for case in cases:
+                    if not case.startswith("released"):
+                        with suppress(NotImplementedError):  # said before anything is launched
+                            inputs = family.make_inputs(op, case, dtype=torch.bfloat16)
+                            getattr(tt, op)(**inputs)
+                            if op == "mamba2_scan":
+                                tt.mamba2_scan(**inputs, return_states=True)
+    print(*sorted(launched))
+
+
+if __name__ == "__main__":
+    main()

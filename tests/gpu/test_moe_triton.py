@@ -1,0 +1,194 @@
+"""The experts' Triton kernels in the interpreter: the CPU kernels' demands."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import twotower_kernels as tt
+from reference import moe
+from tests.gpu.triton_checks import DTYPES, triton_kernels
+from tests.kernels.kernel_checks import assert_op_within_budget
+from tests.kernels.test_moe_experts_kernel import PLAN, SHARED, SMALL
+from twotower_kernels.triton import moe as kernels
+
+
+@pytest.fixture(autouse=True)
+def on_triton() -> Iterator[None]:
+    with triton_kernels():
+        yield
+
+
+def close_to_reference(sizes: dict | str, dtype: torch.dtype, seed: int = 0, layout: int = 0) -> None:
+    inputs = moe.make_inputs("moe_experts", sizes, dtype=dtype, seed=seed)
+    assert_op_within_budget(tt.moe_experts, moe.moe_experts, inputs, layout=layout)
+
+
+# --- the experts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_every_case(case: str) -> None:
+    for dtype in DTYPES:
+        close_to_reference(case, dtype)
+
+
+@settings(max_examples=25)
+@given(
+    sizes=st.fixed_dictionaries(
+        dict(
+            n=st.integers(0, 9) | st.sampled_from([40, 70]),
+            e=st.integers(1, 5),
+            h=st.integers(1, 70) | st.sampled_from([64, 80, 131]),
+            i=st.integers(1, 40) | st.sampled_from([64, 80, 131]),
+            shared=st.integers(0, 20) | st.sampled_from([64, 80]),
+            activation=st.sampled_from(moe.ACTIVATIONS),
+        )
+    ),
+    data=st.data(),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.integers(0, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_and_layout(sizes, data, dtype, layout, seed):  # type: ignore[no-untyped-def]
+    sizes["top_k"] = data.draw(st.integers(1, min(sizes["e"], 3)))
+    close_to_reference(sizes, dtype, seed, layout)
+
+
+@pytest.mark.parametrize("tokens", [16, 32, 64, 128])
+@pytest.mark.parametrize("activation", ["relu2", "silu_gated"])
+def test_every_tile(activation: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert of less than a tile of pairs, and one of several with a partial one."""
+    sizes = dict(n=150, e=3, top_k=1, h=80, i=160, shared=64, activation=activation)
+    inputs = moe.make_inputs("moe_experts", sizes, dtype=torch.bfloat16)
+    inputs["experts"][:] = torch.tensor([0] * 3 + [2] * 147).reshape(150, 1)[torch.randperm(150)]
+    tuning = kernels.tuning
+    assert tuning(torch.bfloat16, 128 * tokens, 128, False, True, 90).tokens == tokens
+    monkeypatch.setattr(kernels, "tuning", lambda dtype, pairs, e, *rest: tuning(dtype, 128 * tokens, 128, *rest))
+    assert_op_within_budget(tt.moe_experts, moe.moe_experts, inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_change_no_bit_of_exact_sums(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small integers: whatever the order of adding, every sum is exact."""
+    inputs = moe.make_inputs("moe_experts", dict(n=21, e=3, top_k=2, h=96, i=70, shared=33), dtype=dtype)
+    whole = {name: inputs[name].sign() for name in ("x", "w_up", "w_down", "shared_up", "shared_down")}
+    expected = tt.moe_experts(**inputs | whole)
+    tile = kernels.tuning(dtype, 42, 3, False, True, 90)
+    for other in (replace(tile, tokens=32), replace(tile, depth=32), replace(tile, rows=128), replace(tile, rows=32)):
+        monkeypatch.setattr(kernels, "tuning", lambda *_, other=other: other)
+        assert torch.equal(tt.moe_experts(**inputs | whole), expected)
+
+
+@settings(max_examples=200)
+@given(counts=st.lists(st.integers(0, 300), min_size=1, max_size=9), tokens=st.sampled_from([16, 32, 64, 128]))
+def test_the_grid_has_room_for_every_tile(counts: list[int], tokens: int) -> None:
+    needed = sum(-(-count // tokens) for count in counts)
+    assert needed <= kernels._most_tiles(sum(counts), len(counts), tokens) <= sum(counts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_alone_is_bit_for_bit_the_same(dtype: torch.dtype) -> None:
+    sizes = dict(n=9, e=3, top_k=2, h=150, i=37, shared=19, activation="silu_gated")
+    inputs = moe.make_inputs("moe_experts", sizes, dtype=dtype)
+    together = tt.moe_experts(**inputs)
+    assert torch.equal(tt.moe_experts(**inputs), together)
+    for n in range(0, 9, 2):
+        one = {name: inputs[name][n : n + 1] for name in ("x", "weights", "experts")}
+        assert torch.equal(tt.moe_experts(**inputs | one), together[n : n + 1])
+
+
+def test_experts_that_no_token_chose_are_not_read() -> None:
+    inputs = moe.make_inputs("moe_experts", "idle_experts")
+    clean = tt.moe_experts(**inputs)
+    idle = sorted(set(range(32)) - set(inputs["experts"].flatten().tolist()))
+    inputs["w_up"][idle], inputs["w_down"][idle] = torch.nan, torch.nan
+    assert torch.equal(tt.moe_experts(**inputs), clean)
+
+
+@pytest.mark.parametrize("activation", moe.ACTIVATIONS)
+def test_nan_stays_in_its_row(activation: str) -> None:
+    inputs = moe.make_inputs("moe_experts", dict(n=9, e=2, top_k=2, h=20, i=12, shared=5, activation=activation))
+    clean = tt.moe_experts(**inputs)
+    inputs["x"][3, 5] = torch.nan
+    got = tt.moe_experts(**inputs)
+    assert got[3].isnan().all()
+    got[3] = clean[3]
+    assert torch.equal(got, clean)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", moe.ACTIVATIONS)
+def test_extreme_activations(activation: str, dtype: torch.dtype) -> None:
+    x = torch.tensor([-300.0, -100.0, -20.0, -1.0, -0.0, 0.0, 1.0, 20.0, 100.0, 150.0])[:, None].to(dtype)
+    w_up = torch.ones(1, 1 if activation == "relu2" else 2, 1, dtype=dtype)
+    inputs = dict(x=x, w_up=w_up, w_down=w_up[:, :1], weights=torch.ones(10, 1), experts=torch.zeros(10, 1).int())
+    assert_op_within_budget(tt.moe_experts, moe.moe_experts, inputs | dict(activation=activation))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_of_16_bits_are_kept_and_rounded_to_nearest(dtype: torch.dtype) -> None:
+    """As weights of the second product, with 1 in between: the output is the weights, special numbers included."""
+    bits = torch.randint(-(2**15), 2**15, (300,), generator=torch.Generator().manual_seed(0)).to(torch.int16)
+    numbers = torch.cat([bits.view(dtype), torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan]).to(dtype)])
+    w_up, w_down = torch.zeros(1, 1, 305, dtype=dtype), numbers.reshape(1, 305, 1)
+    w_up[..., 0] = 1
+    for weight in (1.0, 0.3, -0.7):
+        weights = torch.full((1, 1), weight)
+        got = tt.moe_experts(w_up[0].clone(), w_up, w_down, weights, torch.zeros(1, 1, dtype=torch.int32))[0]
+        expected = (numbers.float() * weights[0, 0]).to(dtype)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pairs_may_name_an_expert_twice_or_no_expert(dtype: torch.dtype) -> None:
+    inputs = moe.make_inputs("moe_experts", "shared", dtype=dtype)
+    inputs["experts"][:, 1] = inputs["experts"][:, 0]
+    assert_op_within_budget(tt.moe_experts, moe.moe_experts, inputs)
+    inputs |= dict(weights=inputs["weights"][:, :0], experts=inputs["experts"][:, :0])
+    assert_op_within_budget(tt.moe_experts, moe.moe_experts, inputs)
+
+
+def test_a_plan_and_wider_numbers_change_nothing() -> None:
+    inputs = moe.make_inputs("moe_experts", "shared", dtype=torch.bfloat16)
+    inputs["weights"] = inputs["weights"].bfloat16()
+    plain = tt.moe_experts(**inputs)
+    assert torch.equal(tt.moe_experts(**inputs, plan=tt.moe_plan(inputs["experts"], 8)), plain)
+    assert torch.equal(tt.moe_experts(**inputs | dict(experts=inputs["experts"].long())), plain)
+    for dtype in (torch.float64, torch.float32):
+        assert torch.equal(tt.moe_experts(**inputs | dict(weights=inputs["weights"].to(dtype))), plain)
+
+
+def test_nonsense_stays_within_bounds_and_shows() -> None:
+    """What a CPU refuses: experts that do not exist make NaN of their tokens, and another plan reads nothing else.
+    Who leaves the plan to us is told by it."""
+    inputs = moe.make_inputs("moe_experts", "shared")
+    plain = tt.moe_experts(**inputs)
+    inputs["experts"][3, 1], inputs["experts"][8, 0] = 8, -1
+    with pytest.raises(ValueError, match=r"experts: expected 0\.\.7 for 8 experts, got -1\.\.8"):
+        tt.moe_experts(**inputs)
+    ordered, pairs = inputs["experts"].flatten().sort(stable=True)
+    offsets = torch.searchsorted(ordered, torch.arange(9, dtype=torch.int32))
+    got = tt.moe_experts(**inputs, plan=tt.MoePlan(offsets.diff(), offsets, pairs))
+    assert got[[3, 8]].isnan().all()
+    got[[3, 8]] = plain[[3, 8]]
+    assert torch.equal(got, plain)
+    for plan in (tt.MoePlan(PLAN[0], PLAN[1] * 2 - 9, PLAN[2]), tt.MoePlan(*PLAN[:2], (PLAN[2] - 25) * 10**6)):
+        assert tt.moe_experts(**SHARED, plan=plan).shape == plain.shape
+
+
+def test_float64_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="moe_experts on cpu: x is float64"):
+        tt.moe_experts(**moe.make_inputs("moe_experts", "one", dtype=torch.float64))
+
+
+def test_released_tiles() -> None:
+    def released(tokens: int, arch: int = 90) -> kernels.Tuning:
+        return kernels.tuning(torch.bfloat16, 6 * tokens, 128, False, True, arch)
+
+    assert released(16) == kernels.Tuning(rows=64, tokens=16, depth=64, warps=4, stages=6)
+    assert released(16, 120) == kernels.Tuning(rows=64, tokens=16, depth=64, warps=4, stages=4)
+    assert [released(tokens).tokens for tokens in (1, 340, 342, 1024, 2048, 8192)] == [16, 16, 32, 64, 128, 128]

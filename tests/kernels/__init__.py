@@ -1,0 +1,1 @@
+"""The CPU kernels and the ops' public functions, against the specification."""

@@ -1,0 +1,174 @@
+"""What the tests of the remasking kernel share: the package called with the specification's policies, and random
+steps over the whole space of policies, filters, rows and unusable logits."""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+import twotower_kernels as tt
+from reference.remask import remask
+from reference.remask_policy import RemaskPolicy
+from tests.compare import assert_within_budget
+from tests.kernels.kernel_checks import DTYPES, awkward, widened
+
+MASK = 3
+
+
+def as_package(policy: RemaskPolicy) -> tt.RemaskPolicy:
+    return tt.RemaskPolicy(**dataclasses.asdict(policy))
+
+
+def package(logits: torch.Tensor, tokens: torch.Tensor, **options: Any) -> tt.RemaskResult:
+    """`tt.remask`, which also takes the specification's policy."""
+    if isinstance(options.get("policy"), RemaskPolicy):
+        options["policy"] = as_package(options["policy"])
+    return tt.remask(logits, tokens, **options)
+
+
+def assert_step_agrees(inputs: dict[str, Any], *, layout: int = 0) -> tt.RemaskResult:
+    """The package's step against the specification's: tokens, candidates and counts equal, probabilities within the
+    error budget (float64: to 1e-14, for the specification's own sums are not exact there), the inputs unchanged."""
+    want, truth = remask(**inputs), remask(**widened(inputs))
+    laid_out = {k: awkward(v, layout) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    got = package(**laid_out)
+    for name, a, b, exact in zip(want._fields, got, want, truth, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape, name
+        if not a.is_floating_point():
+            assert a.equal(b), name
+        elif a.dtype == torch.float64:
+            torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14, equal_nan=True, msg=lambda t, n=name: f"{n}: {t}")
+        elif want.candidate.equal(truth.candidate):  # else the truth is that of another token
+            assert_within_budget(a, b, exact, what=name)
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(laid_out[name].nan_to_num(), value.nan_to_num()), f"{name} was changed"
+    return got
+
+
+unit = st.floats(0.03, 0.97)
+flag = st.booleans()
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "suppress_mask": flag,
+    "skip_mask_candidates": flag,
+    "greedy": flag,
+    "statistics": st.sampled_from(["raw", "filtered"]),
+    "top_p_first": flag,
+    "top_p_tempered": flag,
+    "top_p_keep_crossing": flag,
+    "temperature_end": st.none() | st.floats(0.3, 1.5),
+    "score": st.sampled_from(["confidence", "margin", "neg_entropy", "random", "leftmost"]),
+    "position_penalty": st.sampled_from([0.0, 0.0, 0.05, 0.3]),
+    "gate": st.sampled_from(["none", "threshold", "factor", "entropy_sum"]),
+    "gate_bound": unit,
+    "strict": flag,
+    "gate_on": st.sampled_from(["confidence", "score"]),
+    "gate_slack": st.none() | st.floats(0.001, 0.3),
+    "factor_last_free": flag,
+    "entropy_includes_self": flag,
+    "run_threshold": st.none() | unit,
+    "schedule": st.sampled_from(
+        ["none", "remaining", "even", "carried", "noise", "truncated", "rounded", "coin", "posterior"]
+    ),
+    "schedule_base": st.sampled_from(["masks", "block"]),
+    "spread_remainder": flag,
+    "alpha": st.sampled_from(["linear", "cosine", "exponential", "sine", "cosine_floor"]),
+    "min_t": st.sampled_from([0.0, 1e-5, 1e-3, 0.1]),
+    "long_grid": flag,
+    "warmup": st.sampled_from([0.0, 0.0, 0.4]),
+    "min_commits": st.integers(0, 3),
+    "finish": flag,
+    "window": flag,
+    "combine": st.sampled_from(["fill", "union", "cap"]),
+    "sub_block": st.sampled_from([0, 0, 1, 3, 4]),
+    "complete_threshold": st.none() | unit,
+    "edit_threshold": st.none() | unit,
+    "remask_threshold": st.none() | unit,
+    "renoise": flag,
+    "time": st.sampled_from(["masked_fraction", "schedule"]),
+}
+
+
+@st.composite
+def policies(draw: Any) -> RemaskPolicy:
+    """Any policy: half of the fields at their defaults, so that rare ones do not always come together."""
+    fields = {name: draw(values) for name, values in FIELDS.items() if draw(flag)}
+    if fields.get("combine") == "cap" and fields.get("gate", "none") == "none":
+        fields["gate"] = "threshold"
+    if fields.get("renoise"):
+        fields |= {"edit_threshold": None, "remask_threshold": None}
+    if fields.get("schedule") == "posterior":
+        fields["suppress_mask"] = True
+    if fields.get("complete_threshold") is not None and not fields.get("sub_block"):
+        fields["sub_block"] = 2
+    # carried and rounded count from n0, which a block's base does not have
+    if fields.get("schedule") in ("carried", "rounded"):
+        fields["schedule_base"] = "masks"
+    return RemaskPolicy(**fields)
+
+
+def row_numbers(generator: torch.Generator, batch: int, block: int, vocab: int) -> dict[str, torch.Tensor]:
+    """A tensor for every parameter that may differ from row to row."""
+
+    def choice(values: list[Any]) -> torch.Tensor:
+        return torch.tensor(values)[torch.randint(0, len(values), (batch,), generator=generator)]
+
+    num_steps = torch.randint(1, 7, (batch,), generator=generator)
+    return {
+        "step": torch.randint(0, 8, (batch,), generator=generator) % (num_steps + 1),
+        "num_steps": num_steps,
+        "temperature": choice([0.0, 0.0, 0.5, 1.0, 1.7]),
+        "top_k": choice([0, 0, 1, 2, 5, vocab, 10 * vocab]),
+        "top_p": choice([1.0, 1.0, 0.4, 0.8, 0.95]).double(),
+        "seed": torch.randint(-(2**62), 2**62, (batch,), generator=generator),
+        "offset": torch.randint(0, 2**32, (batch,), generator=generator),
+        "gate_bound": choice([0.2, 0.5, 0.8, math.inf]),
+        "initial_num_masked": torch.randint(0, block + 1, (batch,), generator=generator),
+        "valid_lens": torch.randint(0, block + 1, (batch,), generator=generator),
+    }
+
+
+@st.composite
+def steps(draw: Any) -> dict[str, Any]:
+    """Arguments of one step; positions beyond `valid_lens` hold NaN, some others NaN, infinities or nothing finite."""
+    policy = draw(policies())
+    batch, block = draw(st.integers(0, 3)), draw(st.sampled_from([0, 1, 2, 5, 9]))
+    vocab = draw(st.sampled_from([4, 5, 11, 37, 515]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    logits = torch.randn(batch, block, vocab, generator=generator)
+    favourite = torch.randint(0, vocab, (batch, block, 1), generator=generator)
+    logits = logits.scatter_add(2, favourite, 8 * torch.rand(batch, block, 1, generator=generator))
+    unscored = draw(st.sampled_from([False, False, True]))
+    # far apart, confidences are exactly 0 and 1; unscored tokens must not overflow to infinity in float16, see below
+    logits = logits * draw(st.sampled_from([1.0, 1.0, 0.01, 1e3 if unscored else 1e4]))
+    tokens = torch.randint(0, vocab, (batch, block), generator=generator)
+    waits = torch.rand(batch, block, generator=generator) < draw(st.sampled_from([0.0, 0.6, 1.0]))
+    inputs: dict[str, Any] = {"mask_token_id": MASK, "policy": policy}
+    inputs["tokens"] = torch.where(waits, MASK, tokens).to(draw(st.sampled_from([torch.int64, torch.int32])))
+    for name, values in row_numbers(generator, batch, block, vocab).items():
+        if draw(flag):
+            inputs[name] = values
+    if "num_steps" not in inputs:
+        inputs["num_steps"] = draw(st.integers(1, 9))
+    if "temperature" not in inputs:
+        inputs["temperature"] = draw(st.sampled_from([0.0, 0.8, 1.0]))
+    if draw(flag):
+        inputs["editable"] = torch.rand(batch, block, generator=generator) < 0.8
+    if draw(flag):
+        inputs["suppress_ids"] = draw(st.lists(st.integers(0, vocab - 1), max_size=2))
+    if draw(flag):
+        inputs["rank_noise"] = torch.rand(batch, block, generator=generator, dtype=torch.float64)
+    if draw(flag):
+        inputs["candidates"] = torch.randint(-1, vocab, (batch, block), generator=generator)
+    if unscored:  # then no infinities: the specification's words and program differ on one at an unscored token
+        inputs["confidence_suppress_ids"] = torch.randint(0, vocab, (2,), generator=generator)
+    elif draw(flag) and batch and block:
+        where = torch.rand(batch, block, generator=generator) < 0.3
+        kind = draw(st.sampled_from([math.nan, math.inf, -math.inf]))
+        logits[where, :: 1 if kind < 0 else vocab] = kind
+    if "valid_lens" in inputs:
+        logits[torch.arange(block) >= inputs["valid_lens"][:, None]] = torch.nan
+    inputs["logits"] = logits.to(draw(st.sampled_from(DTYPES)))
+    return inputs

@@ -1,0 +1,1 @@
+"""The package's model: config, loading, state, towers, generation."""

@@ -1,0 +1,175 @@
+"""`twotower info`: what is installed, what kernels for GPUs cost at their first call, what a checkpoint needs."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import twotower_kernels
+from tests.gpu.build_kernels import cuda_modules
+from tests.model.small_model import save_small_model, small_model
+from tests.program.command_line import run
+from twotower_kernels import cuda, info
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_info_tells_what_is_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", folder) == 0
+    out = capsys.readouterr().out
+    facts = ("instruction set", "Triton", "NVRTC", "context tower", "128 K context", "on two devices")
+    for fact in (twotower_kernels.__version__, torch.__version__, *facts):
+        assert fact in out
+    assert "adaln_norm" in out
+
+
+def test_info_asks_the_dispatcher() -> None:
+    """An op that runs on the CPU says so; one that is only declared says that nothing serves it."""
+    library = torch.library.Library("twotower", "FRAGMENT")
+    try:
+        library.define("declared_only(Tensor x) -> Tensor")
+        found = info.ops()
+    finally:
+        library._destroy()
+    assert found["declared_only"] == dict.fromkeys(info.KEYS, False)
+    assert all(found["adaln_norm"][key] for key in ("CPU", "Autograd", "Meta"))
+    assert "declared_only" not in info.ops()
+
+
+def test_sizes_are_those_of_the_loaded_model(folder: Path) -> None:
+    """Parameters and bytes per tower, and what a state really holds."""
+    model = small_model()
+    context = sum(p.numel() for name, p in model.state_dict().items() if name.startswith("context_"))
+    total = sum(p.numel() for p in model.state_dict().values())
+    sizes = info.sizes(folder)
+    assert sizes.parameters == {"context": context, "denoiser": total - context}
+    assert sizes.weights == {"context": 8 * context, "denoiser": 8 * (total - context)}
+    with torch.no_grad():
+        state = model.prefill(torch.tensor([[5, 6, 7]]))
+    assert sizes.kv_per_token == sum(t[0, 0].nbytes for kv in (state.k, state.v) for t in kv.values())
+    assert sizes.state_per_row == sum(t[0].nbytes for part in (state.conv, state.ssm) for t in part.values())
+    row = 2**17 * sizes.kv_per_token + sizes.state_per_row
+    assert sizes.long_context == 8 * total + row
+    assert sizes.long_context_apart == {"context": 8 * context + row, "denoiser": 8 * (total - context) + row}
+
+
+def test_info_without_compiled_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def missing() -> None:
+        raise ImportError("not built")
+
+    monkeypatch.setattr("twotower_kernels.cpu.kernels", missing)
+    assert run("info") == 0
+    assert "none: not built" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_600, "1 MB"), (118e9, "118 GB"), (5e15, "5e+03 TB")],
+)
+def test_sizes_are_readable(number: float, text: str) -> None:
+    assert info.size(int(number)) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.000254, "0.254 ms"), (0.9994, "999 ms"), (0.9996, "1 s"), (2.345, "2.35 s")]
+)
+def test_durations_are_readable(seconds: float, text: str) -> None:
+    assert info.duration(seconds) == text
+
+
+# --- kernels for GPUs -------------------------------------------------------------------------------------------------
+
+MS = r"[\d.e+-]+ ms"
+
+
+def test_without_a_gpu_one_kernel_is_measured() -> None:
+    facts = info.gpu_kernels()
+    assert re.fullmatch(r"\d+\.\d+, by cuda-core \d.*", facts["NVRTC"])
+    told = rf"moe_plan for sm_90a compiled in ({MS}), read from the cache in ({MS})"
+    found = re.fullmatch(told, facts["CUDA C++ kernels"])
+    assert found and float(found[1].split()[0]) > float(found[2].split()[0]) > 0
+
+
+def test_a_cache_that_cannot_be_used_is_said() -> None:
+    cuda.cache_folder().mkdir(parents=True)
+    cuda.cache_folder().chmod(0o777)
+    with pytest.warns(UserWarning, match="others can write here"):
+        assert info.gpu_kernels()["CUDA C++ kernels"].endswith(" ms, not kept")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A GPU to compile for, and the sources that a quick compiler is given."""
+    sources: list[str] = []
+
+    def quick(source: str, defines: object, arch: str) -> bytes:
+        sources.append(source)
+        return f"{source} {defines} {arch}".encode()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "architecture", lambda device: "sm_100a")
+    monkeypatch.setattr(cuda, "compile", quick)
+    return sources
+
+
+def test_on_a_gpu_every_kernel_is_measured(gpu: list[str]) -> None:
+    """Compiled once, and kept for whoever calls it first."""
+    count = len(info.builds())
+    facts = info.gpu_kernels()["CUDA C++ kernels"]
+    assert re.fullmatch(rf"for sm_100a, {count} compiled in {MS}", facts)
+    assert len(gpu) == len(list(cuda.cache_folder().iterdir())) == count
+    facts = info.gpu_kernels()["CUDA C++ kernels"]
+    assert re.fullmatch(rf"for sm_100a, {count} read from the cache in {MS}", facts)
+    assert len(gpu) == count
+
+
+def test_patience_ends(gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kernel takes longer than the time allowed: the others are left to their first call, the kept ones read."""
+    monkeypatch.setattr(info, "PATIENCE", 0.0)
+    left = len(info.builds()) - 1
+    wanted = f"1 compiled in {MS}, {left} still to compile at their first call"
+    assert re.fullmatch(f"for sm_100a, {wanted}", info.gpu_kernels()["CUDA C++ kernels"])
+    wanted = f"1 read from the cache in {MS}, 1 compiled in {MS}, {left - 1} still to compile at their first call"
+    assert re.fullmatch(f"for sm_100a, {wanted}", info.gpu_kernels()["CUDA C++ kernels"])
+    assert len(gpu) == 2
+
+
+def test_every_kernel_is_in_the_list() -> None:
+    modules = [importlib.import_module(f"twotower_kernels.{name}") for name in cuda_modules()]
+    assert sorted(info.builds()) == sorted(build for module in modules for build in module.builds())
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def missing() -> None:
+        raise ImportError(cuda._advice("no cuda.core"))
+
+    monkeypatch.setattr(cuda, "_core", missing)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    facts = info.gpu_kernels()
+    assert facts.keys() == {"Triton", "NVRTC"}
+    for fact in facts.values():
+        assert re.match(r"none: .* pip install 'twotower-kernels\[cuda1[23]\]' \(", fact)
+    assert run("info") == 0
+    assert "pip install" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [RuntimeError("refused\nby a long log"), OSError(), MemoryError("no room")])
+def test_a_compiler_that_fails_is_no_error(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> bytes:
+        raise error
+
+    monkeypatch.setattr(cuda, "compile", broken)
+    fact = info.gpu_kernels()["CUDA C++ kernels"]
+    assert fact == f"none: {str(error).splitlines()[0] if str(error) else repr(error)}"
+    assert run("info") == 0

@@ -1,0 +1,93 @@
+"""Painting: what a terminal shows while text is generated."""
+
+import functools
+import io
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from tests.model.small_model import EOS, MASK, save_small_model
+from twotower_kernels.generate import StepEvent, stream
+from twotower_kernels.model import TwoTowerModel
+from twotower_kernels.show import BLANK, Painter, printable
+
+
+@functools.cache
+def generated(rows: int) -> list[StepEvent]:
+    """The events of a generation of two blocks in each of several rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = TwoTowerModel.from_pretrained(save_small_model(Path(folder)))
+    return list(stream(model, [[5] * (row + 1) for row in range(rows)], max_new_tokens=8, block_size=4))
+
+
+@settings(max_examples=25)
+@given(rows=st.integers(1, 5), width=st.integers(4, 30), height=st.integers(1, 14))
+def test_a_screen_holds_the_ends_of_the_texts(rows: int, width: int, height: int) -> None:
+    """In a terminal: never more lines than it has, and of every row that is shown the newest characters."""
+    painter, events = painted(rows, width, height)
+    screens = []
+    for event in events:
+        painter(event)
+        screens.append(painter._screen(event.rows.tolist()).plain)
+    for screen in screens:
+        assert len(screen.split("\n")) <= max(1, height - 1)
+        assert all(len(line) <= width for line in screen.split("\n"))
+    ends = [painter.page(row, painter.done[row]).plain[-1] for row in range(rows)]
+    assert {part[-1] for part in screens[-1].split("\n\n")} <= set(ends)
+    assert any(BLANK in screen for screen in screens)
+
+
+def painted(rows: int, width: int, height: int, eos: int = EOS) -> tuple[Painter, list[Any]]:
+    """A painter on a terminal of this size, and the events of a generation to be painted."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, height=height, color_system="truecolor")
+    words: Any = type("Words", (), {"decode": lambda self, ids, **_: "".join(chr(ord("a") + i) for i in ids)})()
+    events = generated(rows)
+    prompts = ["x" * (row + 1) for row in range(rows)]
+    return Painter(console, words, prompts, mask_token_id=MASK, eos_token_id=eos), events
+
+
+def test_a_step_highlights_what_it_changed() -> None:
+    painter, _ = painted(1, 30, 10)
+    text = painter.paint([MASK, 5, MASK, MASK], [6, 5, MASK, 7])
+    assert text.plain == f"gf{BLANK}h"
+    assert [(span.start, span.end, span.style) for span in text.spans] == [
+        (0, 1, "bold black on green"),
+        (2, 3, "dim"),
+        (3, 4, "bold black on green"),
+    ]
+
+
+def test_a_long_text_is_shown_by_its_end() -> None:
+    """Also when the screen has no room for a character of each token."""
+    painter, _ = painted(1, 5, 4)
+    painter.done[0] = [i % 20 for i in range(1000)]
+    assert painter._screen([0]).plain == "fghij\nklmno\npqrst"
+
+
+def test_a_row_is_shown_up_to_its_end() -> None:
+    """What a finished block holds after the EOS is no text."""
+    _, events = painted(1, 30, 10)
+    tokens = [int(token) for event in events if event.committed for token in event.after[0]]
+    last = tokens[1]  # of the first block
+    painter, events = painted(1, 30, 10, eos=last)
+    painter(next(event for event in events if event.committed))
+    assert painter.done[0] == tokens[: tokens.index(last)]
+
+
+def test_a_terminal_is_painted_and_left_clean() -> None:
+    painter, events = painted(2, 30, 10)
+    with painter:
+        for event in events:
+            painter(event)
+    output = painter.console.file.getvalue()  # type: ignore[attr-defined]
+    assert BLANK in output
+    assert output.count("\x1b[?25l") == output.count("\x1b[?25h") == 1  # the cursor is back
+    assert output.rstrip().endswith("\x1b[2K")  # and the last lines are erased
+
+
+def test_text_cannot_steer_a_terminal() -> None:
+    assert printable("a\x1b[2Jb\r\x07\x9bc\td\n") == "a�[2Jb���c\td\n"

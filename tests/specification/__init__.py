@@ -1,0 +1,1 @@
+"""The specification, reference/, against definitions, other programs and itself."""
