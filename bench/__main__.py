@@ -1,6 +1,6 @@
 """`python -m bench`: see bench/command.py."""
 
-from bench.command import main
+from twotower_kernels.bench.command import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

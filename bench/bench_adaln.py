@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 import twotower_kernels as tt
-from bench import costs, rivals
-from bench.shapes import RELEASED, Shapes
-from bench.timing import NO_GOALS, ORIGINAL, OURS, Case, close
-from reference import adaln
+from twotower_kernels.bench import costs, rivals
+from twotower_kernels.bench.shapes import RELEASED, Shapes
+from twotower_kernels.bench.timing import NO_GOALS, ORIGINAL, OURS, Case, close
+from twotower_kernels.reference import adaln
 
 
 def case(

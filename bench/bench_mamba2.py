@@ -8,10 +8,10 @@ from functools import partial
 import torch
 
 import twotower_kernels as tt
-from bench import costs, rivals
-from bench.shapes import RELEASED, Shapes
-from bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals, close
-from reference import mamba2
+from twotower_kernels.bench import costs, rivals
+from twotower_kernels.bench.shapes import RELEASED, Shapes
+from twotower_kernels.bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals, close
+from twotower_kernels.reference import mamba2
 
 
 def scan(

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import twotower_kernels as tt
-from bench import costs, rivals
-from bench.shapes import RELEASED, Shapes
-from bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals, close
-from reference import moe
+from twotower_kernels.bench import costs, rivals
+from twotower_kernels.bench.shapes import RELEASED, Shapes
+from twotower_kernels.bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals, close
+from twotower_kernels.reference import moe
 
 
 def routed(route: Any, gate: Any) -> Any:

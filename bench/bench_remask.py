@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import twotower_kernels as tt
-from bench import costs
-from bench.shapes import RELEASED, Shapes
-from bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals
-from reference import remask as specification
+from twotower_kernels.bench import costs
+from twotower_kernels.bench.shapes import RELEASED, Shapes
+from twotower_kernels.bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals
+from twotower_kernels.reference import remask as specification
 
 THRESHOLD = 0.8
 

@@ -15,12 +15,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from bench import ceilings, peers, report
-from bench.ceilings import Ceilings
-from bench.report import Skipped
-from bench.shapes import RELEASED, SMALL, Shapes
-from bench.timing import NO_GOALS, ORIGINAL, OURS, PYTORCH, Case, Result, cannot_run, measure, said
 from twotower_kernels import cpu
+from twotower_kernels.bench import ceilings, peers, report
+from twotower_kernels.bench.ceilings import Ceilings
+from twotower_kernels.bench.report import Skipped
+from twotower_kernels.bench.shapes import RELEASED, SMALL, Shapes
+from twotower_kernels.bench.timing import NO_GOALS, ORIGINAL, OURS, PYTORCH, Case, Result, cannot_run, measure, said
 
 FILES = ("attention", "moe", "linear", "mamba2", "adaln", "remask", "model")
 INTERRUPTED = 130  # the exit code after Ctrl-C
@@ -80,7 +80,7 @@ def wanted(program: str, kinds: Sequence[str]) -> bool:
 
 def cases(family: str, options: argparse.Namespace, shapes: Shapes) -> Iterator[Case]:
     """Those that were asked for; goals are the released model's."""
-    module = importlib.import_module(f"bench.bench_{family}")
+    module = importlib.import_module(f"twotower_kernels.bench.bench_{family}")
     for case in module.cases(options.device, shapes, options.batch, options.context):
         programs = {**case.programs, **peers.of(case.op, case.inputs, options.device)}
         programs = {name: call for name, call in programs.items() if wanted(name, options.rivals or ["all"])}
@@ -90,7 +90,7 @@ def cases(family: str, options: argparse.Namespace, shapes: Shapes) -> Iterator[
 def picture(run: dict[str, Any], path: Path) -> str | None:
     """Draws a saved run, or says why it cannot."""
     try:
-        from bench.pictures import roofline
+        from twotower_kernels.bench.pictures import roofline
 
         roofline(run, path)
     except (ImportError, ValueError) as error:  # no matplotlib; no case that has a place in it

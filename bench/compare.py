@@ -20,8 +20,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench.command import FILES
-from bench.timing import OURS
+from twotower_kernels.bench.command import FILES
+from twotower_kernels.bench.timing import OURS
 
 ROOT = Path(__file__).resolve().parents[1]
 Case = tuple[str, str, str]  # op, shape, dtype
@@ -39,6 +39,9 @@ def prepared(commit: str) -> Path:
         git("worktree", "prune")
         git("worktree", "add", "--detach", str(folder), commit)
     shutil.copytree(ROOT / "bench", folder / "bench", dirs_exist_ok=True)
+    for name in ("bench", "reference"):  # a commit from before they were imported as parts of the package
+        if not (folder / "twotower_kernels" / name).exists():
+            (folder / "twotower_kernels" / name).symlink_to(Path("..", name))
     subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, check=True)
     return folder
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 import twotower_kernels as tt
-from bench import costs
-from bench.configs import CONFIG
-from bench.costs import Cost
-from bench.machines import Machine
 from twotower_kernels import info
+from twotower_kernels.bench import costs
+from twotower_kernels.bench.configs import CONFIG
+from twotower_kernels.bench.costs import Cost
+from twotower_kernels.bench.machines import Machine
 from twotower_kernels.loading import tower_of
 
 FREQUENCIES = 256  # inputs of the time embedding

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
-from bench.timing import ORIGINAL, OURS
+from twotower_kernels.bench.timing import ORIGINAL, OURS
 
 COLUMN = 3.5  # inches: one column of a printed page; every letter is 7 points or more at that width
 BEST = "best PyTorch"

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 
 import twotower_kernels as tt
-from bench import report, shares, thresholds
-from bench.bench_model import BLOCK, CONFIG, random_model, random_state
-from bench.drawing import about
-from bench.generation_report import markdown
-from bench.thresholds import held_out
-from bench.watched import generated
-from reference.demo_data import windows
+from twotower_kernels.bench import report, shares, thresholds
+from twotower_kernels.bench.bench_model import BLOCK, CONFIG, random_model, random_state
+from twotower_kernels.bench.drawing import about
+from twotower_kernels.bench.generation_report import markdown
+from twotower_kernels.bench.thresholds import held_out
+from twotower_kernels.bench.watched import generated
 from twotower_kernels.generate import MODES
+from twotower_kernels.reference.demo_data import windows
 
 PARTS = ("shipped", "random", "shares", "thresholds")
 BATCHES = (1, 4, 16)
@@ -53,7 +53,8 @@ def shipped(contexts: tuple[int, ...] = (1024, 4096, 16384, 32768), new: int = 1
     """The shipped model over batches and contexts. Every row has a process of its own: memory that one has freed, an
     allocator may keep, and it would count for the next."""
     fresh = multiprocessing.get_context("forkserver")
-    fresh.set_forkserver_preload(["bench.watched", "bench.thresholds", "bench.generation_report"])  # imported once
+    slow = (f"twotower_kernels.bench.{name}" for name in ("watched", "thresholds", "generation_report"))
+    fresh.set_forkserver_preload(list(slow))  # imported once
     for batch in BATCHES:
         for context in (context for context in contexts if batch * context <= MOST):
             for mode in MODES:

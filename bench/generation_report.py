@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.drawing import about
-from reference.demo_report import table
+from twotower_kernels.bench.drawing import about
+from twotower_kernels.reference.demo_report import table
 
 
 def _form(value: float | None, form: str, unit: float = 1) -> str:

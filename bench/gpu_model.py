@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 import twotower_kernels as tt
-from bench import ceilings, report
-from bench.bench_model import BLOCK, random_model, random_state
-from bench.ceilings import Ceilings
-from bench.configs import RELEASED, config
-from bench.cost_model import forward, total, weights
-from bench.gpu_clock import median
 from twotower_kernels import layers
+from twotower_kernels.bench import ceilings, report
+from twotower_kernels.bench.bench_model import BLOCK, random_model, random_state
+from twotower_kernels.bench.ceilings import Ceilings
+from twotower_kernels.bench.configs import RELEASED, config
+from twotower_kernels.bench.cost_model import forward, total, weights
+from twotower_kernels.bench.gpu_clock import median
 from twotower_kernels.capture import CapturedModel
 from twotower_kernels.state import logits
 

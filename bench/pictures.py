@@ -11,9 +11,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from bench.drawing import BEST, PROGRAMS, fastest, finish, page, plain, spoken
-from bench.pictures_of_text import speed, step_shares, thresholds, trace
-from bench.timing import ORIGINAL, OURS
+from twotower_kernels.bench.drawing import BEST, PROGRAMS, fastest, finish, page, plain, spoken
+from twotower_kernels.bench.pictures_of_text import speed, step_shares, thresholds, trace
+from twotower_kernels.bench.timing import ORIGINAL, OURS
 
 # The ceiling that belongs to a dtype; a 16-bit type may always be widened, so float32's counts for it too.
 PEAKS = {"bfloat16": ("bf16", "fp32"), "float16": ("fp16", "fp32"), "float32": ("fp32",), "float64": ("fp64",)}

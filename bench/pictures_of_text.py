@@ -8,8 +8,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from bench.drawing import finish, page, spoken
-from bench.shares import NORMS, OTHER
+from twotower_kernels.bench.drawing import finish, page, spoken
+from twotower_kernels.bench.shares import NORMS, OTHER
 
 # Grey, hatch and colour apart from each other, from the bottom up.
 LOOKS = {

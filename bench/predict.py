@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 import twotower_kernels as tt
-from bench.configs import config
-from bench.cost_model import Call, Checked, Prediction, check, forward, predict, seconds, total
-from bench.machines import MACHINES, Machine, measured
 from twotower_kernels import info
+from twotower_kernels.bench.configs import config
+from twotower_kernels.bench.cost_model import Call, Checked, Prediction, check, forward, predict, seconds, total
+from twotower_kernels.bench.machines import MACHINES, Machine, measured
 
 LOCAL = Path(__file__).parent / "results" / "cpu" / "avx512bf16.json"
 

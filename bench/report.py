@@ -17,9 +17,9 @@ import torch
 from rich.table import Table
 
 import twotower_kernels as tt
-from bench.ceilings import Ceilings
-from bench.timing import ORIGINAL, OURS, Result
 from twotower_kernels import cpu
+from twotower_kernels.bench.ceilings import Ceilings
+from twotower_kernels.bench.timing import ORIGINAL, OURS, Result
 
 HEADER = ("op", "shape", "dtype", "µs", "spread", "vs original", "vs best PyTorch", "of ceiling", "GB/s", "GFLOP/s")
 

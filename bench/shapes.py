@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from bench.configs import config
+from twotower_kernels.bench.configs import config
 
 # What else a field is called in the files of Hugging Face's models, and of LLaDA's.
 SYNONYMS = {

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 import twotower_kernels as tt
-from bench import rivals
-from bench.bench_model import BLOCK, CONFIG, operations, random_model, random_state
+from twotower_kernels.bench import rivals
+from twotower_kernels.bench.bench_model import BLOCK, CONFIG, operations, random_model, random_state
 from twotower_kernels.ops.linear import linear
 from twotower_kernels.ops.moe import moe_router
 

@@ -16,10 +16,19 @@ from pathlib import Path
 
 import torch
 
-from bench import bench_adaln, bench_attention, bench_model, bench_moe, bench_remask, ceilings, report, rivals
-from bench.report import Skipped
-from bench.shapes import RELEASED
-from bench.timing import OURS, Case, Result, measure
+from twotower_kernels.bench import (
+    bench_adaln,
+    bench_attention,
+    bench_model,
+    bench_moe,
+    bench_remask,
+    ceilings,
+    report,
+    rivals,
+)
+from twotower_kernels.bench.report import Skipped
+from twotower_kernels.bench.shapes import RELEASED
+from twotower_kernels.bench.timing import OURS, Case, Result, measure
 
 BF16 = torch.bfloat16
 

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import twotower_kernels as tt
-from bench.bench_model import BLOCK
-from reference.demo_data import encode, standard_library, windows
-from reference.demo_report import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, distinct, nll_of_continuations
+from twotower_kernels.bench.bench_model import BLOCK
+from twotower_kernels.reference.demo_data import encode, standard_library, windows
+from twotower_kernels.reference.demo_report import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, distinct, nll_of_continuations
 
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 TRACED = 0.3  # low enough that steps commit more than one token

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reference.attention_checks import (
+from twotower_kernels.reference.attention_checks import (
     Lengths,
     as_lengths,
     check_context,

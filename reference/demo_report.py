@@ -1,6 +1,7 @@
 """Measures the demo model on the modules held out of its training; writes its card's figures and training curves.
 
-`python -m reference.demo_report --model build/demo --out twotower_kernels/demo` also copies the model there.
+`python -m twotower_kernels.reference.demo_report --model build/demo --out twotower_kernels/demo` also copies the model
+there.
 """
 
 import argparse
@@ -15,11 +16,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from reference.demo_data import SPECIAL, encode, standard_library, windows
-from reference.generate import generate
-from reference.model import TwoTower
-from reference.train_demo import BLOCK, MASK, SHIPPED
-from reference.training import denoise_all_blocks, masked_loss
+from twotower_kernels.reference.demo_data import SPECIAL, encode, standard_library, windows
+from twotower_kernels.reference.generate import generate
+from twotower_kernels.reference.model import TwoTower
+from twotower_kernels.reference.train_demo import BLOCK, MASK, SHIPPED
+from twotower_kernels.reference.training import denoise_all_blocks, masked_loss
 
 LENGTH = 256  # of evaluation windows, as in training
 TIMES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reference.model import ContextState, TwoTower
-from reference.philox import sequence_seed
-from reference.remask import remask
-from reference.remask_policy import RemaskPolicy
+from twotower_kernels.reference.model import ContextState, TwoTower
+from twotower_kernels.reference.philox import sequence_seed
+from twotower_kernels.reference.remask import remask
+from twotower_kernels.reference.remask_policy import RemaskPolicy
 
 MODES = ("mask_diffusion", "mock_ar", "ar")
 FINISH = RemaskPolicy(finish=True)  # in the last step of its schedule: every candidate, none of which is the mask

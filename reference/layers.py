@@ -6,10 +6,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from reference.attention import block_attention
-from reference.config import TwoTowerConfig
-from reference.mamba2 import gated_rms_norm, mamba2_scan
-from reference.moe import feed_forward, moe_experts, moe_gate, moe_route
+from twotower_kernels.reference.attention import block_attention
+from twotower_kernels.reference.config import TwoTowerConfig
+from twotower_kernels.reference.mamba2 import gated_rms_norm, mamba2_scan
+from twotower_kernels.reference.moe import feed_forward, moe_experts, moe_gate, moe_route
 
 FREQUENCIES = 128  # of the time embedding: 128 cosines, then 128 sines
 

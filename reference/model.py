@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reference import checkpoint
-from reference.adaln import adaln_norm, gated_residual, rms_norm
-from reference.attention import append_kv
-from reference.config import TwoTowerConfig
-from reference.layers import TimeEmbedder, Tower
+from twotower_kernels.reference import checkpoint
+from twotower_kernels.reference.adaln import adaln_norm, gated_residual, rms_norm
+from twotower_kernels.reference.attention import append_kv
+from twotower_kernels.reference.config import TwoTowerConfig
+from twotower_kernels.reference.layers import TimeEmbedder, Tower
 
 # These parameters keep their file's dtype, or a wider one: selection and decay are sensitive to their rounding.
 KEPT_WIDE = ("gate.weight", "e_score_correction_bias", "A_log", "mixer.D", "dt_bias")

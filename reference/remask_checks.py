@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reference import philox
-from reference.remask_policy import RemaskPolicy
+from twotower_kernels.reference import philox
+from twotower_kernels.reference.remask_policy import RemaskPolicy
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)

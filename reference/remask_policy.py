@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from reference import remask_schedule
+from twotower_kernels.reference import remask_schedule
 
 Statistics = Literal["raw", "filtered"]
 Score = Literal["confidence", "margin", "neg_entropy", "random", "leftmost"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from reference.remask_policy import RemaskPolicy
+    from twotower_kernels.reference.remask_policy import RemaskPolicy
 
 
 def times(min_t: float, long_grid: bool, step: Tensor, num_steps: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
-"""Trains the demo model: `python -m reference.train_demo`, resumable at any time, reproducible by its seed.
+"""Trains the demo model: `python -m twotower_kernels.reference.train_demo`, resumable at any time.
 
 First the context tower by next-token prediction, then, with it frozen, the denoiser by the official recipe on blocks of
 16 (both AdamW with a warmup-stable-decay schedule). Writes `config.json`, `model.safetensors`, `tokenizer.json` and the
-training curves; `python -m reference.demo_report` then measures the result and writes the model card.
+training curves; `python -m twotower_kernels.reference.demo_report` then measures the result and writes the model card.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reference.config import TwoTowerConfig
-from reference.demo_data import Corpus, encode, standard_library, train_tokenizer, windows
-from reference.layers import Mamba2, Router
-from reference.model import KEPT_WIDE, TwoTower
-from reference.training import ar_loss, denoise_all_blocks, denoiser_loss, masked_loss, seed_denoiser
+from twotower_kernels.reference.config import TwoTowerConfig
+from twotower_kernels.reference.demo_data import Corpus, encode, standard_library, train_tokenizer, windows
+from twotower_kernels.reference.layers import Mamba2, Router
+from twotower_kernels.reference.model import KEPT_WIDE, TwoTower
+from twotower_kernels.reference.training import ar_loss, denoise_all_blocks, denoiser_loss, masked_loss, seed_denoiser
 
 BLOCK, MASK = 16, 3
-SHIPPED = Path(__file__).parent.parent / "twotower_kernels" / "demo"
+SHIPPED = Path(__file__).resolve().parents[1] / "twotower_kernels" / "demo"
 CONFIG: dict[str, Any] = dict(
     vocab_size=1024,
     hidden_size=192,
@@ -248,7 +248,8 @@ def main() -> None:
         facts[stage.name] = asdict(stage) | asdict(run(model, stage, train, held_out, args.out))
         (args.out / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     export(model, args.out)
-    print(f"written to {args.out}; to ship it, run: python -m reference.demo_report --model {args.out} --out {SHIPPED}")
+    report = f"python -m twotower_kernels.reference.demo_report --model {args.out} --out {SHIPPED}"
+    print(f"written to {args.out}; to ship it, run: {report}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reference.model import ContextState, TwoTower
+from twotower_kernels.reference.model import ContextState, TwoTower
 
 T_MIN = 1e-3
 

@@ -96,7 +96,7 @@ def package_op(name: str) -> Operation:
 
 
 def check_case(family: str, op: str, case: str, options: dict[str, Any], dtype: torch.dtype, device: str) -> None:
-    module = importlib.import_module(f"reference.{family}")
+    module = importlib.import_module(f"twotower_kernels.reference.{family}")
     check(
         package_op(op), getattr(module, op), module.make_inputs(op, case, dtype=dtype, device=device) | options, device
     )
@@ -109,7 +109,7 @@ def of_operations(device: str) -> Iterator[Task]:
 
     interpreted, through = device == "cpu", {"rms_norm": "adaln_norm"}
     for family in FAMILIES:
-        module = importlib.import_module(f"reference.{family}")
+        module = importlib.import_module(f"twotower_kernels.reference.{family}")
         for op, cases in module.CASES.items():
             target = _library.CUDA.get(through.get(op, op))
             if target is None or (interpreted and not target.startswith("triton.")):
@@ -153,9 +153,9 @@ def check_draws(device: str) -> None:
 
 def check_router(case: str, dtype: torch.dtype, device: str) -> None:
     """The same of the model's router: product, choice and plan together."""
-    from reference import moe
     from tests.kernels.kernel_checks import router_inputs
     from twotower_kernels.ops.moe import moe_router
+    from twotower_kernels.reference import moe
 
     def ours(x: Tensor, gate_weight: Tensor, **options: Any) -> tuple[Tensor, ...]:
         weights, experts, plan = moe_router(x, gate_weight, **options)
@@ -170,7 +170,7 @@ def check_router(case: str, dtype: torch.dtype, device: str) -> None:
 
 
 def of_the_router(device: str) -> Iterator[Task]:
-    from reference import moe
+    from twotower_kernels.reference import moe
 
     for case, dtype in itertools.product(moe.CASES["moe_route"], DTYPES):
         yield f"moe_router[{case}] {dtype}", partial(check_router, case, dtype, device)

@@ -3,7 +3,7 @@
     python -m tests.replay_masks FOLDER [--impl reference|package]
 
 FOLDER holds cases.json and one safetensors file per case (the README in tests/data/golden/masks says what is in them).
-Every pattern is said with the op's arguments (tests/specification/mask_patterns.py). The values are one-hot, so the output is the row
+Every pattern is said with the op's arguments (mask_patterns.py). The values are one-hot, so the output is the row
 of attention weights: its positive entries are the mask, its numbers must be those of a masked softmax in float64, and
 the log-sum-exp must be that softmax's. Keys and values that nobody may see are NaN.
 """
@@ -50,7 +50,7 @@ def main() -> int:
 
 def implementation(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """`block_attention` of the specification or of the package."""
-    module = "reference.attention" if name == "reference" else "twotower_kernels"
+    module = "twotower_kernels.reference.attention" if name == "reference" else "twotower_kernels"
     return importlib.import_module(module).block_attention
 
 

@@ -52,8 +52,8 @@ def load(folder: Path) -> list[Case]:
 def implementation(name: str) -> SimpleNamespace:
     """`remask` and `RemaskPolicy` of the specification ("reference") or of the kernels ("package")."""
     if name == "reference":
-        policy = importlib.import_module("reference.remask_policy").RemaskPolicy
-        return SimpleNamespace(remask=importlib.import_module("reference.remask").remask, RemaskPolicy=policy)
+        module = importlib.import_module("twotower_kernels.reference.remask")
+        return SimpleNamespace(remask=module.remask, RemaskPolicy=module.RemaskPolicy)
     package = importlib.import_module("twotower_kernels")
     return SimpleNamespace(remask=package.remask, RemaskPolicy=package.RemaskPolicy)
 

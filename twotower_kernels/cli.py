@@ -357,10 +357,5 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    """The benchmark stands beside this package in a checkout, and is not installed with it."""
-    checkout = Path(__file__).resolve().parents[1]
-    if not (checkout / "bench" / "command.py").is_file():
-        raise FileNotFoundError("the benchmark is not installed: clone the repository, and run `make bench` there")
-    sys.path.insert(0, str(checkout))  # the console script's first place is its own folder
-    code: int = importlib.import_module("bench.command").main(args.arguments)
+    code: int = importlib.import_module("twotower_kernels.bench.command").main(args.arguments)
     return code

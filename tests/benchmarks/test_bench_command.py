@@ -10,12 +10,21 @@ import pytest
 import torch
 
 import twotower_kernels as tt
-from bench import bench_adaln, bench_attention, bench_linear, bench_mamba2, bench_moe, bench_remask, ceilings, command
-from bench.report import others
-from bench.shapes import RELEASED, SMALL, Shapes
-from bench.timing import ORIGINAL, OURS, PYTORCH, Case, measure
 from tests.paths import ROOT
 from tests.program.command_line import run
+from twotower_kernels.bench import (
+    bench_adaln,
+    bench_attention,
+    bench_linear,
+    bench_mamba2,
+    bench_moe,
+    bench_remask,
+    ceilings,
+    command,
+)
+from twotower_kernels.bench.report import others
+from twotower_kernels.bench.shapes import RELEASED, SMALL, Shapes
+from twotower_kernels.bench.timing import ORIGINAL, OURS, PYTORCH, Case, measure
 
 LIMITS = ceilings.Ceilings(read=50, copy=60, fp64=80, fp32=200, fp16=3, bf16=400, launch=1e-5)
 FAMILIES = dict(

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from bench.compare import ratios, table
 from tests.paths import ROOT
+from twotower_kernels.bench.compare import ratios, table
 
 CASE, OTHER = ("moe_gate", "N 16", "float64"), ("remask", "16 × 8", "float32")
 

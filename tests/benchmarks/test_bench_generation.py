@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import twotower_kernels as tt
-from bench import generation, shares, thresholds, watched
-from bench.generation_report import markdown
 from tests.benchmarks.test_pictures import saved
+from twotower_kernels.bench import generation, shares, thresholds, watched
+from twotower_kernels.bench.generation_report import markdown
 
 CONFIG = tt.TwoTowerConfig(
     vocab_size=64,

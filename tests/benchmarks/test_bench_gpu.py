@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from bench import ceilings, command, gpu_clock, gpu_model
-from bench.bench_remask import best_of
-from bench.timing import ORIGINAL, OURS
 from tests.benchmarks.test_bench_command import LIMITS
 from tests.gpu.gpu_stand_in import gpu_stand_in
 from tests.gpu.test_capture import Recorder
 from tests.model.random_models import SIZES
 from twotower_kernels import TwoTowerConfig
+from twotower_kernels.bench import ceilings, command, gpu_clock, gpu_model
+from twotower_kernels.bench.bench_remask import best_of
+from twotower_kernels.bench.timing import ORIGINAL, OURS
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "measure", lambda device: replace(LIMITS, device=device))
-    monkeypatch.setattr("bench.bench_remask.compiled_best_of", best_of)
+    monkeypatch.setattr("twotower_kernels.bench.bench_remask.compiled_best_of", best_of)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 

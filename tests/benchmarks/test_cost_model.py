@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import twotower_kernels as tt
-from bench import cost_model, costs, predict, rivals
-from bench.configs import CONFIG, config
-from bench.machines import MACHINES, measured
 from twotower_kernels import info
+from twotower_kernels.bench import cost_model, costs, predict, rivals
+from twotower_kernels.bench.configs import CONFIG, config
+from twotower_kernels.bench.machines import MACHINES, measured
 
 TINY = replace(
     CONFIG,

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench import pictures, report, shares, sweeps
-from bench.ceilings import Ceilings
-from bench.costs import Cost
-from bench.drawing import spoken
-from bench.pictures_of_text import speed, step_shares, trace
-from bench.pictures_of_text import thresholds as thresholds_picture
-from bench.timing import ORIGINAL, OURS, Case, measure
+from twotower_kernels.bench import pictures, report, shares, sweeps
+from twotower_kernels.bench.ceilings import Ceilings
+from twotower_kernels.bench.costs import Cost
+from twotower_kernels.bench.drawing import spoken
+from twotower_kernels.bench.pictures_of_text import speed, step_shares, trace
+from twotower_kernels.bench.pictures_of_text import thresholds as thresholds_picture
+from twotower_kernels.bench.timing import ORIGINAL, OURS, Case, measure
 
 MACHINE = {
     "processor": "a processor",

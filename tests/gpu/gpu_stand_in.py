@@ -17,8 +17,8 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
-from bench import gpu_clock, gpu_model, peers, timing
 from tests.gpu.test_capture import Recorder
+from twotower_kernels.bench import gpu_clock, gpu_model, peers, timing
 from twotower_kernels.capture import CapturedModel
 
 

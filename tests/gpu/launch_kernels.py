@@ -15,8 +15,8 @@ from unittest import mock
 import torch
 
 import twotower_kernels as tt
-from reference import adaln, attention, mamba2, moe
 from tests.gpu.triton_checks import triton_kernels
+from twotower_kernels.reference import adaln, attention, mamba2, moe
 
 ARCHITECTURE = 90  # what launchers take CPU tensors to be on
 

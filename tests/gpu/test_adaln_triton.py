@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import twotower_kernels as tt
-from reference import adaln
 from tests.gpu.triton_checks import DTYPES, triton_kernels
 from tests.kernels.kernel_checks import assert_op_within_budget
 from tests.kernels.test_adaln_kernel import CASES, OPS
+from twotower_kernels.reference import adaln
 
 
 @pytest.mark.parametrize(("op", "case"), CASES)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import command
 from tests import gpu_checks, gpu_model_checks
 from tests.gpu.test_capture import Recorder
 from tests.gpu_checks import check, check_case, check_router, of_part
 from tests.paths import ROOT
+from twotower_kernels.bench import command
 
 
 @pytest.mark.parametrize("case", ["tiny", "odd", "sampled_filtered", "llada"])

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import twotower_kernels as tt
-from reference import moe
 from tests.kernels import test_moe_kernel as cpu_tests
 from tests.kernels.kernel_checks import DTYPES, assert_op_within_budget
 from tests.model.random_models import models
 from tests.simt.executor import SimtError
 from tests.simt.overlay import cuda_kernels, simulated
 from twotower_kernels import cuda, cuda_moe
+from twotower_kernels.reference import moe
 
 PROPERTIES = (
     cpu_tests.test_gate_of_any_shape_layout_and_pair_of_dtypes,

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import twotower_kernels as tt
-from reference import moe
 from tests.gpu.triton_checks import DTYPES, triton_kernels
 from tests.kernels.kernel_checks import assert_op_within_budget
 from tests.kernels.test_moe_experts_kernel import PLAN, SHARED, SMALL
+from twotower_kernels.reference import moe
 from twotower_kernels.triton import moe as kernels
 
 

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import twotower_kernels as tt
-from reference.remask import CASES, make_inputs
-from reference.remask_policy import RemaskPolicy
 from tests.kernels import test_remask_kernel as cpu_tests
 from tests.kernels.remask_cases import MASK, assert_step_agrees, package, steps
 from tests.replay_policies import implementation, replay
 from tests.simt.overlay import cuda_kernels
 from tests.specification import test_policies
 from twotower_kernels import cuda, cuda_remask
+from twotower_kernels.reference.remask import CASES, make_inputs
+from twotower_kernels.reference.remask_policy import RemaskPolicy
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = [case for case in CASES["remask"] if not case.startswith("released")]

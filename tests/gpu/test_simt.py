@@ -13,9 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from reference import moe
-from reference.remask import make_inputs
-from reference.remask_policy import RemaskPolicy
 from tests.kernels.kernel_checks import laid_over
 from tests.kernels.remask_cases import assert_step_agrees
 from tests.paths import ROOT
@@ -23,6 +20,9 @@ from tests.simt import executor
 from tests.simt.executor import SimtError, launch
 from tests.simt.overlay import simulated
 from twotower_kernels import cuda_moe, cuda_remask
+from twotower_kernels.reference import moe
+from twotower_kernels.reference.remask import make_inputs
+from twotower_kernels.reference.remask_policy import RemaskPolicy
 
 # Reverses each block's part of an array through shared memory.
 REVERSE = """

@@ -17,7 +17,7 @@ import twotower_kernels as tt
 from tests.paths import GOLDEN, ROOT
 
 FAMILIES = ("adaln", "attention", "mamba2", "moe", "remask")  # one stem per family of ops, the same in every folder
-OPS = [(stem, op) for stem in FAMILIES for op in importlib.import_module(f"reference.{stem}").CASES]
+OPS = [(stem, op) for stem in FAMILIES for op in importlib.import_module(f"twotower_kernels.reference.{stem}").CASES]
 GENERATED = {"build", "dist", "__pycache__"}
 
 
@@ -26,6 +26,8 @@ def files(*suffixes: str) -> list[Path]:
 
     def walk(folder: Path) -> Iterator[Path]:
         for path in sorted(folder.iterdir()):
+            if path.is_symlink() or path.name == ".git":  # what lies elsewhere, too; in a worktree, a file
+                continue
             if path.is_dir():
                 hidden = path.name.startswith(".") and path.name != ".ci"
                 if not hidden and path.name not in GENERATED and path.suffix != ".egg-info":
@@ -40,15 +42,21 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def imported(path: Path) -> set[str]:
-    """The top-level packages that a Python file imports."""
+def modules_imported(path: Path) -> set[str]:
+    """The modules that a Python file imports, by their full names; what it imports from a package counts as one."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module.split(".")[0] if node.level == 0 and node.module else path.parent.name)
+            assert node.level == 0 and node.module, f"{name(path)}: a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level packages that a Python file imports."""
+    return {module.split(".")[0] for module in modules_imported(path)}
 
 
 # --- layout ---------------------------------------------------------------------------------------------------------
@@ -74,10 +82,15 @@ def test_every_family_is_known_and_tested() -> None:
 
 
 def test_specification_and_kernels_know_nothing_of_each_other() -> None:
+    parts = {"reference", "bench"}  # of the package, but rooms of their own
     for path in (ROOT / "reference").rglob("*.py"):
-        assert not imported(path) & {"twotower_kernels", "tests", "bench"}, name(path)
+        own = {module for module in modules_imported(path) if module.startswith(("twotower_kernels", "tests"))}
+        assert all(module.startswith("twotower_kernels.reference") for module in own), name(path)
+    for path in (ROOT / "bench").rglob("*.py"):
+        assert "tests" not in imported(path), name(path)
     for path in (ROOT / "twotower_kernels").rglob("*.py"):
-        assert not imported(path) & {"reference", "tests", "bench"}, name(path)
+        rooms = {module.split(".")[1] for module in modules_imported(path) if module.startswith("twotower_kernels.")}
+        assert not rooms & parts and "tests" not in imported(path), name(path)
 
 
 def test_files_fit_in_the_head() -> None:
@@ -120,7 +133,7 @@ def test_tolerances_hide_nothing() -> None:
 
 
 def test_the_ops_are_the_public_ones() -> None:
-    assert {stem: set(importlib.import_module(f"reference.{stem}").CASES) for stem in FAMILIES} == {
+    assert {stem: set(importlib.import_module(f"twotower_kernels.reference.{stem}").CASES) for stem in FAMILIES} == {
         "adaln": {"rms_norm", "adaln_norm", "gated_residual", "gated_residual_adaln_norm"},
         "attention": {"block_attention", "context_attention", "merge_attention", "append_kv"},
         "mamba2": {"mamba2_scan", "gated_rms_norm"},
@@ -132,7 +145,7 @@ def test_the_ops_are_the_public_ones() -> None:
 @pytest.mark.parametrize(("stem", "op"), OPS, ids=[op for _, op in OPS])
 def test_every_case_runs(stem: str, op: str) -> None:
     """`make_inputs` gives arguments the op takes, the same for the same seed, and the op has a docstring."""
-    module = importlib.import_module(f"reference.{stem}")
+    module = importlib.import_module(f"twotower_kernels.reference.{stem}")
     function = getattr(module, op)
     assert inspect.getdoc(function)
     small = [case for case in module.CASES[op] if not case.startswith("released")]
@@ -185,9 +198,7 @@ def test_every_requirement_is_pinned() -> None:
 def test_version_and_licence_agree() -> None:
     from twotower_kernels import __version__
 
-    assert '"Apache-2.0"' in (ROOT / "setup.py").read_text(
-        encoding="utf-8"
-    )  # tests/house/test_packaging.py: and in a wheel
+    assert '"Apache-2.0"' in (ROOT / "setup.py").read_text(encoding="utf-8")  # in a wheel: test_packaging.py
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert "## [Unreleased]" in changelog if ".dev" in __version__ else f"## [{__version__}]" in changelog

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reference import moe
 from tests.compare import assert_within_budget
 from twotower_kernels import cpu
+from twotower_kernels.reference import moe
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ISAS: list[str] = cpu.kernels().isas()  # those of this machine, the plainest first

@@ -9,10 +9,10 @@ import torch
 from hypothesis import strategies as st
 
 import twotower_kernels as tt
-from reference.remask import remask
-from reference.remask_policy import RemaskPolicy
 from tests.compare import assert_within_budget
 from tests.kernels.kernel_checks import DTYPES, awkward, widened
+from twotower_kernels.reference.remask import remask
+from twotower_kernels.reference.remask_policy import RemaskPolicy
 
 MASK = 3
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import twotower_kernels as tt
-from reference import adaln
 from tests.kernels.kernel_checks import DTYPES, ISAS, assert_op_within_budget, instruction_set, relative_errors
+from twotower_kernels.reference import adaln
 
 OPS = ("rms_norm", "adaln_norm", "gated_residual", "gated_residual_adaln_norm")
 CASES = [(op, case) for op in OPS for case in adaln.CASES[op]]

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import twotower_kernels as tt
-from reference import attention
 from tests.compare import assert_within_budget
 from tests.kernels.kernel_checks import DTYPES, ISAS, assert_op_within_budget, awkward, instruction_set, widened
+from twotower_kernels.reference import attention
 
 ATTENDING = ("block_attention", "context_attention")
 

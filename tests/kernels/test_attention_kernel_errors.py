@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import twotower_kernels as tt
-from reference.attention import make_inputs
 from tests.specification.test_attention_errors import BAD_APPEND, BAD_BLOCK, SIZES
+from twotower_kernels.reference.attention import make_inputs
 
 
 @pytest.mark.parametrize("fault", BAD_BLOCK)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import twotower_kernels as tt
-from reference import mamba2
 from tests.compare import assert_within_budget
 from tests.kernels.kernel_checks import (
     DTYPES,
@@ -21,6 +20,7 @@ from tests.kernels.kernel_checks import (
     relative_errors,
     widened,
 )
+from twotower_kernels.reference import mamba2
 
 SMALL = [case for case in mamba2.CASES["mamba2_scan"] if not case.startswith("released")]
 scan: Any = tt.mamba2_scan  # what it returns depends on its options

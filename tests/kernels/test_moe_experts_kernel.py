@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import twotower_kernels as tt
-from reference import moe
 from tests.kernels.kernel_checks import DTYPES, ISAS, assert_op_within_budget, awkward, instruction_set
+from twotower_kernels.reference import moe
 
 SMALL = [case for case in moe.CASES["moe_experts"] if case != "released"]  # that one is 2.6 GB: the benchmark checks it
 

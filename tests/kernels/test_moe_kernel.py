@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import twotower_kernels as tt
-from reference import moe
 from tests.kernels.kernel_checks import (
     DTYPES,
     ISAS,
@@ -18,6 +17,7 @@ from tests.kernels.kernel_checks import (
     router_inputs,
 )
 from twotower_kernels.ops.moe import moe_router
+from twotower_kernels.reference import moe
 
 
 def permuted(tensor: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import twotower_kernels as tt
-from reference import philox
-from reference.remask import CASES, make_inputs, remask
-from reference.remask_policy import RemaskPolicy
 from tests.gpu_checks import check_draws
 from tests.kernels.kernel_checks import DTYPES, ISAS, awkward, instruction_set
 from tests.kernels.remask_cases import MASK, as_package, assert_step_agrees, package, row_numbers, steps
+from twotower_kernels.reference import philox
+from twotower_kernels.reference.remask import CASES, make_inputs, remask
+from twotower_kernels.reference.remask_policy import RemaskPolicy
 
 SMALL = [case for case in CASES["remask"] if not case.startswith("released")]
 

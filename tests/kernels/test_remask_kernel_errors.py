@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import twotower_kernels as tt
-from reference.remask_policy import RemaskPolicy
 from tests.kernels.remask_cases import MASK, policies
+from twotower_kernels.reference.remask_policy import RemaskPolicy
 
 P = tt.RemaskPolicy
 PRESETS = [name for name in vars(RemaskPolicy) if inspect.ismethod(getattr(RemaskPolicy, name))]

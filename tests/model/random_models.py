@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reference.config import TwoTowerConfig as ReferenceConfig
-from reference.model import TwoTower
 from twotower_kernels import TwoTowerConfig, TwoTowerModel
+from twotower_kernels.reference.config import TwoTowerConfig as ReferenceConfig
+from twotower_kernels.reference.model import TwoTower
 
 VOCABULARY = 61
 SIZES: dict[str, Any] = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=40, conv_kernel=4)

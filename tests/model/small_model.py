@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from reference.config import TwoTowerConfig
-from reference.model import TwoTower
+from twotower_kernels.reference.config import TwoTowerConfig
+from twotower_kernels.reference.model import TwoTower
 
 BOS, EOS, MASK, VOCAB = 1, 2, 3, 24
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reference import checkpoint
-from reference.model import TwoTower
 from tests.paths import GOLDEN
 from twotower_kernels import TwoTowerModel
 from twotower_kernels import checkpoint as package_checkpoint
+from twotower_kernels.reference import checkpoint
+from twotower_kernels.reference.model import TwoTower
 
 Weights = dict[str, Tensor]
 Loader = Callable[..., TwoTower | TwoTowerModel]

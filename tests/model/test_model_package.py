@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference.generate import generate
-from reference.layers import Layer
 from tests.compare import assert_within_budget
 from tests.model import recordings
 from tests.model.agreement import assert_agreement
 from tests.model.random_models import models, random_ids, with_wide_residual
 from tests.paths import GOLDEN
 from twotower_kernels import ContextState, TwoTowerModel
+from twotower_kernels.reference.generate import generate
+from twotower_kernels.reference.layers import Layer
 
 BFLOAT16 = recordings.BFLOAT16
 

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reference.model import ContextState, TwoTower
 from tests.compare import assert_within_budget
-from tests.peers import nemotron_h
+from twotower_kernels.bench.foreign import nemotron_h
+from twotower_kernels.reference.model import ContextState, TwoTower
 
 VOCABULARY, CHUNK = 97, 8
 GROUPED = dict(n_group=4, topk_group=2, norm_topk_prob=True, routed_scaling_factor=2.5)

@@ -1,4 +1,4 @@
-"""A tower per device, of which tests/model/second_device.py is one: the same text to the bit, and nothing sent twice."""
+"""A tower per device, of which second_device.py is one: the same text to the bit, and nothing sent twice."""
 
 from __future__ import annotations
 

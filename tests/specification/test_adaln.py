@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from reference.adaln import (
+from tests.compare import assert_within_budget
+from twotower_kernels.bench.foreign import nemotron_h
+from twotower_kernels.reference.adaln import (
     CASES,
     ORDERS,
     adaln_norm,
@@ -19,8 +21,6 @@ from reference.adaln import (
     make_inputs,
     rms_norm,
 )
-from tests.compare import assert_within_budget
-from tests.peers import nemotron_h
 
 OPS: dict[str, Any] = {
     "rms_norm": rms_norm,

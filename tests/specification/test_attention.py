@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from reference.attention import (
+from tests.compare import assert_within_budget
+from tests.specification.attention_oracle import naive, oracle
+from twotower_kernels.reference.attention import (
     CASES,
     append_kv,
     block_attention,
@@ -18,8 +20,6 @@ from reference.attention import (
     make_inputs,
     merge_attention,
 )
-from tests.compare import assert_within_budget
-from tests.specification.attention_oracle import naive, oracle
 
 OPS = {"block_attention": block_attention, "context_attention": context_attention}
 SMALL = [(op, case) for op in OPS for case in CASES[op] if not case.startswith("released")]

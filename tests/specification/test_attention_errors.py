@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from reference.attention import append_kv, block_attention, context_attention, make_inputs, merge_attention
+from twotower_kernels.reference.attention import (
+    append_kv,
+    block_attention,
+    context_attention,
+    make_inputs,
+    merge_attention,
+)
 
 SIZES = {"context": 8, "context_lens": [8, 3], "block_lens": [5, 2]}
 BAD_BLOCK = {

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from reference import philox
-from reference.generate import MODES, GenerateResult, StepEvent, generate
-from reference.model import TwoTower
-from reference.remask import remask
-from reference.remask_policy import RemaskPolicy
 from tests.model.small_model import MASK, VOCAB, small_model
 from tests.paths import GOLDEN
+from twotower_kernels.reference import philox
+from twotower_kernels.reference.generate import MODES, GenerateResult, StepEvent, generate
+from twotower_kernels.reference.model import TwoTower
+from twotower_kernels.reference.remask import remask
+from twotower_kernels.reference.remask_policy import RemaskPolicy
 
 
 def with_logits(value: float) -> TwoTower:
@@ -283,7 +283,7 @@ def test_remasking_is_told_how_the_block_began(monkeypatch: pytest.MonkeyPatch) 
         told.append(tuple(options[key] for key in ("offset", "step", "num_steps", "initial_num_masked")))
         return remask(logits, tokens, **options)
 
-    monkeypatch.setattr("reference.generate.remask", spy)
+    monkeypatch.setattr("twotower_kernels.reference.generate.remask", spy)
     run([[5]], max_new_tokens=6, block_size=3, steps_per_block=2, policy=RemaskPolicy.first_hitting())
     assert told == [(block, step, max(2, step + 1), 3) for block in range(2) for step in range(3)]
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import twotower_kernels as tt
-from reference.attention import block_attention
 from tests.paths import GOLDEN, ROOT
 from tests.replay_masks import replay
 from tests.specification.mask_patterns import PATTERNS
+from twotower_kernels.reference.attention import block_attention
 
 FOLDER = GOLDEN / "masks"
 CASES = {case["name"]: case for case in json.loads((FOLDER / "cases.json").read_text(encoding="utf-8"))["cases"]}

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reference.config import TwoTowerConfig
-from reference.model import ContextState, TwoTower
 from tests.model.recordings import (
     BFLOAT16,
     FLOAT32,
@@ -25,6 +23,8 @@ from tests.model.recordings import (
     outputs_of,
 )
 from tests.paths import GOLDEN
+from twotower_kernels.reference.config import TwoTowerConfig
+from twotower_kernels.reference.model import ContextState, TwoTower
 
 
 @cache

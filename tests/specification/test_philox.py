@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reference import philox
+from twotower_kernels.reference import philox
 
 WORD = st.integers(0, 2**32 - 1)
 SEED = st.integers(-(2**63), 2**63 - 1)

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from reference.remask import remask
-from reference.remask_policy import RemaskPolicy
+from twotower_kernels.reference.remask import remask
+from twotower_kernels.reference.remask_policy import RemaskPolicy
 
 MASK = 3
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from reference.model import TwoTower
-from reference.training import (
+from tests.paths import GOLDEN
+from twotower_kernels.reference.model import TwoTower
+from twotower_kernels.reference.training import (
     ar_loss,
     block_states,
     corrupt,
@@ -21,7 +22,6 @@ from reference.training import (
     masked_loss,
     seed_denoiser,
 )
-from tests.paths import GOLDEN
 
 MASK = 3
 
