@@ -1,10 +1,13 @@
 """RMSNorm, adaLN modulation and the gated residual. Formulas: `reference/adaln.py`; kernel: `csrc/cpu/adaln.cpp`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from twotower_kernels import cpu
 from twotower_kernels.ops._library import check_float, define, refuse_gradients, same_device
+from twotower_kernels.ops._transforms import autocasts, cast_to
 
 ORDERS = ("modulate_norm", "norm_modulate")
 
@@ -65,7 +68,8 @@ def gated_residual(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> T
     """`residual + gate · y`, or `residual + y` without a gate.
 
     Args:
-        residual: `[B, S, H]`; its dtype is the result's. It may be wider than that of `y` (`residual_in_fp32`).
+        residual: `[B, S, H]`; its dtype is the result's. It may be wider than that of `y` (`residual_in_fp32`); under
+            autocast it is widened where `y` is wider.
         y: `[B, S, H]`.
         gate: `[B, H]` or None; rounded to the dtype of `y`, as is its product with `y`.
 
@@ -75,6 +79,7 @@ def gated_residual(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> T
     Raises:
         ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.
     """
+    residual, y = _widened(residual, y)
     _check("gated_residual", residual, y, gate, None, None, None, ORDERS[0])
     return torch.ops.twotower.gated_residual.default(residual, y, gate)
 
@@ -95,10 +100,18 @@ def gated_residual_adaln_norm(
     Arguments and errors as in `gated_residual` and `adaln_norm`. Returns `(h, normed)`, both `[B, S, H]` in the dtype
     of `residual`; the norm reads `h` as rounded to it, so the result is bit for bit that of the two in a row.
     """
+    residual, y = _widened(residual, y)
     _check("gated_residual_adaln_norm", residual, y, gate, weight, shift, scale, order)
     return torch.ops.twotower.gated_residual_adaln_norm.default(
         residual, y, gate, weight, shift, scale, eps, order == "norm_modulate"
     )
+
+
+def _widened(residual: Tensor, y: Tensor, *others: Any) -> tuple[Any, ...]:
+    """Under autocast, the residual in the dtype of `residual + y`."""
+    if autocasts(residual):
+        (residual,) = cast_to(torch.promote_types(residual.dtype, y.dtype), residual)
+    return residual, y, *others
 
 
 def _check(
@@ -190,6 +203,7 @@ define(
     cpu=_gated_residual,
     cuda="triton.adaln:gated_residual",
     fake=lambda residual, *_: _empty(residual),
+    autocast=_widened,
 )
 define(
     "gated_residual_adaln_norm(Tensor residual, Tensor y, Tensor? gate, Tensor weight, Tensor? shift, Tensor? scale, "
@@ -197,4 +211,5 @@ define(
     cpu=_gated_residual_adaln_norm,
     cuda="triton.adaln:gated_residual_adaln_norm",
     fake=lambda residual, *_: (_empty(residual), _empty(residual)),
+    autocast=_widened,
 )
