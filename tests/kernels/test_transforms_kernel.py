@@ -14,6 +14,8 @@ import twotower_kernels as tt
 from tests.kernels.op_arguments import ARGUMENTS, OPS, arguments, floating, overload, written
 from twotower_kernels.reference import attention
 
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # of PyTorch's forward mode
+
 PLACES = [(op, argument) for op in OPS for argument in floating(op, arguments(op))]
 DIFFERENTIABLE = {
     "block_attention": {"q", "k", "v"},
@@ -248,6 +250,16 @@ def test_the_jacobian() -> None:
     torch.testing.assert_close(got, jacfwd(lambda k: plain_attention(q, k, v))(k), rtol=1e-10, atol=1e-12)
 
 
+def test_gradients_for_many_results_at_once() -> None:
+    q, k, v, context = blocks()
+    q.requires_grad_()
+    out = tt.block_attention(q, k, v, context, context)
+    towards = torch.stack([out.detach(), out.detach().cos(), torch.ones_like(out)])
+    (got,) = torch.autograd.grad(out, q, towards, is_grads_batched=True, retain_graph=True)
+    expected = [torch.autograd.grad(out, q, each, retain_graph=True)[0] for each in towards]
+    torch.testing.assert_close(got, torch.stack(expected), rtol=0, atol=0)
+
+
 def test_a_gradient_within_a_gradient() -> None:
     """The outer transform's tensor reaches the op inside the inner one."""
     q, k, v, context = blocks()
@@ -280,6 +292,9 @@ def test_second_derivatives_of_attention_are_refused() -> None:
         lambda: jacrev(jacrev(block_loss(tt)))(q, k, v, context),
         lambda: grad(lambda k: grad(block_loss(tt))(q, k, v, context).square().sum())(k),
         lambda: grad(lambda q: grad(lambda q: tt.context_attention(q, context, context).sum())(q).square().sum())(q),
+        lambda: torch.autograd.functional.jvp(
+            lambda q: block_loss(tt)(q, k, v, context), q, q
+        ),  # a gradient's gradient
     ):
         with pytest.raises(NotImplementedError, match=match):
             second()
@@ -294,7 +309,7 @@ def test_a_context_written_after_it_was_saved_is_noticed() -> None:
     q, k, v, context = (x.detach() for x in blocks())
     for write in (
         lambda: tt.append_kv(context, context.clone(), k, v, 0),
-        lambda: tt.context_attention(context, k, v, out=context),
+        lambda: tt.context_attention(torch.zeros_like(context), k, v, out=context),
     ):
         out = tt.block_attention(q.clone().requires_grad_(), k, v, context, context.clone())
         write()

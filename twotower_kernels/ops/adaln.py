@@ -21,7 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         eps: added to the mean square.
 
     Returns:
-        `[..., H]` in the dtype of `x`. Not differentiable.
+        `[..., H]` in the dtype of `x`, under autocast too. Not differentiable.
 
     Raises:
         ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.
@@ -54,7 +54,7 @@ def adaln_norm(
             (`rms(x)·(1+scale) + shift`: MoE and dense MLP layers).
 
     Returns:
-        `[B, S, H]` in the dtype of `x`. Not differentiable.
+        `[B, S, H]` in the dtype of `x`, under autocast too. Not differentiable.
 
     Raises:
         ValueError: unknown order, wrong shape or device, only one of shift and scale, an argument that requires grad.

@@ -53,7 +53,7 @@ def mamba2_scan(
     Returns:
         y `[B, L, heads·head_dim]` in the dtype of `xbc`. With states `(y, conv, ssm)`: conv `[B, C, W-1]` in the dtype
         of `xbc`, ssm `[B, heads, head_dim, state]` float32 (float64); with `states_every`, `[B, ⌈L/S⌉, ...]` of each.
-        States are new tensors. Not differentiable.
+        States are new tensors. Autocast changes nothing: a state keeps its digits. Not differentiable.
 
     Raises:
         ValueError: shapes that do not fit, another device, an argument that requires grad, `seq_lens` outside [0, L],
@@ -103,7 +103,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, *, n_groups: int, eps: 
         eps: added to the mean square.
 
     Returns:
-        `[..., D]` in the dtype of `y`, rounded once. Not differentiable.
+        `[..., D]` in the dtype of `y`, rounded once, under autocast too. Not differentiable.
 
     Raises:
         ValueError: shapes that do not fit, another device, an argument that requires grad. TypeError: wrong dtype.

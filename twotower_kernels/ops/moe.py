@@ -35,7 +35,7 @@ def moe_gate(x: Tensor, gate_weight: Tensor) -> Tensor:
         gate_weight: `[E, H]`, any of these dtypes.
 
     Returns:
-        `[N, E]` float64. Not differentiable.
+        `[N, E]` float64, under autocast too. Not differentiable.
 
     Raises:
         ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.

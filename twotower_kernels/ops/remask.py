@@ -78,7 +78,7 @@ def remask(
 
     Returns:
         `RemaskResult`. A position whose logits hold NaN or +inf, or nothing finite, keeps its token; its confidence and
-        entropy are NaN. Nothing is differentiable, and nothing is modified.
+        entropy are NaN. Nothing is differentiable, nothing is modified, and autocast changes nothing.
 
     Raises:
         TypeError: wrong type or dtype. ValueError: wrong shape, device or value; logits that require grad. A GPU does
