@@ -260,6 +260,7 @@ def test_gradients_come_in_the_dtype_of_the_leaves() -> None:
     with autocast():
         inside = gradients(loss)
         transformed = torch.func.grad(loss, argnums=(0, 1, 2))(Q, K, V)
+        mapped = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(Q[None], K[None], V[None])
         compiled = gradients(torch.compile(loss, backend="aot_eager", fullgraph=True))
     leaves = [x.clone().requires_grad_() for x in (Q, K, V)]
     with autocast():
@@ -267,7 +268,7 @@ def test_gradients_come_in_the_dtype_of_the_leaves() -> None:
     total.backward()
     expected = gradients(by_hand)
     assert [x.dtype for x in expected] == [torch.float32] * 3
-    for got in (inside, list(transformed), compiled, [x.grad for x in leaves]):
+    for got in (inside, list(transformed), [x[0] for x in mapped], compiled, [x.grad for x in leaves]):
         assert_same(got, expected)
 
 

@@ -24,7 +24,8 @@ def define(
     setup_context: Callable[..., None] | None = None,
     autocast: Rule | None = None,
 ) -> None:
-    """Registers `torch.ops.twotower.<name>` for `schema`, e.g. "scale(Tensor x, float by) -> Tensor".
+    """Registers `torch.ops.twotower.<name>` for `schema`, e.g. "scale(Tensor x, float by) -> Tensor". It has no default
+    values: the dispatcher leaves such arguments out of what it hands on.
 
     cpu is the kernel; cuda names one, "module:function" in twotower_kernels, imported at its first call, so that a CPU
     alone needs no Triton. An op without `backward`, or whose backward gives None where a gradient is wanted, raises

@@ -5,6 +5,7 @@ inside torch.compile. What users may rely on: docs/transforms.md.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,15 +120,15 @@ def register_batching(library: torch.library.Library, op: torch._ops.OpOverload)
 
 def register_autocast(library: torch.library.Library, op: torch._ops.OpOverload, rule: Rule | None) -> None:
     """The op under autocast: on what `rule` makes of its arguments, and with autocast off inside its kernel."""
+
+    def kernel(autocast: torch._C.DispatchKeySet, *inputs: Any) -> Any:
+        cast = inputs if rule is None else rule(*inputs)
+        with torch._C._ExcludeDispatchKeyGuard(autocast):
+            return op(*cast)
+
     for key in _AUTOCAST.values():
-        excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-        def kernel(*inputs: Any, excluded: torch._C.DispatchKeySet = excluded) -> Any:
-            cast = inputs if rule is None else rule(*inputs)
-            with torch._C._ExcludeDispatchKeyGuard(excluded):
-                return op(*cast)
-
-        library.impl(op._opname, kernel, key)
+        autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        library.impl(op._opname, partial(kernel, autocast), key)
 
 
 def lowered(*tensors: Any) -> tuple[Any, ...]:
