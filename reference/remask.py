@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.reference import philox, remask_checks, remask_schedule
+from twotower_kernels.reference.arguments import whole
 from twotower_kernels.reference.remask_policy import RemaskPolicy
 from twotower_kernels.reference.remask_select import Rows, first_waiting, select
 
@@ -91,6 +92,7 @@ def remask(
 
     Errors: TypeError for a wrong type or dtype, ValueError for a wrong shape, device or value; each names the argument.
     """
+    mask_token_id = None if mask_token_id is None else whole("mask_token_id", mask_token_id, "an int")
     a = remask_checks.check(
         logits=logits,
         tokens=tokens,

@@ -87,7 +87,7 @@ def remask(
             not wait to look at what tensors hold: with values out of range the step is another, but nothing else is
             harmed. NotImplementedError, on a GPU: float64 logits.
     """
-    check(logits, tokens, mask_token_id, policy, editable, valid_lens, candidates, rank_noise)
+    mask_token_id = check(logits, tokens, mask_token_id, policy, editable, valid_lens, candidates, rank_noise)
     whole, whole_rows = split_all(WHOLE, (step, num_steps, top_k, seed, offset, initial_num_masked), logits)
     bound = policy.gate_bound if gate_bound is None else gate_bound
     real, real_rows = split_all(REAL, (temperature, top_p, bound), logits)
