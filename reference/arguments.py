@@ -15,7 +15,7 @@ from torch import Tensor
 def whole(name: str, value: Any, expected: str = "an integer") -> int:
     """The Python int that an argument is, for exact arithmetic; TypeError with the argument's name if it is none."""
     element = _element(value)
-    if isinstance(element, bool) or not hasattr(element, "__index__"):
+    if isinstance(element, bool | Tensor | np.ndarray) or not hasattr(element, "__index__"):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
     return operator.index(element)
 

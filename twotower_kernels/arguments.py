@@ -92,7 +92,10 @@ def integers(name: str, value: Any, device: torch.device | None = None) -> Tenso
     if isinstance(value, Tensor):
         tensor = value
     elif isinstance(value, (list, tuple)) and any(isinstance(element, Tensor) for element in value):
-        tensor = torch.as_tensor(value, device=device)
+        parts = [integers(name, element, device) for element in value]
+        if len({part.shape for part in parts}) > 1:
+            raise ValueError(f"{name}: expected rows of one length, got {[list(part.shape) for part in parts]}")
+        tensor = torch.stack(parts)
     else:
         tensor = torch.from_numpy(_array(name, value)).to(device)
     if tensor.dtype == torch.uint64 and tensor.device.type == "cpu" and bool((tensor.long() < 0).any()):
