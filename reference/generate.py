@@ -155,7 +155,8 @@ def generate(
             may let one token pass at a time, the posterior may leave masks): step i >= T runs as the last step of a
             schedule of i + 1 steps, so its random numbers are new. A block that still has masks after max(T, S) calls
             gets one more, which commits its best tokens everywhere, so it ends in any case and without a mask.
-        temperature, top_k, top_p: sampling; temperature 0 is greedy, top_k 0 and top_p 1 are no filter.
+        temperature, top_k, top_p: sampling; temperature 0 is greedy (as 1e-36 is, and less), 1e6 the highest; top_k 0
+            and top_p 1 are no filter.
         mask_token_id: what stands at a place to be filled (mask_diffusion only; the other modes treat it as any token).
         eos_token_id: a token, or several: a row ends with the first of them among its new tokens.
         seed: the request's seed, or one per row. Row b draws with the key `philox.sequence_seed(seed, b)`, or with its

@@ -68,8 +68,8 @@ def real(name: str, value: Any, expected: str = "a number") -> Any:
     """
     if type(value) is float or isinstance(value, (torch.SymInt, torch.SymFloat)):
         return value
-    element = _element(value)
-    is_number = isinstance(element, numbers.Real) and not isinstance(element, bool)
+    element = value if type(value) is int else _element(value)
+    is_number = type(element) is int or (isinstance(element, numbers.Real) and not isinstance(element, bool))
     if is_number:
         try:
             return float(element)
@@ -124,8 +124,9 @@ def _array(name: str, value: Any) -> np.ndarray:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether its values may be looked at for a better error message: where that stalls no device and no trace."""
-    return not torch.compiler.is_compiling() and tensor.device.type == "cpu"
+    """Whether its values may be looked at for a better error message: where that stalls no device and no trace, and
+    where it has any."""
+    return not torch.compiler.is_compiling() and tensor.device.type == "cpu" and type(tensor) is Tensor
 
 
 def kind_of(value: Any) -> str:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from twotower_kernels import loading
-from twotower_kernels.arguments import Integers, integers, readable, real, whole
+from twotower_kernels.arguments import Integers, integers, real, whole
+from twotower_kernels.arguments import readable as _readable
 from twotower_kernels.config import TwoTowerConfig
 from twotower_kernels.generate import generate, stream
 from twotower_kernels.layers import Factory, Layer, Linear, Stacked, TimeEmbedder, Tower, draw_weights
@@ -321,7 +322,7 @@ class TwoTowerModel(nn.Module):
             t = torch.full((batch,), number, dtype=torch.float64, device=ids.device)
         elif t.shape not in ((), (batch,)) or not t.is_floating_point():
             raise ValueError(f"t: expected floating numbers, one or [{batch}], got {t.dtype} {list(t.shape)}")
-        elif readable(t) and not bool(((t >= 0) & (t <= 1)).all()):
+        elif _readable(t) and not bool(((t >= 0) & (t <= 1)).all()):
             raise ValueError(f"t: expected numbers in [0, 1], got {t.tolist()}")
         self._check_device("t", t)
         shared = self.t_block(self.t_embedder(t.to(ids.device).expand(batch))).unflatten(-1, (3, -1))  # [B, 3, H]
@@ -378,7 +379,7 @@ class TwoTowerModel(nn.Module):
             raise ValueError(f"{name}: expected {state.batch_size} rows as the state has, got {ids.shape[0]}")
         self._check_device(name, ids)
         vocabulary = self.config.vocab_size
-        if readable(ids) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        if _readable(ids) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             row, column = ((ids < 0) | (ids >= vocabulary)).nonzero()[0].tolist()
             raise ValueError(
                 f"{name}: token {int(ids[row, column])} at row {row}, position {column} is outside the vocabulary "
@@ -390,7 +391,7 @@ class TwoTowerModel(nn.Module):
         lengths = integers("lengths", lengths)
         if lengths.shape != (batch,) or lengths.dtype != torch.int64:
             raise ValueError(f"lengths: expected [{batch}] integers, got {lengths.dtype} {list(lengths.shape)}")
-        if readable(lengths) and bool(((lengths < 0) | (lengths > size)).any()):
+        if _readable(lengths) and bool(((lengths < 0) | (lengths > size)).any()):
             raise ValueError(f"lengths: expected [{batch}] values in 0..{size}, got {lengths.tolist()}")
         return lengths.to(self.device)
 

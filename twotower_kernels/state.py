@@ -88,13 +88,17 @@ class ContextState:
             TypeError: neither integers nor booleans. ValueError: not one-dimensional, a mask of another length.
             IndexError: no such row. A GPU does not wait to look at what a tensor there holds.
         """
-        rows = self._checked_rows(rows).to(self.lengths.device)
+        return self._selected(self._checked_rows(rows))
+
+    def _selected(self, rows: Tensor) -> ContextState:
+        """`select`, of rows that are there."""
+        rows = rows.to(self.lengths.device)
         own = torch.arange(self.batch_size, device=rows.device) if self.index is None else self.index
         if self.mirror is None:
             return self.replaced(lengths=self.lengths[rows], index=own[rows])
         if rows.dtype == torch.bool:
             rows = rows.nonzero()[:, 0]  # counted on one device alone
-        return self.replaced(lengths=self.lengths[rows], index=own[rows], mirror=self.mirror.select(rows))
+        return self.replaced(lengths=self.lengths[rows], index=own[rows], mirror=self.mirror._selected(rows))
 
     def fork(self, n: int) -> ContextState:
         """n copies of every row, next to each other: n continuations of each context. The original stays usable.
@@ -105,7 +109,7 @@ class ContextState:
         n = whole("fork", n, "a number of copies")
         if n < 1:
             raise ValueError(f"fork: expected at least 1 copy, got {n}")
-        return self.select(torch.arange(self.batch_size, device=self.lengths.device).repeat_interleave(n))
+        return self._selected(torch.arange(self.batch_size, device=self.lengths.device).repeat_interleave(n))
 
     def _checked_rows(self, rows: Integers) -> Tensor:
         """int64 indices, or a mask of the batch's length."""

@@ -230,7 +230,9 @@ def test_logprobs_are_of_the_step_that_wrote_the_token(
 def test_logprobs_of_one_token_at_a_time(mode: str, run: Callable[..., Any]) -> None:
     """Those of the tower that proposes, the mask a token as any other; whatever temperature and filters are."""
     options = {**SAMPLED, "mode": mode, "seed": 5, "top_k": 5}
-    result = run(ROWS, logprobs=True, **options)
+    events: list[StepEvent] = []
+    result = run(ROWS, logprobs=True, on_step=events.append, **options)
+    assert torch.equal(torch.cat([event.logprobs for event in events], 1), torch.stack(result.logprobs))  # type: ignore[misc]
     model = small_model()
     for row, new, got in zip(ROWS, result.new_tokens, result.logprobs, strict=True):
         assert got.dtype == torch.float32 and got.shape == new.shape
@@ -279,6 +281,44 @@ def test_the_logprob_of_what_is_nearly_certain_or_impossible_is_exact() -> None:
         (half,) = model.generate([[5]], max_new_tokens=4, block_size=4, logprobs=True).logprobs
     assert sure.tolist() == [0.0] * 4 and second.tolist() == [0.0]
     assert half.tolist() == pytest.approx([-0.6931472] * 4)
+
+
+@any_mode
+def test_a_stream_that_is_left_has_the_logprobs_of_what_it_wrote(mode: str) -> None:
+    whole = by_package(ROWS, mode=mode, logprobs=True, **SAMPLED)
+    stream = package_model().stream(ROWS, mode=mode, logprobs=True, **SAMPLED)
+    assert lists(stream.result().logprobs or []) == [[]] * 4
+    next(event for event in stream if event.committed)
+    stream.close()
+    result = stream.result()
+    size = 4 if mode == "mask_diffusion" else 1
+    assert lists(result.logprobs or []) == [row.tolist()[:size] for row in whole.logprobs]
+
+
+def test_nobody_pays_for_logprobs_that_were_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pass over the vocabulary beside the op's own."""
+    monkeypatch.setattr(Tensor, "log_softmax", lambda *_: pytest.fail("asked for"))
+    for mode in MODES:
+        by_package(ROWS, mode=mode, **SAMPLED)
+
+
+# --- temperatures ---------------------------------------------------------------------------------------------------
+
+
+@program
+@any_mode
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-36, 1e-30])
+def test_small_temperatures_are_greedy(temperature: float, mode: str, run: Callable[..., Any]) -> None:
+    options = {**SAMPLED, "mode": mode, "top_p": 0.9}
+    got, want = (run(ROWS, **options | {"temperature": t}) for t in (temperature, 0.0))
+    assert lists(got.sequences) == lists(want.sequences) and got.nfe == want.nfe
+
+
+@program
+def test_temperatures_beyond_the_samplers_are_refused_at_once(run: Callable[..., Any]) -> None:
+    for wrong in (1.1e6, 10**400, -1e-45, np.float32("nan")):
+        with pytest.raises(ValueError, match="temperature"):
+            run(ROWS, **SAMPLED | {"temperature": wrong, "max_new_tokens": 0})
 
 
 # --- integers of every dtype -----------------------------------------------------------------------------------------

@@ -44,10 +44,10 @@ def check_options(window: Any, scale: Any, softcap: Any) -> tuple[int | None, fl
             raise ValueError(f"window: expected None or an integer >= 0, got {window}")
     if scale is not None:
         scale = real("scale", scale, "None or a number")
-        if not math.isfinite(scale):
+        if not -math.inf < scale < math.inf:  # as comparisons, which a trace can follow; NaN fails
             raise ValueError(f"scale: expected a finite number, got {scale}")
     softcap = real("softcap", softcap)
-    if not math.isfinite(softcap) or softcap < 0:
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number >= 0, got {softcap}")
     return window, scale, softcap
 
