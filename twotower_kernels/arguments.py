@@ -9,6 +9,7 @@ torch's symbolic numbers pass as they are.
 import math
 import numbers
 import operator
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,7 +93,7 @@ def integers(name: str, value: Any, device: torch.device | None = None) -> Tenso
     if isinstance(value, Tensor):
         tensor = value
     elif isinstance(value, (list, tuple)) and any(isinstance(element, Tensor) for element in value):
-        parts = [integers(name, element, device) for element in value]
+        parts = [integers(name, element, device).to(device) for element in value]
         if len({part.shape for part in parts}) > 1:
             raise ValueError(f"{name}: expected rows of one length, got {[list(part.shape) for part in parts]}")
         tensor = torch.stack(parts)
@@ -110,7 +111,7 @@ def _array(name: str, value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
     except ValueError as error:
-        raise ValueError(f"{name}: expected rows of one length, got {value!r}") from error
+        raise ValueError(f"{name}: expected rows of one length, got {reprlib.repr(value)}") from error
     if array.size == 0 and not isinstance(value, np.ndarray):
         return array.astype(np.int64)  # an empty list
     if array.dtype.kind in "iu" and not (array.size and int(array.max()) >= 2**63):
@@ -119,8 +120,8 @@ def _array(name: str, value: Any) -> np.ndarray:
         size = min(array.dtype.itemsize, 8 if isinstance(value, np.ndarray) else 4)  # of a list as PyTorch has it
         return array.astype(f"={array.dtype.kind}{size}")
     if all(isinstance(element, (int, np.integer)) for element in array.flat):
-        raise ValueError(f"{name}: expected integers below 2^63, got {value!r}")
-    raise TypeError(f"{name}: expected integers, got {value!r}")
+        raise ValueError(f"{name}: expected integers below 2^63, got {reprlib.repr(value)}")
+    raise TypeError(f"{name}: expected integers, got {reprlib.repr(value)}")
 
 
 def readable(tensor: Tensor) -> bool:

@@ -158,7 +158,7 @@ def test_what_is_no_integers() -> None:
         assert arguments.integers("x", value).dtype == dtype
     assert arguments.integers("x", []).dtype == torch.int64
     for big in ([2**63], [2**70], np.array([2**63], np.uint64), torch.tensor([2**63 + 5], dtype=torch.uint64)):
-        with pytest.raises(ValueError, match=r"x: expected integers below 2\^63, got .*9223372|x: .*118059"):
+        with pytest.raises(ValueError, match=r"x: expected integers below 2\^63, got .*(92233|118059)"):
             arguments.integers("x", big)
     with pytest.raises(ValueError, match="x: expected rows of one length"):
         arguments.integers("x", [[1], [2, 3]])
