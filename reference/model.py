@@ -185,7 +185,7 @@ class TwoTower(nn.Module):
 
         With `states_every`, `conv` and `ssm` of the new state are those after every so many tokens, `[B, N, ...]`.
         """
-        self._check_ids(ids)
+        ids = self._checked_ids(ids)
         if ids.shape[0] != state.batch_size or state.kv_index is not None:
             raise ValueError(f"ids: expected {state.batch_size} rows of an unshared state, got {ids.shape[0]}")
         c, tower = self.config, self.context_tower
@@ -235,7 +235,7 @@ class TwoTower(nn.Module):
             t: the noise level in [0, 1], a number or `[B]` (for ranking policies the masked fraction); None: without
                 time conditioning, so that the tower computes as the context tower does.
         """
-        self._check_ids(block_ids)
+        block_ids = self._checked_ids(block_ids)
         if len(block_ids) != state.batch_size:
             raise ValueError(f"block_ids: expected {state.batch_size} rows as the state has, got {len(block_ids)}")
         c, tower = self.config, self.denoiser_tower
@@ -274,9 +274,11 @@ class TwoTower(nn.Module):
         h = tower.embeddings(ids)
         return h.float() if self.config.residual_in_fp32 and h.dtype != torch.float64 else h
 
-    def _check_ids(self, ids: Tensor) -> None:
-        if ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64):
+    def _checked_ids(self, ids: Tensor) -> Tensor:
+        """int64 [B, S]."""
+        if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"ids: expected integers [B, S], got {ids.dtype} {tuple(ids.shape)}")
+        ids = ids.long()
         wrong = (ids < 0) | (ids >= self.config.vocab_size)
         if bool(wrong.any()):
             row, column = wrong.nonzero()[0].tolist()
@@ -284,6 +286,7 @@ class TwoTower(nn.Module):
                 f"ids: token {int(ids[row, column])} at row {row}, position {column} is outside the vocabulary "
                 f"of {self.config.vocab_size}"
             )
+        return ids
 
 
 def _parameter_names(key: str, from_backbone: bool) -> list[str]:

@@ -13,7 +13,7 @@ different lengths needs nothing but the lengths.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from twotower_kernels import loading
+from twotower_kernels.arguments import Integers, integers, real, whole
+from twotower_kernels.arguments import readable as _readable
 from twotower_kernels.config import TwoTowerConfig
 from twotower_kernels.generate import generate, stream
 from twotower_kernels.layers import Factory, Layer, Linear, Stacked, TimeEmbedder, Tower, draw_weights
@@ -146,11 +148,11 @@ class TwoTowerModel(nn.Module):
     # --- the context tower ------------------------------------------------------------------------------------------
 
     @_without_gradients
-    def forward_ar(self, input_ids: Tensor) -> Tensor:
+    def forward_ar(self, input_ids: Integers) -> Tensor:
         """The context tower alone, as a causal language model over clean tokens.
 
         Args:
-            input_ids: `[B, S]` int64 or int32.
+            input_ids: `[B, S]`, integers of any dtype: a tensor, an array or lists.
 
         Returns:
             Next-token logits of every position, `[B, S, V]` float32 (float64 for a float64 model). Not differentiable.
@@ -168,7 +170,7 @@ class TwoTowerModel(nn.Module):
 
         return logits(self._run(self.context_tower, input_ids, mix), self.context_lm_head.weight)
 
-    def prefill(self, input_ids: Tensor, lengths: Tensor | Sequence[int] | None = None) -> ContextState:
+    def prefill(self, input_ids: Integers, lengths: Integers | None = None) -> ContextState:
         """The state after prompts `[B, S]`, of which row b has its first `lengths[b]` tokens (all, if None).
 
         What stands beyond a row's length is ignored, but must be in the vocabulary. Raises as `commit`.
@@ -177,16 +179,14 @@ class TwoTowerModel(nn.Module):
         input_ids = self._checked_ids("input_ids", input_ids, self.device)
         return self.commit(input_ids, self.empty_state(input_ids.shape[0]), lengths)
 
-    def commit(
-        self, block_ids: Tensor, state: ContextState, lengths: Tensor | Sequence[int] | None = None
-    ) -> ContextState:
+    def commit(self, block_ids: Integers, state: ContextState, lengths: Integers | None = None) -> ContextState:
         """Extends the context by clean tokens, and consumes `state`: keys and values are appended in place.
 
         Args:
-            block_ids: `[B, S]` int64 or int32; S may be 0.
+            block_ids: `[B, S]`, integers of any dtype: a tensor, an array or lists; S may be 0.
             state: the context of B rows. Any later use of it is a RuntimeError (its forks and selections stay valid).
                 When this call raises, the state is unchanged and stays usable.
-            lengths: `[B]`, how many tokens of each row count, 0 to S; None: all.
+            lengths: `[B]`, integers of any dtype, how many tokens of each row count, 0 to S; None: all.
 
         Returns:
             The new state. Not differentiable.
@@ -201,9 +201,9 @@ class TwoTowerModel(nn.Module):
     def commit_by(
         self,
         read: Callable[[Tensor, ContextState, Any], BlockRead],
-        block_ids: Tensor,
+        block_ids: Integers,
         state: ContextState,
-        lengths: Tensor | Sequence[int] | None = None,
+        lengths: Integers | None = None,
     ) -> ContextState:
         """`commit`, with `read` in the place of `read_block`."""
         self._need("context")
@@ -251,6 +251,7 @@ class TwoTowerModel(nn.Module):
         Raises:
             ValueError: a negative batch.
         """
+        batch = whole("batch", batch)
         if batch < 0:
             raise ValueError(f"batch: expected 0 or more rows, got {batch}")
         if self.towers == "denoiser":
@@ -279,11 +280,11 @@ class TwoTowerModel(nn.Module):
     # --- the denoiser -----------------------------------------------------------------------------------------------
 
     @_without_gradients
-    def denoise(self, block_ids: Tensor, state: ContextState, t: Tensor | float | None = None) -> Tensor:
+    def denoise(self, block_ids: Integers, state: ContextState, t: Tensor | float | None = None) -> Tensor:
         """The denoiser on one partly masked block per row. The context is read where it lies: nothing of it is copied.
 
         Args:
-            block_ids: `[B, S]` int64 or int32, masks included.
+            block_ids: `[B, S]`, integers of any dtype, masks included: a tensor, an array or lists.
             state: the context of B rows; only read.
             t: noise level in [0, 1], a number or `[B]` (for rules that rank: the masked fraction). None: no
                 time conditioning, the tower then computes as the context tower does.
@@ -315,9 +316,10 @@ class TwoTowerModel(nn.Module):
             return None
         batch = ids.shape[0]
         if not isinstance(t, Tensor):
-            if not 0 <= t <= 1:  # NaN fails too
-                raise ValueError(f"t: expected a number in [0, 1], got {t}")
-            t = torch.full((batch,), float(t), dtype=torch.float64, device=ids.device)
+            number = real("t", t, "a number, or a tensor of them")
+            if not 0 <= number <= 1:  # NaN fails too
+                raise ValueError(f"t: expected a number in [0, 1], got {number}")
+            t = torch.full((batch,), number, dtype=torch.float64, device=ids.device)
         elif t.shape not in ((), (batch,)) or not t.is_floating_point():
             raise ValueError(f"t: expected floating numbers, one or [{batch}], got {t.dtype} {list(t.shape)}")
         elif _readable(t) and not bool(((t >= 0) & (t <= 1)).all()):
@@ -368,10 +370,11 @@ class TwoTowerModel(nn.Module):
             other = "" if self.denoiser_device == self.device else f" or {self.denoiser_device}"
             raise ValueError(f"{name}: expected device {self.device}{other}, got {tensor.device}")
 
-    def _checked_ids(self, name: str, ids: Tensor, device: torch.device, state: ContextState | None = None) -> Tensor:
+    def _checked_ids(self, name: str, ids: Integers, device: torch.device, state: ContextState | None = None) -> Tensor:
         """The ids on the device of the tower that reads them; they come from either."""
-        if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name}: expected int64 or int32 [B, S], got {ids.dtype} {list(ids.shape)}")
+        ids = integers(name, ids, device)
+        if ids.ndim != 2 or ids.dtype != torch.int64:
+            raise ValueError(f"{name}: expected integers [B, S], got {ids.dtype} {list(ids.shape)}")
         if state is not None and ids.shape[0] != state.batch_size:
             raise ValueError(f"{name}: expected {state.batch_size} rows as the state has, got {ids.shape[0]}")
         self._check_device(name, ids)
@@ -384,13 +387,13 @@ class TwoTowerModel(nn.Module):
             )
         return ids.to(device)
 
-    def _checked_lengths(self, lengths: Tensor | Sequence[int], batch: int, size: int) -> Tensor:
-        lengths = torch.as_tensor(lengths, device=self.device)
-        if lengths.shape != (batch,) or (lengths.is_floating_point() and batch) or lengths.dtype == torch.bool:
+    def _checked_lengths(self, lengths: Integers, batch: int, size: int) -> Tensor:
+        lengths = integers("lengths", lengths)
+        if lengths.shape != (batch,) or lengths.dtype != torch.int64:
             raise ValueError(f"lengths: expected [{batch}] integers, got {lengths.dtype} {list(lengths.shape)}")
         if _readable(lengths) and bool(((lengths < 0) | (lengths > size)).any()):
             raise ValueError(f"lengths: expected [{batch}] values in 0..{size}, got {lengths.tolist()}")
-        return lengths.long()
+        return lengths.to(self.device)
 
 
 def _devices(
@@ -413,8 +416,3 @@ def _devices(
             reason = str(error).split("\n")[0]
             raise ValueError(f"{name}: expected a device of this machine, got {str(chosen)!r} ({reason})") from error
     return found
-
-
-def _readable(tensor: Any) -> bool:
-    """Whether its values may be looked at for a better error message: where that stalls no device and no trace."""
-    return not torch.compiler.is_compiling() and tensor.device.type == "cpu"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels import cpu
+from twotower_kernels.arguments import real
 from twotower_kernels.ops._library import check_float, define, refuse_gradients, same_device
 from twotower_kernels.ops._transforms import autocasts, cast_to
 
@@ -61,7 +62,7 @@ def adaln_norm(
         TypeError: wrong dtype.
     """
     _check("adaln_norm", x, None, None, weight, shift, scale, order)
-    return torch.ops.twotower.adaln_norm.default(x, weight, shift, scale, eps, order == "norm_modulate")
+    return torch.ops.twotower.adaln_norm.default(x, weight, shift, scale, real("eps", eps), order == "norm_modulate")
 
 
 def gated_residual(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -103,7 +104,7 @@ def gated_residual_adaln_norm(
     residual, y = _widened(residual, y)
     _check("gated_residual_adaln_norm", residual, y, gate, weight, shift, scale, order)
     return torch.ops.twotower.gated_residual_adaln_norm.default(
-        residual, y, gate, weight, shift, scale, eps, order == "norm_modulate"
+        residual, y, gate, weight, shift, scale, real("eps", eps), order == "norm_modulate"
     )
 
 

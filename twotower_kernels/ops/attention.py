@@ -91,7 +91,7 @@ def block_attention(
         raise ValueError("context_lens, context_index, block_table: expected none without a context")
     else:
         context = (None,) * 5
-    check_options(window, scale, softcap)
+    window, scale, softcap = check_options(window, scale, softcap)
     lens = as_lengths("block_lens", block_lens, length, batch, q)
     arguments = q, k, v, *context, lens, causal, window, scale, softcap
     if out is None:
@@ -126,7 +126,7 @@ def context_attention(
     check_alike("q", q)
     context = _context(q, k_context, v_context, context_lens, context_index, block_table)
     check_out(q, out)
-    check_options(window, scale, softcap)
+    window, scale, softcap = check_options(window, scale, softcap)
     lens = as_lengths("block_lens", block_lens, q.shape[1], q.shape[0], q)
     arguments = q, *context, lens, window, scale, softcap
     if out is None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels import cpu
+from twotower_kernels.arguments import real, whole
 from twotower_kernels.ops._library import check_float, define, refuse_gradients, same_device
 from twotower_kernels.ops._transforms import cast_to, lowered
 
@@ -133,6 +134,7 @@ def moe_plan(experts: Tensor, num_experts: int) -> MoePlan:
         ValueError: wrong shape, on a CPU experts outside `[0, E)`, which a GPU leaves out. TypeError: wrong dtype.
     """
     _check_experts(experts)
+    num_experts = whole("num_experts", num_experts)
     if num_experts < 0:
         raise ValueError(f"num_experts: expected 0 or more, got {num_experts}")
     return MoePlan(*torch.ops.twotower.moe_plan.default(experts, num_experts))
@@ -230,6 +232,8 @@ def _checked_choice(
     """The options of `moe_route` as the operators take them."""
     if score not in SCORES:
         raise ValueError(f"score: expected one of {SCORES}, got {score!r}")
+    top_k, scaling = whole("top_k", top_k), real("scaling", scaling)
+    n_group, topk_group = whole("n_group", n_group), whole("topk_group", topk_group)
     if n_group < 1 or e % n_group:
         raise ValueError(f"n_group: expected a divisor of {e} experts, got {n_group}")
     if not 1 <= topk_group <= n_group:
