@@ -7,8 +7,8 @@ comes from the folder, and its index cannot name a file outside it.
 
 from __future__ import annotations
 
-import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from twotower_kernels.files import named, read_json, shown
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MOST_BYTES = 2**25  # of an index; that of the largest checkpoints takes a third
 
 _DTYPES = {
     "F64": torch.float64,
@@ -59,10 +62,12 @@ class Entry:
             ValueError: another shape, or no floating dtype. The message names file and key.
         """
         if self.shape != shape:
-            raise ValueError(f"{self.path}: key {self.key} has shape {list(self.shape)}, expected {list(shape)}")
+            raise ValueError(
+                f"{self.path}: key {named(self.key)} has shape {shown(list(self.shape))}, expected {list(shape)}"
+            )
         if self.dtype not in _WEIGHT_DTYPES or isinstance(self.dtype, str):
             expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _WEIGHT_DTYPES)
-            raise ValueError(f"{self.path}: key {self.key} has dtype {self.dtype}, expected one of {expected}")
+            raise ValueError(f"{self.path}: key {named(self.key)} has dtype {self.dtype}, expected one of {expected}")
         return self.dtype
 
 
@@ -70,7 +75,7 @@ def entries(folder: str | Path) -> list[Entry]:
     """Every tensor of a checkpoint folder, ordered by file and key.
 
     Raises:
-        FileNotFoundError: no such folder, neither weights nor index in it, or a shard missing.
+        FileNotFoundError: no such folder, neither weights nor index in it, or a shard missing and no whole file.
         ValueError: an index that is none, that leads out of the folder, or that promises a key its shard lacks; a file
             that is truncated or no safetensors; a key in two files.
     """
@@ -80,10 +85,10 @@ def entries(folder: str | Path) -> list[Entry]:
         with _open(path) as file:
             keys = sorted(file.keys())
             if missing := sorted(promised - set(keys)):
-                raise ValueError(f"{path}: {INDEX} promises key {missing[0]} here, but the file lacks it")
+                raise ValueError(f"{path}: {INDEX} promises key {named(missing[0])} here, but the file lacks it")
             for key in keys:
                 if key in found:
-                    raise ValueError(f"{path}: key {key} was already found in {found[key].path.name}")
+                    raise ValueError(f"{path}: key {named(key)} was already found in {found[key].path.name}")
                 header = file.get_slice(key)
                 dtype = header.get_dtype()
                 found[key] = Entry(key, path, tuple(header.get_shape()), _DTYPES.get(dtype, dtype))
@@ -115,21 +120,35 @@ def _files(folder: Path) -> dict[Path, set[str]]:
     for key, name in _weight_map(index).items():
         # A download must not be able to name a file elsewhere. (A link inside the folder is its owner's own doing.)
         if not isinstance(name, str) or name in ("", ".", "..") or "\0" in name or Path(name).name != name:
-            raise ValueError(f"{index}: key {key} names {name!r}, which is not a file inside the folder")
+            raise ValueError(f"{index}: key {named(key)} names {shown(name)}, which is not a file inside the folder")
         files.setdefault(folder / name, set()).add(key)
-    for path in files:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: this shard is named by {INDEX} but is missing")
+    if not files:
+        raise ValueError(f"{index}: expected a weight_map that names files, got an empty one")
+    whole, missing = folder / WEIGHTS, [path for path in files if not _is_file(path)]
+    if whole not in files and _is_file(whole):
+        # Left behind by one of two savings into one folder. Shards that are incomplete cannot be meant.
+        passed = f"shards that are not all there ({named(missing[0].name)})" if missing else f"shards, beside {WEIGHTS}"
+        read = WEIGHTS if missing else "the shards"
+        warnings.warn(f"{index}: it names {passed}; {read} will be read", stacklevel=2)
+        return {whole: set()} if missing else files
+    if missing:
+        raise FileNotFoundError(f"{folder}/{named(missing[0].name)}: this shard is named by {INDEX} but is missing")
     return files
 
 
-def _weight_map(index: Path) -> dict[str, Any]:
+def _is_file(path: Path) -> bool:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{index}: not an index with a weight_map: {error!r}") from None
+        return path.is_file()
+    except OSError:  # a name too long for any file
+        return False
+
+
+def _weight_map(index: Path) -> dict[str, Any]:
+    otherwise = "not an index with a weight_map"
+    content = read_json(index, most=MOST_BYTES, otherwise=otherwise)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else content
     if not isinstance(weight_map, dict):
-        raise ValueError(f"{index}: not an index with a weight_map: it is a {type(weight_map).__name__}")
+        raise ValueError(f"{index}: {otherwise}: it is a {type(weight_map).__name__}")
     return weight_map
 
 
@@ -140,4 +159,4 @@ def _open(path: Path) -> Iterator[Any]:
         with safe_open(str(path), framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file: {error}") from None
+        raise ValueError(f"{path}: truncated or not a safetensors file: {named(str(error))}") from None

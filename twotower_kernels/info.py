@@ -15,7 +15,8 @@ import torch
 import twotower_kernels
 from twotower_kernels import checkpoint, cpu, cuda, cuda_moe, cuda_remask
 from twotower_kernels.config import TwoTowerConfig
-from twotower_kernels.loading import tower_of
+from twotower_kernels.layout import tower_of
+from twotower_kernels.loading import BACKBONE, MORE_TOKENS, weight_dtype
 
 KEYS = ("CPU", "CUDA", "Autograd", "Meta")  # the dispatcher's; Meta is what torch.compile traces with
 LONG_CONTEXT = 128 * 1024  # tokens
@@ -145,15 +146,15 @@ def sizes(folder: Path) -> Sizes:
         FileNotFoundError, ValueError: as the config and the files do, naming what is wrong.
     """
     config = TwoTowerConfig.from_file(folder / "config.json")
-    entries = checkpoint.entries(folder)
-    single = any(entry.key.startswith("backbone.") for entry in entries)
+    entries = [entry for entry in checkpoint.entries(folder) if not entry.key.startswith(MORE_TOKENS)]
+    single = any(entry.key.startswith(BACKBONE) for entry in entries)
     parameters: dict[str, int] = {}
     weights: dict[str, int] = {}
     for entry in entries:
         tower = "backbone" if single else tower_of(entry.key)
         parameters[tower] = parameters.get(tower, 0) + math.prod(entry.shape)
         weights[tower] = weights.get(tower, 0) + entry.nbytes
-    width = getattr(torch, config.torch_dtype).itemsize
+    width = weight_dtype(config, None, entries).itemsize
     return Sizes(parameters, weights, kv_per_token(config, width), state_per_row(config, width))
 
 

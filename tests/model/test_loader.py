@@ -205,6 +205,7 @@ def test_a_hostile_index_is_an_error(folder: Path, what: str) -> None:
 
 def test_the_index_must_be_a_file_of_shards_that_exist(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "other.safetensors"}}')
+    (folder / "model.safetensors").rename(folder / "another.safetensors")
     with pytest.raises(FileNotFoundError, match=r"other\.safetensors: this shard is named by .* but is missing"):
         TwoTowerModel.from_pretrained(folder)
 
