@@ -55,20 +55,19 @@ class Entry:
         """Bytes in the file."""
         return math.prod(self.shape) * (self.dtype.itemsize if isinstance(self.dtype, torch.dtype) else 1)
 
-    def check(self, shape: tuple[int, ...]) -> torch.dtype:
-        """The entry's dtype, if it can fill a parameter of this shape.
+    def check(self, shape: tuple[int, ...], whose: str = "") -> None:
+        """Whether the entry can fill a parameter of this shape, by whoever wants it.
 
         Raises:
             ValueError: another shape, or no floating dtype. The message names file and key.
         """
         if self.shape != shape:
             raise ValueError(
-                f"{self.path}: key {named(self.key)} has shape {shown(list(self.shape))}, expected {list(shape)}"
+                f"{self.path}: key {named(self.key)} has shape {shown(list(self.shape))}, expected {list(shape)}{whose}"
             )
         if self.dtype not in _WEIGHT_DTYPES or isinstance(self.dtype, str):
             expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _WEIGHT_DTYPES)
             raise ValueError(f"{self.path}: key {named(self.key)} has dtype {self.dtype}, expected one of {expected}")
-        return self.dtype
 
 
 def entries(folder: str | Path) -> list[Entry]:

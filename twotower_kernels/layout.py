@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from twotower_kernels.config import TwoTowerConfig
+from twotower_kernels.files import shown
 from twotower_kernels.layers import FREQUENCIES
 
 STACKED = (".mixer.experts.up_proj", ".mixer.experts.down_proj")  # keys of a layer's experts in one tensor
@@ -105,8 +106,8 @@ class Layout:
         c = self.config
         experts = f" and {c.n_routed_experts} experts" if "E" in self._letters else ""
         return (
-            f"a config of model_type {c.model_type!r} with vocab_size {c.vocab_size}, hidden_size {c.hidden_size}, "
-            f"{len(c.hybrid_override_pattern)} layers{experts}"
+            f"a config of model_type {shown(c.model_type)} with vocab_size {c.vocab_size}, "
+            f"hidden_size {c.hidden_size}, {len(c.hybrid_override_pattern)} layers{experts}"
         )
 
     # --- parts ------------------------------------------------------------------------------------------------------

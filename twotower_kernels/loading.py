@@ -17,7 +17,7 @@ from tqdm import tqdm
 from twotower_kernels import checkpoint
 from twotower_kernels.checkpoint import Entry
 from twotower_kernels.config import TwoTowerConfig
-from twotower_kernels.files import named
+from twotower_kernels.files import named, shown
 from twotower_kernels.layers import KEPT_WIDE, Stacked
 from twotower_kernels.layout import STACKED, Layout, tower_of
 
@@ -99,10 +99,11 @@ def plan(folder: Path, config: TwoTowerConfig, towers: str, dtype: torch.dtype |
     stacked = any(entry.key.endswith(STACKED) for entry in listed)
     layout, whole = (Layout(config, t, conditioning=not backbone, stacked=stacked) for t in (towers, "both"))
     sources = _sources(listed, layout, whole, backbone, folder)
+    whose = f" by a config of model_type {shown(config.model_type)}"
     for entry, keys in sources.items():
         for key in keys:
             if (shape := layout.shape(key)) is not None:
-                entry.check(shape)
+                entry.check(shape, whose)
     return Plan(sources, layout, weight_dtype(config, dtype, listed))
 
 
@@ -123,8 +124,8 @@ def fill(
     """
     open_places = places(model, stacked=plan.layout.stacked)
     total = sum(entry.nbytes for entry in plan.sources)
-    shown = total > LARGE and sys.stderr.isatty() if progress is None else progress
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {name}", disable=not shown) as bar:
+    watched = total > LARGE and sys.stderr.isatty() if progress is None else progress
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {name}", disable=not watched) as bar:
         for entry, tensor in checkpoint.tensors(plan.sources):
             for key in plan.sources[entry]:
                 _put(open_places.pop(key), key, tensor, plan.dtype, devices[tower_of(key)])

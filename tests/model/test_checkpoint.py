@@ -169,7 +169,7 @@ HUGE = {
     "vocabulary": (dict(vocab_size=2**31 - 1), "2147483647"),
     "hidden size": (dict(hidden_size=2**31 - 1), "2147483647"),
     "width of experts": (dict(moe_intermediate_size=2**30), "1073741824"),
-    "heads": (dict(num_attention_heads=2**30, num_key_value_heads=2**29), "17179869184"),
+    "heads": (dict(num_attention_heads=2**30, num_key_value_heads=2**29), "8589934592"),
     "layers": (dict(hybrid_override_pattern="MEM*EM*E" * 1250, num_hidden_layers=10_000), "10000 layers"),
     "all of it": (
         dict(n_routed_experts=2**30, vocab_size=2**30, hidden_size=2**30, intermediate_size=2**30),
