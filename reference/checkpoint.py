@@ -17,7 +17,13 @@ from torch import Tensor
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MOST_BYTES = 2**25  # of an index
+LONGEST = 200  # letters of a file's name, or of a key that an error shows
 MORE_TOKENS = ("mtp.", "backbone.mtp.", "model.mtp.")  # keys of multi-token prediction, which no tower has
+
+
+def named(key: str) -> str:
+    """A key on an error's one line."""
+    return key if key.isprintable() and len(key) <= LONGEST else repr(key)[:LONGEST]
 
 
 def _shards(folder: Path) -> dict[Path, set[str]]:
@@ -30,7 +36,7 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
     """
     index = folder / INDEX
     if not index.exists():
-        if not (folder / SINGLE).exists():
+        if not (folder / SINGLE).is_file():
             raise FileNotFoundError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
         return {folder / SINGLE: set()}
     if not index.is_file() or index.stat().st_size > MOST_BYTES:
@@ -42,8 +48,10 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
         raise ValueError(f"{index}: not an index with a weight_map: {error!r}") from None
     shards: dict[Path, set[str]] = {}
     for key, name in pairs:
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise ValueError(f"{index}: key {key} names {name!r}, which is not a file inside the folder")
+        if Path(name).name != name or name in ("", ".", "..") or "\0" in name or len(name) > LONGEST:
+            raise ValueError(
+                f"{index}: key {named(key)} names {name[:LONGEST]!r}, which is not a file inside the folder"
+            )
         shards.setdefault(folder / name, set()).add(key)
     missing = [path for path in shards if not path.is_file()]
     if missing and (folder / SINGLE).is_file():
@@ -60,8 +68,8 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file: {error}") from None
+    except (SafetensorError, OSError, MemoryError) as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file: {named(str(error))}") from None
 
 
 def _check_folder(folder: Path) -> None:
@@ -95,11 +103,11 @@ def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         with _opened(path) as file:
             keys = set(file.keys())
             if missing := sorted(expected - keys):
-                raise ValueError(f"{path}: {INDEX} promises key {missing[0]} here, but the file lacks it")
+                raise ValueError(f"{path}: {INDEX} promises key {named(missing[0])} here, but the file lacks it")
             if passed := [key for key in keys if key.startswith(MORE_TOKENS)]:
                 warnings.warn(f"{path}: {len(passed)} keys of multi-token prediction are passed over", stacklevel=2)
             for key in sorted(keys - set(passed)):
                 if key in seen:
-                    raise ValueError(f"{path}: key {key} was already read from {seen[key].name}")
+                    raise ValueError(f"{path}: key {named(key)} was already read from {seen[key].name}")
                 seen[key] = path
                 yield key, file.get_tensor(key)

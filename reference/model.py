@@ -146,7 +146,7 @@ class TwoTower(nn.Module):
         for key, tensor in _one_by_one(checkpoint.tensors(folder)):
             for name in _parameter_names(key, from_backbone):
                 if name not in known:
-                    raise ValueError(f"{folder}: key {key} is not part of this model")
+                    raise ValueError(f"{folder}: key {checkpoint.named(key)} is not part of this model")
                 if name not in waiting:
                     raise ValueError(f"{folder}: key {key} was already given under another spelling")
                 waiting.discard(name)

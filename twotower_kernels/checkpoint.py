@@ -157,5 +157,7 @@ def _open(path: Path) -> Iterator[Any]:
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{path}: truncated or not a safetensors file: {named(str(error))}") from None
+    except (OSError, MemoryError) as error:  # a file larger than the address space is not mapped
+        raise ValueError(f"{path}: cannot be read: {named(str(error))}") from None
