@@ -115,24 +115,24 @@ def _files(folder: Path) -> dict[Path, set[str]]:
         if not (folder / WEIGHTS).is_file():
             raise FileNotFoundError(f"{folder}: neither {WEIGHTS} nor {INDEX} is there")
         return {folder / WEIGHTS: set()}
-    files: dict[Path, set[str]] = {}
+    files: dict[str, set[str]] = {}
     for key, name in _weight_map(index).items():
         # A download must not be able to name a file elsewhere. (A link inside the folder is its owner's own doing.)
-        if not isinstance(name, str) or name in ("", ".", "..") or "\0" in name or Path(name).name != name:
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
             raise ValueError(f"{index}: key {named(key)} names {shown(name)}, which is not a file inside the folder")
-        files.setdefault(folder / name, set()).add(key)
+        files.setdefault(name, set()).add(key)
     if not files:
         raise ValueError(f"{index}: expected a weight_map that names files, got an empty one")
-    whole, missing = folder / WEIGHTS, [path for path in files if not _is_file(path)]
-    if whole not in files and _is_file(whole):
+    missing = next((name for name in files if not _is_file(folder / name)), None)
+    if WEIGHTS not in files and _is_file(folder / WEIGHTS):
         # Left behind by one of two savings into one folder. Shards that are incomplete cannot be meant.
-        passed = f"shards that are not all there ({named(missing[0].name)})" if missing else f"shards, beside {WEIGHTS}"
-        read = WEIGHTS if missing else "the shards"
-        warnings.warn(f"{index}: it names {passed}; {read} will be read", stacklevel=2)
-        return {whole: set()} if missing else files
-    if missing:
-        raise FileNotFoundError(f"{folder}/{named(missing[0].name)}: this shard is named by {INDEX} but is missing")
-    return files
+        named_there = f"shards, beside {WEIGHTS}" if missing is None else f"{named(missing)}, which is not there"
+        read = "the shards" if missing is None else WEIGHTS
+        warnings.warn(f"{index}: it names {named_there}; {read} will be read", stacklevel=2)
+        files, missing = {WEIGHTS: set()} if missing else files, None
+    if missing is not None:
+        raise FileNotFoundError(f"{folder}/{named(missing)}: this shard is named by {INDEX} but is missing")
+    return {folder / name: keys for name, keys in files.items()}
 
 
 def _is_file(path: Path) -> bool:

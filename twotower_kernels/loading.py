@@ -83,13 +83,14 @@ def places(model: nn.Module, *, stacked: bool = False) -> dict[str, Place]:
     return found
 
 
-def plan(folder: Path, config: TwoTowerConfig, towers: str, dtype: torch.dtype | None) -> Plan:
-    """What loading a folder comes to. All is checked by the files' headers; nothing is read or made yet.
+def plan(
+    folder: Path, listed: list[Entry], config: TwoTowerConfig, towers: str, dtype: torch.dtype | None = None
+) -> Plan:
+    """What loading a folder's entries comes to. All is checked by the files' headers; nothing is read or made yet.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: as `TwoTowerModel.from_pretrained`.
+        ValueError, TypeError: as `TwoTowerModel.from_pretrained`.
     """
-    listed = checkpoint.entries(folder)
     passed = [entry for entry in listed if entry.key.startswith(MORE_TOKENS)]
     if passed:
         what = f"{len(passed)} keys of multi-token prediction (mtp.*)"

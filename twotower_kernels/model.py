@@ -21,7 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from twotower_kernels import loading
+from twotower_kernels import checkpoint, loading
 from twotower_kernels.config import TwoTowerConfig
 from twotower_kernels.generate import generate, stream
 from twotower_kernels.layers import Factory, Layer, Linear, Stacked, TimeEmbedder, Tower, draw_weights
@@ -133,7 +133,7 @@ class TwoTowerModel(nn.Module):
         """
         devices = _devices(towers, device, context_device, denoiser_device)
         config = TwoTowerConfig.from_file(Path(path) / "config.json")
-        plan = loading.plan(Path(path), config, towers, dtype)
+        plan = loading.plan(Path(path), checkpoint.entries(path), config, towers, dtype)
         check_room(plan.layout, plan.dtype, devices)
         model = cls(config, device="meta", dtype=plan.dtype, towers=towers)
         loading.fill(model, plan, devices, progress, name=Path(path).name)

@@ -5,6 +5,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,11 @@ def test_dtypes(folder: Path) -> None:
         for name, p in TwoTowerModel.from_pretrained(folder, dtype=dtype).named_parameters():
             kept = name.endswith(("gate.weight", "e_score_correction_bias", "A_log", "mixer.D", "dt_bias"))
             assert p.dtype == (torch.promote_types(expected, torch.float32) if kept else expected), name
+
+
+def test_without_a_file_auto_is_float32(folder: Path) -> None:
+    config = replace(TwoTowerModel.from_pretrained(folder).config, torch_dtype="auto")
+    assert {p.dtype for p in TwoTowerModel(config).parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("towers", ["context", "denoiser"])

@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import json
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,14 @@ def test_safetensors_saves_and_loads_the_model(model: TwoTowerModel, tmp_path: P
     other = TwoTowerModel(model.config)
     assert load_model(other, str(path)) == (set(), [])
     assert_same(model, other)
+
+
+def test_what_is_saved_is_a_checkpoint(model: TwoTowerModel, tmp_path: Path) -> None:
+    save_model(model, str(tmp_path / "model.safetensors"))
+    (tmp_path / "config.json").write_text(json.dumps(asdict(model.config)))
+    again = TwoTowerModel.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert_same(model, again)
 
 
 def test_torch_saves_the_state_in_the_bytes_it_has(model: TwoTowerModel, tmp_path: Path) -> None:
