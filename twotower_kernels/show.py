@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import groupby, takewhile
+from itertools import groupby
 from operator import itemgetter
 from types import TracebackType
 
@@ -30,17 +30,10 @@ class Painter:
     """
 
     def __init__(
-        self,
-        console: Console,
-        tokenizer: Tokenizer,
-        prompts: list[str],
-        *,
-        mask_token_id: int,
-        eos_token_id: int | tuple[int, ...],
+        self, console: Console, tokenizer: Tokenizer, prompts: list[str], *, mask_token_id: int, eos_token_id: int
     ) -> None:
         self.console, self.tokenizer, self.prompts = console, tokenizer, prompts
-        self.mask = mask_token_id
-        self.ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+        self.mask, self.eos = mask_token_id, eos_token_id
         self.done: list[list[int]] = [[] for _ in prompts]  # per row, the tokens of its finished blocks
         self.block: list[Text] = [Text() for _ in prompts]  # per row, the block it works on
         self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
@@ -61,7 +54,7 @@ class Painter:
         for i, row in enumerate(rows):
             if event.committed:
                 new = event.after[i].tolist()
-                self.done[row] += takewhile(lambda token: token not in self.ends, new)
+                self.done[row] += new[: new.index(self.eos)] if self.eos in new else new
                 self.block[row] = Text()
             else:
                 self.block[row] = self.paint(event.before[i].tolist(), event.after[i].tolist())
