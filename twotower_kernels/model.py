@@ -21,12 +21,14 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from twotower_kernels import loading
+from twotower_kernels import checkpoint, loading
 from twotower_kernels.arguments import Integers, integers, real, whole
 from twotower_kernels.arguments import readable as _readable
 from twotower_kernels.config import TwoTowerConfig
 from twotower_kernels.generate import generate, stream
 from twotower_kernels.layers import Factory, Layer, Linear, Stacked, TimeEmbedder, Tower, draw_weights
+from twotower_kernels.layout import Layout
+from twotower_kernels.memory import check_room
 from twotower_kernels.ops import adaln_norm, gated_residual_adaln_norm
 from twotower_kernels.state import BlockRead, ContextState, logits
 
@@ -62,7 +64,8 @@ class TwoTowerModel(nn.Module):
         towers: "both"; "context" (runs alone autoregressively, and makes states); "denoiser" (reads states).
 
     Raises:
-        ValueError: unknown `towers`; a device that is not there, or that is for a tower not asked for.
+        ValueError: unknown `towers`; a device that is not there, or that is for a tower not asked for; weights that
+            need more than all of a device's memory.
         TypeError: a dtype that is not float64, float32, bfloat16 or float16.
     """
 
@@ -79,7 +82,9 @@ class TwoTowerModel(nn.Module):
         super().__init__()
         devices = _devices(towers, device, context_device, denoiser_device)
         self.config, self.towers = config, towers
-        factory: Factory = {"device": devices["context"], "dtype": loading.weight_dtype(config, dtype)}
+        weights = loading.weight_dtype(config, dtype)
+        check_room(Layout(config, towers), weights, devices)
+        factory: Factory = {"device": devices["context"], "dtype": weights}
         hidden, layers = config.hidden_size, len(config.hybrid_override_pattern)
         if towers != "denoiser":
             self.context_tower = Tower(config, factory)
@@ -111,8 +116,9 @@ class TwoTowerModel(nn.Module):
         """Loads a folder with `config.json` and safetensors in the released layout, one file or shards.
 
         Every weight goes from its file straight to its place on the device, in its dtype; nothing is held twice.
-        A single-tower checkpoint of the backbone (`backbone.*`, `lm_head.weight`) fills both towers. The time
-        conditioning that it lacks is set to none: `denoise` then gives the same for every t.
+        A single-tower checkpoint of the backbone (`backbone.*`, `lm_head.weight`), as transformers saves it, fills both
+        towers. The time conditioning that it lacks is set to none: `denoise` then gives the same for every t. Layers
+        for multi-token prediction are passed over with a warning (docs/checkpoints.md).
 
         Args:
             path: the folder.
@@ -129,10 +135,10 @@ class TwoTowerModel(nn.Module):
         """
         devices = _devices(towers, device, context_device, denoiser_device)
         config = TwoTowerConfig.from_file(Path(path) / "config.json")
-        model = cls(config, device="meta", dtype=dtype, towers=towers)
-        # Keys that another choice of towers would read are passed over; those that nobody knows are an error.
-        known = set(loading.places(model if towers == "both" else cls(config, device="meta", dtype=dtype)))
-        loading.fill(model, Path(path), devices, loading.weight_dtype(config, dtype), known, progress)
+        plan = loading.plan(Path(path), checkpoint.entries(path), config, towers, dtype)
+        check_room(plan.layout, plan.dtype, devices)
+        model = cls(config, device="meta", dtype=plan.dtype, towers=towers)
+        loading.fill(model, plan, devices, progress, name=Path(path).name)
         return model
 
     @property
