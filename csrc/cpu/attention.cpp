@@ -299,7 +299,7 @@ struct Problem {
             });
             return;
         }
-        Scratch<W> states(items * parts * state_size());
+        Scratch<W> states(items, parts, state_size());
         W* all = states;
         parallel_for(items * parts, 1, [&](int64_t begin, int64_t end) {
             Room room(*this);
@@ -311,7 +311,7 @@ struct Problem {
         });
         const int64_t panels = (piece + widest - 1) / widest;
         parallel_for(items * panels, 1, [&](int64_t begin, int64_t end) {
-            Scratch<W> lines(L * up_to(dim, L));
+            Scratch<W> lines(L, up_to(dim, L));
             for (int64_t n = begin; n < end; ++n) {
                 const Item item = this->item(n / panels);
                 const int64_t row = n % panels * widest;
