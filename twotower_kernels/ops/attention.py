@@ -125,7 +125,8 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     """Attention over the union of two disjoint sets of keys, from the attention over each.
 
     Source: FlashAttention-2 (arXiv 2307.08691, section 3.1): both sides weighted by the exponentials of their
-    log-sum-exp. A side whose log-sum-exp is -inf contributes nothing, whatever its output holds.
+    log-sum-exp. A side whose log-sum-exp is -inf, or +inf as FlashAttention writes it, saw no key: it contributes
+    nothing, whatever its output holds.
 
     Args:
         out_a, out_b: `[..., D]`; float64, float32, bfloat16 or float16; any strides.

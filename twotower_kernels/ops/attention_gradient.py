@@ -138,8 +138,9 @@ def merge_backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor
     """Gradients of `merge_attention`'s four inputs; an empty side has none, whatever it holds."""
     out_a, lse_a, out_b, lse_b = ctx.saved_tensors
     lses = torch.stack([lse_a, lse_b])
-    nothing = lses.isneginf()
-    weights = lses.masked_fill(nothing.all(0), 0).softmax(0).masked_fill(nothing, 0)  # [2,...]
+    nothing = lses.isinf()
+    seen = lses.masked_fill(nothing, -torch.inf).masked_fill(nothing.all(0), 0)
+    weights = seen.softmax(0).masked_fill(nothing, 0)  # [2,...]
     outs = torch.stack([out_a, out_b]).to(lses.dtype).masked_fill(nothing[..., None], 0)
     grad = grad_out.to(lses.dtype)
     towards = (outs * grad).sum(-1)
