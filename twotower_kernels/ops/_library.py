@@ -41,15 +41,23 @@ def define(
     names = [argument.name for argument in arguments]
     written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
 
+    required = [i for i, argument in enumerate(arguments) if str(argument.type) == "Tensor"]
+
+    def check_all(*arguments: Any) -> None:
+        for i in required:  # the dispatcher takes None for a tensor, too
+            if arguments[i] is None:
+                raise TypeError(f"{names[i]}: expected a tensor, got None")
+        check(*arguments)
+
     def checked(kernel: Callable[..., Any]) -> Callable[..., Any]:
         def entry(*arguments: Any) -> Any:
-            check(*arguments)
+            check_all(*arguments)
             return kernel(*(memory.apart(names, written, arguments) if written else arguments))
 
         return entry
 
     def checked_fake(*arguments: Any) -> Any:  # what has no memory cannot overlap
-        check(*arguments)
+        check_all(*arguments)
         return fake(*arguments)
 
     _CHECKED[name] = checked

@@ -11,6 +11,8 @@ def check_places(name: str, x: Tensor) -> None:
     Sufficient, and true of every slice and permutation of contiguous memory: each stride steps over all that the
     smaller ones reach.
     """
+    if x.is_contiguous():
+        return
     reach = 0
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
         if stride <= reach and x.numel():
@@ -74,13 +76,20 @@ def apart(names: list[str], written: list[int], arguments: tuple[object, ...]) -
     Raises:
         ValueError: elements that are written share their place with each other.
     """
-    targets = [(names[i], x) for i in written if isinstance(x := arguments[i], Tensor)]
-    for n, (name, target) in enumerate(targets):
-        check_places(name, target)
-        for other_name, other in targets[:n]:
-            if meet(target, other):
-                raise ValueError(f"{other_name}, {name}: expected memory of its own for each, got tensors that overlap")
-    return [
-        x.clone() if isinstance(x, Tensor) and i not in written and any(meet(x, target) for _, target in targets) else x
-        for i, x in enumerate(arguments)
-    ]
+    targets = [(i, x, *span(x)) for i in written if isinstance(x := arguments[i], Tensor)]
+    for n, (i, target, low, high) in enumerate(targets):
+        check_places(names[i], target)
+        for j, other, begin, end in targets[:n]:
+            if begin < high and low < end and meet(target, other):
+                both = f"{names[j]}, {names[i]}"
+                raise ValueError(f"{both}: expected memory of its own for each, got tensors that overlap")
+    result = list(arguments)
+    for i, x in enumerate(arguments):
+        if not isinstance(x, Tensor) or i in written:
+            continue
+        begin = x.data_ptr()
+        for _, target, low, high in targets:
+            if begin < high and low < span(x)[1] and meet(x, target):
+                result[i] = x.clone()
+                break
+    return result
