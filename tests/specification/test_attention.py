@@ -223,7 +223,10 @@ def test_a_context_read_in_pieces_and_merged_is_the_context(cuts, lens, paged):
 
 
 @settings(max_examples=40)
-@given(empty=st.lists(st.sampled_from([0.0, -torch.inf, torch.inf]), min_size=3, max_size=3), spread=st.sampled_from([1.0, 50.0, 1e4]))
+@given(
+    empty=st.lists(st.sampled_from([0.0, -torch.inf, torch.inf]), min_size=3, max_size=3),
+    spread=st.sampled_from([1.0, 50.0, 1e4]),
+)
 def test_merge_is_commutative_and_associative(empty, spread):
     sides = []
     for i, nothing in enumerate(empty):

@@ -56,23 +56,24 @@ def block_attention(
         q: `[B, S, Hq, D]`; float64, float32, bfloat16 or float16; any strides.
         k, v: `[B, S, Hkv, D]`, the block's own keys and values; Hq is a multiple of Hkv.
         k_context, v_context: `[Bc, T, Hkv, D]`; or with `block_table`, pages `[P, page, Hkv, D]`. None: no context.
-        context_lens: tokens of context that a row sees, an integer or int32/int64 `[B]` or `[]`; default all.
-        context_index: int32/int64 `[B]`, the context row that a batch row reads; default its own number.
-        block_table: int32/int64 `[Bc, n]`, a context row's pages in order; entries beyond a length are not read.
+        context_lens: tokens of context that a row sees, an integer or integers `[B]` or `[]`; default all.
+        context_index: integers `[B]`, the context row that a batch row reads; default its own number.
+        block_table: integers `[Bc, n]`, a context row's pages in order; entries beyond a length are not read.
         block_lens: tokens of the block that are real, like `context_lens`; default S.
         causal: query i sees the block's keys 0..i only.
         window: only the last `window` tokens of the context are seen; None: all.
         scale: of the logits; default 1/√D.
         softcap: logits become `softcap · tanh(logit / softcap)`; 0: they stay.
         return_lse: also return the log-sum-exp.
-        out: takes the result, which is then without gradient; any strides.
+        out: takes the result, which is then without gradient; any strides. It may lie in the memory of what is read.
 
     Returns:
         `[B, S, Hq, D]` in the dtype of `q`; with `return_lse` also the natural logarithm of the sum of exponentials,
         `[B, S, Hq]`, float32 (float64 for float64). Differentiable in q, k and v; the context is frozen.
 
     Raises:
-        ValueError: wrong shape, length, index or page, or a context that requires grad. TypeError: wrong dtype.
+        ValueError: wrong shape, length, index or page, a context that requires grad, an `out` two of whose elements
+            share a place. TypeError: wrong dtype.
     """
     check_axes(q=q, k=k, v=v)
     check_window(window)
@@ -156,15 +157,15 @@ def append_kv(
 
     Args:
         k_context, v_context: storage as in `block_attention`, last dimension contiguous.
-        k, v: `[B, S, Hkv, D]` in the dtype of the storage; any strides.
-        context_lens: tokens that are there already, an integer or int32/int64 `[B]` or `[]`.
+        k, v: `[B, S, Hkv, D]` in the dtype of the storage; any strides. They may lie in the storage themselves.
+        context_lens: tokens that are there already, an integer or integers `[B]` or `[]`.
         context_index, block_table: as in `block_attention`.
         block_lens: how many tokens of each row are appended, like `context_lens`; default S.
 
     Raises:
         ValueError: wrong shape, length, index or page, no room, two rows that write to one place, storage whose last
-            dimension is not contiguous, an argument that requires grad. TypeError: wrong dtype. Nothing is written
-            then.
+            dimension is not contiguous, whose elements share a place or that overlaps the other's, an argument that
+            requires grad. TypeError: wrong dtype. Nothing is written then.
     """
     check_axes(k=k, v=v, k_context=k_context, v_context=v_context)
     check_frozen(k_context, v_context)

@@ -44,8 +44,8 @@ def mamba2_scan(
         head_dim: channels of `x` per head.
         conv_state: `[Bc, C, W-1]`, the last W-1 columns of `xbc` before the block, newest last; zeros if None.
         ssm_state: `[Bc, heads, head_dim, state]`; zeros if None.
-        state_index: `[B]` int32 or int64, the state row that each row starts from; None: the row itself (Bc = B).
-        seq_lens: `[B]` int32 or int64 in [0, L]. Tokens beyond are not read, y is 0 there, states are taken there.
+        state_index: `[B]` integers, the state row that each row starts from; None: the row itself (Bc = B).
+        seq_lens: `[B]` integers in [0, L]. Tokens beyond are not read, y is 0 there, states are taken there.
         time_step_limit: what softplus(dt + dt_bias) is clamped to.
         return_states: also return the states after the last token. Without it, none is written.
         states_every: S > 0: return the states after every S tokens, and after the last, shorter block, instead.

@@ -102,7 +102,7 @@ def moe_plan(experts: Tensor, num_experts: int) -> MoePlan:
     Source: the block-sparse grouping of MegaBlocks (arXiv 2211.15841), without its padding.
 
     Args:
-        experts: `[N, k]` int32 or int64, from `moe_route`.
+        experts: `[N, k]` integers, from `moe_route`.
         num_experts: E.
 
     Returns:
@@ -139,7 +139,7 @@ def moe_experts(
         w_up: `[E, I, H]` in the dtype of `x`; for gated activations `[E, 2I, H]`, gate rows first.
         w_down: `[E, H, I]` in the dtype of `x`.
         weights: `[N, k]`, any floating dtype.
-        experts: `[N, k]` int32 or int64. Weights of experts that no token chose are not read.
+        experts: `[N, k]` integers. Weights of experts that no token chose are not read.
         plan: `moe_plan(experts, E)`, where several calls share it; computed if None. A CPU checks that it is that plan.
         activation: "relu2" `relu(u)²`, "silu_gated" `SiLU(g)·u` or "gelu_gated" `gelu(g)·u` with the tanh form.
         shared_up, shared_down: `[J, H]` (gated: `[2J, H]`) and `[H, J]`, the expert that every token passes,
