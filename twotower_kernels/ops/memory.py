@@ -76,20 +76,23 @@ def apart(names: list[str], written: list[int], arguments: tuple[object, ...]) -
     Raises:
         ValueError: elements that are written share their place with each other.
     """
-    targets = [(i, x, *span(x)) for i in written if isinstance(x := arguments[i], Tensor)]
-    for n, (i, target, low, high) in enumerate(targets):
+    result = list(arguments)
+    targets: list[tuple[int, Tensor, int, int]] = []
+    for i in written:
+        target = result[i]
+        assert isinstance(target, Tensor)
         check_places(names[i], target)
-        for j, other, begin, end in targets[:n]:
+        low, high = span(target)
+        for j, other, begin, end in targets:
             if begin < high and low < end and meet(target, other):
                 both = f"{names[j]}, {names[i]}"
                 raise ValueError(f"{both}: expected memory of its own for each, got tensors that overlap")
-    result = list(arguments)
+        targets.append((i, target, low, high))
     for i, x in enumerate(arguments):
-        if not isinstance(x, Tensor) or i in written:
-            continue
-        begin = x.data_ptr()
-        for _, target, low, high in targets:
-            if begin < high and low < span(x)[1] and meet(x, target):
-                result[i] = x.clone()
-                break
+        if isinstance(x, Tensor) and i not in written:
+            begin, end = span(x)
+            for _, target, low, high in targets:
+                if begin < high and low < end and meet(x, target):
+                    result[i] = x.clone()
+                    break
     return result

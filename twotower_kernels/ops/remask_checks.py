@@ -161,10 +161,10 @@ def check_kinds(
     for logits without their three axes, which the others are measured by, and for those that require grad."""
     if not isinstance(policy, RemaskPolicy):
         raise TypeError(f"policy: expected a RemaskPolicy, got {type(policy).__name__}")
-    tensors = {"logits": logits, "tokens": tokens, "editable": editable, "valid_lens": valid_lens}
-    tensors |= {"candidates": candidates, "rank_noise": rank_noise}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("logits", "tokens")):
+    required = (("logits", logits), ("tokens", tokens))
+    optional = (("editable", editable), ("valid_lens", valid_lens), ("candidates", candidates))
+    for name, tensor in (*required, *optional, ("rank_noise", rank_noise)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name == "logits" or name == "tokens"):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if mask_token_id is not None and (isinstance(mask_token_id, bool) or not isinstance(mask_token_id, int)):
         raise TypeError(f"mask_token_id: expected an int, got {type(mask_token_id).__name__}")
@@ -191,38 +191,37 @@ def check_arguments(a: Arguments) -> None:
         raise ValueError(f"mask_token_id: expected a token in [0, {vocabulary - 1}], got {a.mask_token_id}")
     _check_numbers("whole", WHOLE, a.whole, block)
     _check_numbers("real", REAL, a.real, block)
-    for (name, rule), tensor in zip(PER_ROW.items(), a.per_row, strict=True):
+    for name, tensor in zip(PER_ROW, a.per_row, strict=True):
         if tensor is not None:
+            rule = PER_ROW[name]
             if tensor.dtype not in (INTEGERS if rule.whole else INTEGERS + FLOATING):
                 kind = "int64 or int32" if rule.whole else "a real number's"
                 raise TypeError(f"{name}: expected {kind} dtype, got {tensor.dtype}")
             if tensor.shape not in ((), a.logits.shape[:1]):
                 raise ValueError(f"{name}: expected shape [{batch}], got {list(tensor.shape)}")
             same_device(a.logits, **{name: tensor})
-    suppressed = {"suppress_ids": a.suppressed, "confidence_suppress_ids": a.unscored}
-    for name, tokens in suppressed.items():
+    for name, tokens in (("suppress_ids", a.suppressed), ("confidence_suppress_ids", a.unscored)):
         for token in tokens:
             if not 0 <= token < vocabulary:
                 raise ValueError(f"{name}: expected token numbers in [0, {vocabulary - 1}], got {token}")
-    ids = {"suppress_ids": a.suppress_ids, "confidence_suppress_ids": a.confidence_suppress_ids}
-    for name, listed in ids.items():
+    ids = (("suppress_ids", a.suppress_ids), ("confidence_suppress_ids", a.confidence_suppress_ids))
+    for name, listed in ids:
         if listed is not None and listed.dtype not in INTEGERS:
             raise TypeError(f"{name}: expected int64 or int32, got {listed.dtype}")
         if listed is not None and listed.ndim != 1:
             raise ValueError(f"{name}: expected one dimension, got shape {list(listed.shape)}")
-    _tensor("editable", a.editable, (torch.bool,), [batch, block])
-    _tensor("valid_lens", a.valid_lens, INTEGERS, [batch])
-    _tensor("candidates", a.candidates, INTEGERS, [batch, block])
-    _tensor("rank_noise", a.rank_noise, FLOATING, [batch, block])
-    same_device(
-        a.logits,
-        tokens=a.tokens,
-        **ids,
-        editable=a.editable,
-        valid_lens=a.valid_lens,
-        candidates=a.candidates,
-        rank_noise=a.rank_noise,
+    others = (
+        *(("editable", a.editable), ("valid_lens", a.valid_lens)),
+        *(("candidates", a.candidates), ("rank_noise", a.rank_noise)),
     )
+    kinds = (torch.bool,), INTEGERS, INTEGERS, FLOATING
+    for (name, tensor), dtypes in zip(others, kinds, strict=True):
+        if tensor is not None:
+            _tensor(name, tensor, dtypes, [batch] if name == "valid_lens" else [batch, block])
+    device = a.logits.device
+    for name, tensor in (("tokens", a.tokens), *ids, *others):
+        if tensor is not None and tensor.device != device:
+            same_device(a.logits, **{name: tensor})
 
 
 @lru_cache(maxsize=256)
@@ -274,9 +273,7 @@ def check_values(
         raise ValueError("rank_noise: expected numbers in [0, 1), got others")
 
 
-def _tensor(name: str, value: Tensor | None, dtypes: tuple[torch.dtype, ...], shape: list[int]) -> None:
-    if value is None:
-        return
+def _tensor(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], shape: list[int]) -> None:
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {value.dtype}")
     if list(value.shape) != shape:
