@@ -61,6 +61,14 @@ def room(k_context: Tensor, block_table: Tensor | None) -> int:
     return block_table.shape[1] * k_context.shape[1]
 
 
+def _of_numpy(name: str, lens: Any) -> int:
+    """The int of another integer."""
+    try:
+        return operator.index(lens)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer or an integer tensor, got {type(lens).__name__}") from None
+
+
 def as_lengths(name: str, lens: Lengths | None, limit: int, q: Tensor) -> Tensor | None:
     """Lengths of the rows of `q` as the operators take them, a tensor [batch]; None if they are all that there is room
     for."""
@@ -69,10 +77,10 @@ def as_lengths(name: str, lens: Lengths | None, limit: int, q: Tensor) -> Tensor
         return lens.expand(q.shape[0]) if lens.ndim == 0 else lens
     if lens is None:
         return None
-    if isinstance(lens, bool) or not hasattr(lens, "__index__"):
-        raise TypeError(f"{name}: expected an integer or an integer tensor, got {type(lens).__name__}")
     if not isinstance(lens, int):
-        lens = operator.index(lens)  # of NumPy
+        lens = _of_numpy(name, lens)
+    elif isinstance(lens, bool):
+        raise TypeError(f"{name}: expected an integer or an integer tensor, got bool")
     if not 0 <= lens <= limit:
         raise ValueError(f"{name}: expected values in [0, {limit}], got {lens}")
     return torch.full((q.shape[0],), lens, dtype=torch.int64, device=q.device)
