@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import twotower_kernels as tt
-from twotower_kernels.ops import memory
+from twotower_kernels.ops import overlap
 
 LENS = torch.tensor([4, 1])
 
@@ -50,10 +50,10 @@ def places(x: Tensor) -> list[int]:
 @given(pair=views())
 def test_the_test_of_overlap_is_exact(pair: tuple[Tensor, Tensor]) -> None:
     bytes_of = [{p + i for p in places(x) for i in range(x.itemsize)} for x in pair]
-    assert memory.meet(*pair) == bool(bytes_of[0] & bytes_of[1])
+    assert overlap.meet(*pair) == bool(bytes_of[0] & bytes_of[1])
     for x in pair:
         try:
-            memory.check_places("x", x)
+            overlap.check_places("x", x)
         except ValueError:
             continue
         assert len(set(places(x))) == x.numel()
@@ -63,7 +63,7 @@ def test_the_test_of_overlap_is_exact(pair: tuple[Tensor, Tensor]) -> None:
 @given(order=st.permutations(range(4)), step=st.integers(1, 3), start=st.integers(0, 2))
 def test_slices_and_permutations_have_places_of_their_own(order: list[int], step: int, start: int) -> None:
     x = torch.zeros(6, 5, 1, 8).permute(order)[start::step, :, start:, ::step]
-    memory.check_places("x", x)
+    overlap.check_places("x", x)
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def pieces(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 )
 def test_views_of_one_tensor_are_taken_as_they_are(name: str) -> None:
     arguments = pieces(name)
-    taken = memory.apart(["k_context", "v_context", "k", "v"], [0, 1], arguments)
+    taken = overlap.apart(["k_context", "v_context", "k", "v"], [0, 1], arguments)
     assert all(x is given for x, given in zip(taken, arguments, strict=True)), "copied"
     expected = [x.clone(memory_format=torch.contiguous_format) for x in arguments]
     tt.append_kv(*expected, LENS)

@@ -7,7 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from twotower_kernels.ops import memory
+from twotower_kernels.ops import overlap
 
 _LIBRARY = torch.library.Library("twotower", "DEF")
 
@@ -29,7 +29,7 @@ def define(
 
     check takes the op's arguments and raises ValueError or TypeError unless shapes, dtypes, devices and numbers fit. It
     runs before every kernel and before the fake, so whoever calls the operator itself is told, too; it reads no
-    tensor's values. What is written in place must not overlap; what is read from there is copied (`ops/memory.py`).
+    tensor's values. What is written in place must not overlap; what is read from there is copied (`ops/overlap.py`).
 
     cpu is the kernel; cuda names one, "module:function" in twotower_kernels, imported at its first call, so that a CPU
     alone needs no Triton. An op without `backward` is registered with one that raises: PyTorch would otherwise hand out
@@ -52,7 +52,7 @@ def define(
     def checked(kernel: Callable[..., Any]) -> Callable[..., Any]:
         def entry(*arguments: Any) -> Any:
             check_all(*arguments)
-            return kernel(*(memory.apart(names, written, arguments) if written else arguments))
+            return kernel(*(overlap.apart(names, written, arguments) if written else arguments))
 
         return entry
 
