@@ -73,7 +73,8 @@ def block_attention(
 
     Raises:
         ValueError: wrong shape, length, index or page, a context that requires grad, an `out` two of whose elements
-            share a place. TypeError: wrong dtype.
+            share a place. TypeError: wrong dtype. MemoryError: on a CPU, no room for scratch; `out` may then be
+            written in part.
     """
     check_axes(q=q, k=k, v=v)
     check_window(window)
