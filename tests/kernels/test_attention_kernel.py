@@ -1,5 +1,6 @@
 """The attention kernels: against the specification on every instruction set, dtype and layout; registration."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -153,7 +154,7 @@ def test_any_append(sizes, dtype, isa, layout):  # type: ignore[no-untyped-def]
 
 @settings(max_examples=40, deadline=None)
 @given(
-    empty=st.lists(st.booleans(), min_size=2, max_size=2),
+    empty=st.lists(st.sampled_from([None, -math.inf, math.inf]), min_size=2, max_size=2),
     shape=st.sampled_from([(1,), (0, 3), (2, 3, 4, 5), (2, 7, 33)]),
     spread=st.sampled_from([1.0, 50.0, 1e4]),
     dtype=st.sampled_from(DTYPES),
@@ -167,7 +168,7 @@ def test_any_merge(empty, shape, spread, dtype, isa, layout):  # type: ignore[no
         out = torch.randn(shape, generator=generator).to(dtype)
         lse = torch.randn(shape[:-1], generator=generator).to(torch.promote_types(dtype, torch.float32)) * spread
         if nothing:
-            out, lse = torch.full_like(out, torch.nan), torch.full_like(lse, -torch.inf)
+            out, lse = torch.full_like(out, torch.nan), torch.full_like(lse, nothing)
         inputs |= {f"out_{side}": out, f"lse_{side}": lse}
     with instruction_set(isa):
         assert_agrees("merge_attention", inputs, layout)
@@ -282,7 +283,8 @@ def test_gradients(op: str, case: str) -> None:
     assert torch.autograd.gradcheck(function, leaves)
 
 
-def test_gradients_of_a_merge() -> None:
+@pytest.mark.parametrize("marks", [(-torch.inf, -torch.inf), (torch.inf, -torch.inf), (torch.inf, torch.inf)])
+def test_gradients_of_a_merge(marks: tuple[float, float]) -> None:
     inputs = attention.make_inputs("merge_attention", dict(batch=3, block=1, empty_a=[0, 1], empty_b=[1]))
     leaves = [x.double().nan_to_num(0.5) for x in inputs.values()]
     nothing = [inputs[name].isneginf() for name in ("lse_a", "lse_b")]
@@ -290,7 +292,7 @@ def test_gradients_of_a_merge() -> None:
         x.requires_grad_()
 
     def function(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-        lse_a, lse_b = (x.masked_fill(n, -torch.inf) for x, n in zip((lse_a, lse_b), nothing, strict=True))
+        lse_a, lse_b = (x.masked_fill(n, mark) for x, n, mark in zip((lse_a, lse_b), nothing, marks, strict=True))
         out, lse = tt.merge_attention(out_a, lse_a, out_b, lse_b)
         return out, lse.masked_fill(lse.isneginf(), 0)
 
