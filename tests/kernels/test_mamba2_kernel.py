@@ -13,6 +13,7 @@ import twotower_kernels as tt
 from tests.compare import as_tuple, assert_within_budget, widened
 from tests.kernels.kernel_checks import (
     DTYPES,
+    EVERY_ISA,
     ISAS,
     assert_op_within_budget,
     instruction_set,
@@ -121,7 +122,7 @@ def test_released_shape(isa: str) -> None:
     states=st.sampled_from([{}, *({"states_every": n} for n in (1, 4, 17, 99)), {"return_states": True}]),
     size=st.sampled_from([1e-3, 1.0, 1e5]),
     dtype=st.sampled_from(DTYPES),
-    isa=st.sampled_from(ISAS),
+    isa=st.sampled_from(EVERY_ISA),
     layout=st.integers(0, 3),
     seed=st.integers(0, 2**31),
 )
@@ -141,7 +142,7 @@ def test_any_shape_and_layout(  # type: ignore[no-untyped-def]
     size=st.integers(1, 40),
     scale=st.sampled_from([1e-4, 1.0, 1e3]),
     dtype=st.sampled_from(DTYPES),
-    isa=st.sampled_from(ISAS),
+    isa=st.sampled_from(EVERY_ISA),
     layout=st.integers(0, 3),
     seed=st.integers(0, 2**31),
 )
