@@ -33,7 +33,8 @@ def keep(test: str, error: BaseException) -> Path | None:
     name = re.sub(r"\W+", "_", test.split("::")[-1])
     path = FOLDER / f"{name}-{hashlib.sha256(blob.encode()).hexdigest()[:8]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    failure = {"test": test, "hypothesis": version, "blob": blob, "example": text[: match.start()].splitlines()}
+    example = re.split(r"\nExplanation:|\n\n?You can reproduce", text)[0].splitlines()
+    failure = {"test": test, "hypothesis": version, "blob": blob, "example": example}
     path.write_text(json.dumps(failure, indent=1) + "\n", encoding="utf-8")
     return path
 

@@ -3,7 +3,7 @@ steps over the whole space of policies, filters, rows and unusable logits."""
 
 import dataclasses
 import math
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -35,16 +35,15 @@ def assert_step_agrees(inputs: dict[str, Any], *, layout: int = 0) -> tt.RemaskR
     want, truth = remask(**inputs), remask(**widened(inputs))
     laid_out = {k: awkward(v, layout) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     got = package(**laid_out)
-    lost: list[Any] = [None] * len(want)
-    if inputs["logits"].dtype == torch.float64:
-        options = {name: value for name, value in inputs.items() if name != "logits"}
-        lost = losses(partial(remask, **options), {"logits": inputs["logits"]})
-    for name, a, b, exact, errors in zip(want._fields, got, want, truth, lost, strict=True):
+    options = {name: value for name, value in inputs.items() if name != "logits"}
+    wide = inputs["logits"].dtype == torch.float64
+    draws = cache(partial(losses, partial(remask, **options), {"logits": inputs["logits"]}, narrower=wide))
+    for n, (name, a, b, exact) in enumerate(zip(want._fields, got, want, truth, strict=True)):
         assert a.dtype == b.dtype and a.shape == b.shape, name
         if not a.is_floating_point():
             assert a.equal(b), name
         elif want.candidate.equal(truth.candidate):  # else the truth is that of another token
-            assert_within_budget(a, b, exact, what=name, lost=errors)
+            assert_within_budget(a, b, exact, what=name, lost=lambda n=n: draws()[n])
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(laid_out[name].nan_to_num(), value.nan_to_num()), f"{name} was changed"
