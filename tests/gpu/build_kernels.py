@@ -143,8 +143,8 @@ def tile_bytes(build: Build) -> int:
 
 
 def hardest(builds: Iterable[Build]) -> list[Build]:
-    """Of each kernel the build with the largest tile, hence the most shared memory and registers; among those that
-    need an instruction, and among the others. The first of equals."""
+    """Of each kernel the build with the largest tile, which asks for the most shared memory; among those that need an
+    instruction, and among the others. The first of equals."""
     found: dict[tuple[str, bool], Build] = {}
     for build in builds:
         key = build.kernel.fn.__name__, bool(build.needs)
