@@ -24,7 +24,7 @@ PLAN = ("moe_plan", (), "sm_90a")
 
 
 def test_every_source_is_built() -> None:
-    """tests/gpu/test_triton_builds.py compiles them all, for every GPU."""
+    """For every GPU: one build of each by tests/gpu/test_triton_builds.py, and every one by `make kernels`."""
     modules = [importlib.import_module(f"twotower_kernels.{name}") for name in cuda_modules()]
     built = {source for module in modules for source, _ in module.builds()}
     assert built == {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.kernel_checks import ISAS, instruction_set
+from tests.kernels import kernel_checks
+from tests.kernels.kernel_checks import EVERY_ISA, ISAS, instruction_set
 from tests.paths import ROOT
 from twotower_kernels import cpu
 
@@ -120,6 +121,18 @@ def test_instruction_sets_can_be_chosen(isa: str) -> None:
     assert cpu.kernels().isa() == ISAS[-1]
     with pytest.raises(ValueError, match="expected one of isas"):
         cpu.kernels().set_isa("mmx")
+
+
+def test_a_set_that_this_machine_lacks_gives_way_to_the_best_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = (ROOT / "csrc" / "cpu" / "isa.h").read_text(encoding="utf-8")
+    defined = re.search(r"#define TT_EACH_ISA\(X\)(.*avx.*)", source)
+    assert defined and list(EVERY_ISA) == re.findall(r"X\((\w+)\)", defined[1])
+    monkeypatch.setattr(kernel_checks, "ISAS", ISAS[:1])
+    for name in EVERY_ISA:
+        with instruction_set(name):
+            assert cpu.kernels().isa() == ISAS[0]
+    with pytest.raises(ValueError, match="mmx"), instruction_set("mmx"):
+        pass
 
 
 def test_a_missing_build_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
