@@ -24,7 +24,7 @@ from twotower_kernels.reference.model import KEPT_WIDE, TwoTower
 from twotower_kernels.reference.training import ar_loss, denoise_all_blocks, denoiser_loss, masked_loss, seed_denoiser
 
 BLOCK, MASK = 16, 3
-SHIPPED = Path(__file__).resolve().parents[1] / "twotower_kernels" / "demo"
+SHIPPED = Path(__file__).parents[1] / "demo"  # of the package, as which this is imported, in a checkout through a link
 CONFIG: dict[str, Any] = dict(
     vocab_size=1024,
     hidden_size=192,
