@@ -16,6 +16,9 @@ from twotower_kernels.remask_policy import RemaskPolicy
 if TYPE_CHECKING:
     from twotower_kernels.model import TwoTowerModel
 
+MOST_BLOCK = 2**16  # tokens; a block is denoised whole, its logits over the vocabulary too
+MOST_STEPS = 2**31 - 1
+
 
 def prompt_rows(
     prompts: Tensor | Sequence[Tensor | Sequence[int]], vocab_size: int, device: torch.device
@@ -65,10 +68,10 @@ def check_blocks(
 ) -> None:
     """The arguments that only mask_diffusion reads."""
     vocab_size, trained = model.config.vocab_size, model.config.block_size
-    if block_size < 1:
-        raise ValueError(f"block_size: expected 1 or more, got {block_size}")
-    if steps_per_block < 1:
-        raise ValueError(f"steps_per_block: expected 1 or more, got {steps_per_block}")
+    if not 1 <= block_size <= MOST_BLOCK:
+        raise ValueError(f"block_size: expected 1 to {MOST_BLOCK}, got {block_size}")
+    if not 1 <= steps_per_block <= MOST_STEPS:
+        raise ValueError(f"steps_per_block: expected 1 to {MOST_STEPS}, got {steps_per_block}")
     if policy is not None and policy.renoise:
         raise ValueError("policy: expected one that un-masks, got renoise, which has no mask token")
     if math.isnan(confidence_threshold):

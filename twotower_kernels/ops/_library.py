@@ -10,6 +10,7 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("twotower", "DEF")
 
 CUDA: dict[str, str] = {}  # "module:function" in twotower_kernels, for every op that has a kernel for GPUs
+DIFFERENTIABLE: set[str] = set()  # every op that has a gradient; the others raise when one is asked for
 
 
 def define(
@@ -30,6 +31,8 @@ def define(
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, cpu, "CPU")
+    if backward is not None:
+        DIFFERENTIABLE.add(name)
     if cuda is not None:
         CUDA[name] = cuda
         _LIBRARY.impl(name, lambda *arguments: cuda_kernel(name)(*arguments), "CUDA")
