@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from twotower_kernels import cpu
-from twotower_kernels.arguments import integer, number
 from twotower_kernels.bench import ceilings, peers, report
 from twotower_kernels.bench.ceilings import Ceilings
 from twotower_kernels.bench.pictures import roofline
 from twotower_kernels.bench.report import Skipped
 from twotower_kernels.bench.shapes import RELEASED, SMALL, Shapes
 from twotower_kernels.bench.timing import NO_GOALS, ORIGINAL, OURS, PYTORCH, Case, Result, cannot_run, measure, said
+from twotower_kernels.flags import integer, number
 
 FILES = ("attention", "moe", "linear", "mamba2", "adaln", "remask", "model")
 INTERRUPTED = 130  # the exit code after Ctrl-C

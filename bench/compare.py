@@ -20,10 +20,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from twotower_kernels.arguments import integer, number
 from twotower_kernels.bench.checkout import ROOT
 from twotower_kernels.bench.command import FILES
 from twotower_kernels.bench.timing import OURS
+from twotower_kernels.flags import integer, number
 
 Case = tuple[str, str, str]  # op, shape, dtype
 Medians = Mapping[Case, float]  # seconds
@@ -43,6 +43,8 @@ def prepared(commit: str) -> Path:
     for name in ("bench", "reference"):  # a commit from before they were imported as parts of the package
         if not (folder / "twotower_kernels" / name).exists():
             (folder / "twotower_kernels" / name).symlink_to(Path("..", name))
+    if not (folder / "twotower_kernels" / "flags.py").exists():  # likewise
+        shutil.copy(ROOT / "twotower_kernels" / "flags.py", folder / "twotower_kernels")
     subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, check=True)
     return folder
 

@@ -15,10 +15,10 @@ from rich.table import Table
 
 import twotower_kernels as tt
 from twotower_kernels import info
-from twotower_kernels.arguments import integer, number
 from twotower_kernels.bench.configs import config
 from twotower_kernels.bench.cost_model import Call, Checked, Prediction, check, forward, predict, seconds, total
 from twotower_kernels.bench.machines import MACHINES, Machine, measured
+from twotower_kernels.flags import integer, number
 
 LOCAL = Path(__file__).parent / "results" / "cpu" / "avx512bf16.json"
 
@@ -70,21 +70,33 @@ def table_of_check(rows: Sequence[Checked]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.predict", description="What a TwoTower costs, predicted.")
-    parser.add_argument("--machine", choices=(*MACHINES, "local"), default="h200", help="default: h200")
+    parser.add_argument(
+        "--machine",
+        choices=(*MACHINES, "local"),
+        default="h200",
+        help="local: that of --run (default: h200)",
+    )
     parser.add_argument("--run", type=Path, default=LOCAL, metavar="FILE", help="the saved run that local stands for")
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="a config.json (default: the released model's size)"
     )
-    parser.add_argument("--batch", type=integer(1, 2**16), default=1, metavar="N")
+    parser.add_argument("--batch", type=integer(1, 2**16), default=1, metavar="N", help="rows (default: 1)")
     parser.add_argument(
         "--context", type=integer(0, 2**24), default=4096, metavar="N", help="tokens per row (default: 4096)"
     )
-    parser.add_argument("--block", type=integer(1, 2**16), default=16, metavar="N", help="default: 16")
+    parser.add_argument("--block", type=integer(1, 2**16), default=16, metavar="N", help="tokens in it (default: 16)")
     parser.add_argument(
-        "--tokens-per-nfe", type=number(above=0), action="append", metavar="X", help="default: 1, 2 and 4"
+        "--tokens-per-nfe",
+        type=number(above=0),
+        action="append",
+        metavar="X",
+        help="that a call brings (default: 1, 2 and 4)",
     )
     parser.add_argument(
-        "--experts-hit", type=number(0), metavar="X", help="per layer, by a block (default: even routing)"
+        "--experts-hit",
+        type=number(0),
+        metavar="X",
+        help="per layer, by a block (default: even routing)",
     )
     parser.add_argument("--apart", action="store_true", help="the towers on two devices")
     parser.add_argument("--check", action="store_true", help="the saved run's cases, predicted and measured, instead")

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from twotower_kernels.arguments import number
 from twotower_kernels.bench import (
     bench_adaln,
     bench_attention,
@@ -30,6 +29,7 @@ from twotower_kernels.bench import (
 from twotower_kernels.bench.report import Skipped
 from twotower_kernels.bench.shapes import RELEASED
 from twotower_kernels.bench.timing import OURS, Case, Result, measure
+from twotower_kernels.flags import number
 
 BF16 = torch.bfloat16
 

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 
 import twotower_kernels
 from twotower_kernels import info
-from twotower_kernels.arguments import checked, integer, number
+from twotower_kernels.flags import checked, integer, number
 from twotower_kernels.generate import MODES, GenerateResult, Stream, generate, stream
 from twotower_kernels.generate_checks import MOST_BLOCK
 from twotower_kernels.model import TwoTowerModel

@@ -127,7 +127,8 @@ class Op:
 
 def ops() -> dict[str, Op]:
     """Every registered op."""
-    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("twotower::"))
+    registered = torch._C._dispatch_get_all_op_names()  # with overloads, "op.traced", which are not ops of their own
+    names = sorted(name for name in registered if name.startswith("twotower::") and "." not in name)
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     short = {name: name.removeprefix("twotower::") for name in names}
     return {short[name]: Op(has(name, "CPU"), has(name, "CUDA"), short[name] in DIFFERENTIABLE) for name in names}

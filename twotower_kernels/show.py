@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, takewhile
 from operator import itemgetter
 from types import TracebackType
 
@@ -37,10 +36,11 @@ class Painter:
         prompts: list[str],
         *,
         mask_token_id: int,
-        eos_token_id: int | Sequence[int],
+        eos_token_id: int | tuple[int, ...],
     ) -> None:
         self.console, self.tokenizer, self.prompts = console, tokenizer, prompts
-        self.mask, self.ends = mask_token_id, eos_token_id
+        self.mask = mask_token_id
+        self.ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
         self.done: list[list[int]] = [[] for _ in prompts]  # per row, the tokens of its finished blocks
         self.block: list[Text] = [Text() for _ in prompts]  # per row, the block it works on
         self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
@@ -61,7 +61,7 @@ class Painter:
         for i, row in enumerate(rows):
             if event.committed:
                 new = event.after[i].tolist()
-                self.done[row] += new[: _end(new, self.ends)]
+                self.done[row] += takewhile(lambda token: token not in self.ends, new)
                 self.block[row] = Text()
             else:
                 self.block[row] = self.paint(event.before[i].tolist(), event.after[i].tolist())
@@ -120,10 +120,11 @@ class Printer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompts: list[str], *, max_new_tokens: int, eos_token_id: int | Sequence[int]
+        self, tokenizer: Tokenizer, prompts: list[str], *, max_new_tokens: int, eos_token_id: int | tuple[int, ...]
     ) -> None:
         self.tokenizer, self.prompts = tokenizer, prompts
-        self.most, self.ends = max_new_tokens, eos_token_id
+        self.most = max_new_tokens
+        self.ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
         self.tokens: list[list[int]] = [[] for _ in prompts]  # per row, cut as the result is
         self.complete = [not max_new_tokens] * len(prompts)
         self.row, self.begun = 0, False  # the one that is being printed
@@ -143,9 +144,9 @@ class Printer:
         if not event.committed:
             return
         for row, new in zip(event.rows.tolist(), event.after.tolist(), strict=True):
-            end = _end(new, self.ends)
-            self.tokens[row] = (self.tokens[row] + new[: end + 1])[: self.most]
-            self.complete[row] = end < len(new) or len(self.tokens[row]) == self.most
+            count = len(list(takewhile(lambda token: token not in self.ends, new)))
+            self.tokens[row] = (self.tokens[row] + new[: count + 1])[: self.most]
+            self.complete[row] = count < len(new) or len(self.tokens[row]) == self.most
         self._go_on()
 
     def _go_on(self) -> None:
@@ -177,12 +178,6 @@ class Printer:
         print(text, end="", flush=True)
 
 
-def _end(tokens: list[int], ends: int | Sequence[int]) -> int:
-    """The place of the first token that ends a text, or behind the last."""
-    ends = (ends,) if isinstance(ends, int) else ends
-    return next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-
-
 def printable(text: str) -> str:
     """The text without characters that would steer a terminal."""
     return text.translate(_UNPRINTABLE)
@@ -208,8 +203,8 @@ def verdict(diffusion: GenerateResult, autoregressive: GenerateResult) -> str:
     reached = diffusion.tokens_per_nfe
     return (
         f"A call of the denoiser computes a whole block, and every finished block takes a pass of the context tower, "
-        f"too: per call {cost:.1f} times the time that a token takes autoregressively. So block diffusion is the faster "
-        f"one here from {cost:.1f} tokens per call (NFE) on; this model was sure enough of {reached:.2f}."
+        f"too: per call {cost:.1f} times as long as a token takes autoregressively. So block diffusion is faster here "
+        f"from {cost:.1f} tokens per call (NFE) on; this model was sure enough of {reached:.2f}."
     )
 
 

@@ -102,7 +102,11 @@ def result(seconds: float, nfe: int, tokens: int = 12) -> GenerateResult:
 def test_the_verdict_is_the_arithmetic_of_the_table() -> None:
     """Four calls of half a second beside twelve of a quarter: twice as dear, three tokens each."""
     said = verdict(result(2.0, 4), result(3.0, 12))
-    assert "per call 2.0 times" in said and "from 2.0 tokens per call" in said and said.endswith("sure enough of 3.00.")
+    assert (
+        "per call 2.0 times as long" in said
+        and "from 2.0 tokens per call" in said
+        and said.endswith("sure enough of 3.00.")
+    )
     assert verdict(result(0.0, 0, 0), result(0.0, 0, 0)) == ""
 
 
