@@ -23,7 +23,6 @@ import torch
 from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
-from rich.text import Text
 from tokenizers import Tokenizer
 
 import twotower_kernels
@@ -32,7 +31,7 @@ from twotower_kernels.flags import checked, integer, number
 from twotower_kernels.generate import MODES, GenerateResult, Stream, generate, stream
 from twotower_kernels.generate_checks import MOST_BLOCK
 from twotower_kernels.model import TwoTowerModel
-from twotower_kernels.show import Painter, Printer, costs, printable, speed, verdict
+from twotower_kernels.show import Painter, Printer, costs, fitting, printable, speed, verdict
 
 MASK = 3  # the released model's convention; no file says it
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -418,7 +417,7 @@ def _demo(args: argparse.Namespace) -> int:
     for mode, result in results.items():
         console.rule(mode, style="dim")
         console.print(painter.page(0, result.new_tokens[0].tolist()), soft_wrap=True)
-    console.print(costs(results))
+    console.print(costs(console, results))
     if len(results) == 2:
         console.print(verdict(*results.values()))
     return 0 if finished else INTERRUPTED
@@ -451,13 +450,12 @@ def _info(args: argparse.Namespace) -> int:
 def _kernels(console: Console) -> RenderableType:
     """The table of kernels, or on a narrow terminal a list with the same words."""
     table = Table("op", "CPU", "GPU", "gradient", box=box.SIMPLE_HEAD)
-    lines = [""]
+    lines = []
     for name, op in info.ops().items():
         table.add_row(name, *op.facts)
         named = zip(("CPU: ", "GPU: ", ""), op.facts, strict=True)
         lines += [name, *(f"  {device}{fact}" for device, fact in named if fact != "-")]
-    wide = console.measure(table, options=console.options.update(width=1000)).maximum
-    return table if wide <= console.width else Text("\n".join(lines))
+    return fitting(console, table, lines)
 
 
 def _bench(args: argparse.Namespace) -> int:

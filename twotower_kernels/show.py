@@ -7,7 +7,7 @@ from operator import itemgetter
 from types import TracebackType
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -183,16 +183,25 @@ def printable(text: str) -> str:
     return text.translate(_UNPRINTABLE)
 
 
-def costs(results: dict[str, GenerateResult]) -> Table:
+def fitting(console: Console, table: Table, lines: list[str]) -> RenderableType:
+    """The table, or where the console is too narrow for its words these lines, which say the same."""
+    wide = console.measure(table, options=console.options.update(width=1000)).maximum
+    return table if wide <= console.width else Text("\n".join(["", *lines, ""]))
+
+
+def costs(console: Console, results: dict[str, GenerateResult]) -> RenderableType:
     """One line per mode: what it wrote, in how many calls of a tower, how fast."""
-    table = Table(box=box.SIMPLE_HEAD)
+    table, lines = Table(box=box.SIMPLE_HEAD), []
     table.add_column("mode")
-    for name in ("new tokens", "NFE", "tokens per NFE", "tokens per second"):
+    names = ("new tokens", "NFE", "tokens per NFE", "tokens per second")
+    for name in names:
         table.add_column(name, justify="right")
     for mode, result in results.items():
         count = sum(map(len, result.new_tokens))
-        table.add_row(mode, f"{count}", f"{sum(result.nfe)}", f"{result.tokens_per_nfe:.2f}", f"{speed(result):.1f}")
-    return table
+        values = f"{count}", f"{sum(result.nfe)}", f"{result.tokens_per_nfe:.2f}", f"{speed(result):.1f}"
+        table.add_row(mode, *values)
+        lines += [mode, *(f"  {name}: {value}" for name, value in zip(names, values, strict=True))]
+    return fitting(console, table, lines)
 
 
 def verdict(diffusion: GenerateResult, autoregressive: GenerateResult) -> str:

@@ -15,7 +15,7 @@ from rich.console import Console
 from tests.model.small_model import EOS, MASK, save_small_model
 from twotower_kernels.generate import GenerateResult, StepEvent, stream
 from twotower_kernels.model import TwoTowerModel
-from twotower_kernels.show import BLANK, Painter, Printer, printable, verdict
+from twotower_kernels.show import BLANK, Painter, Printer, costs, printable, verdict
 
 
 @functools.cache
@@ -108,6 +108,25 @@ def test_the_verdict_is_the_arithmetic_of_the_table() -> None:
         and said.endswith("sure enough of 3.00.")
     )
     assert verdict(result(0.0, 0, 0), result(0.0, 0, 0)) == ""
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_costs_fit_the_terminal(width: int) -> None:
+    """No figure and no word is cut."""
+    console = Console(file=io.StringIO(), width=width)
+    console.print(costs(console, {"block diffusion": result(2.0, 4), "autoregressive": result(3.0, 12)}))
+    output = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, output.splitlines())) <= width
+    for word in (
+        "block diffusion",
+        "autoregressive",
+        "new tokens",
+        "tokens per NFE",
+        "tokens per second",
+        "3.00",
+        "6.0",
+    ):
+        assert word in output
 
 
 # --- without a terminal ---------------------------------------------------------------------------------------------
