@@ -42,7 +42,15 @@ PROMPT = '''def read_lines(filename):
 '''.rstrip()
 
 # What a user, a file or a machine can be the cause of. Anything else is a mistake in this package, and is shown whole.
-EXPECTED = (OSError, ValueError, FloatingPointError, NotImplementedError, ImportError, torch.OutOfMemoryError)
+EXPECTED = (
+    OSError,
+    ValueError,
+    FloatingPointError,
+    NotImplementedError,
+    ImportError,
+    MemoryError,
+    torch.OutOfMemoryError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +86,12 @@ def _run(argv: Sequence[str] | None) -> int:
     except EXPECTED as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             raise  # the system refused a write: the reader has gone, the disk is full
-        _say(f"error: {error}")
+        _say(f"error: {str(error) or 'not enough memory'}")
+        return 2
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # PyTorch's allocator on a CPU
+            raise
+        _say(f"error: not enough memory: {error}")
         return 2
 
 
@@ -299,7 +312,7 @@ def _check_folder(folder: Path, *needed: str) -> None:
     """FileNotFoundError unless it is a folder with these files, which says where a model comes from."""
     if not folder.exists():
         fetch = ""
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(folder)):
             fetch = f"; `hf download {folder} --local-dir FOLDER` does that, then --model FOLDER"
         raise FileNotFoundError(f"no model in {folder}: no such folder here, and nothing is downloaded{fetch}")
     if not folder.is_dir():

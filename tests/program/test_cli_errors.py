@@ -2,9 +2,11 @@
 
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -47,6 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("generate a --model nowhere", "no model in nowhere: no such folder here, and nothing is downloaded\n"),
         ("generate a --model an-org/a_model.1", "and nothing is downloaded; `hf download an-org/a_model.1 --local-dir"),
         ("info an-org/a-model", "and nothing is downloaded; `hf download an-org/a-model --local-dir FOLDER` does that"),
+        ("generate a --model ./nowhere", "and nothing is downloaded\n"),
         ("info pyproject.toml", "expected a folder with config.json, got a file"),
         ("generate a --prompt-file x", "expected a prompt or --prompt-file, got both"),
         ("generate --prompt-file nowhere.jsonl", "nowhere.jsonl: No such file"),
@@ -231,6 +234,24 @@ def test_an_output_that_takes_nothing_is_one_line(
         full.flush()  # to where it takes everything
     err = capsys.readouterr().err
     assert "No space left on device" in err and err.count("\n") == 1
+
+
+def no_memory() -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("fails", [lambda: torch.empty(2**50), no_memory])
+def test_too_little_memory_is_one_line(
+    fails: Callable[[], object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_load", lambda *_, **__: fails())
+    assert "error: not enough memory" in error_of(capsys, "generate", "abc")
+
+
+def test_a_mistake_of_the_package_is_shown_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_load", lambda *_, **__: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        run("generate", "abc")
 
 
 def test_a_block_beyond_all_memory_is_refused(folder: Path) -> None:
