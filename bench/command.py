@@ -28,7 +28,7 @@ INTERRUPTED = 130  # the exit code after Ctrl-C
 RIVALS = ("all", "none", "original", "best", "peers")
 
 
-def parser(prog: str) -> argparse.ArgumentParser:
+def parser(prog: str = "python -m bench") -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog=prog, description=__doc__, allow_abbrev=False)
     found.add_argument("--op", action="append", choices=FILES, help="only this family; may be given again")
     found.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where (default: cpu)")

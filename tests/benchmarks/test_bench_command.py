@@ -88,7 +88,7 @@ def test_without_choices_the_cases_are_the_usual_ones() -> None:
     found = list(bench_attention.cases(shapes=SMALL))
     assert [case.sizes.get("context") for case in found] == [8192, 32768, 8192, 1024, 256, None, None]
     assert found[0].goals == (15, 4, 0.75)
-    options = command.parser("bench").parse_args(["--rivals", "none"])
+    options = command.parser().parse_args(["--rivals", "none"])
     assert all(set(case.programs) == {OURS} for case in command.cases("adaln", options, SMALL))
     assert not any(any(case.goals) for case in command.cases("adaln", options, SMALL))
     assert any(any(case.goals) for case in command.cases("adaln", options, RELEASED))
