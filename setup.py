@@ -1,16 +1,19 @@
 """Builds `twotower_kernels._C`: every csrc/cpu/*.cpp once per instruction set, then one shared library, by ninja.
 The sources of CUDA C++ kernels, csrc/cuda, go into the package as they are: they are compiled at first use.
 
-Needs a C++17 compiler (CXX, else c++), pybind11, ninja. No torch and no CUDA: the kernels take pointers. CXXFLAGS and
-LDFLAGS are appended to the flags below. All metadata but the licence is in pyproject.toml.
+Needs a C++17 compiler (CXX, else c++: g++ 11 or clang 14, or newer), pybind11, ninja. No torch and no CUDA: the kernels
+take pointers. CXXFLAGS and LDFLAGS are appended to the flags below. All metadata but the licence is in pyproject.toml.
 """
 
 import os
-import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import setuptools
@@ -19,27 +22,75 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-CXX = os.environ.get("CXX", "c++")
+CXX = os.environ.get("CXX", "").strip() or "c++"
+# The macros with a compiler's version, and the oldest that will do. Clang defines g++'s macros, too, so it comes first.
+COMPILERS = {"clang": ("__clang_major__", "__clang_minor__", 14), "g++": ("__GNUC__", "__GNUC_MINOR__", 11)}
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -fopenmp-simd -Wall -Wextra"
+# Per set of x86's instructions beyond the baseline: flags, and one that a compiler must know, its assembler too. Each
+# set contains those before it.
 X86 = {
-    "baseline": "-O2 -DTT_FLOAT64",  # it serves processors from before 2013, and compiles twice as fast
-    "avx2": "-march=x86-64-v3",
-    "avx512": "-march=x86-64-v4 -mprefer-vector-width=512",
-    "avx512bf16": "-march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512",
+    "avx2": ("-march=x86-64-v3", "vpaddd %ymm0, %ymm1, %ymm2"),
+    "avx512": ("-march=x86-64-v4 -mprefer-vector-width=512", "vpaddd %zmm0, %zmm1, %zmm2"),
+    "avx512bf16": (
+        "-march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512",
+        "vdpbf16ps %zmm0, %zmm1, %zmm2",
+    ),
 }
 BF16 = "attention", "linear", "moe_experts"  # TT_KERNEL_BF16: the others use nothing of AVX512-BF16
 # For tests. TT_BASELINE_ONLY=1 compiles the portable baseline alone, for instance under sanitizers. TT_EMULATE=1 does
 # the same, but the one set that is compiled takes the paths of AVX512-BF16, with its instructions emulated.
 EMULATE = bool(os.environ.get("TT_EMULATE"))
 BASELINE_ONLY = EMULATE or bool(os.environ.get("TT_BASELINE_ONLY"))
-ISAS = X86 if platform.machine() in ("x86_64", "AMD64") and not BASELINE_ONLY else {"baseline": "-DTT_FLOAT64"}
+
+
+def compiler(*arguments: str, source: str) -> subprocess.CompletedProcess[str]:
+    """What the compiler makes of a source on its standard input."""
+    command = [*shlex.split(CXX), *arguments, "-x", "c++", "-"]
+    return subprocess.run(command, input=source, capture_output=True, text=True)
+
+
+def check_compiler() -> dict[str, str]:
+    """The macros that the compiler defines. Ends the build with a line if it is missing, too old, or knows no C++17."""
+    program = shlex.split(CXX)[0]
+    if shutil.which(program) is None:
+        sys.exit(f"twotower_kernels: no C++ compiler: {program} is not on the PATH. Install g++ or clang, or set CXX.")
+    needed = " or ".join(f"{name} {oldest}" for name, (_, _, oldest) in COMPILERS.items())
+    said = compiler("-std=c++17", "-dM", "-E", source="")
+    macros = dict(re.findall(r"^#define (\w+) (.*)$", said.stdout, re.MULTILINE))
+    for name, (major, minor, oldest) in COMPILERS.items():
+        if major in macros and int(macros[major]) >= oldest:
+            return macros
+        if major in macros:
+            found = f"{CXX} is {name} {macros[major]}.{macros[minor]}"
+            sys.exit(f"twotower_kernels: expected {needed}, or newer; {found}. Install one, or set CXX.")
+    why = (said.stderr.strip().splitlines() or ["it does not say its version"])[0]
+    sys.exit(f"twotower_kernels: expected {needed}, or newer; {CXX} is neither: {why}")
+
+
+@cache
+def instruction_sets() -> dict[str, str]:
+    """Flags per set to compile for: the baseline, and on x86-64 every further one that the compiler knows."""
+    known: dict[str, str] = {}
+    if "__x86_64__" in check_compiler() and not BASELINE_ONLY:
+        for name, (flags, instruction) in X86.items():
+            with tempfile.TemporaryDirectory() as folder:
+                output = str(Path(folder) / "tried.o")
+                tried = compiler(*flags.split(), "-c", "-o", output, source=f'void f() {{ asm("{instruction}"); }}')
+            if tried.returncode:
+                left_out = ", ".join(list(X86)[len(known) :])
+                why = (tried.stderr.strip().splitlines() or ["no reason given"])[0]
+                print(f"twotower_kernels: {CXX} does not know {name}: {why}. Left out: {left_out}.", file=sys.stderr)
+                break
+            known[name] = flags
+    # Beside others the baseline serves processors from before 2013 alone, and compiles twice as fast with -O2.
+    return {"baseline": "-O2 -DTT_FLOAT64" if known else "-DTT_FLOAT64", **known}
 
 
 def objects(build: Path) -> list[tuple[Path, Path, str]]:
     """(object, source, extra flags) of everything that is compiled."""
     found = [(build / f"{source.stem}.o", source, "-O1") for source in sorted((ROOT / "csrc").glob("*.cpp"))]
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-        for isa, flags in ISAS.items():
+        for isa, flags in instruction_sets().items():
             if isa == "avx512bf16" and source.stem not in BF16:
                 continue
             found.append((build / f"{source.stem}.{isa}.o", source, f"-DTT_ISA={isa} -fno-rtti {flags}"))
@@ -55,7 +106,8 @@ def ninja_file(build: Path, output: Path) -> str:
 
     include = " ".join(f"'-I{p}'" for p in (pybind11.get_include(), sysconfig.get_path("include")))
     link = "-undefined dynamic_lookup" if sys.platform == "darwin" else "-ldl"
-    defines = "-DTT_BASELINE_ONLY " * BASELINE_ONLY + "-DTT_EMULATE " * EMULATE
+    sets = [f"-DTT_HAS_{name.upper()}" for name in instruction_sets() if name != "baseline"]
+    defines = " ".join([*sets, *["-DTT_EMULATE"] * EMULATE])
     lines = [
         f"flags = {FLAGS} {include} {defines} {os.environ.get('CXXFLAGS', '')}",
         "rule compile",
@@ -78,8 +130,7 @@ class BuildKernels(build_ext):
     """`build_ext` that leaves the work to ninja, so that a second build compiles only what changed."""
 
     def build_extension(self, ext: Extension) -> None:
-        if shutil.which(CXX) is None:
-            sys.exit(f"twotower_kernels: no C++ compiler: {CXX} is not on the PATH. Install g++ or clang, or set CXX.")
+        check_compiler()
         if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
             sys.exit("twotower_kernels: Python.h is missing. On Debian and Ubuntu it is the package python3-dev.")
         build = Path(self.build_temp).resolve()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,33 +17,19 @@ from rich.progress import Progress
 from twotower_kernels import cpu
 from twotower_kernels.bench import ceilings, peers, report
 from twotower_kernels.bench.ceilings import Ceilings
+from twotower_kernels.bench.pictures import roofline
 from twotower_kernels.bench.report import Skipped
 from twotower_kernels.bench.shapes import RELEASED, SMALL, Shapes
 from twotower_kernels.bench.timing import NO_GOALS, ORIGINAL, OURS, PYTORCH, Case, Result, cannot_run, measure, said
+from twotower_kernels.flags import integer, number
 
 FILES = ("attention", "moe", "linear", "mamba2", "adaln", "remask", "model")
 INTERRUPTED = 130  # the exit code after Ctrl-C
 RIVALS = ("all", "none", "original", "best", "peers")
 
 
-def number(kind: type, least: int) -> Callable[[str], Any]:
-    """An argument type: a finite number of this kind, so large at least."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value < math.inf:
-            words = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"expected {words}, {least} or more, got {text!r}")
-        return value
-
-    return parse
-
-
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="python -m bench", description=__doc__, allow_abbrev=False)
+def parser(prog: str = "python -m bench") -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog=prog, description=__doc__, allow_abbrev=False)
     found.add_argument("--op", action="append", choices=FILES, help="only this family; may be given again")
     found.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where (default: cpu)")
     found.add_argument(
@@ -53,9 +38,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="released|small|FILE",
         help="sizes: the released model's (default), small ones, or those of a model's config.json",
     )
-    for name, what in (("batch", "blocks at a time"), ("context", "tokens before the block")):
+    for name, most, what in (("batch", 2**16, "blocks at a time"), ("context", 2**24, "tokens before the block")):
         found.add_argument(
-            f"--{name}", action="append", type=number(int, 1), metavar="N", help=f"{what}; may be given again"
+            f"--{name}", action="append", type=integer(1, most), metavar="N", help=f"{what}; may be given again"
         )
     found.add_argument(
         "--rivals",
@@ -65,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         "(default) or none, and so without checks; may be given again",
     )
     found.add_argument(
-        "--seconds", type=number(float, 0), help="that each program is timed at least (default: 1, on a GPU 0.1)"
+        "--seconds", type=number(0, most=3600), help="that each program is timed at least (default: 1, on a GPU 0.1)"
     )
     found.add_argument("--save", type=Path, metavar="FOLDER", help="write FOLDER/NAME.json, NAME.md and NAME.png")
     found.add_argument("--name", help="of the files that are written (default: the CPU's instruction set, or ops)")
@@ -90,8 +75,6 @@ def cases(family: str, options: argparse.Namespace, shapes: Shapes) -> Iterator[
 def picture(run: dict[str, Any], path: Path) -> str | None:
     """Draws a saved run, or says why it cannot."""
     try:
-        from twotower_kernels.bench.pictures import roofline
-
         roofline(run, path)
     except (ImportError, ValueError) as error:  # no matplotlib; no case that has a place in it
         return f"no picture: {error}"
@@ -135,10 +118,10 @@ def measured(
     return results, skipped, code
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") -> int:
     """Runs the command line (default: the process's own). Returns 1 if a program fails or disagrees, 130 if it is
     interrupted, which loses nothing that was measured, else 0."""
-    reader = parser()
+    reader = parser(prog)
     options = reader.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         reader.error("--device cuda: expected a GPU, PyTorch sees none")

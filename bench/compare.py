@@ -20,10 +20,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from twotower_kernels.bench.checkout import ROOT
 from twotower_kernels.bench.command import FILES
 from twotower_kernels.bench.timing import OURS
+from twotower_kernels.flags import integer, number
 
-ROOT = Path(__file__).resolve().parents[1]
 Case = tuple[str, str, str]  # op, shape, dtype
 Medians = Mapping[Case, float]  # seconds
 
@@ -42,6 +43,8 @@ def prepared(commit: str) -> Path:
     for name in ("bench", "reference"):  # a commit from before they were imported as parts of the package
         if not (folder / "twotower_kernels" / name).exists():
             (folder / "twotower_kernels" / name).symlink_to(Path("..", name))
+    if not (folder / "twotower_kernels" / "flags.py").exists():  # likewise
+        shutil.copy(ROOT / "twotower_kernels" / "flags.py", folder / "twotower_kernels")
     subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, check=True)
     return folder
 
@@ -49,7 +52,7 @@ def prepared(commit: str) -> Path:
 def medians(folder: Path, ops: Sequence[str], seconds: float) -> Medians:
     """One round of a commit's operations, in a process of its own."""
     options = [option for op in ops for option in ("--op", op)]
-    command = [sys.executable, "-m", "bench", "--rivals", "none", "--seconds", str(seconds)]
+    command = [sys.executable, "-m", "twotower_kernels.bench", "--rivals", "none", "--seconds", str(seconds)]
     command += ["--save", "build", "--name", "round"]
     environment, path = {**os.environ, "PYTHONPATH": str(folder)}, folder / "build" / "round.json"
     path.unlink(missing_ok=True)
@@ -91,11 +94,13 @@ def main() -> None:
     parser.add_argument("base", help="a commit")
     parser.add_argument("head", nargs="?", default="HEAD", help="the commit it is compared with (default: HEAD)")
     parser.add_argument("--op", action="append", choices=FILES, help="only this family; may be given again")
-    parser.add_argument("--rounds", type=int, default=5, help="that each commit is timed (default: 5)")
-    parser.add_argument("--seconds", type=float, default=0.3, help="of each case in a round (default: 0.3)")
+    parser.add_argument("--rounds", type=integer(1, 1000), default=5, help="that each commit is timed (default: 5)")
+    parser.add_argument(
+        "--seconds", type=number(0, most=3600), default=0.3, help="of each case in a round (default: 0.3)"
+    )
     options = parser.parse_args()
-    if options.rounds < 1:
-        parser.error(f"--rounds: expected 1 or more, got {options.rounds}")
+    if ROOT is None:
+        parser.error("expected a checkout, which has commits to compare; these benchmarks are installed")
     try:
         names = [git("rev-parse", "--short", "--verify", f"{name}^{{commit}}") for name in (options.base, options.head)]
     except subprocess.CalledProcessError as error:

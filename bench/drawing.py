@@ -6,16 +6,15 @@ from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from PIL import Image
-
+from twotower_kernels.bench.report import about
 from twotower_kernels.bench.timing import ORIGINAL, OURS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 COLUMN = 3.5  # inches: one column of a printed page; every letter is 7 points or more at that width
 BEST = "best PyTorch"
@@ -24,18 +23,13 @@ PROGRAMS = {OURS: ("black", "o", "-"), BEST: ("tab:blue", "^", "--"), ORIGINAL: 
 _FONT = {"font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7}
 
 
-def about(run: dict[str, Any]) -> str:
-    """What a saved run was measured on and when, in two lines."""
-    m = run["machine"]
-    if m.get("gpu"):
-        where = m["gpu"]
-    else:
-        where = f"{m['processor']}; {m['threads']} threads of {m['cores']} cores, {m['instruction set']}"
-    return f"{where}\ntorch {m['torch']}, twotower_kernels {m['twotower_kernels']} at {m['commit']}, {m['date']}"
-
-
 def page(panels: int = 1, height: float = 2.6, columns: int = 1, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels in one row, so many columns of a page wide."""
+    """A figure with so many panels in one row, so many columns of a page wide. ImportError: no matplotlib."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"a picture needs matplotlib: pip install 'twotower-kernels[bench]' ({error})") from error
     with rc_context(_FONT):
         figure = Figure(figsize=(COLUMN * columns, height), layout="constrained")
         axes = list(figure.subplots(1, panels, squeeze=False, sharey=sharey)[0])
@@ -53,6 +47,8 @@ def finish(figure: Figure, run: dict[str, Any], path: Path, keys: Iterable[Any] 
     if keys:
         names = [str(key.get_label()) for key in keys]
         figure.legend(keys, names, loc="outside upper center", ncols=per_row, frameon=False, fontsize=7)
+    from PIL import Image  # as matplotlib itself does
+
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = BytesIO()
     figure.savefig(drawn, dpi=150, format="png")
@@ -62,6 +58,8 @@ def finish(figure: Figure, run: dict[str, Any], path: Path, keys: Iterable[Any] 
 
 def plain(axis: Axis, subs: tuple[int, ...] = (1, 2, 5)) -> None:
     """A logarithmic axis with numbers as they are spoken: 1, 2, 5, 10 instead of powers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axis.set_minor_formatter(NullFormatter())

@@ -30,7 +30,7 @@ def _replaced(stand_ins: dict[str, ModuleType | MagicMock | None], forget: str) 
 def _mamba_ssm() -> SimpleNamespace:
     spec = importlib.util.find_spec("mamba_ssm")
     if spec is None or spec.submodule_search_locations is None:
-        raise ImportError("mamba_ssm is not installed: make test installs it")
+        raise ImportError("mamba_ssm is not installed (make test installs it in a checkout)")
     package = ModuleType("mamba_ssm")  # without running its __init__, which imports every model
     package.__path__ = list(spec.submodule_search_locations)
     triton = MagicMock(__version__="3.0.0")

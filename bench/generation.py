@@ -28,8 +28,8 @@ from torch import Tensor
 import twotower_kernels as tt
 from twotower_kernels.bench import report, shares, thresholds
 from twotower_kernels.bench.bench_model import BLOCK, CONFIG, random_model, random_state
-from twotower_kernels.bench.drawing import about
 from twotower_kernels.bench.generation_report import markdown
+from twotower_kernels.bench.report import about
 from twotower_kernels.bench.thresholds import held_out
 from twotower_kernels.bench.watched import generated
 from twotower_kernels.generate import MODES

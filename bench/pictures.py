@@ -6,14 +6,14 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from typing import TYPE_CHECKING, Any
 
 from twotower_kernels.bench.drawing import BEST, PROGRAMS, fastest, finish, page, plain, spoken
 from twotower_kernels.bench.pictures_of_text import speed, step_shares, thresholds, trace
 from twotower_kernels.bench.timing import ORIGINAL, OURS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # The ceiling that belongs to a dtype; a 16-bit type may always be widened, so float32's counts for it too.
 PEAKS = {"bfloat16": ("bf16", "fp32"), "float16": ("fp16", "fp32"), "float32": ("fp32",), "float64": ("fp64",)}
@@ -111,7 +111,7 @@ def over(run: dict[str, Any], size: str, path: Path) -> Figure:
         plain(axis.yaxis)
         values = [r["sizes"][size] for r in found]
         axis.set_xticks(values, [spoken(value) for value in values], rotation=90 if len(values) > 6 else 0)
-        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xticks([], minor=True)
     axes[0].set_ylabel("ms, median")
     return finish(figure, run, path, keys.values())
 
@@ -129,7 +129,10 @@ def main() -> None:
         return json.loads(path.read_text(encoding="utf-8"))
 
     sweeps, text = saved("sweeps"), saved("generation")
-    roofline(saved(sweeps["machine"]["instruction set"]), options.out / "roofline.png")
+    try:
+        roofline(saved(sweeps["machine"]["instruction set"]), options.out / "roofline.png")
+    except ImportError as error:
+        raise SystemExit(str(error)) from None
     for size in ("context", "batch", "vocabulary"):
         over(sweeps, size, options.out / f"over_{size}.png")
     for draw in (step_shares, speed, trace, thresholds):

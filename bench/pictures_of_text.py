@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from typing import TYPE_CHECKING, Any
 
 from twotower_kernels.bench.drawing import finish, page, spoken
 from twotower_kernels.bench.shares import NORMS, OTHER
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Grey, hatch and colour apart from each other, from the bottom up.
 LOOKS = {
@@ -67,7 +67,7 @@ def speed(run: dict[str, Any], path: Path) -> Figure:
         axis.set(xscale="log", xlabel="context", ylim=(0, None))
         contexts = [context for context, _ in points["ar"]]
         axis.set_xticks(contexts, [spoken(context) for context in contexts])
-        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xticks([], minor=True)
     axes[0].set_ylabel("tokens per second")
     return finish(figure, run, path, keys.values())
 

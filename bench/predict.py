@@ -18,6 +18,7 @@ from twotower_kernels import info
 from twotower_kernels.bench.configs import config
 from twotower_kernels.bench.cost_model import Call, Checked, Prediction, check, forward, predict, seconds, total
 from twotower_kernels.bench.machines import MACHINES, Machine, measured
+from twotower_kernels.flags import integer, number
 
 LOCAL = Path(__file__).parent / "results" / "cpu" / "avx512bf16.json"
 
@@ -50,9 +51,9 @@ def facts(p: Prediction, machine: Machine, tokens_per_nfe: Sequence[float]) -> T
     found.add_row("the denoiser as a next-token model", f"{p.batch / p.mock_ar:.1f} tokens per second")
     even = p.break_even
     found.add_row("diffusion is faster from", "never" if even is None else f"{even:.2f} tokens per NFE")
-    for number, size in enumerate(p.memory):
+    for place, size in enumerate(p.memory):
         fits = "" if size <= machine.memory else ": does not fit"
-        device = "weights and context" + ("" if len(p.memory) == 1 else f", {('context', 'denoiser')[number]} tower")
+        device = "weights and context" + ("" if len(p.memory) == 1 else f", {('context', 'denoiser')[place]} tower")
         found.add_row(device, f"{info.size(size)} of {info.size(int(machine.memory))}{fits}")
     return found
 
@@ -69,25 +70,38 @@ def table_of_check(rows: Sequence[Checked]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.predict", description="What a TwoTower costs, predicted.")
-    parser.add_argument("--machine", choices=(*MACHINES, "local"), default="h200", help="default: h200")
+    parser.add_argument(
+        "--machine",
+        choices=(*MACHINES, "local"),
+        default="h200",
+        help="local: that of --run (default: h200)",
+    )
     parser.add_argument("--run", type=Path, default=LOCAL, metavar="FILE", help="the saved run that local stands for")
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="a config.json (default: the released model's size)"
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="N")
-    parser.add_argument("--context", type=int, default=4096, metavar="N", help="tokens per row (default: 4096)")
-    parser.add_argument("--block", type=int, default=16, metavar="N", help="default: 16")
-    parser.add_argument("--tokens-per-nfe", type=float, action="append", metavar="X", help="default: 1, 2 and 4")
-    parser.add_argument("--experts-hit", type=float, metavar="X", help="per layer, by a block (default: even routing)")
+    parser.add_argument("--batch", type=integer(1, 2**16), default=1, metavar="N", help="rows (default: 1)")
+    parser.add_argument(
+        "--context", type=integer(0, 2**24), default=4096, metavar="N", help="tokens per row (default: 4096)"
+    )
+    parser.add_argument("--block", type=integer(1, 2**16), default=16, metavar="N", help="tokens in it (default: 16)")
+    parser.add_argument(
+        "--tokens-per-nfe",
+        type=number(above=0),
+        action="append",
+        metavar="X",
+        help="that a call brings (default: 1, 2 and 4)",
+    )
+    parser.add_argument(
+        "--experts-hit",
+        type=number(0),
+        metavar="X",
+        help="per layer, by a block (default: even routing)",
+    )
     parser.add_argument("--apart", action="store_true", help="the towers on two devices")
     parser.add_argument("--check", action="store_true", help="the saved run's cases, predicted and measured, instead")
     options = parser.parse_args(argv)
-    for name in ("batch", "context", "block"):
-        if getattr(options, name) < (0 if name == "context" else 1):
-            parser.error(f"--{name}: expected a positive number, got {getattr(options, name)}")
     tokens_per_nfe = options.tokens_per_nfe or [1.0, 2.0, 4.0]
-    if not all(n > 0 for n in tokens_per_nfe):
-        parser.error(f"--tokens-per-nfe: expected numbers above 0, got {tokens_per_nfe}")
     try:
         local = options.check or options.machine == "local"
         machine = measured(options.run) if local else MACHINES[options.machine]

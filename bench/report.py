@@ -19,6 +19,7 @@ from rich.table import Table
 import twotower_kernels as tt
 from twotower_kernels import cpu
 from twotower_kernels.bench.ceilings import Ceilings
+from twotower_kernels.bench.checkout import ROOT
 from twotower_kernels.bench.timing import ORIGINAL, OURS, Result
 
 HEADER = ("op", "shape", "dtype", "µs", "spread", "vs original", "vs best PyTorch", "of ceiling", "GB/s", "GFLOP/s")
@@ -66,11 +67,23 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
+def about(run: dict[str, Any]) -> str:
+    """What a saved run was measured on and when, in two lines."""
+    m = run["machine"]
+    if m.get("gpu"):
+        where = m["gpu"]
+    else:
+        where = f"{m['processor']}; {m['threads']} threads of {m['cores']} cores, {m['instruction set']}"
+    return f"{where}\ntorch {m['torch']}, twotower_kernels {m['twotower_kernels']} at {m['commit']}, {m['date']}"
+
+
 def _commit() -> str | None:
     """Of this checkout, wherever the command was called."""
+    if ROOT is None:
+        return None
     try:
         asked = ["git", "rev-parse", "--short", "HEAD"]
-        said = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True)
+        said = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
     except OSError:  # no git
         return None
     return said.stdout.strip() or None

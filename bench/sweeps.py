@@ -29,6 +29,7 @@ from twotower_kernels.bench import (
 from twotower_kernels.bench.report import Skipped
 from twotower_kernels.bench.shapes import RELEASED
 from twotower_kernels.bench.timing import OURS, Case, Result, measure
+from twotower_kernels.flags import number
 
 BF16 = torch.bfloat16
 
@@ -96,7 +97,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.sweeps", description="Time over one size at a time.")
     parser.add_argument("--sweep", action="append", choices=tuple(SWEEPS), help="only this one; may be given again")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where (default: cpu)")
-    parser.add_argument("--seconds", type=float, default=0.3, help="that each program is timed at least (default: 0.3)")
+    parser.add_argument(
+        "--seconds", type=number(0, most=3600), default=0.3, help="that each program is timed at least (default: 0.3)"
+    )
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write FOLDER/sweeps.json")
     options = parser.parse_args()
     limits = ceilings.measure(options.device)

@@ -4,17 +4,24 @@ namespace tt {
 
 namespace {
 Isa detect() {
-#if defined(__x86_64__) && !defined(TT_BASELINE_ONLY)
+    Isa best = Isa::baseline;
+#if defined(TT_HAS_AVX2)
     __builtin_cpu_init();
-    bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-    bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512vl");
-    if (v4 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512bf16;
-    if (v4) return Isa::avx512;
-    if (v3) return Isa::avx2;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2"))
+        return best;
+    best = Isa::avx2;
 #endif
-    return Isa::baseline;
+#if defined(TT_HAS_AVX512)
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512cd") || !__builtin_cpu_supports("avx512dq") ||
+        !__builtin_cpu_supports("avx512vl"))
+        return best;
+    best = Isa::avx512;
+#endif
+#if defined(TT_HAS_AVX512BF16)
+    if (__builtin_cpu_supports("avx512bf16")) best = Isa::avx512bf16;
+#endif
+    return best;
 }
 Isa chosen = detect();
 }  // namespace

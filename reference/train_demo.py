@@ -24,7 +24,7 @@ from twotower_kernels.reference.model import KEPT_WIDE, TwoTower
 from twotower_kernels.reference.training import ar_loss, denoise_all_blocks, denoiser_loss, masked_loss, seed_denoiser
 
 BLOCK, MASK = 16, 3
-SHIPPED = Path(__file__).resolve().parents[1] / "twotower_kernels" / "demo"
+SHIPPED = Path(__file__).parents[1] / "demo"  # of the package, as which this is imported, in a checkout through a link
 CONFIG: dict[str, Any] = dict(
     vocab_size=1024,
     hidden_size=192,
@@ -209,13 +209,14 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("build/demo"), help="checkpoints to resume from, and the result"
     )
-    parser.add_argument("--ar-steps", type=int, default=1400)
-    parser.add_argument("--denoiser-steps", type=int, default=1200)
-    parser.add_argument("--ar-lr", type=float, default=2.5e-3)
-    parser.add_argument("--denoiser-lr", type=float, default=1.5e-3)
+    for name, tower, steps, rate in (("ar", "context", 1400, 2.5e-3), ("denoiser", "denoiser", 1200, 1.5e-3)):
+        parser.add_argument(
+            f"--{name}-steps", type=int, default=steps, help=f"of the {tower} tower's training (default: {steps})"
+        )
+        parser.add_argument(f"--{name}-lr", type=float, default=rate, help=f"its highest learning rate ({rate})")
     parser.add_argument("--gate-start", type=float, default=1.0, help="added to every gate's table row; 0 is official")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stop-after", choices=("ar", "denoiser"), default="denoiser")
+    parser.add_argument("--seed", type=int, default=0, help="of initial weights, data order and corruption")
+    parser.add_argument("--stop-after", choices=("ar", "denoiser"), default="denoiser", help="the last stage to train")
     args = parser.parse_args()
 
     corpus, train, held_out = prepare(args.out)

@@ -27,10 +27,9 @@ if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
         done
     fi
     [ -n "$python" ] || fail "no Python 3.11 or newer on the PATH ($(python3 --version 2>&1 || true))." \
-        "The package itself supports 3.10, but the pinned versions in $requirements start at 3.11." \
         "Install one, or name it: make PYTHON=/path/to/python3.11"
     command -v "$python" >/dev/null || fail "PYTHON=$python: no such program."
-    new_enough "$python" || fail "$python is $("$python" --version 2>&1), but the pinned versions need 3.11 or newer."
+    new_enough "$python" || fail "$python is $("$python" --version 2>&1), expected 3.11 or newer."
     "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "$python lacks the venv module with ensurepip." \
         "On Debian and Ubuntu it is the package python3-venv."
     "$python" -c 'import sys; sys.exit(sys.version_info >= (3, 16))' ||

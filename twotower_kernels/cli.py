@@ -7,39 +7,50 @@ until then and ends with 130, as a shell expects it.
 from __future__ import annotations
 
 import argparse
+import codecs
 import importlib
 import json
-import math
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from tokenizers import Tokenizer
 
 import twotower_kernels
 from twotower_kernels import info
+from twotower_kernels.flags import checked, integer, number
 from twotower_kernels.generate import MODES, GenerateResult, Stream, generate, stream
+from twotower_kernels.generate_checks import MOST_BLOCK
 from twotower_kernels.model import TwoTowerModel
-from twotower_kernels.show import Painter, costs, printable, speed
+from twotower_kernels.show import Painter, Printer, costs, fitting, printable, speed, verdict
 
 MASK = 3  # the released model's convention; no file says it
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 INTERRUPTED = 130  # 128 + SIGINT
+MOST_BYTES = 2**28  # of prompts
 PROMPT = '''def read_lines(filename):
     """Return the lines of a text file, without the newlines."""
 '''.rstrip()
 
 # What a user, a file or a machine can be the cause of. Anything else is a mistake in this package, and is shown whole.
-EXPECTED = (OSError, ValueError, FloatingPointError, NotImplementedError, ImportError, torch.OutOfMemoryError)
+EXPECTED = (
+    OSError,
+    ValueError,
+    FloatingPointError,
+    NotImplementedError,
+    ImportError,
+    MemoryError,
+    torch.OutOfMemoryError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,21 +58,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     for output in (sys.stdout, sys.stderr):
         if hasattr(output, "reconfigure"):
             output.reconfigure(errors="replace")  # a terminal without some character shows another one
-    args = _parser().parse_args(argv)
     try:
+        try:
+            return _run(argv)
+        finally:
+            if sys.stdout is not None:  # closed, as by >&-
+                sys.stdout.flush()
+    except BrokenPipeError:
+        _close()
+        return 1
+    except OSError as error:
+        _close()
+        _say(f"error: standard output: {error.strerror}")
+        return 2
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """As `main`; an error of the output itself is left to that."""
+    try:
+        args = _parser().parse_args(argv)
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
             code: int = args.run(args)
-        sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone; nothing may be flushed to it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except EXPECTED as error:
-        _say(f"error: {error}")
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            raise  # the system refused a write: the reader has gone, the disk is full
+        _say(f"error: {str(error) or 'not enough memory'}")
         return 2
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # PyTorch's allocator on a CPU
+            raise
+        _say(f"error: not enough memory: {error}")
+        return 2
+
+
+def _close() -> None:
+    """Lets nothing more be written to an output that takes no more, at the process's end either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(text: str) -> None:
@@ -80,28 +116,14 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def _checked(kind: type, words: str, allowed: Callable[[Any], Any]) -> Callable[[str], Any]:
-    """An argument type, checked before a model is loaded. Comparisons are written so that NaN fails them."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not allowed(value):
-            raise argparse.ArgumentTypeError(f"expected {words}, got {text!r}")
-        return value
-
-    return parse
-
-
-COUNT = _checked(int, "an integer, 0 or more", lambda n: n >= 0)
-POSITIVE = _checked(int, "an integer, 1 or more", lambda n: n >= 1)
-THRESHOLD = _checked(float, "a number", lambda x: not math.isnan(x))
-TEMPERATURE = _checked(float, "a finite number, 0 or more", lambda x: 0 <= x < math.inf)
-FRACTION = _checked(float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
-DEVICE = _checked(str, "cpu, cuda, or cuda with a number, as in cuda:1", re.compile(r"cpu|cuda(:\d+)?").fullmatch)
-SEED = _checked(int, "an integer of 64 bits", lambda n: -(2**63) <= n < 2**64)
+# Beyond these a number is a slip of the finger, and would take hours or all memory before that shows.
+NEW_TOKENS = integer(0, 1_000_000)
+BLOCK = integer(1, MOST_BLOCK)
+STEPS = integer(1, MOST_BLOCK)
+THREADS = integer(1, 1024)
+TOP_K = integer(0, 2**31 - 1)
+SEED = integer(-(2**63), 2**64 - 1)
+DEVICE = checked(str, "cpu, cuda, or cuda with a number, as in cuda:1", re.compile(r"cpu|cuda(:\d{1,3})?").fullmatch)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,15 +134,33 @@ def _parser() -> argparse.ArgumentParser:
 
     write = commands.add_parser("generate", help="continue one prompt, or a file of them", allow_abbrev=False)
     write.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue; - or nothing: standard input")
-    write.add_argument("--prompt-file", type=Path, metavar="FILE", help='JSON lines: "text" or {"prompt": "text"}')
-    write.add_argument("--json", action="store_true", help="one JSON object per prompt instead of text")
-    write.add_argument("--mode", choices=MODES, default="mask_diffusion", help="who writes (default: %(default)s)")
     write.add_argument(
-        "--block-size", type=POSITIVE, metavar="S", help="tokens per block (default: the model's, or 16)"
+        "--prompt-file", type=Path, metavar="FILE", help='JSON lines, a prompt each: "text" or {"prompt": "text"}'
     )
-    write.add_argument("--steps", type=POSITIVE, default=16, metavar="T", help="calls per block (default: 16)")
-    write.add_argument("--top-k", type=COUNT, default=0, metavar="K", help="sample from the K likeliest (0: all)")
-    write.add_argument("--top-p", type=FRACTION, default=1.0, metavar="P", help="sample from the nucleus (1: all)")
+    write.add_argument("--json", action="store_true", help="one JSON object per prompt, at the end, instead of text")
+    write.add_argument(
+        "--mode",
+        choices=MODES,
+        default="mask_diffusion",
+        help="who writes: the denoiser, block by block (mask_diffusion, the default) or token by token (mock_ar), or "
+        "the context tower (ar)",
+    )
+    write.add_argument(
+        "--block-size", type=BLOCK, metavar="S", help="tokens per block (default: as the model was trained, or 16)"
+    )
+    write.add_argument(
+        "--steps", type=STEPS, default=16, metavar="T", help="calls of the denoiser per block at most (default: 16)"
+    )
+    write.add_argument(
+        "--top-k", type=TOP_K, default=0, metavar="K", help="sample from the K likeliest tokens (default: 0, all)"
+    )
+    write.add_argument(
+        "--top-p",
+        type=number(above=0, most=1),
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest tokens that have probability P together (default: 1, all)",
+    )
     write.set_defaults(run=_generate)
 
     demo = commands.add_parser("demo", help="watch the shipped model write, and what it costs", allow_abbrev=False)
@@ -128,23 +168,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     for command in (write, demo):
-        command.add_argument("--max-new-tokens", type=COUNT, default=64, metavar="N", help="default: 64")
-        command.add_argument(
-            "--threshold", type=THRESHOLD, default=0.8, metavar="X", help="confidence that keeps a token (default: 0.8)"
-        )
-        command.add_argument(
-            "--temperature", type=TEMPERATURE, default=0.0, metavar="X", help="default: 0, no sampling"
-        )
-        command.add_argument("--seed", type=SEED, default=0, metavar="N", help="default: 0")
-        command.add_argument("--model", type=Path, metavar="PATH", help="a model folder (default: the shipped model)")
-        command.add_argument("--dtype", choices=DTYPES, help="of weights and computation (default: the model's)")
-        command.add_argument("--device", type=DEVICE, default="cpu", metavar="NAME", help="cpu (default), cuda, cuda:1")
-        for tower in ("context", "denoiser"):
-            command.add_argument(f"--{tower}-device", type=DEVICE, metavar="NAME", help=f"of the {tower} tower alone")
-        command.add_argument("--threads", type=POSITIVE, metavar="N", help="default: PyTorch's choice")
+        _add_common(command)
 
     about = commands.add_parser("info", help="versions, kernels, devices; sizes of a checkpoint", allow_abbrev=False)
-    about.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a model folder")
+    about.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a model folder, to be told its sizes")
     about.set_defaults(run=_info)
 
     # Its arguments are the benchmark's to read, --help too, so none of them begins an option here.
@@ -154,6 +181,48 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_common(command: argparse.ArgumentParser) -> None:
+    """The options of every command that writes."""
+    command.add_argument(
+        "--max-new-tokens",
+        type=NEW_TOKENS,
+        default=64,
+        metavar="N",
+        help="tokens to write at most, of each prompt (default: 64)",
+    )
+    command.add_argument(
+        "--threshold",
+        type=number(),
+        default=0.8,
+        metavar="X",
+        help="a token is kept when the denoiser gives it more than this probability (default: 0.8)",
+    )
+    command.add_argument(
+        "--temperature",
+        type=number(0, most=1e6),
+        default=0.0,
+        metavar="X",
+        help="sample, the more evenly the higher (default: 0, always the likeliest token)",
+    )
+    command.add_argument(
+        "--seed", type=SEED, default=0, metavar="N", help="where sampling's random numbers begin (default: 0)"
+    )
+    command.add_argument(
+        "--model", type=Path, metavar="PATH", help="a model folder on this machine (default: the shipped model)"
+    )
+    command.add_argument("--dtype", choices=DTYPES, help="of weights and computation (default: the model's)")
+    command.add_argument(
+        "--device", type=DEVICE, default="cpu", metavar="NAME", help="where it runs: cpu (default), cuda, cuda:1"
+    )
+    for tower in ("context", "denoiser"):
+        command.add_argument(
+            f"--{tower}-device", type=DEVICE, metavar="NAME", help=f"where the {tower} tower runs, if elsewhere"
+        )
+    command.add_argument(
+        "--threads", type=THREADS, metavar="N", help="processor threads to compute with (default: PyTorch's choice)"
+    )
+
+
 # --- prompts --------------------------------------------------------------------------------------------------------
 
 
@@ -161,34 +230,59 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     """The prompts that were asked for, from the one place they come from.
 
     Raises:
-        ValueError: none, from two places, empty, or not text.
+        ValueError: none, from two places, empty, not text, or without end.
     """
     if args.prompt_file is not None:
         if args.prompt is not None:
             raise ValueError("expected a prompt or --prompt-file, got both")
         return _prompt_file(args.prompt_file)
-    text = args.prompt
-    if text is None and sys.stdin.isatty():
+    if args.prompt is not None and args.prompt != "-":
+        return [_argument(args.prompt, "prompt")]
+    if sys.stdin is None or (args.prompt is None and sys.stdin.isatty()):
         raise ValueError("expected a prompt, --prompt-file, or text on the standard input")
-    if text is None or text == "-":
-        try:
-            text = sys.stdin.read().removesuffix("\n")  # the newline with which a line of input ends
-        except UnicodeDecodeError:
-            raise ValueError("standard input: expected UTF-8 text") from None
-        return [_text(text, "standard input")]
-    return [_text(text, "prompt")]
+    text = _decoded(_read(sys.stdin.buffer, "standard input"), "standard input")
+    text = text.replace("\r\n", "\n").removesuffix("\n")  # the newline with which a line of input ends
+    return [_text(text, "standard input")]
+
+
+def _read(file: BinaryIO, where: str) -> bytes:
+    """All of a file that may have no end."""
+    try:
+        content = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{where}: {error.strerror}") from None
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{where}: expected at most {MOST_BYTES} bytes of prompts, got more")
+    return content
+
+
+def _decoded(content: bytes, where: str) -> str:
+    """UTF-8 as text, without the mark that some programs put before it."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{content[error.start]:02x} at offset {error.start}"
+        raise ValueError(
+            f"{where}: expected UTF-8 text, got {byte}; is it Latin-1? iconv -f latin1 -t utf-8 converts it"
+        ) from None
+
+
+def _argument(text: str, where: str) -> str:
+    """A text from the command line, where Python keeps bytes that are no text as halves of characters."""
+    return _text(_decoded(text.encode("utf-8", "surrogateescape"), where), where)
 
 
 def _prompt_file(path: Path) -> list[str]:
     """A prompt per line that is not blank: a JSON string, or an object with one under "prompt"."""
     try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
+        with path.open("rb") as file:
+            lines = _read(file, str(path)).removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:  # no such file
         raise ValueError(f"{path}: {error.strerror}") from None
     prompts = []
-    for number, line in enumerate(lines, 1):
+    for count, line in enumerate(lines, 1):
         if line.strip():
-            where = f"{path}, line {number}"
+            where = f"{path}, line {count}"
             try:
                 value = json.loads(line.decode("utf-8"))
             except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested beyond reason
@@ -214,14 +308,26 @@ def _text(value: object, where: str) -> str:
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
+def _check_folder(folder: Path, *needed: str) -> None:
+    """FileNotFoundError unless it is a folder with these files, which says where a model comes from."""
+    if not folder.exists():
+        fetch = ""
+        if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(folder)):
+            fetch = f"; `hf download {folder} --local-dir FOLDER` does that, then --model FOLDER"
+        raise FileNotFoundError(f"no model in {folder}: no such folder here, and nothing is downloaded{fetch}")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"no model in {folder}: expected a folder with {' and '.join(needed)}, got a file")
+    for name in needed:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no model in {folder}: {name} is missing")
+
+
 def _load(args: argparse.Namespace, towers: str = "both") -> tuple[TwoTowerModel, Tokenizer]:
     """The model and its tokenizer, from disk alone."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     folder = twotower_kernels.demo_path() if args.model is None else args.model
-    for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"no model in {folder}: {name} is missing")
+    _check_folder(folder, "config.json", "tokenizer.json")
     path = folder / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(path))
@@ -237,13 +343,13 @@ def _ids(model: TwoTowerModel, tokenizer: Tokenizer, prompts: list[str]) -> list
     return [[model.config.bos_token_id, *tokenizer.encode(text, add_special_tokens=False).ids] for text in prompts]
 
 
-def _watch(events: Stream, painter: Painter | None) -> bool:
-    """Runs a stream, painted if it is to be, to its end or to Ctrl-C. Returns whether it came to its end."""
+def _watch(events: Stream, show: Painter | Printer | None) -> bool:
+    """Runs a stream, shown if it is to be, to its end or to Ctrl-C. Returns whether it came to its end."""
     try:
-        with painter or nullcontext():
+        with show or nullcontext():
             for event in events:
-                if painter:
-                    painter(event)
+                if show:
+                    show(event)
     except KeyboardInterrupt:
         events.close()
         return False
@@ -268,21 +374,19 @@ def _generate(args: argparse.Namespace) -> int:
         eos_token_id=model.config.eos_token_id,
         seed=args.seed,
     )
-    console = Console(highlight=False)
-    painter = Painter(console, tokenizer, prompts, mask_token_id=MASK, eos_token_id=model.config.eos_token_id)
-    finished = _watch(events, painter if console.is_terminal and not args.json else None)
+    console, ends = Console(highlight=False), model.config.eos_token_id
+    painter = Painter(console, tokenizer, prompts, mask_token_id=MASK, eos_token_id=ends)
+    printer = Printer(tokenizer, prompts, max_new_tokens=args.max_new_tokens, eos_token_id=ends)
+    finished = _watch(events, None if args.json else painter if console.is_terminal else printer)
     result = events.result()
     for row, (prompt, new) in enumerate(zip(prompts, result.new_tokens, strict=True)):
-        text = tokenizer.decode(new.tolist(), skip_special_tokens=True)
         if args.json:
+            text = tokenizer.decode(new.tolist(), skip_special_tokens=True)
             print(json.dumps(_record(prompt, text, result, row), ensure_ascii=False))
-            continue
-        if len(prompts) > 1:
-            print(f"--- prompt {row + 1}")
-        if console.is_terminal:
+        elif console.is_terminal:
+            if len(prompts) > 1:
+                print(f"--- prompt {row + 1}")
             console.print(painter.page(row, new.tolist()), soft_wrap=True)
-        else:
-            print(prompt + text)
     if not args.json:
         count = sum(map(len, result.new_tokens))
         cost = f"{count} tokens, NFE {sum(result.nfe)}, {result.tokens_per_nfe:.2f} tokens per NFE"
@@ -305,7 +409,7 @@ def _record(prompt: str, text: str, result: GenerateResult, row: int) -> dict[st
 
 
 def _demo(args: argparse.Namespace) -> int:
-    prompts = [_text(args.prompt, "--prompt")]
+    prompts = [_argument(args.prompt, "--prompt")]
     model, tokenizer = _load(args)
     ids = _ids(model, tokenizer, prompts)
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
@@ -326,7 +430,9 @@ def _demo(args: argparse.Namespace) -> int:
     for mode, result in results.items():
         console.rule(mode, style="dim")
         console.print(painter.page(0, result.new_tokens[0].tolist()), soft_wrap=True)
-    console.print(costs(results))
+    console.print(costs(console, results))
+    if len(results) == 2:
+        console.print(verdict(*results.values()))
     return 0 if finished else INTERRUPTED
 
 
@@ -334,6 +440,7 @@ def _info(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     facts = info.machine() | info.gpu_kernels()
     if args.path is not None:
+        _check_folder(args.path, "config.json")
         sizes = info.sizes(args.path)
         for tower, count in sizes.parameters.items():
             facts[f"{tower} tower"] = f"{count:,} parameters, {info.size(sizes.weights[tower])}"
@@ -348,14 +455,22 @@ def _info(args: argparse.Namespace) -> int:
     table.add_column(overflow="fold")
     for name, value in facts.items():
         table.add_row(name, value)
-    kernels = Table("op", *info.KEYS, box=box.SIMPLE_HEAD)
-    for name, has in info.ops().items():
-        kernels.add_row(name, *("yes" if has[key] else "-" for key in info.KEYS))
     console.print(table)
-    console.print(kernels)
+    console.print(_kernels(console))
     return 0
 
 
+def _kernels(console: Console) -> RenderableType:
+    """The table of kernels, or on a narrow terminal a list with the same words."""
+    table = Table("op", "CPU", "GPU", "gradient", box=box.SIMPLE_HEAD)
+    lines = []
+    for name, op in info.ops().items():
+        table.add_row(name, *op.facts)
+        named = zip(("CPU: ", "GPU: ", ""), op.facts, strict=True)
+        lines += [name, *(f"  {device}{fact}" for device, fact in named if fact != "-")]
+    return fitting(console, table, lines)
+
+
 def _bench(args: argparse.Namespace) -> int:
-    code: int = importlib.import_module("twotower_kernels.bench.command").main(args.arguments)
+    code: int = importlib.import_module("twotower_kernels.bench.command").main(args.arguments, prog="twotower bench")
     return code

@@ -19,6 +19,9 @@ from twotower_kernels.remask_policy import RemaskPolicy
 if TYPE_CHECKING:
     from twotower_kernels.model import TwoTowerModel
 
+MOST_BLOCK = 2**16  # tokens; a block is denoised whole, its logits over the vocabulary too
+MOST_STEPS = 2**31 - 1
+
 
 Prompts = Tensor | np.ndarray | Sequence[Integers]
 
@@ -99,10 +102,10 @@ def blocks(
     block_size, steps = whole("block_size", block_size), whole("steps_per_block", steps_per_block)
     threshold = real("confidence_threshold", confidence_threshold)
     mask = whole("mask_token_id", mask_token_id)
-    if block_size < 1:
-        raise ValueError(f"block_size: expected 1 or more, got {block_size}")
-    if steps < 1:
-        raise ValueError(f"steps_per_block: expected 1 or more, got {steps}")
+    if not 1 <= block_size <= MOST_BLOCK:
+        raise ValueError(f"block_size: expected 1 to {MOST_BLOCK}, got {block_size}")
+    if not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"steps_per_block: expected 1 to {MOST_STEPS}, got {steps}")
     if policy is not None and policy.renoise:
         raise ValueError("policy: expected one that un-masks, got renoise, which has no mask token")
     if math.isnan(threshold):

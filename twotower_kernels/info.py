@@ -17,8 +17,8 @@ from twotower_kernels import checkpoint, cpu, cuda, cuda_moe, cuda_remask, loadi
 from twotower_kernels.config import TwoTowerConfig
 from twotower_kernels.layout import tower_of
 from twotower_kernels.loading import BACKBONE, MORE_TOKENS
+from twotower_kernels.ops._library import DIFFERENTIABLE
 
-KEYS = ("CPU", "CUDA", "Autograd", "Meta")  # the dispatcher's; Meta is what torch.compile traces with
 LONG_CONTEXT = 128 * 1024  # tokens
 NONE = "none: "
 PATIENCE = 0.5  # seconds, after which no further kernel is compiled just to know how long it takes
@@ -108,11 +108,31 @@ def _seconds(call: Callable[..., object], *arguments: object) -> float:
     return time.perf_counter() - start
 
 
-def ops() -> dict[str, dict[str, bool]]:
-    """Every registered op, and which of `KEYS` PyTorch's dispatcher has a kernel for."""
-    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("twotower::"))
+@dataclass(frozen=True)
+class Op:
+    """What there is of a registered op: a kernel per device, as PyTorch's dispatcher knows it, and a gradient."""
+
+    cpu: bool
+    gpu: bool
+    differentiable: bool
+
+    @property
+    def facts(self) -> list[str]:
+        """In words, as a table has them. No kernel for GPUs has been run on one yet."""
+        return [
+            "yes" if self.cpu else "-",
+            "built, not run" if self.gpu else "-",
+            "differentiable" if self.differentiable else "-",
+        ]
+
+
+def ops() -> dict[str, Op]:
+    """Every registered op."""
+    registered = torch._C._dispatch_get_all_op_names()  # with overloads, "op.traced", which are not ops of their own
+    names = sorted(name for name in registered if name.startswith("twotower::") and "." not in name)
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return {name.removeprefix("twotower::"): {key: has(name, key) for key in KEYS} for name in names}
+    short = {name: name.removeprefix("twotower::") for name in names}
+    return {short[name]: Op(has(name, "CPU"), has(name, "CUDA"), short[name] in DIFFERENTIABLE) for name in names}
 
 
 @dataclass(frozen=True)

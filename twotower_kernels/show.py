@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import groupby, takewhile
 from operator import itemgetter
 from types import TracebackType
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -30,10 +30,17 @@ class Painter:
     """
 
     def __init__(
-        self, console: Console, tokenizer: Tokenizer, prompts: list[str], *, mask_token_id: int, eos_token_id: int
+        self,
+        console: Console,
+        tokenizer: Tokenizer,
+        prompts: list[str],
+        *,
+        mask_token_id: int,
+        eos_token_id: int | tuple[int, ...],
     ) -> None:
         self.console, self.tokenizer, self.prompts = console, tokenizer, prompts
-        self.mask, self.eos = mask_token_id, eos_token_id
+        self.mask = mask_token_id
+        self.ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
         self.done: list[list[int]] = [[] for _ in prompts]  # per row, the tokens of its finished blocks
         self.block: list[Text] = [Text() for _ in prompts]  # per row, the block it works on
         self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
@@ -54,7 +61,7 @@ class Painter:
         for i, row in enumerate(rows):
             if event.committed:
                 new = event.after[i].tolist()
-                self.done[row] += new[: new.index(self.eos)] if self.eos in new else new
+                self.done[row] += takewhile(lambda token: token not in self.ends, new)
                 self.block[row] = Text()
             else:
                 self.block[row] = self.paint(event.before[i].tolist(), event.after[i].tolist())
@@ -105,21 +112,109 @@ class Painter:
         return Text("\n").join(recent.wrap(self.console, width, overflow="fold")[-lines:])
 
 
+class Printer:
+    """Prints texts as they are written, where no terminal is painted: a prompt, then each of its blocks when finished.
+
+    Of several prompts, one after the other: a text waits until those before it are complete. A context manager, which
+    prints at its end whatever still waits.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompts: list[str], *, max_new_tokens: int, eos_token_id: int | tuple[int, ...]
+    ) -> None:
+        self.tokenizer, self.prompts = tokenizer, prompts
+        self.most = max_new_tokens
+        self.ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+        self.tokens: list[list[int]] = [[] for _ in prompts]  # per row, cut as the result is
+        self.complete = [not max_new_tokens] * len(prompts)
+        self.row, self.begun = 0, False  # the one that is being printed
+        self.start, self.read, self.shown = 0, 0, ""  # of its tokens: from `start`, up to `read`, is `shown`
+
+    def __enter__(self) -> Printer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or issubclass(kind, KeyboardInterrupt):
+            self.complete = [True] * len(self.prompts)
+            self._go_on()
+
+    def __call__(self, event: StepEvent) -> None:
+        if not event.committed:
+            return
+        for row, new in zip(event.rows.tolist(), event.after.tolist(), strict=True):
+            count = len(list(takewhile(lambda token: token not in self.ends, new)))
+            self.tokens[row] = (self.tokens[row] + new[: count + 1])[: self.most]
+            self.complete[row] = count < len(new) or len(self.tokens[row]) == self.most
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Prints what can be: more of this row; where it is complete, the next."""
+        while self.row < len(self.prompts):
+            if not self.begun:
+                head = f"--- prompt {self.row + 1}\n" if len(self.prompts) > 1 else ""
+                self._print(head + self.prompts[self.row])
+                self.begun = True
+            self._more(self.complete[self.row])
+            if not self.complete[self.row]:
+                return
+            self._print("\n")
+            self.row, self.begun, self.start, self.read, self.shown = self.row + 1, False, 0, 0, ""
+
+    def _more(self, complete: bool) -> None:
+        """Prints this row's new tokens: what they add to the text of those before them, whose end a decoder may need.
+        A character of which only the first bytes are there waits for the others."""
+        tokens = self.tokens[self.row]
+        text = self.tokenizer.decode(tokens[self.start :], skip_special_tokens=True)
+        if not complete and text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return
+        self._print(text[len(self.shown) :])
+        self.start, self.read = self.read, len(tokens)
+        self.shown = self.tokenizer.decode(tokens[self.start :], skip_special_tokens=True)
+
+    @staticmethod
+    def _print(text: str) -> None:
+        print(text, end="", flush=True)
+
+
 def printable(text: str) -> str:
     """The text without characters that would steer a terminal."""
     return text.translate(_UNPRINTABLE)
 
 
-def costs(results: dict[str, GenerateResult]) -> Table:
+def fitting(console: Console, table: Table, lines: list[str]) -> RenderableType:
+    """The table, or where the console is too narrow for its words these lines, which say the same."""
+    wide = console.measure(table, options=console.options.update(width=1000)).maximum
+    return table if wide <= console.width else Text("\n".join(["", *lines, ""]))
+
+
+def costs(console: Console, results: dict[str, GenerateResult]) -> RenderableType:
     """One line per mode: what it wrote, in how many calls of a tower, how fast."""
-    table = Table(box=box.SIMPLE_HEAD)
+    table, lines = Table(box=box.SIMPLE_HEAD), []
     table.add_column("mode")
-    for name in ("new tokens", "NFE", "tokens per NFE", "tokens per second"):
+    names = ("new tokens", "NFE", "tokens per NFE", "tokens per second")
+    for name in names:
         table.add_column(name, justify="right")
     for mode, result in results.items():
         count = sum(map(len, result.new_tokens))
-        table.add_row(mode, f"{count}", f"{sum(result.nfe)}", f"{result.tokens_per_nfe:.2f}", f"{speed(result):.1f}")
-    return table
+        values = f"{count}", f"{sum(result.nfe)}", f"{result.tokens_per_nfe:.2f}", f"{speed(result):.1f}"
+        table.add_row(mode, *values)
+        lines += [mode, *(f"  {name}: {value}" for name, value in zip(names, values, strict=True))]
+    return fitting(console, table, lines)
+
+
+def verdict(diffusion: GenerateResult, autoregressive: GenerateResult) -> str:
+    """Why the one was the faster: what their calls cost, and how many tokens a call brought. Empty if none was made."""
+    if not (sum(diffusion.nfe) and sum(autoregressive.nfe) and autoregressive.seconds):
+        return ""
+    cost = diffusion.seconds / sum(diffusion.nfe) / (autoregressive.seconds / sum(autoregressive.nfe))
+    reached = diffusion.tokens_per_nfe
+    return (
+        f"A call of the denoiser computes a whole block, and every finished block takes a pass of the context tower, "
+        f"too: per call {cost:.1f} times as long as a token takes autoregressively. So block diffusion is faster here "
+        f"from {cost:.1f} tokens per call (NFE) on; this model was sure enough of {reached:.2f}."
+    )
 
 
 def speed(result: GenerateResult) -> float:

@@ -11,11 +11,23 @@
 // leaks.
 #pragma once
 
-#if defined(__x86_64__) && !defined(TT_BASELINE_ONLY)
-#define TT_EACH_ISA(X) X(baseline) X(avx2) X(avx512) X(avx512bf16)
+// Which sets beyond the baseline there are depends on the compiler: setup.py asks it. Each comes with those before it.
+#if defined(TT_HAS_AVX2)
+#define TT_IF_AVX2(...) __VA_ARGS__
 #else
-#define TT_EACH_ISA(X) X(baseline)
+#define TT_IF_AVX2(...)
 #endif
+#if defined(TT_HAS_AVX512)
+#define TT_IF_AVX512(...) __VA_ARGS__
+#else
+#define TT_IF_AVX512(...)
+#endif
+#if defined(TT_HAS_AVX512BF16)
+#define TT_IF_AVX512BF16(...) __VA_ARGS__
+#else
+#define TT_IF_AVX512BF16(...)
+#endif
+#define TT_EACH_ISA(X) X(baseline) TT_IF_AVX2(X(avx2)) TT_IF_AVX512(X(avx512)) TT_IF_AVX512BF16(X(avx512bf16))
 
 namespace tt {
 
@@ -34,26 +46,20 @@ const char* isa_name(Isa isa);
     namespace isa {                       \
     void name(const Arguments&);          \
     }
-#if defined(__x86_64__) && !defined(TT_BASELINE_ONLY)
-#define TT_DISPATCHED(name, Arguments, newest)                    \
-    TT_DECLARED(baseline, name, Arguments)                        \
-    TT_DECLARED(avx2, name, Arguments)                            \
-    TT_DECLARED(avx512, name, Arguments)                          \
-    TT_DECLARED(newest, name, Arguments)                          \
-    inline void name(const Arguments& arguments) {                \
-        switch (isa()) {                                          \
-            case Isa::avx512bf16: return newest::name(arguments); \
-            case Isa::avx512: return avx512::name(arguments);     \
-            case Isa::avx2: return avx2::name(arguments);         \
-            case Isa::baseline: return baseline::name(arguments); \
-        }                                                         \
+#define TT_CASE(isa, from, name) \
+    case Isa::isa: return from::name(arguments);
+#define TT_DISPATCHED(name, Arguments, newest)                  \
+    TT_DECLARED(baseline, name, Arguments)                      \
+    TT_IF_AVX2(TT_DECLARED(avx2, name, Arguments))              \
+    TT_IF_AVX512(TT_DECLARED(avx512, name, Arguments))          \
+    TT_IF_AVX512BF16(TT_DECLARED(newest, name, Arguments))      \
+    inline void name(const Arguments& arguments) {              \
+        switch (isa()) {                                        \
+            TT_IF_AVX512BF16(TT_CASE(avx512bf16, newest, name)) \
+            TT_IF_AVX512(TT_CASE(avx512, avx512, name))         \
+            TT_IF_AVX2(TT_CASE(avx2, avx2, name))               \
+            TT_CASE(baseline, baseline, name)                   \
+        }                                                       \
     }
-#else
-#define TT_DISPATCHED(name, Arguments, newest)     \
-    TT_DECLARED(baseline, name, Arguments)         \
-    inline void name(const Arguments& arguments) { \
-        baseline::name(arguments);                 \
-    }
-#endif
 #define TT_KERNEL(name, Arguments) TT_DISPATCHED(name, Arguments, avx512)
 #define TT_KERNEL_BF16(name, Arguments) TT_DISPATCHED(name, Arguments, avx512bf16)

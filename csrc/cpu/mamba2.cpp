@@ -56,7 +56,7 @@ inline void softplus(double* x, float) {
         std::memcpy(x + t, &result, sizeof(result));
     }
 }
-inline void softplus(double* x, double) {  // the threshold is PyTorch's, and visible in float64
+[[maybe_unused]] inline void softplus(double* x, double) {  // the threshold is PyTorch's, and visible in float64
     for (int t = 0; t < chunk_tokens; ++t) x[t] = x[t] > 20 ? x[t] : ::log1p(::exp(x[t]));
 }
 
@@ -79,7 +79,7 @@ inline void exponentials(float* out, const double* x, int64_t n) {
         }
     }
 }
-inline void exponentials(double* out, const double* x, int64_t n) {
+[[maybe_unused]] inline void exponentials(double* out, const double* x, int64_t n) {
     for (int64_t i = 0; i < n; ++i) out[i] = ::exp(x[i]);
 }
 

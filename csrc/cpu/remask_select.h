@@ -45,7 +45,7 @@ inline const int64_t* sort_by_score(const RemaskPlace* place, int64_t* order, in
 class RemaskSelection {
    public:
     // exact: confidences and entropies are float64.
-    RemaskSelection(const Remask& a, bool exact) : a_(a), exact_(exact) {
+    RemaskSelection(const Remask& a, bool exact) : a_(a) {
         const int64_t score = a.options.score;
         exact_score_ = exact || score == RemaskChoice::random || score == RemaskChoice::leftmost;
         exact_value_ = a.options.gate_on == RemaskChoice::on_score ? exact_score_ : exact;
@@ -167,7 +167,7 @@ class RemaskSelection {
     }
 
     const Remask& a_;
-    bool exact_, exact_score_, exact_value_;
+    bool exact_score_, exact_value_;
 };
 
 }  // namespace TT_ISA

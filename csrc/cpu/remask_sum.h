@@ -165,7 +165,13 @@ struct Exponential {
 
     FloatVector power_of_two(FloatVector shifted) const {
         const WordVector n = (WordVector)shifted;
-        return (FloatVector)(__builtin_shuffle(table[0], table[1], n) + (n << 18));
+#if defined(__clang__)  // it lacks the other
+        const WordVector entries =
+            (WordVector)_mm512_permutex2var_epi32((__m512i)table[0], (__m512i)n, (__m512i)table[1]);
+#else
+        const WordVector entries = __builtin_shuffle(table[0], table[1], n);
+#endif
+        return (FloatVector)(entries + (n << 18));
     }
 #else
     static constexpr int parts = 1, degree = 5;

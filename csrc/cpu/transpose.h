@@ -9,7 +9,6 @@ namespace TT_ISA {
 // Elements of two vectors in turn: the first halves, then the second halves.
 template <class V>
 inline void interleave(V& a, V& b) {
-    using Index = decltype(a < b);
     constexpr int n = int(sizeof(V) / sizeof(a[0]));
     const V x = a, y = b;
 #if defined(__clang__)
@@ -18,7 +17,7 @@ inline void interleave(V& a, V& b) {
         b[i] = i % 2 ? y[(n + i) / 2] : x[(n + i) / 2];
     }
 #else
-    Index low, high;
+    decltype(a < b) low, high;
     for (int i = 0; i < n; ++i) {
         low[i] = i / 2 + i % 2 * n;
         high[i] = (n + i) / 2 + i % 2 * n;

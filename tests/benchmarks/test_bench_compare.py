@@ -20,7 +20,10 @@ def test_ratios_are_taken_within_each_round() -> None:
 
 @pytest.mark.parametrize(
     "arguments, said",
-    [(["no-such-commit"], "expected two commits"), (["HEAD", "--rounds", "0"], "expected 1 or more, got 0")],
+    [
+        (["no-such-commit"], "expected two commits"),
+        (["HEAD", "--rounds", "0"], "expected an integer from 1 to 1000, got '0'"),
+    ],
 )
 def test_wrong_arguments_are_named(arguments: list[str], said: str) -> None:
     done = subprocess.run([sys.executable, "-m", "bench.compare", *arguments], cwd=ROOT, capture_output=True, text=True)

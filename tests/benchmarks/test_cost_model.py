@@ -219,11 +219,20 @@ def test_the_command_prints_what_is_predicted(capsys):
     assert printed != (checked := capsys.readouterr().out) and "denoiser step" in checked
 
 
-@pytest.mark.parametrize("options", [["--batch", "0"], ["--tokens-per-nfe", "nan"], ["--config", "nowhere.json"]])
-def test_the_command_refuses(options, capsys):
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--batch", "0"], "--batch: expected an integer from 1 to 65536, got '0'"),
+        (["--context", str(2**63)], "--context: expected an integer from 0"),
+        (["--tokens-per-nfe", "nan"], "--tokens-per-nfe: expected a finite number, above 0, got 'nan'"),
+        (["--experts-hit", "-1"], "--experts-hit: expected a finite number, 0 or more, got '-1'"),
+        (["--config", "nowhere.json"], "nowhere.json: no such file"),
+    ],
+)
+def test_the_command_refuses(options, said, capsys):
     with pytest.raises(SystemExit):
         predict.main(options)
-    assert "error: " in capsys.readouterr().err
+    assert f"error: argument {said}" in (error := capsys.readouterr().err) or f"error: {said}" in error
 
 
 def test_every_public_cost_is_checked_here():

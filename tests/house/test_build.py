@@ -1,6 +1,7 @@
 """The compiled module: what it links, what it needs, and that it leaks no instruction set into another."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -18,6 +19,8 @@ from twotower_kernels import cpu
 LIBRARY = Path(cpu.kernels().__file__)
 # A module of this name in front of the path stands for a machine without torch.
 NO_TORCH = 'raise ImportError("torch is not installed here")\n'
+X86 = ["avx2", "avx512", "avx512bf16"]
+on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the sets are x86's")
 
 
 def python(code: str, tmp_path: Path, **environment: str) -> str:
@@ -145,14 +148,146 @@ def test_a_missing_build_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         cpu.kernels.cache_clear()
 
 
-def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)],
-        env={**os.environ, "CXX": "no-such-compiler"},
+# --- the compiler -----------------------------------------------------------------------------------------------------
+
+
+def compiler(folder: Path, answer: str) -> str:
+    """The compiler of this machine behind a shell script, which answers some of its options ($option) by itself."""
+    script = folder / "compiler"
+    script.write_text(f'#!/bin/sh\nfor option; do case "$option" in\n{answer}\nesac; done\nexec c++ "$@"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+def planned(cxx: str, change: str = "") -> subprocess.CompletedProcess[str]:
+    """The instruction sets that setup.py would compile for, after a change of its `names`; those that ninja's files and
+    the sources' macros have."""
+    code = f"""
+import re, runpy, sys
+from pathlib import Path
+sys.argv = ["setup.py", "--version"]
+names = runpy.run_path("setup.py")
+{change}
+ninja = names["ninja_file"](Path("build"), Path("_C.so"))
+print(*names["instruction_sets"]())
+print(*sorted(set(re.findall(r"attention[.](\\w+)[.]o", ninja))))
+print(*sorted(set(re.findall(r"-DTT_HAS_(\\w+)", ninja))))
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TT_")} | {"CXX": cxx}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
     )
-    assert done.returncode != 0
-    assert "no-such-compiler is not on the PATH" in done.stderr
+
+
+@on_x86
+@pytest.mark.parametrize(("refused", "known"), [("-mavx512bf16", 2), ("*-v4", 1), ("*-v3", 0), ("-no-such", 3)])
+def test_what_the_compiler_does_not_know_is_left_out(tmp_path: Path, refused: str, known: int) -> None:
+    """And said, in one line, with the compiler's reason."""
+    done = planned(compiler(tmp_path, f"{refused}) echo no $option here >&2; exit 1;;"))
+    sets, objects, defines = (line.split() for line in done.stdout.splitlines()[-3:])
+    assert sets == ["baseline", *X86[:known]]
+    assert sorted(objects) == sorted(sets)
+    assert sorted(defines) == sorted(name.upper() for name in X86[:known])
+    told = [line for line in done.stderr.splitlines() if line.startswith("twotower_kernels")]
+    assert len(told) == (known < len(X86))
+    for line in told:
+        assert f"does not know {X86[known]}: no -m" in line
+        assert line.endswith(f"Left out: {', '.join(X86[known:])}.")
+
+
+@on_x86
+def test_an_assembler_that_is_too_old_is_noticed() -> None:
+    """The compiler takes the option, and its assembler does not know the instruction."""
+    done = planned(
+        "c++",
+        'sets = names["instruction_sets"].__wrapped__.__globals__["X86"]\n'
+        'sets["avx512bf16"] = (sets["avx512bf16"][0], "no_such_instruction")',
+    )
+    assert done.stdout.splitlines()[-3] == "baseline avx2 avx512"
+    assert "does not know avx512bf16: " in done.stderr
+
+
+def test_another_processor_has_the_baseline_alone(tmp_path: Path) -> None:
+    answer = """-dM) printf '#define __aarch64__ 1\\n#define __GNUC__ 12\\n'; exit 0;;"""
+    done = planned(compiler(tmp_path, answer))
+    assert done.stdout.splitlines()[-3:] == ["baseline", "baseline", ""]
+    assert "does not know" not in done.stderr
+
+
+def test_a_build_without_the_newest_set_runs(tmp_path: Path) -> None:
+    """Headers, dispatch and detection follow the sets: without the newest, the best one left is chosen. A kernel that
+    has the newest set is called through what bindings.cpp calls."""
+    source = tmp_path / "main.cpp"
+    source.write_text(
+        """
+#include <cstdio>
+#include "cpu/isa.h"
+namespace tt {
+struct Called { const char** name; };
+TT_KERNEL_BF16(kernel, Called)
+TT_KERNEL(plain, Called)
+#define TT_KERNEL_OF(set) namespace set { \\
+    void kernel(const Called& to) { *to.name = #set; } \\
+    void plain(const Called& to) { *to.name = #set; } }
+TT_EACH_ISA(TT_KERNEL_OF)
+}
+int main() {
+    for (int i = 0; i <= int(tt::best_isa()); ++i) {
+        const char *newest, *plain;
+        tt::set_isa(tt::Isa(i));
+        tt::kernel({&newest});
+        tt::plain({&plain});
+        std::printf("%s %s %s\\n", tt::isa_name(tt::isa()), newest, plain);
+    }
+}
+""",
+        encoding="utf-8",
+    )
+    here = ["baseline", *[name for name in X86 if name in ISAS]]
+    for count in range(len(X86) + 1):
+        program = tmp_path / f"sets{count}"
+        defines = [f"-DTT_HAS_{name.upper()}" for name in X86[:count]]
+        command = ["c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", *defines]
+        subprocess.run([*command, str(source), str(ROOT / "csrc" / "isa.cpp"), "-o", str(program)], check=True)
+        said = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
+        sets = here[: count + 1]
+        plain = [min(name, "avx512") if name == "avx512bf16" else name for name in sets]
+        assert said.splitlines() == [f"{a} {a} {b}" for a, b in zip(sets, plain, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("macros", "found"),
+    [
+        (r"#define __GNUC__ 9\n#define __GNUC_MINOR__ 3\n", "is g++ 9.3"),
+        (r"#define __GNUC__ 4\n#define __clang_major__ 13\n#define __clang_minor__ 0\n", "is clang 13.0"),
+        ("", "is neither"),
+    ],
+)
+def test_an_old_compiler_is_named(tmp_path: Path, macros: str, found: str) -> None:
+    said = refused(tmp_path, compiler(tmp_path, f"-dM) printf '{macros}'; exit 0;;"))
+    assert "expected clang 14 or g++ 11, or newer" in said
+    assert found in said
+
+
+def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
+    assert "no-such-compiler is not on the PATH" in refused(tmp_path, "no-such-compiler -m64")
+
+
+def refused(tmp_path: Path, cxx: str) -> str:
+    """The one line with which a build ends before it began."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)],
+        env={**os.environ, "CXX": cxx},
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("twotower_kernels: ") and done.stderr.count("\n") == 1
+    return done.stderr

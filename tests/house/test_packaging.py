@@ -1,9 +1,13 @@
 """What is installed, and what the bootstrap says when it cannot go on."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -13,30 +17,112 @@ import twotower_kernels
 from tests.paths import ROOT
 
 
-def test_wheel_holds_the_package_and_its_model(tmp_path: Path) -> None:
-    """Built from a copy, offline, as `pip wheel` does; the specification and the tests stay in the repository."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("twotower_kernels", "reference"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "csrc" / "cuda", source / "csrc" / "cuda")
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout without C++ sources, so that nothing is compiled."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("twotower_kernels", "reference", "bench"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignored)
+    shutil.copytree(ROOT / "csrc" / "cuda", copy / "csrc" / "cuda")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def installed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the wheel is unpacked in, built offline, as `pip wheel` does."""
+    folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(source)], check=True, stdin=subprocess.DEVNULL)
-    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([*pip, "--wheel-dir", str(folder), str(source)], check=True, stdin=subprocess.DEVNULL)
+    (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        metadata = next(name for name in names if name.endswith(".dist-info/METADATA"))
-        text = archive.read(metadata).decode()
+        archive.extractall(folder / "unpacked")
+    return folder / "unpacked"
+
+
+def files_of(folder: Path) -> set[str]:
+    """Of a folder of the repository, without what Python compiled."""
+    return {
+        path.relative_to(ROOT).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def test_wheel_holds_the_package_and_its_model(installed: Path) -> None:
+    """And the specification and the benchmarks as parts of it, under no other name; no tests."""
+    (metadata,) = installed.glob("*.dist-info/METADATA")
+    text = metadata.read_text(encoding="utf-8")
     assert f"\nVersion: {twotower_kernels.__version__}\n" in text
     assert "\nLicense-Expression: Apache-2.0\n" in text
-    assert {name.split("/")[0] for name in names} == {"twotower_kernels", metadata.split("/")[0]}
-    demo = {path.relative_to(ROOT).as_posix() for path in (ROOT / "twotower_kernels" / "demo").iterdir()}
+    assert "\nRequires-Python: >=3.11\n" in text
+    assert {path.name for path in installed.iterdir()} == {"twotower_kernels", metadata.parent.name}
+    names = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
+    demo = files_of(ROOT / "twotower_kernels" / "demo")
     assert "twotower_kernels/demo/model.safetensors" in demo
     assert demo <= names
     kernels = {f"twotower_kernels/csrc_cuda/{path.name}" for path in (ROOT / "csrc" / "cuda").iterdir()}
     assert kernels and kernels <= names
+    for folder in ("reference", "bench"):
+        parts = {f"twotower_kernels/{name}" for name in files_of(ROOT / folder) if not name.endswith(".sh")}
+        assert f"twotower_kernels/{folder}/__init__.py" in parts
+        assert parts <= names
+    assert not any(path.is_symlink() for path in installed.rglob("*"))
+
+
+def test_an_installed_benchmark_runs_anywhere(installed: Path, tmp_path: Path) -> None:
+    """In an empty folder; with the compiled module of this checkout, which the wheel was built without."""
+    for library in (ROOT / "twotower_kernels").glob("_C*.so"):
+        shutil.copy(library, installed / "twotower_kernels")
+    code = f"""
+import runpy, sys
+sys.modules["matplotlib"] = None  # not installed
+sys.argv = ["twotower", "bench", *sys.argv[1:]]
+import twotower_kernels
+assert twotower_kernels.__file__.startswith({str(installed)!r})
+runpy.run_module("twotower_kernels", run_name="__main__")
+"""
+    options = "--op adaln --shapes small --seconds 0 --rivals none --save saved --name run"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *options.split()],
+        env=environment | {"PYTHONPATH": str(installed)},
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gated_residual_adaln_norm" in done.stdout
+    assert "no picture: a picture needs matplotlib: pip install 'twotower-kernels[bench]'" in done.stdout
+    assert json.loads((tmp_path / "saved" / "run.json").read_text(encoding="utf-8"))["machine"]["commit"] is None
+
+
+def test_source_distribution_holds_what_is_compiled(source: Path, tmp_path: Path) -> None:
+    """Headers, too, and the two folders as parts of the package, whose links no archive of this kind keeps."""
+    code = "from setuptools import build_meta; print(build_meta.build_sdist(__import__('sys').argv[1]))"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=source, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    for folder in ("reference", "bench"):
+        assert {f"twotower_kernels/{name}" for name in files_of(ROOT / folder) if name.endswith(".py")} <= names
+    assert files_of(ROOT / "csrc" / "cuda") <= names
+    assert {"setup.py", "pyproject.toml", "twotower_kernels/demo/model.safetensors"} <= names
+    assert "graft csrc\n" in (ROOT / "MANIFEST.in").read_text(encoding="utf-8")
+
+
+def test_python_versions_agree() -> None:
+    """The oldest one that the metadata, the linters, the README and the bootstrap name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["requires-python"] == ">=3.11"
+    assert project["tool"]["ruff"]["target-version"] == "py311"
+    assert project["tool"]["mypy"]["python_version"] == "3.11"
+    for page in ("README.md", "scripts/bootstrap.sh", "requirements.txt"):
+        said = re.findall(r"3\.\d+ or newer", (ROOT / page).read_text(encoding="utf-8"))
+        assert said and set(said) == {"3.11 or newer"}, page
 
 
 def test_demo_path_is_the_shipped_model() -> None:
@@ -79,7 +165,7 @@ def test_bootstrap_names_a_missing_interpreter(tmp_path: Path) -> None:
 
 def test_bootstrap_names_an_interpreter_that_is_too_old(tmp_path: Path) -> None:
     python = fake_python(tmp_path / "bin", new_enough=False)
-    assert f"{python} is Python 3.9.1, but the pinned versions need 3.11" in bootstrap(tmp_path, PYTHON=str(python))
+    assert f"{python} is Python 3.9.1, expected 3.11" in bootstrap(tmp_path, PYTHON=str(python))
 
 
 def test_bootstrap_finds_no_suitable_interpreter(tmp_path: Path) -> None:

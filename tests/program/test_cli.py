@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 import torch
 from tokenizers import Tokenizer
 
@@ -101,8 +101,9 @@ def test_a_prompt_and_its_continuation(
     capsys: pytest.CaptureFixture[str],
     how: str,
 ) -> None:
-    """Piped: the text and nothing else; its costs go to the other output. The last newline of the input is not text."""
-    monkeypatch.setattr("sys.stdin", io.StringIO("abc\n"))
+    """Piped: the text and nothing else; its costs go to the other output. The last newline of the input is not text, as
+    little as the mark before it."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfabc\r\n")))
     prompt = {"argument": ["abc"], "dash": ["-"], "piped": []}[how]
     assert run("generate", *prompt, "--model", folder, "--max-new-tokens", 6) == 0
     out, err = capsys.readouterr()
@@ -197,6 +198,20 @@ def test_ctrl_c_prints_what_was_generated(
         assert err.endswith("; interrupted\n")
 
 
+def test_a_piped_text_comes_block_by_block(folder: Path) -> None:
+    """A process of its own, read while it writes; it goes on when there is no end of it in sight."""
+    command = [sys.executable, "-m", "twotower_kernels", "generate", "abc", "--model", str(folder), "--threads", "1"]
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT}
+    with subprocess.Popen([*command, "--max-new-tokens", "1000000"], **options) as process:
+        assert process.stdout is not None and process.stderr is not None
+        first = process.stdout.read(40)
+        assert first.startswith(b"abc")
+        assert process.poll() is None
+        process.stdout.close()  # as head does
+        assert process.wait(timeout=120) == 1
+        assert process.stderr.read() == b""
+
+
 def test_ctrl_c_while_loading(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -242,6 +257,7 @@ def test_demo_shows_every_step(folder: Path, capsys: pytest.CaptureFixture[str])
     assert int(costs[3]) == len(steps) > 2
     assert float(costs[5]) > 0
     assert sum(line.startswith("abc") for line in lines) == 2
+    assert any(line.startswith("A call of the denoiser computes a whole block") for line in lines)
 
 
 def test_demo_shows_the_shipped_model(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -6,14 +6,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
 from tests.model.small_model import EOS, MASK, save_small_model
-from twotower_kernels.generate import StepEvent, stream
+from twotower_kernels.generate import GenerateResult, StepEvent, stream
 from twotower_kernels.model import TwoTowerModel
-from twotower_kernels.show import BLANK, Painter, printable
+from twotower_kernels.show import BLANK, Painter, Printer, costs, printable, verdict
 
 
 @functools.cache
@@ -91,3 +93,98 @@ def test_a_terminal_is_painted_and_left_clean() -> None:
 
 def test_text_cannot_steer_a_terminal() -> None:
     assert printable("a\x1b[2Jb\r\x07\x9bc\td\n") == "a�[2Jb���c\td\n"
+
+
+def result(seconds: float, nfe: int, tokens: int = 12) -> GenerateResult:
+    return GenerateResult([], [torch.zeros(tokens)], [nfe], ["length"], seconds)
+
+
+def test_the_verdict_is_the_arithmetic_of_the_table() -> None:
+    """Four calls of half a second beside twelve of a quarter: twice as dear, three tokens each."""
+    said = verdict(result(2.0, 4), result(3.0, 12))
+    assert (
+        "per call 2.0 times as long" in said
+        and "from 2.0 tokens per call" in said
+        and said.endswith("sure enough of 3.00.")
+    )
+    assert verdict(result(0.0, 0, 0), result(0.0, 0, 0)) == ""
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_costs_fit_the_terminal(width: int) -> None:
+    """No figure and no word is cut."""
+    console = Console(file=io.StringIO(), width=width)
+    console.print(costs(console, {"block diffusion": result(2.0, 4), "autoregressive": result(3.0, 12)}))
+    output = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, output.splitlines())) <= width
+    for word in (
+        "block diffusion",
+        "autoregressive",
+        "new tokens",
+        "tokens per NFE",
+        "tokens per second",
+        "3.00",
+        "6.0",
+    ):
+        assert word in output
+
+
+# --- without a terminal ---------------------------------------------------------------------------------------------
+
+
+class Bytes:
+    """A tokenizer whose tokens are the bytes of UTF-8."""
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return bytes(ids).decode("utf-8", "replace")
+
+
+def finished(row: int, tokens: bytes) -> StepEvent:
+    """A block that has been finished."""
+    block, none = torch.tensor([list(tokens)]), torch.zeros(1, dtype=torch.int64)
+    return StepEvent(0, 1, True, torch.tensor([row]), block, block, none, none)
+
+
+def printer(prompts: list[str], most: int = 100) -> Printer:
+    words: Any = Bytes()
+    return Printer(words, prompts, max_new_tokens=most, eos_token_id=ord("$"))
+
+
+def test_a_block_is_printed_when_it_is_finished(capsys: pytest.CaptureFixture[str]) -> None:
+    """And a character when its last byte is there, or the text's."""
+    out = []
+    with printer(["so "]) as show:
+        for block in (b"it ", "wäre".encode()[:2], "wäre".encode()[2:], "€".encode()[:2]):
+            show(finished(0, block))
+            out.append(capsys.readouterr().out)
+    assert out == ["so it ", "", "wäre", ""]
+    assert capsys.readouterr().out == "\N{REPLACEMENT CHARACTER}\n"
+
+
+def test_a_text_is_cut_as_the_result_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with printer([""], most=5) as show:
+        show(finished(0, b"abc"))
+        show(finished(0, b"def"))
+    assert capsys.readouterr().out == "abcde\n"
+    with printer([""]) as show:
+        show(finished(0, b"ab$c"))
+    assert capsys.readouterr().out == "ab$\n"
+
+
+def test_texts_are_printed_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+    """The second waits for the end of the first, and the third has none."""
+    with printer(["1", "2", "3"]) as show:
+        show(finished(1, b"c"))
+        show(finished(0, b"a"))
+        assert capsys.readouterr().out == "--- prompt 1\n1a"
+        show(finished(1, b"d$"))
+        assert capsys.readouterr().out == ""
+        show(finished(0, b"b$"))
+        assert capsys.readouterr().out == "b$\n--- prompt 2\n2cd$\n--- prompt 3\n3"
+    assert capsys.readouterr().out == "\n"
+
+
+def test_nothing_is_printed_before_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="wrong"), printer(["prompt"]):
+        raise ValueError("wrong")
+    assert capsys.readouterr().out == ""

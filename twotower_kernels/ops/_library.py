@@ -14,6 +14,7 @@ _LIBRARY = torch.library.Library("twotower", "DEF")
 
 CUDA: dict[str, str] = {}  # "module:function" in twotower_kernels, for every op that has a kernel for GPUs
 _CHECKED: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {}  # per op: from a kernel to its entry
+DIFFERENTIABLE: set[str] = set()  # every op that has a gradient; the others raise when one is asked for
 
 
 def define(
@@ -67,6 +68,8 @@ def define(
 
     _CHECKED[name] = checked
     _LIBRARY.impl(name, checked(cpu), "CPU")
+    if backward is not None:
+        DIFFERENTIABLE.add(name)
     if cuda is not None:
         CUDA[name] = cuda
         _LIBRARY.impl(name, lambda *arguments: cuda_kernel(name)(*arguments), "CUDA")
