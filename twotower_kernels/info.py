@@ -109,7 +109,8 @@ def _seconds(call: Callable[..., object], *arguments: object) -> float:
 
 def ops() -> dict[str, dict[str, bool]]:
     """Every registered op, and which of `KEYS` PyTorch's dispatcher has a kernel for."""
-    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("twotower::"))
+    registered = torch._C._dispatch_get_all_op_names()  # with overloads, "op.traced", which are not ops of their own
+    names = sorted(name for name in registered if name.startswith("twotower::") and "." not in name)
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     return {name.removeprefix("twotower::"): {key: has(name, key) for key in KEYS} for name in names}
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twotower_kernels.ops._traced import traced_kernel, traced_schema
+
 _LIBRARY = torch.library.Library("twotower", "DEF")
 
 CUDA: dict[str, str] = {}  # "module:function" in twotower_kernels, for every op that has a kernel for GPUs
@@ -25,7 +27,8 @@ def define(
 
     cpu is the kernel; cuda names one, "module:function" in twotower_kernels, imported at its first call, so that a CPU
     alone needs no Triton. An op without `backward` is registered with one that raises: PyTorch would otherwise hand out
-    silent zeros. On a device without a kernel, the call raises NotImplementedError with the op's and the device's name.
+    silent zeros. An op with numbers of type float gets an overload for traces (`_traced.py`). On a device without a
+    kernel, the call raises NotImplementedError with the op's and the device's name.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
@@ -43,6 +46,11 @@ def define(
         torch.library.register_autograd(f"twotower::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     elif not mutates:  # PyTorch itself refuses gradients through arguments written in place
         torch.library.register_autograd(f"twotower::{name}", no_gradient, lib=_LIBRARY)
+    if traced := traced_schema(schema):
+        kernel = traced_kernel(name)
+        define(traced, cpu=kernel, fake=fake, backward=backward, setup_context=setup_context)
+        if cuda is not None:
+            _LIBRARY.impl(f"{name}.traced", kernel, "CUDA")
 
 
 def cuda_kernel(name: str) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from twotower_kernels import cpu
 from twotower_kernels.ops._library import check_float, define, refuse_gradients, same_device
+from twotower_kernels.ops._traced import call
 
 ORDERS = ("modulate_norm", "norm_modulate")
 
@@ -58,7 +59,7 @@ def adaln_norm(
         TypeError: wrong dtype.
     """
     _check("adaln_norm", x, None, None, weight, shift, scale, order)
-    return torch.ops.twotower.adaln_norm.default(x, weight, shift, scale, eps, order == "norm_modulate")
+    return call("adaln_norm", x, weight, shift, scale, eps, order == "norm_modulate")
 
 
 def gated_residual(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -96,9 +97,7 @@ def gated_residual_adaln_norm(
     of `residual`; the norm reads `h` as rounded to it, so the result is bit for bit that of the two in a row.
     """
     _check("gated_residual_adaln_norm", residual, y, gate, weight, shift, scale, order)
-    return torch.ops.twotower.gated_residual_adaln_norm.default(
-        residual, y, gate, weight, shift, scale, eps, order == "norm_modulate"
-    )
+    return call("gated_residual_adaln_norm", residual, y, gate, weight, shift, scale, eps, order == "norm_modulate")
 
 
 def _check(

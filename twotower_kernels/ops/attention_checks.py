@@ -8,6 +8,7 @@ from torch import Tensor
 from twotower_kernels.ops._library import check_float, same_device
 
 Lengths = int | Tensor
+INTEGER = (int, torch.SymInt)  # the latter is a size that a trace leaves open
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -33,11 +34,11 @@ def check_alike(first_name: str, first: Tensor, /, **others: Tensor) -> None:
 
 def check_options(window: int | None, scale: float | None, softcap: float) -> None:
     """The numbers that shape the softmax."""
-    if window is not None and (not isinstance(window, int) or window < 0):
+    if window is not None and (not isinstance(window, INTEGER) or window < 0):
         raise ValueError(f"window: expected None or an integer >= 0, got {window!r}")
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not -math.inf < scale < math.inf:  # as comparisons, which a trace can follow; NaN fails
         raise ValueError(f"scale: expected a finite number, got {scale}")
-    if not math.isfinite(softcap) or softcap < 0:
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number >= 0, got {softcap}")
 
 
@@ -99,10 +100,10 @@ def as_lengths(name: str, lens: Lengths | None, limit: int, batch: int, like: Te
         return None
     if isinstance(lens, Tensor):
         check_integers(name, lens, like)
-        if lens.shape not in ((), (batch,)):
+        if lens.ndim and lens.shape != (batch,):
             raise ValueError(f"{name}: expected a scalar or [{batch}], got {list(lens.shape)}")
         return lens.expand(batch) if lens.ndim == 0 else lens
-    if not isinstance(lens, int):
+    if not isinstance(lens, INTEGER):
         raise TypeError(f"{name}: expected an integer or an integer tensor, got {type(lens).__name__}")
     if not 0 <= lens <= limit:
         raise ValueError(f"{name}: expected values in [0, {limit}], got {lens}")

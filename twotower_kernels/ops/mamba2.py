@@ -8,6 +8,7 @@ from torch import Tensor
 
 from twotower_kernels import cpu
 from twotower_kernels.ops._library import check_float, define, refuse_gradients, same_device
+from twotower_kernels.ops._traced import call
 
 
 def mamba2_scan(
@@ -83,9 +84,9 @@ def mamba2_scan(
     same_device(xbc, **floats, **indices)
     refuse_gradients("mamba2_scan", **floats)
     low, high = time_step_limit
-    y, conv, ssm = torch.ops.twotower.mamba2_scan.default(
-        xbc, dt, conv_weight, conv_bias, a_log, d, dt_bias, n_groups, head_dim, conv_state, ssm_state, state_index,
-        seq_lens, low, high, return_states, states_every,
+    y, conv, ssm = call(
+        "mamba2_scan", xbc, dt, conv_weight, conv_bias, a_log, d, dt_bias, n_groups, head_dim, conv_state, ssm_state,
+        state_index, seq_lens, low, high, return_states, states_every,
     )  # fmt: skip
     return (y, conv, ssm) if return_states or states_every else y
 
@@ -118,11 +119,9 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, *, n_groups: int, eps: 
     same_device(y, z=z, weight=weight)
     refuse_gradients("gated_rms_norm", y=y, z=z, weight=weight)
     if y.ndim == 3:
-        return torch.ops.twotower.gated_rms_norm.default(y, z, weight, n_groups, eps)
+        return call("gated_rms_norm", y, z, weight, n_groups, eps)
     rows = (1, y.shape[:-1].numel(), y.shape[-1])
-    return torch.ops.twotower.gated_rms_norm.default(y.reshape(rows), z.reshape(rows), weight, n_groups, eps).reshape(
-        y.shape
-    )
+    return call("gated_rms_norm", y.reshape(rows), z.reshape(rows), weight, n_groups, eps).reshape(y.shape)
 
 
 def _check_sizes(xbc: Tensor, dt: Tensor, conv_weight: Tensor, n_groups: int, head_dim: int) -> None:
@@ -136,8 +135,8 @@ def _check_sizes(xbc: Tensor, dt: Tensor, conv_weight: Tensor, n_groups: int, he
             raise ValueError(f"{name}: expected 1 or more, got {size}")
     if heads % n_groups:
         raise ValueError(f"n_groups: expected a divisor of {heads} heads, got {n_groups}")
-    state, odd = divmod(channels - heads * head_dim, 2 * n_groups)
-    if odd or state < 1:
+    rest = channels - heads * head_dim
+    if rest < 2 * n_groups or rest % (2 * n_groups):
         raise ValueError(
             f"xbc: expected heads·head_dim + 2·n_groups·state channels, got {channels} "
             f"with heads {heads}, head_dim {head_dim}, n_groups {n_groups}"
@@ -152,7 +151,7 @@ def _check_shape(name: str, tensor: Tensor | None, shape: list[int | None]) -> N
         return
     got = tensor.shape
     fits = list(got) == shape or (
-        len(got) == len(shape) and all(m in (None, n) for n, m in zip(got, shape, strict=True))
+        len(got) == len(shape) and all(m is None or m == n for n, m in zip(got, shape, strict=True))
     )
     if not fits:
         expected = ", ".join("any" if size is None else str(size) for size in shape)
@@ -240,14 +239,14 @@ def _gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: fl
 
 define(
     "mamba2_scan(Tensor xbc, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor a_log, Tensor d, Tensor dt_bias, "
-    "int n_groups, int head_dim, Tensor? conv_state, Tensor? ssm_state, Tensor? state_index, Tensor? seq_lens, "
-    "float dt_min, float dt_max, bool return_states, int states_every) -> (Tensor, Tensor, Tensor)",
+    "SymInt n_groups, SymInt head_dim, Tensor? conv_state, Tensor? ssm_state, Tensor? state_index, Tensor? seq_lens, "
+    "float dt_min, float dt_max, bool return_states, SymInt states_every) -> (Tensor, Tensor, Tensor)",
     cpu=_mamba2_scan,
     cuda="triton.mamba2:mamba2_scan",
     fake=_fake_mamba2_scan,
 )
 define(
-    "gated_rms_norm(Tensor y, Tensor z, Tensor weight, int n_groups, float eps) -> Tensor",
+    "gated_rms_norm(Tensor y, Tensor z, Tensor weight, SymInt n_groups, float eps) -> Tensor",
     cpu=_gated_rms_norm,
     cuda="triton.mamba2_norm:gated_rms_norm",
     fake=lambda y, *_: y.new_empty(y.shape),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from twotower_kernels import cpu
 from twotower_kernels.ops._library import check_float, define, refuse_gradients, same_device
+from twotower_kernels.ops._traced import call
 
 ACTIVATIONS = ("relu2", "silu_gated", "gelu_gated")  # the order of Activation in csrc/cpu/moe.h
 SCORES = ("sigmoid", "softmax")
@@ -94,7 +95,7 @@ def moe_route(
     )
     same_device(logits, correction_bias=correction_bias)
     refuse_gradients("moe_route", logits=logits, correction_bias=correction_bias)
-    return torch.ops.twotower.moe_route.default(logits, correction_bias, *choice)
+    return call("moe_route", logits, correction_bias, *choice)
 
 
 def moe_router(
@@ -110,7 +111,7 @@ def moe_router(
     choice = _checked_choice(len(gate_weight), correction_bias, **options)
     same_device(x, gate_weight=gate_weight, correction_bias=correction_bias)
     refuse_gradients("moe_router", x=x, gate_weight=gate_weight, correction_bias=correction_bias)
-    weights, experts, *plan = torch.ops.twotower.moe_router.default(x, gate_weight, correction_bias, *choice)
+    weights, experts, *plan = call("moe_router", x, gate_weight, correction_bias, *choice)
     return weights, experts, MoePlan(*plan)
 
 
@@ -362,21 +363,21 @@ define(
     fake=empty_logits,
 )
 define(
-    "moe_route(Tensor logits, Tensor? correction_bias, int top_k, bool softmax, int n_group, int topk_group, "
+    "moe_route(Tensor logits, Tensor? correction_bias, SymInt top_k, bool softmax, SymInt n_group, SymInt topk_group, "
     "bool renormalize, float scaling) -> (Tensor, Tensor)",
     cpu=_route,
     cuda="cuda_moe:moe_route",
     fake=lambda logits, correction_bias, top_k, *_: empty_choice(logits, top_k),
 )
 define(
-    "moe_plan(Tensor experts, int num_experts) -> (Tensor, Tensor, Tensor)",
+    "moe_plan(Tensor experts, SymInt num_experts) -> (Tensor, Tensor, Tensor)",
     cpu=_plan,
     cuda="cuda_moe:moe_plan",
     fake=empty_plan,
 )
 define(
-    "moe_router(Tensor x, Tensor gate_weight, Tensor? correction_bias, int top_k, bool softmax, int n_group, "
-    "int topk_group, bool renormalize, float scaling) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "moe_router(Tensor x, Tensor gate_weight, Tensor? correction_bias, SymInt top_k, bool softmax, SymInt n_group, "
+    "SymInt topk_group, bool renormalize, float scaling) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=_router,
     cuda="cuda_moe:moe_router",
     fake=_empty_router,

@@ -71,7 +71,7 @@ def split(name: str, value: Any, logits: Tensor) -> tuple[Any, Tensor | None]:
     if isinstance(value, Tensor):
         if value.dtype not in (INTEGERS if rule.whole else INTEGERS + FLOATING):
             raise TypeError(f"{name}: expected {kind} or a tensor of them, got {value.dtype}")
-        if value.shape not in ((), logits.shape[:1]):
+        if value.ndim and value.shape != logits.shape[:1]:
             raise ValueError(f"{name}: expected {kind} or shape [{logits.shape[0]}], got {list(value.shape)}")
         if value.ndim == 0:
             value = value.to(logits.device)
