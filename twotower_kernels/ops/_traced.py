@@ -14,14 +14,16 @@ from torch import Tensor
 
 _FLOAT = re.compile(r"\bfloat(\[\]|\?)? ")
 _FLOATS: dict[str, list[bool]] = {}  # per operator that has the overload: which of its arguments are floats
+_PLAIN: dict[str, Callable[..., Any]] = {}  # and the operator itself
 
 
 def traced_schema(schema: str) -> str | None:
-    """The schema of the overload; None for an operator that needs none."""
+    """The schema of the overload of an operator that is defined; None if it needs none."""
     if not _FLOAT.search(schema):
         return None
     name, rest = schema.split("(", 1)
     _FLOATS[name] = [_FLOAT.match(argument) is not None for argument in rest.split(") ->")[0].split(", ")]
+    _PLAIN[name] = getattr(torch.ops.twotower, name).default
     return f"{name}.traced({_FLOAT.sub(lambda found: 'Tensor? ' if found[1] == '?' else 'Tensor ', rest)}"
 
 
@@ -31,7 +33,7 @@ def traced_kernel(name: str) -> Callable[..., Any]:
     def kernel(*arguments: Any) -> Any:
         pairs = zip(arguments, _FLOATS[name], strict=True)
         plain = [a.tolist() if is_float and a is not None else a for a, is_float in pairs]
-        return getattr(torch.ops.twotower, name).default(*plain)
+        return _PLAIN[name](*plain)
 
     return kernel
 
@@ -40,18 +42,19 @@ def call(name: str, *arguments: Any) -> Any:
     """`torch.ops.twotower.<name>`, for an operator with arguments of type float."""
     if torch.compiler.is_compiling():
         return call_in_graph(name, *arguments)
-    return getattr(torch.ops.twotower, name).default(*arguments)
+    return _PLAIN[name](*arguments)
 
 
 @torch.compiler.allow_in_graph  # looked into when the graph is lowered: only then a symbol is told from a number
 def call_in_graph(name: str, *arguments: Any) -> Any:
     """The operator, or its overload if one of the numbers is a symbol, or has become a tensor for being one."""
-    op = getattr(torch.ops.twotower, name)
     floats = [a for a, is_float in zip(arguments, _FLOATS[name], strict=True) if is_float]
     if not any(map(_symbolic, floats)):
-        return op.default(*arguments)
+        return _PLAIN[name](*arguments)
     pairs = zip(arguments, _FLOATS[name], strict=True)
-    return op.traced(*[_tensor(a) if is_float and a is not None else a for a, is_float in pairs])
+    return getattr(torch.ops.twotower, name).traced(
+        *[_tensor(a) if is_float and a is not None else a for a, is_float in pairs]
+    )
 
 
 def _symbolic(value: Any) -> bool:
