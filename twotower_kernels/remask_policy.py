@@ -182,7 +182,9 @@ class RemaskPolicy:
         """
         given = (num_masked, step, num_steps)
         device = next((x.device for x in given if isinstance(x, Tensor)), torch.device("cpu"))
-        masked, i, n = (torch.as_tensor(x, device=device).double() for x in given)
+        # A sum, for the sake of torch.compile: it makes a graph for each number that becomes a tensor otherwise.
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        masked, i, n = (x.to(device).double() if isinstance(x, Tensor) else zero + x for x in given)
         if self.time == "masked_fraction":
             t = masked / max(block_size, 1)
         else:

@@ -183,6 +183,32 @@ def test_an_exported_program_takes_all_sizes(op: str) -> None:
         assert_same(program(copied(given)), module(copied(given)))
 
 
+class OwnSizes(nn.Module):
+    """Ops whose numbers are sizes of their tensors."""
+
+    def forward(self, given: dict[str, Tensor], logits: Tensor, tokens: Tensor) -> list[Tensor]:
+        context, block = given["k_context"].shape[1], given["q"].shape[1]
+        keys, values = given["k_context"].clone(), given["v_context"].clone()
+        tt.append_kv(keys, values, given["k"], given["v"], context - block, block_lens=block)
+        numbers = dict(context_lens=context, block_lens=block, window=block)
+        attended: Any = tt.block_attention(**given | dict(k_context=keys, v_context=values), **numbers)
+        filled = tt.remask(logits, tokens, mask_token_id=MASK, initial_num_masked=block, num_steps=block, top_k=block)
+        return [attended, *filled]
+
+
+def test_an_exported_program_takes_sizes_for_numbers() -> None:
+    def inputs(b: int, s: int) -> tuple[Any, ...]:
+        given = attention_inputs(b, s)
+        del given["context_lens"]
+        return given, drawn(b, s, 40), torch.full((b, s), MASK)
+
+    first = inputs(*SIZES[0])
+    shapes = tree_map(lambda t: dict.fromkeys(range(t.ndim), torch.export.Dim.AUTO), first)
+    program = torch.export.export(OwnSizes(), first, dynamic_shapes=shapes, strict=False).module()
+    for size in SIZES:
+        assert_same(program(*inputs(*size)), OwnSizes()(*inputs(*size)))
+
+
 # --- numbers --------------------------------------------------------------------------------------------------------
 
 EPS = (1e-5, 1e-6, 1e-3, 0.1)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves, tree_map
 
+import twotower_kernels as tt
 from tests.model.random_models import models, random_ids
 from tests.model.test_surroundings import SURROUNDINGS
-from twotower_kernels import ContextState, TwoTowerModel
+from twotower_kernels import ContextState, RemaskPolicy, TwoTowerModel
 
 # Rows, tokens of a block and of the context. No two sizes are the same, nor one of the model's (of which 2 and 3 are
 # numbers of heads and of columns): sizes that are equal when a graph is made are taken to be equal always. The products
@@ -69,17 +70,39 @@ def test_one_graph_serves_all_times() -> None:
     assert graphs() == 2  # one for the first time, when the compiler takes it to be constant
 
 
+@pytest.mark.parametrize("policy", [RemaskPolicy.twotower(), RemaskPolicy.posterior()])
+def test_one_graph_serves_all_steps(policy: RemaskPolicy) -> None:
+    """A whole step of a block, from the time that the model is told to the tokens that stay."""
+    model, mask = small(), 3
+    state = model.prefill(random_ids(2, 6))
+
+    def step(tokens: Tensor, masked: Tensor, i: int, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
+        logits = model.denoise(tokens, state, policy.model_time(masked, tokens.shape[1], i, 6))
+        numbers: dict[str, Any] = dict(step=i, num_steps=6, seed=i, gate_bound=threshold, temperature=temperature)
+        result = tt.remask(logits, tokens, mask_token_id=mask, policy=policy, **numbers)
+        return result.tokens, result.num_masked
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    mine = theirs = torch.full((2, 7), mask), torch.tensor([7, 7])
+    for i in range(6):
+        numbers = i, 0.5 + i / 20, 0.25 + i / 10
+        mine, theirs = compiled(*mine, *numbers), step(*theirs, *numbers)
+        assert_same(mine, theirs)
+    assert graphs() == 2
+
+
 CALLS: dict[str, Callable[..., Tensor]] = {
     "a number for t": lambda model, ids, state: model.denoise(ids, state, 0.5),
     "a tensor for t": lambda model, ids, state: model.denoise(ids, state, torch.arange(len(ids)) / 8),
     "selected rows": lambda model, ids, state: model.denoise(ids[:4], state.select([3, 1, 1, 0])),
+    "a state's logits": lambda model, ids, state: state.logits,
     "forward_ar": lambda model, ids, state: model.forward_ar(ids),
 }
 
 
 @pytest.mark.parametrize(
     ("call", "backend", "dynamic"),
-    [*((call, "eager", True) for call in CALLS), ("a number for t", "aot_eager", None)],
+    [*((call, "eager", True) for call in CALLS), ("a number for t", "eager", None)],
 )
 def test_one_graph_serves_all_sizes(call: str, backend: str, dynamic: bool | None) -> None:
     """Two, if the compiler must first see that they vary."""
@@ -98,6 +121,20 @@ def test_a_context_is_made_and_extended(call: Callable[..., ContextState]) -> No
         ids, lengths = random_ids(batch, block), torch.arange(batch).clamp(min=1, max=block)
         assert_same(read(compiled(small(), ids, lengths)), read(call(small(), ids, lengths)))
     assert graphs() == 1
+
+
+def test_a_compiled_commit_consumes_its_argument() -> None:
+    """Two graphs: one appends in place, one moves the storage first."""
+    model = small()
+    compiled = torch.compile(model.commit, fullgraph=True, backend="eager", dynamic=True)
+    mine, theirs = (model.prefill(random_ids(6, 9)) for _ in range(2))
+    for block in (5, 7, 10, 100, 8):
+        ids, before = random_ids(6, block), mine
+        mine, theirs = compiled(ids, mine), model.commit(ids, theirs)
+        assert_same(read(mine), read(theirs))
+        with pytest.raises(RuntimeError, match="consumed by commit"):
+            before.lengths  # noqa: B018
+    assert graphs() == 2
 
 
 @pytest.mark.parametrize("surrounding", ["gradients", "inference mode", "autocast"])
