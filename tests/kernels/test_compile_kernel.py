@@ -298,7 +298,6 @@ def test_registration_of_the_overloads() -> None:
         (ops.gated_residual_adaln_norm, (x, y, None, weight, None, None), (1e-5, False)),
         (ops.gated_rms_norm, (x, y, weight, 2), (1e-5,)),
         (ops.block_attention, (q, k, v, *past, None, True, None), (0.5, 2.0)),
-        (ops.block_attention, (q, k, v, *past, None, True, None), (None, 2.0)),
         (ops.context_attention, (q, k, v, *[None] * 4, 2), (0.5, 2.0)),
         (ops.attention_backward, (q, drawn(2, 3, 4), q, k, v, *past, None, True, None), (0.5, 2.0)),
         (ops.mamba2_scan, (*scan, 2, 12, None, None, None, None), (0.0, 2.0, True, 0)),
