@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from twotower_kernels.bench.configs import config
+from twotower_kernels.config import MOST_BYTES
+from twotower_kernels.files import read_json, shown
 
 # What else a field is called in the files of Hugging Face's models, and of LLaDA's.
 SYNONYMS = {
@@ -76,11 +77,9 @@ class Shapes:
             ValueError: no JSON object is there, or a size is not usable; the message names file and field.
         """
         try:
-            given = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"{path}: expected a config.json: {error.strerror}") from None
-        except ValueError as error:  # not UTF-8, or not JSON
-            raise ValueError(f"{path}: expected JSON: {error}") from None
+            given = read_json(path, most=MOST_BYTES, otherwise="expected JSON")
+        except FileNotFoundError:
+            raise ValueError(f"{path}: expected a config.json: No such file") from None
         if not isinstance(given, dict):
             raise ValueError(f"{path}: expected a JSON object, got {type(given).__name__}")
         found: dict[str, int] = {}
@@ -102,7 +101,7 @@ class Shapes:
 
 def _checked(name: str, value: Any) -> int:
     if type(value) is not int or value < 1:  # in Python, True is an int
-        raise ValueError(f"{name}: expected an integer, 1 or more, got {value!r}")
+        raise ValueError(f"{name}: expected an integer, 1 or more, got {shown(value)}")
     return value
 
 

@@ -4,6 +4,8 @@ Only safetensors are read: nothing is unpickled and no code comes from the folde
 """
 
 import json
+import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,33 +16,49 @@ from torch import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MOST_BYTES = 2**25  # of an index
+LONGEST = 200  # letters of a file's name, or of a key that an error shows
+MORE_TOKENS = ("mtp.", "backbone.mtp.", "model.mtp.")  # keys of multi-token prediction, which no tower has
+
+
+def named(key: str) -> str:
+    """A key on an error's one line."""
+    return key if key.isprintable() and len(key) <= LONGEST else repr(key)[:LONGEST]
 
 
 def _shards(folder: Path) -> dict[Path, set[str]]:
     """The files to read and the keys expected of each (empty: whatever it holds).
 
     Raises:
-        FileNotFoundError: neither a single file nor an index, or a shard that the index names is missing.
+        FileNotFoundError: neither a single file nor an index, or a shard that the index names is missing, and there is
+            no single file.
         ValueError: an index that is no JSON, has no weight map, or names a file outside the folder.
     """
     index = folder / INDEX
     if not index.exists():
-        if not (folder / SINGLE).exists():
+        if not (folder / SINGLE).is_file():
             raise FileNotFoundError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
         return {folder / SINGLE: set()}
+    if not index.is_file() or index.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{index}: not an index with a weight_map: not a file of at most {MOST_BYTES} bytes")
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         pairs = [(str(key), str(name)) for key, name in weight_map.items()]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: not an index with a weight_map: {error!r}") from None
     shards: dict[Path, set[str]] = {}
     for key, name in pairs:
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise ValueError(f"{index}: key {key} names {name!r}, which is not a file inside the folder")
+        if Path(name).name != name or name in ("", ".", "..") or "\0" in name or len(name) > LONGEST:
+            raise ValueError(
+                f"{index}: key {named(key)} names {name[:LONGEST]!r}, which is not a file inside the folder"
+            )
         shards.setdefault(folder / name, set()).add(key)
-    for path in shards:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: this shard is named by {INDEX} but is missing")
+    missing = [path for path in shards if not path.is_file()]
+    if missing and (folder / SINGLE).is_file():
+        warnings.warn(f"{index}: it names {missing[0].name}, which is not there; {SINGLE} will be read", stacklevel=2)
+        return {folder / SINGLE: set()}
+    if missing:
+        raise FileNotFoundError(f"{missing[0]}: this shard is named by {INDEX} but is missing")
     return shards
 
 
@@ -50,8 +68,8 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file: {error}") from None
+    except (SafetensorError, OSError, MemoryError) as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file: {named(str(error))}") from None
 
 
 def _check_folder(folder: Path) -> None:
@@ -59,14 +77,18 @@ def _check_folder(folder: Path) -> None:
         raise FileNotFoundError(f"{folder}: no such folder; expected one with config.json and safetensors")
 
 
-def has_prefix(folder: Path, prefix: str) -> bool:
-    """Whether any key of the checkpoint starts with `prefix`. Errors as `tensors`."""
+def listed(folder: Path) -> dict[str, tuple[str, int]]:
+    """The dtype (the header's word) and the count of numbers of every key, by headers alone. Raises as `tensors`."""
     _check_folder(folder)
-    for path, expected in _shards(folder).items():
+    found = {}
+    for path in _shards(folder):
         with _opened(path) as file:
-            if any(key.startswith(prefix) for key in expected or file.keys()):
-                return True
-    return False
+            for key in sorted(file.keys()):
+                if key.startswith(MORE_TOKENS):
+                    continue
+                header = file.get_slice(key)
+                found[key] = header.get_dtype(), math.prod(header.get_shape())
+    return found
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -81,9 +103,11 @@ def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         with _opened(path) as file:
             keys = set(file.keys())
             if missing := sorted(expected - keys):
-                raise ValueError(f"{path}: {INDEX} promises key {missing[0]} here, but the file lacks it")
-            for key in sorted(keys):
+                raise ValueError(f"{path}: {INDEX} promises key {named(missing[0])} here, but the file lacks it")
+            if passed := [key for key in keys if key.startswith(MORE_TOKENS)]:
+                warnings.warn(f"{path}: {len(passed)} keys of multi-token prediction are passed over", stacklevel=2)
+            for key in sorted(keys - set(passed)):
                 if key in seen:
-                    raise ValueError(f"{path}: key {key} was already read from {seen[key].name}")
+                    raise ValueError(f"{path}: key {named(key)} was already read from {seen[key].name}")
                 seen[key] = path
                 yield key, file.get_tensor(key)

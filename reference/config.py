@@ -24,17 +24,43 @@ FIXED = {
     "mlp_bias": False,
     "attention_bias": False,
     "tie_word_embeddings": False,
+    "moe_latent_size": None,
 }
 
+# What else files of this family call a field; versions of transformers write or accept these names.
+ALIASES = {
+    "layers_block_type": "hybrid_override_pattern",
+    "layer_types": "hybrid_override_pattern",
+    "dtype": "torch_dtype",
+    "attention_head_dim": "head_dim",
+    "mamba_n_groups": "n_groups",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_conv_bias": "use_conv_bias",
+    "mamba_dt_limit": "time_step_limit",
+    "num_local_experts": "n_routed_experts",
+}
+
+# Kinds of layers where they are listed by name, in today's words and in older ones.
+NAMED_LAYERS = {
+    "M": ("linear_attention", "mamba"),
+    "*": ("full_attention", "attention"),
+    "E": ("moe",),
+    "-": ("mlp",),
+}
 
 # What a field of each annotation may hold, and how to say so; a bool is no number here.
 KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
-    int: ("an integer", (int,)),
+    int: ("an integer of 32 bits", (int,)),
     float: ("a number", (int, float)),
     bool: ("true or false", (bool,)),
     str: ("a string", (str,)),
-    int | None: ("an integer or null", (int, type(None))),
+    int | None: ("an integer of 32 bits or null", (int, type(None))),
+    int | tuple[int, ...]: ("an integer of 32 bits, or several", (int, tuple)),
+    tuple[float, float]: ("two numbers", (tuple, list)),
 }
+
+# Bounds beyond any model: what a damaged file can cost.
+MOST_BYTES, MOST_LAYERS, MOST_BLOCK = 2**20, 10_000, 2**16
 
 
 @dataclass(frozen=True)
@@ -72,9 +98,10 @@ class TwoTowerConfig:
     time_step_limit: tuple[float, float] = (0.0, math.inf)
     torch_dtype: str = "float32"
     bos_token_id: int = 1
-    eos_token_id: int = 2
+    eos_token_id: int | tuple[int, ...] = 2  # one token, or all that end a text
     pad_token_id: int = 0
     block_size: int | None = None  # the block the denoiser was trained on, if known
+    model_type: str = "nemotron_h"
 
     @property
     def mamba_inner(self) -> int:
@@ -84,12 +111,27 @@ class TwoTowerConfig:
     def mamba_channels(self) -> int:
         return self.mamba_inner + 2 * self.n_groups * self.ssm_state_size
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers one tower and its head have: counted, so that a file can be asked whether it holds them."""
+        hidden, pattern = self.hidden_size, self.hybrid_override_pattern
+        convolution = self.mamba_channels * (self.conv_kernel + self.use_conv_bias)
+        shared = self.moe_shared_expert_intermediate_size if self.n_shared_experts else 0
+        mixers = {
+            "M": (2 * self.mamba_inner + self.mamba_channels + self.mamba_num_heads) * hidden
+            + (convolution + 3 * self.mamba_num_heads + self.mamba_inner),
+            "*": 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim * hidden,
+            "E": self.n_routed_experts * ((2 * self.moe_intermediate_size + 1) * hidden + 1) + 2 * shared * hidden,
+            "-": 2 * self.intermediate_size * hidden,
+        }
+        layers = sum(pattern.count(letter) * (hidden + mixers[letter]) for letter in set(pattern))
+        return 2 * self.vocab_size * hidden + hidden + layers
+
     def __post_init__(self) -> None:
         for f in fields(self):
-            if f.type in KINDS:
-                value, (words, kinds) = getattr(self, f.name), KINDS[f.type]
-                if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                    raise ValueError(f"config: {f.name} must be {words}, got {value!r}")
+            value, (words, kinds) = getattr(self, f.name), KINDS[f.type]
+            if not _is_of(kinds, value) or (f.name == "time_step_limit" and len(value) != 2):
+                raise ValueError(f"config: {f.name} must be {words}, got {_shown(value)}")
         self._check_pattern()
         self._check_numbers()
         if "E" in self.hybrid_override_pattern:
@@ -97,8 +139,9 @@ class TwoTowerConfig:
 
     def _check_pattern(self) -> None:
         pattern = self.hybrid_override_pattern
-        if not pattern:
-            raise ValueError("config: hybrid_override_pattern is empty")
+        if not 0 < len(pattern) <= MOST_LAYERS:
+            words = "is empty" if not pattern else f"must have at most {MOST_LAYERS} letters, got {len(pattern)}"
+            raise ValueError(f"config: hybrid_override_pattern {words}")
         for position, letter in enumerate(pattern):
             if letter not in LETTERS:
                 raise ValueError(
@@ -120,14 +163,18 @@ class TwoTowerConfig:
         for name in ("vocab_size", "hidden_size", "block_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"config: {name} must be positive, got {getattr(self, name)}")
+        if (self.block_size or 0) > MOST_BLOCK:
+            raise ValueError(f"config: block_size must be at most {MOST_BLOCK}, got {self.block_size}")
         for name in ("layer_norm_epsilon", "routed_scaling_factor"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"config: {name} must be positive and finite, got {getattr(self, name)!r}")
         low, high = self.time_step_limit
         if not 0 <= low <= high:
             raise ValueError(f"config: time_step_limit must be an interval in [0, inf], got {self.time_step_limit!r}")
-        if self.torch_dtype not in ("float32", "bfloat16", "float16", "float64"):
-            raise ValueError(f"config: torch_dtype must be a floating dtype's name, got {self.torch_dtype!r}")
+        if self.torch_dtype not in ("float32", "bfloat16", "float16", "float64", "auto"):
+            raise ValueError(
+                f"config: torch_dtype must be a floating dtype's name or auto, got {_shown(self.torch_dtype)}"
+            )
 
     def _check_experts(self) -> None:
         if self.n_group < 1 or self.topk_group < 1 or self.topk_group > self.n_group:
@@ -159,32 +206,93 @@ class TwoTowerConfig:
         Raises:
             ValueError: as the class does, or for a setting that this architecture does not have.
         """
-        for name in ("vocab_size", "hidden_size", "hybrid_override_pattern"):
+        known: dict[str, Any] = {}
+        for name in [f.name for f in fields(cls)] + list(ALIASES):
             if raw.get(name) is None:
+                continue
+            field = ALIASES.get(name, name)
+            value = _read(name, field, raw[name])
+            if known.setdefault(field, value) != value:
+                raise ValueError(f"config: {name} is {_shown(raw[name])}, at odds with another name of {field}")
+        for name in ("vocab_size", "hidden_size", "hybrid_override_pattern"):
+            if name not in known:
                 raise ValueError(f"config: {name} is missing")
-        known = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
-        pattern, layers = raw["hybrid_override_pattern"], raw.get("num_hidden_layers")
+        pattern, layers = known["hybrid_override_pattern"], raw.get("num_hidden_layers")
         if isinstance(pattern, str) and layers is not None and layers != len(pattern):
             raise ValueError(
-                f"config: num_hidden_layers is {layers}, but hybrid_override_pattern has {len(pattern)} letters"
+                f"config: num_hidden_layers is {_shown(layers)}, but hybrid_override_pattern has {len(pattern)} letters"
             )
         for name, only in FIXED.items():
             if raw.get(name, only) != only:
-                raise ValueError(f"config: {name} must be {only!r}, got {raw[name]!r}")
-        limit = known.get("time_step_limit", (0.0, math.inf))
-        if not (isinstance(limit, list | tuple) and len(limit) == 2 and all(isinstance(v, int | float) for v in limit)):
-            raise ValueError(f"config: time_step_limit must be two numbers, got {limit!r}")
-        return cls(**known | {"time_step_limit": tuple(float(v) for v in limit)})
+                raise ValueError(f"config: {name} must be {only!r}, got {_shown(raw[name])}")
+        return cls(**known)
 
     @classmethod
     def from_file(cls, path: Path) -> "TwoTowerConfig":
-        """Reads `config.json`; a bare `Infinity` in it is understood."""
+        """Reads `config.json`; a bare `Infinity` in it is understood.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file, and what is wrong with it.
+        """
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file; expected a model folder with config.json")
+        if not path.is_file() or path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"{path}: not valid JSON: not a file of at most {MOST_BYTES} bytes")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: no such file; expected a model folder with config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not valid JSON: {error}") from None
         if not isinstance(raw, dict):
             raise ValueError(f"{path}: expected a JSON object, got {type(raw).__name__}")
-        return cls.from_dict(raw)
+        try:
+            return cls.from_dict(raw)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _is_of(kinds: tuple[type, ...], value: Any) -> bool:
+    """Whether a value is of these kinds. Integers have 32 bits, or 64 where a float is meant; a bool is none."""
+    if isinstance(value, tuple | list) and tuple in kinds:
+        return all(_is_of((int, float) if list in kinds else (int,), v) for v in value)
+    if type(value) is int and int in kinds:
+        return abs(value) < 2 ** (63 if float in kinds else 31)
+    return type(value) in kinds
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value's repr."""
+    try:
+        return repr(value)[:100]
+    except (ValueError, RecursionError):  # too many digits, nested too deeply
+        return type(value).__name__
+
+
+def _read(name: str, field: str, value: Any) -> Any:
+    """The value in this class's words; what is no such value stays as it is, for the class to refuse."""
+    if isinstance(value, list):
+        value = [_float(v) for v in value]
+    value = _float(value)
+    if field == "hybrid_override_pattern" and name != field:
+        letters = {kind: letter for letter, kinds in NAMED_LAYERS.items() for kind in kinds}
+        if not isinstance(value, list):
+            raise ValueError(f"config: {name} must be a list of kinds of layers, got {_shown(value)}")
+        for position, kind in enumerate(value):
+            if not isinstance(kind, str) or kind not in letters:
+                raise ValueError(f"config: {name} has unknown kind {_shown(kind)} at position {position}")
+        return "".join(letters[kind] for kind in value)
+    if field == "torch_dtype" and isinstance(value, str):
+        return value.removeprefix("torch.")
+    if field == "time_step_limit" and _is_of((tuple, list), value) and len(value) == 2:
+        return tuple(float(v) for v in value)
+    return tuple(value) if field == "eos_token_id" and isinstance(value, list) else value
+
+
+def _float(value: Any) -> Any:
+    """transformers writes an infinity as an object of one word."""
+    if (
+        isinstance(value, dict)
+        and set(value) == {"__float__"}
+        and value["__float__"] in ("Infinity", "-Infinity", "NaN")
+    ):
+        return float(value["__float__"])
+    return value

@@ -16,14 +16,16 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from twotower_kernels.reference import arguments
+from twotower_kernels.reference.arguments import real, whole
 from twotower_kernels.reference.model import ContextState, TwoTower
-from twotower_kernels.reference.philox import sequence_seed
+from twotower_kernels.reference.philox import row_seeds
 from twotower_kernels.reference.remask import remask
 from twotower_kernels.reference.remask_policy import RemaskPolicy
 
@@ -48,6 +50,7 @@ class StepEvent:
     after: Tensor  # [R, S] int64
     num_masked: Tensor  # [R] int64, masks left in `after`
     nfe: Tensor  # [R] int64, model calls this row has cost so far
+    logprobs: Tensor | None = None  # [R, S] float32, if asked for: those of `after`, NaN for masks
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class GenerateResult:
     nfe: list[int]  # per row: denoiser calls while the row had masks (ar: context-tower predictions)
     finish_reason: list[str]  # per row: "eos" or "length"
     seconds: float  # wall-clock time of the whole request, prefill included
+    logprobs: list[Tensor] | None = None  # per row, if asked for, 1-D float32: one per new token
 
     @property
     def tokens_per_nfe(self) -> float:
@@ -74,38 +78,45 @@ class _Run:
     prompts: Tensor  # [B, T] int64, right-padded
     lengths: Tensor  # [B] int64
     max_new_tokens: int
-    eos_token_id: int | None
+    ends: list[int]  # the tokens with which a row ends
     sampling: dict[str, Any]  # temperature, top_k, top_p
     seeds: Tensor  # [B] int64, Philox keys
     on_step: Callable[[StepEvent], object] | None
     nfe: Tensor  # [B] int64
-    blocks: list[list[Tensor]] = field(default_factory=list)  # per row, its finished blocks
+    with_logprobs: bool
+    blocks: list[list[Tensor]]  # per row, its finished blocks
+    logprobs: list[list[Tensor]]  # per row, those of its finished blocks
 
-    def report(self, block: int, step: int, rows: Tensor, before: Tensor, after: Tensor, masked: Tensor) -> None:
+    def report(
+        self, block: int, step: int, rows: Tensor, before: Tensor, after: Tensor, masked: Tensor, logprobs: Tensor
+    ) -> None:
         """Tell the observer about an un-masking step."""
         if self.on_step is not None:
-            nfe = self.nfe[rows]
-            self.on_step(StepEvent(block, step, False, rows.clone(), before.clone(), after.clone(), masked, nfe))
+            tensors = rows.clone(), before.clone(), after.clone(), masked, self.nfe[rows]
+            self.on_step(StepEvent(block, step, False, *tensors, logprobs.clone() if self.with_logprobs else None))
 
-    def finish_block(self, block: int, step: int, rows: Tensor, tokens: Tensor) -> Tensor:
+    def finish_block(self, block: int, step: int, rows: Tensor, tokens: Tensor, logprobs: Tensor) -> Tensor:
         """Hand a finished block [R, S] to its rows; return bool [R]: which rows want another one."""
-        for row, new in zip(rows.tolist(), tokens, strict=True):
+        for row, new, of_new in zip(rows.tolist(), tokens, logprobs, strict=True):
             self.blocks[row].append(new)
+            self.logprobs[row].append(of_new)
         if self.on_step is not None:
-            none, nfe = torch.zeros_like(rows), self.nfe[rows]
-            self.on_step(StepEvent(block, step, True, rows.clone(), tokens.clone(), tokens.clone(), none, nfe))
-        if self.eos_token_id is None:
-            return torch.ones_like(rows, dtype=torch.bool)
-        return (tokens != self.eos_token_id).all(dim=1)
+            tensors = rows.clone(), tokens.clone(), tokens.clone(), torch.zeros_like(rows), self.nfe[rows]
+            self.on_step(StepEvent(block, step, True, *tensors, logprobs.clone() if self.with_logprobs else None))
+        return ~self.is_end(tokens).any(dim=1)
 
-    def cut(self, row: int) -> tuple[Tensor, str]:
-        """A row's new tokens, at most `max_new_tokens`, up to and including the first EOS."""
+    def is_end(self, tokens: Tensor) -> Tensor:
+        """Which tokens end a row."""
+        return torch.isin(tokens, torch.tensor(self.ends, dtype=tokens.dtype, device=tokens.device))
+
+    def cut(self, row: int) -> tuple[Tensor, Tensor, str]:
+        """A row's new tokens, at most `max_new_tokens`, up to and including the first EOS; their logprobs."""
         new = torch.cat([self.prompts.new_empty(0), *self.blocks[row]])[: self.max_new_tokens]
-        if self.eos_token_id is not None:
-            hits = (new == self.eos_token_id).nonzero()
-            if len(hits):
-                return new[: int(hits[0]) + 1], "eos"
-        return new, "length"
+        logprobs = torch.cat([torch.empty(0, device=new.device), *self.logprobs[row]])
+        hits = self.is_end(new).nonzero()
+        if len(hits):
+            new = new[: int(hits[0]) + 1]
+        return new, logprobs[: len(new)], "eos" if len(hits) else "length"
 
 
 @torch.no_grad()
@@ -123,15 +134,16 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     mask_token_id: int = 3,
-    eos_token_id: int | None = None,
-    seed: int = 0,
+    eos_token_id: int | Sequence[int] | None = None,
+    seed: int | Sequence[int] | Tensor = 0,
+    logprobs: bool = False,
     on_step: Callable[[StepEvent], object] | None = None,
 ) -> GenerateResult:
     """Continue every prompt by up to `max_new_tokens` tokens.
 
     Args:
         model: the two towers.
-        prompts: int64 [B, T], or B one-dimensional tensors or lists of any lengths >= 1.
+        prompts: [B, T], or B one-dimensional tensors, arrays or lists of any lengths >= 1; integers of any dtype.
         mode: "mask_diffusion", "mock_ar" or "ar".
         max_new_tokens: per row. When it is no multiple of the block size, the last block is denoised whole and then
             cut, so a shorter request gives a prefix of a longer one.
@@ -143,12 +155,16 @@ def generate(
             may let one token pass at a time, the posterior may leave masks): step i >= T runs as the last step of a
             schedule of i + 1 steps, so its random numbers are new. A block that still has masks after max(T, S) calls
             gets one more, which commits its best tokens everywhere, so it ends in any case and without a mask.
-        temperature, top_k, top_p: sampling; temperature 0 is greedy, top_k 0 and top_p 1 are no filter.
+        temperature, top_k, top_p: sampling; temperature 0 is greedy (as 1e-36 is, and less), 1e6 the highest; top_k 0
+            and top_p 1 are no filter.
         mask_token_id: what stands at a place to be filled (mask_diffusion only; the other modes treat it as any token).
-        eos_token_id: a row ends with the first EOS among its new tokens.
-        seed: the request's seed. Row b draws with the key `philox.sequence_seed(seed, b)`. In mask_diffusion the
-            counter holds (token, position in the block, step, index of the block); in the autoregressive modes
-            (token, 0, 0, index of the new token).
+        eos_token_id: a token, or several: a row ends with the first of them among its new tokens.
+        seed: the request's seed, or one per row. Row b draws with the key `philox.sequence_seed(seed, b)`, or with its
+            own seed as the key. In mask_diffusion the counter holds (token, position in the block, step, index of the
+            block); in the autoregressive modes (token, 0, 0, index of the new token).
+        logprobs: also give the logarithm of each new token's probability at temperature 1, without filters, by the
+            tower that proposed it. In mask_diffusion the mask token has none, and it is that of the step that wrote the
+            token, or last rewrote it.
         on_step: called with a `StepEvent` after every un-masking step and for every finished block.
 
     Raises:
@@ -161,7 +177,7 @@ def generate(
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     vocab_size = model.config.vocab_size
-    _check_options(max_new_tokens, temperature, top_k, top_p, eos_token_id, vocab_size)
+    max_new_tokens = _new_tokens(max_new_tokens)
     device = next(model.parameters()).device
     rows = _prompt_rows(prompts, vocab_size, device)
     run = _Run(
@@ -169,24 +185,26 @@ def generate(
         prompts=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
         lengths=torch.tensor([len(row) for row in rows], device=device),
         max_new_tokens=max_new_tokens,
-        eos_token_id=eos_token_id,
-        sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
-        seeds=torch.tensor([sequence_seed(seed, b) for b in range(len(rows))], device=device),
+        ends=_ends(eos_token_id, vocab_size),
+        sampling=_sampling(temperature, top_k, top_p, vocab_size),
+        seeds=torch.tensor(row_seeds(seed, len(rows)), device=device),
         on_step=on_step,
         nfe=torch.zeros(len(rows), dtype=torch.int64, device=device),
+        with_logprobs=logprobs,
         blocks=[[] for _ in rows],
+        logprobs=[[] for _ in rows],
     )
     if mode == "mask_diffusion":
-        _check_blocks(model, block_size, steps_per_block, confidence_threshold, mask_token_id, policy)
-        policy = policy or RemaskPolicy.twotower(threshold=confidence_threshold)
+        checked = _checked_blocks(model, block_size, steps_per_block, confidence_threshold, mask_token_id, policy)
         if max_new_tokens:
-            _diffuse(run, policy, block_size, steps_per_block, mask_token_id)
+            _diffuse(run, *checked)
     elif max_new_tokens:
         _autoregress(run, with_denoiser=mode == "mock_ar")
-    new_tokens, reasons = zip(*(run.cut(b) for b in range(len(rows))), strict=True)
+    new_tokens, of_new, reasons = zip(*(run.cut(b) for b in range(len(rows))), strict=True)
     sequences = [torch.cat(pair) for pair in zip(rows, new_tokens, strict=True)]
     seconds = time.perf_counter() - start
-    return GenerateResult(sequences, list(new_tokens), run.nfe.tolist(), list(reasons), seconds)
+    asked = list(of_new) if logprobs else None
+    return GenerateResult(sequences, list(new_tokens), run.nfe.tolist(), list(reasons), seconds, asked)
 
 
 def _diffuse(run: _Run, policy: RemaskPolicy, block_size: int, num_steps: int, mask_token_id: int) -> None:
@@ -195,8 +213,8 @@ def _diffuse(run: _Run, policy: RemaskPolicy, block_size: int, num_steps: int, m
     rows = torch.arange(len(run.lengths), device=run.lengths.device)  # [R] rows still generating, in the state's order
     num_blocks = math.ceil(run.max_new_tokens / block_size)
     for block in range(num_blocks):
-        tokens, steps = _denoise_block(run, state, rows, policy, block, block_size, num_steps, mask_token_id)
-        go_on = run.finish_block(block, steps, rows, tokens)
+        tokens, logprobs, steps = _denoise_block(run, state, rows, policy, block, block_size, num_steps, mask_token_id)
+        go_on = run.finish_block(block, steps, rows, tokens, logprobs)
         if block + 1 == num_blocks or not go_on.any():
             return  # the last block is read by nobody: the context need not grow
         if not go_on.all():
@@ -214,9 +232,10 @@ def _denoise_block(
     block_size: int,
     num_steps: int,
     mask_token_id: int,
-) -> tuple[Tensor, int]:
-    """From all masks to none: int64 [R, S] tokens, and the number of steps the slowest row took."""
+) -> tuple[Tensor, Tensor, int]:
+    """From all masks to none: int64 [R, S] tokens, their logprobs, and the number of steps the slowest row took."""
     tokens = torch.full((len(rows), block_size), mask_token_id, device=rows.device)
+    logprobs = torch.full(tokens.shape, torch.nan, device=rows.device)
     active = torch.arange(len(rows), device=rows.device)  # [A] rows of this block that still hold masks
     masked = torch.full_like(rows, block_size)  # [A]
     last_call = max(num_steps, block_size)
@@ -239,15 +258,18 @@ def _denoise_block(
         )
         _check_finite(result.confidence, rows[active])
         tokens[active] = result.tokens
+        scored = logits.index_fill(2, torch.tensor(mask_token_id, device=logits.device), -torch.inf)
+        written = torch.where(result.transfer_mask, _logprobs(scored, result.tokens), logprobs[active])
+        logprobs[active] = written.masked_fill(result.tokens == mask_token_id, torch.nan)
         masked = result.num_masked.long()
         run.nfe[rows[active]] += 1
-        run.report(block, step, rows[active], before, result.tokens, masked)
+        run.report(block, step, rows[active], before, result.tokens, masked, logprobs[active])
         if not masked.all():
             keep = masked.nonzero().squeeze(1)
             if not len(keep):
                 break
             state, active, masked = state.select(keep), active[keep], masked[keep]
-    return tokens, step + 1
+    return tokens, logprobs, step + 1
 
 
 def _autoregress(run: _Run, with_denoiser: bool) -> None:
@@ -262,7 +284,7 @@ def _autoregress(run: _Run, with_denoiser: bool) -> None:
         logits = run.model.denoise(last, state, t=None)[:, 0] if with_denoiser else state.logits  # [R, V]
         token = _next_token(logits, rows, run.seeds[rows], index, run.sampling)  # [R, 1]
         run.nfe[rows] += 1
-        go_on = run.finish_block(index, 1, rows, token)
+        go_on = run.finish_block(index, 1, rows, token, _logprobs(logits[:, None], token))
         if index + 1 == run.max_new_tokens or not go_on.any():
             return
         if not go_on.all():
@@ -290,9 +312,12 @@ def _check_finite(confidence: Tensor, rows: Tensor) -> None:
         raise FloatingPointError(f"the model's logits for row {int(bad[0])} hold NaN or infinity")
 
 
-def _prompt_rows(
-    prompts: Tensor | Sequence[Tensor | Sequence[int]], vocab_size: int, device: torch.device
-) -> list[Tensor]:
+def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """What the tokens' probabilities are logarithms of: logits [R, S, V], tokens [R, S] -> float32 [R, S]."""
+    return (logits.double() - logits.double().logsumexp(-1, keepdim=True)).gather(2, tokens[..., None])[..., 0].float()
+
+
+def _prompt_rows(prompts: Any, vocab_size: int, device: torch.device) -> list[Tensor]:
     """B checked one-dimensional int64 prompts on the model's device."""
     if isinstance(prompts, Tensor) and prompts.ndim != 2:
         raise ValueError(f"prompts must be [B, T] or a list of rows, got a tensor of shape {list(prompts.shape)}")
@@ -300,57 +325,73 @@ def _prompt_rows(
         raise ValueError("prompts must hold at least one row, got none")
     rows = []
     for b, prompt in enumerate(prompts):
-        row = torch.as_tensor(prompt)
+        row = arguments.tokens(f"prompts[{b}]", prompt)
         if row.ndim != 1 or not row.numel():
             raise ValueError(f"prompts[{b}] must hold one token or more in one dimension, got shape {list(row.shape)}")
-        if row.is_floating_point() or row.is_complex() or row.dtype == torch.bool:
-            raise TypeError(f"prompts[{b}] must hold integers, got {row.dtype}")
         wrong = row[(row < 0) | (row >= vocab_size)]
         if len(wrong):
             raise ValueError(f"prompts[{b}] holds token {int(wrong[0])}, outside the vocabulary of {vocab_size}")
-        rows.append(row.to(device=device, dtype=torch.int64))
+        rows.append(row.to(device))
     return rows
 
 
-def _check_options(
-    max_new_tokens: int, temperature: float, top_k: int, top_p: float, eos_token_id: int | None, vocab_size: int
-) -> None:
-    """The arguments that every mode reads. Comparisons are written so that NaN fails them."""
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number, 0 or more, got {temperature}")
+def _new_tokens(max_new_tokens: int) -> int:
+    count = whole("max_new_tokens", max_new_tokens)
+    if count < 0:
+        raise ValueError(f"max_new_tokens must be 0 or more, got {count}")
+    return count
+
+
+def _sampling(temperature: float, top_k: int, top_p: float, vocab_size: int) -> dict[str, Any]:
+    """The arguments of the sampler. Comparisons are written so that NaN fails them."""
+    temperature, top_k, top_p = real("temperature", temperature), whole("top_k", top_k), real("top_p", top_p)
+    if not 0 <= temperature <= 1e6:
+        raise ValueError(f"temperature must be a number from 0 to 1e6, got {temperature}")
     if not 0 <= top_k <= vocab_size:
         raise ValueError(f"top_k must be between 0 and the vocabulary size {vocab_size}, got {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
-    if eos_token_id is not None and not 0 <= eos_token_id < vocab_size:
-        raise ValueError(f"eos_token_id must be inside the vocabulary of {vocab_size}, got {eos_token_id}")
+    return {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 
 
-def _check_blocks(
+def _ends(eos_token_id: Any, vocab_size: int) -> list[int]:
+    """The tokens with which a row ends."""
+    if eos_token_id is None:
+        return []
+    several = arguments.are_several(eos_token_id)
+    ends = arguments.wholes("eos_token_id", eos_token_id if several else [eos_token_id])
+    for token in ends:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"eos_token_id must be inside the vocabulary of {vocab_size}, got {token}")
+    return ends
+
+
+def _checked_blocks(
     model: TwoTower,
     block_size: int,
     steps_per_block: int,
     confidence_threshold: float,
     mask_token_id: int,
     policy: RemaskPolicy | None,
-) -> None:
-    """The arguments that only mask_diffusion reads."""
+) -> tuple[RemaskPolicy, int, int, int]:
+    """What only mask_diffusion reads: policy, block size, steps, mask token."""
     vocab_size = model.config.vocab_size
+    block_size, steps = whole("block_size", block_size), whole("steps_per_block", steps_per_block)
+    threshold, mask = real("confidence_threshold", confidence_threshold), whole("mask_token_id", mask_token_id)
     if block_size < 1:
         raise ValueError(f"block_size must be 1 or more, got {block_size}")
-    if steps_per_block < 1:
-        raise ValueError(f"steps_per_block must be 1 or more, got {steps_per_block}")
+    if steps < 1:
+        raise ValueError(f"steps_per_block must be 1 or more, got {steps}")
     if policy is not None and policy.renoise:
         raise ValueError("policy must un-mask: a renoise rule starts from random tokens and never has a mask")
-    if math.isnan(confidence_threshold):
-        raise ValueError(f"confidence_threshold must be a number, got {confidence_threshold}")
-    if not 0 <= mask_token_id < vocab_size:
-        raise ValueError(f"mask_token_id must be inside the vocabulary of {vocab_size}, got {mask_token_id}")
+    if math.isnan(threshold):
+        raise ValueError(f"confidence_threshold must be a number, got {threshold}")
+    if not 0 <= mask < vocab_size:
+        raise ValueError(f"mask_token_id must be inside the vocabulary of {vocab_size}, got {mask}")
     trained = getattr(model.config, "block_size", None)
     if trained is not None and block_size > trained:
         warnings.warn(
             f"block_size {block_size} is larger than the {trained} the model was trained with: sampling may collapse",
             stacklevel=3,
         )
+    return policy or RemaskPolicy.twotower(threshold=threshold), block_size, steps, mask

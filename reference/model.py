@@ -29,6 +29,8 @@ from twotower_kernels.reference.layers import TimeEmbedder, Tower
 # These parameters keep their file's dtype, or a wider one: selection and decay are sensitive to their rounding.
 KEPT_WIDE = ("gate.weight", "e_score_correction_bias", "A_log", "mixer.D", "dt_bias")
 
+BACKBONE = ("backbone.", "model.")  # how the keys of a single tower begin: in files, and in transformers' own modules
+
 
 @dataclass(frozen=True)
 class ContextState:
@@ -117,7 +119,8 @@ class TwoTower(nn.Module):
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "TwoTower":
         """Loads a folder with `config.json` and safetensors in the released key layout.
 
-        A single-tower checkpoint of the backbone (`backbone.*`, `lm_head.weight`) seeds both towers.
+        A single-tower checkpoint of the backbone (`backbone.*`, `lm_head.weight`), as transformers saves it, seeds both
+        towers.
 
         Args:
             folder: holds `model.safetensors`, or shards and their index.
@@ -129,17 +132,21 @@ class TwoTower(nn.Module):
         """
         folder = Path(folder)
         config = TwoTowerConfig.from_file(folder / "config.json")
+        listed = checkpoint.listed(folder)
+        from_backbone = any(key.startswith(BACKBONE) for key in listed)
+        _check_count(config, listed, 1 if from_backbone else 2, folder)
         model = cls(config)
-        dtype = dtype or getattr(torch, config.torch_dtype)
-        waiting, from_backbone = set(model.state_dict()), checkpoint.has_prefix(folder, "backbone.")
+        if dtype is None:
+            dtype = _most_common(listed) if config.torch_dtype == "auto" else getattr(torch, config.torch_dtype)
+        waiting = set(model.state_dict())
         if from_backbone:  # time conditioning is not in such a checkpoint: it stays as initialised
             model.to(dtype)
             waiting = {name for name in waiting if name.startswith(("context_", "denoiser_", "lm_head"))}
         known = set(waiting)
-        for key, tensor in checkpoint.tensors(folder):
+        for key, tensor in _one_by_one(checkpoint.tensors(folder)):
             for name in _parameter_names(key, from_backbone):
                 if name not in known:
-                    raise ValueError(f"{folder}: key {key} is not part of this model")
+                    raise ValueError(f"{folder}: key {checkpoint.named(key)} is not part of this model")
                 if name not in waiting:
                     raise ValueError(f"{folder}: key {key} was already given under another spelling")
                 waiting.discard(name)
@@ -185,7 +192,7 @@ class TwoTower(nn.Module):
 
         With `states_every`, `conv` and `ssm` of the new state are those after every so many tokens, `[B, N, ...]`.
         """
-        self._check_ids(ids)
+        ids = self._checked_ids(ids)
         if ids.shape[0] != state.batch_size or state.kv_index is not None:
             raise ValueError(f"ids: expected {state.batch_size} rows of an unshared state, got {ids.shape[0]}")
         c, tower = self.config, self.context_tower
@@ -235,7 +242,7 @@ class TwoTower(nn.Module):
             t: the noise level in [0, 1], a number or `[B]` (for ranking policies the masked fraction); None: without
                 time conditioning, so that the tower computes as the context tower does.
         """
-        self._check_ids(block_ids)
+        block_ids = self._checked_ids(block_ids)
         if len(block_ids) != state.batch_size:
             raise ValueError(f"block_ids: expected {state.batch_size} rows as the state has, got {len(block_ids)}")
         c, tower = self.config, self.denoiser_tower
@@ -274,9 +281,11 @@ class TwoTower(nn.Module):
         h = tower.embeddings(ids)
         return h.float() if self.config.residual_in_fp32 and h.dtype != torch.float64 else h
 
-    def _check_ids(self, ids: Tensor) -> None:
-        if ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64):
+    def _checked_ids(self, ids: Tensor) -> Tensor:
+        """int64 [B, S]."""
+        if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"ids: expected integers [B, S], got {ids.dtype} {tuple(ids.shape)}")
+        ids = ids.long()
         wrong = (ids < 0) | (ids >= self.config.vocab_size)
         if bool(wrong.any()):
             row, column = wrong.nonzero()[0].tolist()
@@ -284,13 +293,47 @@ class TwoTower(nn.Module):
                 f"ids: token {int(ids[row, column])} at row {row}, position {column} is outside the vocabulary "
                 f"of {self.config.vocab_size}"
             )
+        return ids
+
+
+def _check_count(config: TwoTowerConfig, listed: dict[str, tuple[str, int]], towers: int, folder: Path) -> None:
+    """Refuses a config that asks for many times the numbers that the files hold, before any of them is allocated.
+
+    Raises:
+        ValueError: it does. (What is wrong in particular is said of a model that is about as large as its files.)
+    """
+    held, wanted = sum(count for _, count in listed.values()), towers * config.numbers
+    if wanted > 8 * held:
+        raise ValueError(
+            f"{folder}: a config of model_type {config.model_type!r} with vocab_size {config.vocab_size}, hidden_size "
+            f"{config.hidden_size}, {len(config.hybrid_override_pattern)} layers and {config.n_routed_experts} experts "
+            f"asks for {wanted} numbers, but the files hold {held}"
+        )
+
+
+def _most_common(listed: dict[str, tuple[str, int]]) -> torch.dtype:
+    """The dtype that most of a checkpoint's floating numbers have."""
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    counts = {dtype: sum(n for kind, n in listed.values() if kind == word) for word, dtype in dtypes.items()}
+    return max(counts, key=counts.__getitem__)
+
+
+def _one_by_one(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """transformers' own modules hold a layer's experts in one tensor: it is handed out expert by expert."""
+    for key, tensor in tensors:
+        if key.endswith((".experts.up_proj", ".experts.down_proj")):
+            prefix, _, projection = key.rpartition(".")
+            for i, expert in enumerate(tensor):
+                yield f"{prefix}.{i}.{projection}.weight", expert
+        else:
+            yield key, tensor
 
 
 def _parameter_names(key: str, from_backbone: bool) -> list[str]:
     """The parameters that a checkpoint key fills: one, or one in each tower for a backbone checkpoint."""
     key = key.replace("embedding.weight", "embeddings.weight")
-    if key.startswith("backbone."):
-        rest = key.removeprefix("backbone.")
+    if key.startswith(BACKBONE):
+        rest = key.partition(".")[2]
         return [f"context_tower.{rest}", f"denoiser_tower.{rest}"]
     if from_backbone and key == "lm_head.weight":
         return ["context_lm_head.weight", "lm_head.weight"]

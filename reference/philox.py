@@ -10,8 +10,12 @@ device, in every batch and in every order of evaluation, so a sampled generation
 Draws that belong to a position and not to a token use the reserved token numbers RANKING, POSTERIOR and RENOISE.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from twotower_kernels.reference.arguments import are_several, whole, wholes
 
 RANKING = 2**32 - 1  # the order of a random score, and each position's own coin
 POSTERIOR = 2**32 - 2  # whether a position stays a mask under q(x_s | x_t)
@@ -99,8 +103,19 @@ def sequence_seed(seed: int, index: int) -> int:
     One Philox call on the counter (2^32 - 1, 0, index's halves), which no draw of a token uses. A sequence so samples
     the same whatever else is in its batch.
     """
+    seed, index = whole("seed", seed), whole("index", index)
     if index < 0:
         raise ValueError(f"index must be 0 or larger, got {index}")
     counter = (_WORD, 0, index & _WORD, index >> 32)
     low, high, _, _ = philox(tuple(torch.tensor(c) for c in counter), _key(torch.tensor(as_int64(seed))))
     return as_int64(int(low) | int(high) << 32)
+
+
+def row_seeds(seed: Any, rows: int) -> list[int]:
+    """The seeds of the sequences of a request: from one number, or those that were given, one for each."""
+    if not are_several(seed):
+        return [sequence_seed(seed, index) for index in range(rows)]
+    seeds = wholes("seed", seed, "an integer, or one per row")
+    if len(seeds) != rows:
+        raise ValueError(f"seed must be a number or have one for each of {rows} rows, got {len(seeds)}")
+    return [as_int64(key) for key in seeds]

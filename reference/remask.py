@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.reference import philox, remask_checks, remask_schedule
+from twotower_kernels.reference.arguments import whole
 from twotower_kernels.reference.remask_policy import RemaskPolicy
 from twotower_kernels.reference.remask_select import Rows, first_waiting, select
 
 NEAR = 1e-4  # candidates closer than this are decided again with float64 noise
+COLDEST = 1e-36  # at this temperature, and at all below, a draw is the argmax
 
 
 class RemaskResult(NamedTuple):
@@ -68,7 +70,10 @@ def remask(
         mask_token_id: in [0, V); None only for policies with renoise, which have no mask.
         policy: the rule.
         step, num_steps: i and N of the rule, per row. Steps at or past N - 1 count as the last one.
-        temperature: per row. 0: the argmax. Otherwise x^ is drawn (unless the policy is greedy).
+        temperature: per row. 0: the argmax. Otherwise x^ is drawn (unless the policy is greedy). As T falls the draw
+            becomes the argmax, ties of logits other than 0 included: from T = 1e-36 down by definition, before that
+            where the best z / T is too large for a number, or so large that float64 loses the noise. Tempered
+            statistics see 1e-36 in the place of what lies between it and 0.
         top_k, top_p: per row; 0 and 1.0 are off. The k largest logits stay, then the largest ones of which the
             probabilities before them sum to at most top_p. What ties with the last one kept stays too.
         seed, offset: per row, the Philox key (64 bits) and the row offset of the counter (the block's index).
@@ -87,6 +92,7 @@ def remask(
 
     Errors: TypeError for a wrong type or dtype, ValueError for a wrong shape, device or value; each names the argument.
     """
+    mask_token_id = None if mask_token_id is None else whole("mask_token_id", mask_token_id, "an int")
     a = remask_checks.check(
         logits=logits,
         tokens=tokens,
@@ -189,12 +195,13 @@ def _admitted(
 
 
 def _temperature(policy: RemaskPolicy, a: remask_checks.Arguments) -> Tensor:
-    """The temperature of this step: float64 [B]."""
-    if policy.temperature_end is None:
-        return a.temperature
-    rest = (a.num_steps - a.step).clamp(min=0) / a.num_steps
-    falling = policy.temperature_end + (a.temperature - policy.temperature_end) * rest
-    return torch.where(a.temperature > 0, falling, 0.0)
+    """The temperature of this step: float64 [B], 0 or at least COLDEST."""
+    temperature = a.temperature
+    if policy.temperature_end is not None:
+        rest = (a.num_steps - a.step).clamp(min=0) / a.num_steps
+        falling = policy.temperature_end + (temperature - policy.temperature_end) * rest
+        temperature = torch.where(temperature > 0, falling, 0.0)
+    return torch.where(temperature > 0, temperature.clamp(min=COLDEST), 0.0)
 
 
 def _tempered(z: Tensor, temperature: Tensor) -> Tensor:
@@ -236,12 +243,14 @@ def _candidate(
     if policy.schedule == "posterior":
         tokens_only = z.index_fill(2, torch.tensor([mask_token_id], device=z.device), -torch.inf)
     candidate = tokens_only.argmax(-1)  # the first of equal ones
-    sampled = (temperature > 0) & (not policy.greedy)
+    sampled = (temperature > COLDEST) & (not policy.greedy)
     if policy.renoise and policy.finish:
         sampled = sampled & (a.step < a.num_steps - 1)
     if sampled.any():
         drawn = _sample(torch.where(kept, tokens_only, -torch.inf), temperature, a)
-        candidate = torch.where(sampled[:, None], drawn, candidate)
+        t = torch.where(sampled, temperature, 1.0)[:, None].to(z.dtype)  # [B, 1]
+        noise_matters = (tokens_only.amax(-1) / t).isfinite()
+        candidate = torch.where(sampled[:, None] & noise_matters, drawn, candidate)
     return candidate if a.candidates is None else torch.where(a.candidates >= 0, a.candidates, candidate)
 
 

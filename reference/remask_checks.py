@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.reference import philox
+from twotower_kernels.reference.arguments import real, whole, wholes
 from twotower_kernels.reference.remask_policy import RemaskPolicy
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -81,13 +82,11 @@ def check(
     if mask_token_id is None:
         if not policy.renoise:
             raise ValueError("mask_token_id is None, which only a policy with renoise allows")
-    elif isinstance(mask_token_id, bool) or not isinstance(mask_token_id, int):
-        raise TypeError(f"mask_token_id must be an int, got {type(mask_token_id).__name__}")
     elif not 0 <= mask_token_id < vocab:
         raise ValueError(f"mask_token_id must be in [0, {vocab}), got {mask_token_id}")
 
-    def per_row(name: str, value: Any, whole: bool, low: float, high: float = math.inf) -> Tensor:
-        return _per_row(name, value, batch, device, whole, low, high)
+    def per_row(name: str, value: Any, is_whole: bool, low: float, high: float = math.inf) -> Tensor:
+        return _per_row(name, value, batch, device, is_whole, low, high)
 
     valid = torch.ones(batch, block, dtype=torch.bool, device=device)
     if valid_lens is not None:
@@ -113,7 +112,7 @@ def check(
         temperature=per_row("temperature", temperature, False, 0.0, 1e6),
         top_k=per_row("top_k", top_k, True, 0),
         top_p=per_row("top_p", top_p, False, 0.0, 1.0),
-        seed=_per_row("seed", philox.as_int64(seed) if isinstance(seed, int) else seed, batch, device, True),
+        seed=_per_row("seed", seed, batch, device, True),
         offset=per_row("offset", offset, True, 0, 2**32 - 1),
         gate_bound=_per_row(
             "gate_bound", policy.gate_bound if gate_bound is None else gate_bound, batch, device, False
@@ -159,28 +158,29 @@ def _per_row(
     value: Any,
     batch: int,
     device: torch.device,
-    whole: bool,
+    is_whole: bool,
     low: float = -math.inf,
     high: float = math.inf,
 ) -> Tensor:
-    """A number or a tensor [B] as int64 (whole) or float64 [B]."""
-    kind = "an integer" if whole else "a number"
+    """A number or a tensor [B] as int64 (is_whole) or float64 [B]."""
+    kind = "an integer" if is_whole else "a number"
     if isinstance(value, Tensor):
-        allowed = INTEGERS if whole else FLOATING + INTEGERS
+        allowed = INTEGERS if is_whole else FLOATING + INTEGERS
         if value.dtype not in allowed:
             raise TypeError(f"{name} must be {kind} or a tensor of them, got a tensor of {value.dtype}")
         if value.shape not in ((), (batch,)):
             raise ValueError(f"{name} must be {kind} or have shape [{batch}], got {list(value.shape)}")
         if value.device != device and value.ndim:
             raise ValueError(f"{name} must be on {device} like the logits, got {value.device}")
-    elif isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-        raise TypeError(f"{name} must be {kind} or a tensor of them, got {type(value).__name__}")
-    elif whole and not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must fit into 64 bits, got {value}")
-    rows = torch.as_tensor(value, dtype=torch.int64 if whole else torch.float64, device=device).expand(batch)
+    else:
+        value = (whole if is_whole else real)(name, value, f"{kind} or a tensor of them")
+        value = philox.as_int64(value) if name == "seed" else value
+        if is_whole and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name} must fit into 64 bits, got {value}")
+    rows = torch.as_tensor(value, dtype=torch.int64 if is_whole else torch.float64, device=device).expand(batch)
     if low > -math.inf or high < math.inf:
         _within(name, rows if batch else torch.as_tensor(value), low, high)
-    elif not whole and rows.isnan().any():
+    elif not is_whole and rows.isnan().any():
         raise ValueError(f"{name} must not be NaN")
     return rows
 
@@ -191,8 +191,11 @@ def _ids(name: str, value: Any, vocab: int, device: torch.device) -> Tensor:
         return torch.zeros(0, dtype=torch.int64, device=device)
     if isinstance(value, Tensor) and value.dtype not in INTEGERS:
         raise TypeError(f"{name} must hold integers, got {value.dtype}")
-    if not isinstance(value, Tensor) and not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-        raise TypeError(f"{name} must hold integers, got {value!r}")
+    if not isinstance(value, Tensor):
+        try:
+            value = wholes(name, value)
+        except TypeError:
+            raise TypeError(f"{name} must hold integers, got {value!r}") from None
     ids = torch.as_tensor(value, dtype=torch.int64, device=device)
     if ids.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional, got shape {list(ids.shape)}")

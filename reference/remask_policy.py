@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.reference import remask_schedule
+from twotower_kernels.reference.arguments import real, whole
 
 Statistics = Literal["raw", "filtered"]
 Score = Literal["confidence", "margin", "neg_entropy", "random", "leftmost"]
@@ -162,7 +163,7 @@ class RemaskPolicy:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_field(field.name, getattr(self, field.name))
+            object.__setattr__(self, field.name, _checked_field(field.name, getattr(self, field.name)))
         if self.combine == "cap" and self.gate == "none":
             raise ValueError("combine='cap' needs a gate, got gate='none'")
         if self.renoise and (self.edit_threshold is not None or self.remask_threshold is not None):
@@ -446,28 +447,32 @@ class RemaskPolicy:
         )
 
 
-def _check_field(name: str, value: object) -> None:
-    """ValueError or TypeError unless `value` is one that the field `name` can have."""
+def _checked_field(name: str, value: object) -> object:
+    """The value of the field `name`, numbers as Python's; ValueError or TypeError unless the field can have it."""
     if name in _CHOICES:
         choices = get_args(_CHOICES[name])
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-        return
+        return value
     default = RemaskPolicy.__dataclass_fields__[name].default
+    if default is None and value is None:
+        return value
     if isinstance(default, bool):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
-    elif isinstance(default, int):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < 0:
-            raise ValueError(f"{name} must be 0 or larger, got {value}")
-    elif not (default is None and value is None):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name} must be a number{' or None' if default is None else ''}, got {value!r}")
-        low, high = _RANGES.get(name, (-math.inf, math.inf))
-        if math.isnan(value) or not low <= value <= high:
-            raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {value}")
+        return value
+    is_whole = isinstance(default, int)
+    kind = "an int" if is_whole else "a number" if default is not None else "a number or None"
+    try:
+        number = whole(name, value) if is_whole else real(name, value)
+    except TypeError:
+        raise TypeError(f"{name} must be {kind}, got {value!r}") from None
+    if is_whole and not 0 <= number < 2**63:
+        raise ValueError(f"{name} must be 0 or larger, got {value}")
+    low, high = _RANGES.get(name, (-math.inf, math.inf))
+    if math.isnan(number) or not low <= number <= high:
+        raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {value}")
+    return number
 
 
 _RANGES = {

@@ -24,6 +24,7 @@ from twotower_kernels.ops import (
 )
 from twotower_kernels.ops.remask import RemaskResult, remask
 from twotower_kernels.remask_policy import RemaskPolicy
+from twotower_kernels.seeds import sequence_seed
 from twotower_kernels.state import ContextState
 
 __version__ = "0.1.0.dev0"
@@ -54,6 +55,7 @@ __all__ = [
     "moe_route",
     "remask",
     "rms_norm",
+    "sequence_seed",
 ]
 
 

@@ -7,8 +7,8 @@ comes from the folder, and its index cannot name a file outside it.
 
 from __future__ import annotations
 
-import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from twotower_kernels.files import named, read_json, shown
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MOST_BYTES = 2**25  # of an index; that of the largest checkpoints takes a third
 
 _DTYPES = {
     "F64": torch.float64,
@@ -52,25 +55,26 @@ class Entry:
         """Bytes in the file."""
         return math.prod(self.shape) * (self.dtype.itemsize if isinstance(self.dtype, torch.dtype) else 1)
 
-    def check(self, shape: tuple[int, ...]) -> torch.dtype:
-        """The entry's dtype, if it can fill a parameter of this shape.
+    def check(self, shape: tuple[int, ...], whose: str = "") -> None:
+        """Whether the entry can fill a parameter of this shape, by whoever wants it.
 
         Raises:
             ValueError: another shape, or no floating dtype. The message names file and key.
         """
         if self.shape != shape:
-            raise ValueError(f"{self.path}: key {self.key} has shape {list(self.shape)}, expected {list(shape)}")
+            raise ValueError(
+                f"{self.path}: key {named(self.key)} has shape {shown(list(self.shape))}, expected {list(shape)}{whose}"
+            )
         if self.dtype not in _WEIGHT_DTYPES or isinstance(self.dtype, str):
             expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _WEIGHT_DTYPES)
-            raise ValueError(f"{self.path}: key {self.key} has dtype {self.dtype}, expected one of {expected}")
-        return self.dtype
+            raise ValueError(f"{self.path}: key {named(self.key)} has dtype {self.dtype}, expected one of {expected}")
 
 
 def entries(folder: str | Path) -> list[Entry]:
     """Every tensor of a checkpoint folder, ordered by file and key.
 
     Raises:
-        FileNotFoundError: no such folder, neither weights nor index in it, or a shard missing.
+        FileNotFoundError: no such folder, neither weights nor index in it, or a shard missing and no whole file.
         ValueError: an index that is none, that leads out of the folder, or that promises a key its shard lacks; a file
             that is truncated or no safetensors; a key in two files.
     """
@@ -80,10 +84,10 @@ def entries(folder: str | Path) -> list[Entry]:
         with _open(path) as file:
             keys = sorted(file.keys())
             if missing := sorted(promised - set(keys)):
-                raise ValueError(f"{path}: {INDEX} promises key {missing[0]} here, but the file lacks it")
+                raise ValueError(f"{path}: {INDEX} promises key {named(missing[0])} here, but the file lacks it")
             for key in keys:
                 if key in found:
-                    raise ValueError(f"{path}: key {key} was already found in {found[key].path.name}")
+                    raise ValueError(f"{path}: key {named(key)} was already found in {found[key].path.name}")
                 header = file.get_slice(key)
                 dtype = header.get_dtype()
                 found[key] = Entry(key, path, tuple(header.get_shape()), _DTYPES.get(dtype, dtype))
@@ -111,25 +115,39 @@ def _files(folder: Path) -> dict[Path, set[str]]:
         if not (folder / WEIGHTS).is_file():
             raise FileNotFoundError(f"{folder}: neither {WEIGHTS} nor {INDEX} is there")
         return {folder / WEIGHTS: set()}
-    files: dict[Path, set[str]] = {}
+    files: dict[str, set[str]] = {}
     for key, name in _weight_map(index).items():
         # A download must not be able to name a file elsewhere. (A link inside the folder is its owner's own doing.)
-        if not isinstance(name, str) or name in ("", ".", "..") or "\0" in name or Path(name).name != name:
-            raise ValueError(f"{index}: key {key} names {name!r}, which is not a file inside the folder")
-        files.setdefault(folder / name, set()).add(key)
-    for path in files:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: this shard is named by {INDEX} but is missing")
-    return files
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise ValueError(f"{index}: key {named(key)} names {shown(name)}, which is not a file inside the folder")
+        files.setdefault(name, set()).add(key)
+    if not files:
+        raise ValueError(f"{index}: expected a weight_map that names files, got an empty one")
+    missing = next((name for name in files if not _is_file(folder / name)), None)
+    if WEIGHTS not in files and _is_file(folder / WEIGHTS):
+        # Left behind by one of two savings into one folder. Shards that are incomplete cannot be meant.
+        named_there = f"shards, beside {WEIGHTS}" if missing is None else f"{named(missing)}, which is not there"
+        read = "the shards" if missing is None else WEIGHTS
+        warnings.warn(f"{index}: it names {named_there}; {read} will be read", stacklevel=2)
+        files, missing = {WEIGHTS: set()} if missing else files, None
+    if missing is not None:
+        raise FileNotFoundError(f"{folder}/{named(missing)}: this shard is named by {INDEX} but is missing")
+    return {folder / name: keys for name, keys in files.items()}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for any file
+        return False
 
 
 def _weight_map(index: Path) -> dict[str, Any]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{index}: not an index with a weight_map: {error!r}") from None
+    otherwise = "not an index with a weight_map"
+    content = read_json(index, most=MOST_BYTES, otherwise=otherwise)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else content
     if not isinstance(weight_map, dict):
-        raise ValueError(f"{index}: not an index with a weight_map: it is a {type(weight_map).__name__}")
+        raise ValueError(f"{index}: {otherwise}: it is a {type(weight_map).__name__}")
     return weight_map
 
 
@@ -139,5 +157,7 @@ def _open(path: Path) -> Iterator[Any]:
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file: {error}") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file: {named(str(error))}") from None
+    except (OSError, MemoryError) as error:  # a file larger than the address space is not mapped
+        raise ValueError(f"{path}: cannot be read: {named(str(error))}") from None

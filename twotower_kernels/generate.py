@@ -22,21 +22,22 @@ were numbers, whether it wrote its last token. That is one small read per step; 
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from twotower_kernels import generate_checks as checks
+from twotower_kernels.arguments import Integers
 from twotower_kernels.capture import CapturedModel
-from twotower_kernels.generate_checks import check_blocks, check_options, prompt_rows
+from twotower_kernels.generate_checks import Blocks, Prompts
 from twotower_kernels.inference import inference
 from twotower_kernels.ops.remask import remask
 from twotower_kernels.remask_policy import RemaskPolicy
-from twotower_kernels.seeds import sequence_seed
+from twotower_kernels.seeds import row_seeds
 
 if TYPE_CHECKING:
     from twotower_kernels.model import TwoTowerModel
@@ -65,6 +66,7 @@ class StepEvent:
     after: Tensor  # [R, S] int64
     num_masked: Tensor  # [R] int64, masks left in `after`
     nfe: Tensor  # [R] int64, model calls this row has cost so far
+    logprobs: Tensor | None = None  # [R, S] float32, where they were asked for: those of `after`, NaN for masks
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class GenerateResult:
     nfe: list[int]  # per row: denoiser calls while the row had masks (ar: context-tower predictions)
     finish_reason: list[str]  # per row: "eos", "length", or "interrupted" if the stream was left before its end
     seconds: float  # spent generating, prefill included; what an observer does with the events is not counted
+    logprobs: list[Tensor] | None = None  # per row, where they were asked for, 1-D float32: one per new token
 
     @property
     def tokens_per_nfe(self) -> float:
@@ -90,11 +93,12 @@ class _Request:
     model: TwoTowerModel
     prompts: list[Tensor]  # per row, 1-D int64
     max_new_tokens: int
-    eos_token_id: int | None
+    ends: Tensor  # [n] int64, the tokens with which a row ends
     sampling: dict[str, Any]  # temperature, top_k, top_p
     seeds: Tensor  # [B] int64, Philox keys
     nfe: list[int]  # per row
     blocks: list[list[Tensor]]  # per row, its finished blocks
+    logprobs: list[list[Tensor]] | None  # per row, those of its finished blocks, if wanted
     denoise: Callable[..., Tensor]  # the model's; on a GPU recorded and replayed
     commit: Callable[[Tensor, ContextState], ContextState]  # of whole blocks, likewise
 
@@ -105,14 +109,14 @@ class _Request:
 
     def look(self, rows: list[int], num_masked: Tensor, tokens: Tensor, confidence: Tensor) -> list[tuple[int, bool]]:
         """Counts a model call of these rows, and makes the host's one read of it: per row, the masks left [R] and
-        whether its block [R, S] holds the EOS.
+        whether its block [R, S] holds an EOS.
 
         Remasking marks a position without usable logits by a confidence [R, S] of NaN, and leaves it alone for ever.
         """
         for row in rows:
             self.nfe[row] += 1
         left = torch.where(confidence.isnan().any(dim=1), -1, num_masked)
-        ended = (tokens == (-1 if self.eos_token_id is None else self.eos_token_id)).any(dim=1)
+        ended = (tokens[..., None] == self.ends).flatten(1).any(dim=1)
         seen = torch.stack([left.long(), ended.long()], dim=1).tolist()
         for row, (masks, _) in zip(rows, seen, strict=True):
             if masks < 0:
@@ -120,28 +124,45 @@ class _Request:
         return [(masks, bool(end)) for masks, end in seen]
 
     def step(
-        self, block: int, step: int, rows: list[int], before: Tensor, after: Tensor, masks: list[int]
+        self,
+        block: int,
+        step: int,
+        rows: list[int],
+        before: Tensor,
+        after: Tensor,
+        masks: list[int],
+        logprobs: Tensor | None,
     ) -> StepEvent:
         """What the observer is told of an un-masking step."""
         nfe = torch.tensor([self.nfe[row] for row in rows])
-        return StepEvent(block, step, False, torch.tensor(rows), before, after, torch.tensor(masks), nfe)
+        return StepEvent(block, step, False, torch.tensor(rows), before, after, torch.tensor(masks), nfe, logprobs)
 
-    def finish_block(self, block: int, steps: int, rows: list[int], tokens: Tensor) -> StepEvent:
+    def finish_block(
+        self, block: int, steps: int, rows: list[int], tokens: Tensor, logprobs: Tensor | None
+    ) -> StepEvent:
         """Hands a finished block [R, S] to its rows. The observer gets a copy, to do with as he likes."""
         for row, new in zip(rows, tokens, strict=True):
             self.blocks[row].append(new)
+        if self.logprobs is not None and logprobs is not None:
+            for row, of_new in zip(rows, logprobs, strict=True):
+                self.logprobs[row].append(of_new)
+            logprobs = logprobs.clone()
         shown, nfe = tokens.clone(), torch.tensor([self.nfe[row] for row in rows])
         none = torch.zeros(len(rows), dtype=torch.int64)
-        return StepEvent(block, steps, True, torch.tensor(rows), shown, shown, none, nfe)
+        return StepEvent(block, steps, True, torch.tensor(rows), shown, shown, none, nfe, logprobs)
 
     def cut(self, row: int) -> tuple[Tensor, str]:
         """A row's new tokens, at most `max_new_tokens`, up to and including the first EOS."""
         new = torch.cat([self.prompts[row][:0], *self.blocks[row]])[: self.max_new_tokens]
-        if self.eos_token_id is not None:
-            hits = (new == self.eos_token_id).nonzero()
-            if len(hits):
-                return new[: int(hits[0]) + 1], "eos"
+        hits = (new[:, None] == self.ends).any(dim=1).nonzero()
+        if len(hits):
+            return new[: int(hits[0]) + 1], "eos"
         return new, "length" if len(new) == self.max_new_tokens else "interrupted"
+
+    def cut_logprobs(self, row: int, length: int) -> Tensor:
+        """Those of a row's first `length` new tokens."""
+        assert self.logprobs is not None
+        return torch.cat([self.seeds.new_empty(0, dtype=torch.float32), *self.logprobs[row]])[:length]
 
 
 class Stream(Iterator[StepEvent]):
@@ -172,13 +193,16 @@ class Stream(Iterator[StepEvent]):
         request = self._request
         new_tokens, reasons = zip(*map(request.cut, range(len(request.prompts))), strict=True)
         sequences = [torch.cat(pair) for pair in zip(request.prompts, new_tokens, strict=True)]
-        return GenerateResult(sequences, list(new_tokens), list(request.nfe), list(reasons), self._seconds)
+        logprobs = None
+        if request.logprobs is not None:
+            logprobs = [request.cut_logprobs(row, len(new)) for row, new in enumerate(new_tokens)]
+        return GenerateResult(sequences, list(new_tokens), list(request.nfe), list(reasons), self._seconds, logprobs)
 
 
 @inference
 def stream(
     model: TwoTowerModel,
-    prompts: Tensor | Sequence[Tensor | Sequence[int]],
+    prompts: Prompts,
     *,
     mode: str = "mask_diffusion",
     max_new_tokens: int,
@@ -190,8 +214,9 @@ def stream(
     top_k: int = 0,
     top_p: float = 1.0,
     mask_token_id: int = 3,
-    eos_token_id: int | None = None,
-    seed: int = 0,
+    eos_token_id: int | Integers | None = None,
+    seed: int | Integers = 0,
+    logprobs: bool = False,
 ) -> Stream:
     """Continues every prompt by up to `max_new_tokens` tokens, one event after the other. Not differentiable.
 
@@ -199,7 +224,7 @@ def stream(
 
     Args:
         model: the two towers.
-        prompts: int64 [B, T], or B one-dimensional tensors or lists of any lengths >= 1.
+        prompts: [B, T], or B one-dimensional tensors, arrays or lists of any lengths >= 1; integers of any dtype.
         mode: "mask_diffusion", "mock_ar" or "ar".
         max_new_tokens: per row. When it is no multiple of the block size, the last block is denoised whole and then
             cut, so a shorter request gives a prefix of a longer one.
@@ -211,44 +236,51 @@ def stream(
             may let one token pass at a time, the posterior may leave masks): step i >= T runs as the last step of a
             schedule of i + 1 steps, so its random numbers are new. A block that still has masks after max(T, S) calls
             gets one more, which commits its best tokens everywhere, so it ends in any case and without a mask.
-        temperature, top_k, top_p: sampling; temperature 0 is greedy, top_k 0 and top_p 1 are no filter.
+        temperature, top_k, top_p: sampling; temperature 0 is greedy (as 1e-36 is, and less), 1e6 the highest; top_k 0
+            and top_p 1 are no filter.
         mask_token_id: what stands at a place to be filled (mask_diffusion only; the other modes treat it as any token).
-        eos_token_id: a row ends with the first EOS among its new tokens.
-        seed: the request's seed, 64 bits. Row b draws with the key `seeds.sequence_seed(seed, b)`. In mask_diffusion
-            the counter holds (token, position in the block, step, index of the block); in the autoregressive modes
-            (token, 0, 0, index of the new token).
+        eos_token_id: a token, or several: a row ends with the first of them among its new tokens. None: with none.
+        seed: the request's seed, 64 bits, or one seed per row. Row b draws with the key `sequence_seed(seed, b)`, or
+            with its own seed as the key: so it draws the same in any batch, and `seed=[sequence_seed(seed, b)]` repeats
+            row b of a request with one seed. In mask_diffusion the counter holds (token, position in the block, step,
+            index of the block); in the autoregressive modes (token, 0, 0, index of the new token).
+        logprobs: also say how probable each new token was: the logarithm of its probability at temperature 1, without
+            filters, for the tower that proposed it. In mask_diffusion the mask token has no probability, and it is that
+            of the step that wrote the token, or last rewrote it.
+
+        Numbers may be NumPy's, and elements of arrays or of tensors on the CPU.
 
     Returns:
         A `Stream` of `StepEvent`; its `result()` is a `GenerateResult` of what is finished so far.
 
     Raises:
-        ValueError: an argument out of its range, a policy that needs no masks (renoise). TypeError: prompts that are
-            not integers. Both at once; FloatingPointError, for logits that are NaN or infinite, when it happens.
+        ValueError: an argument out of its range, a policy that needs no masks (renoise), seeds for another number of
+            rows. TypeError: prompts that are not integers, a number that is none. Both at once; FloatingPointError,
+            for logits that are NaN or infinite, when it happens.
     """
     start = time.perf_counter()
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     vocab_size = model.config.vocab_size
-    check_options(max_new_tokens, temperature, top_k, top_p, eos_token_id, vocab_size)
     device = model.device if mode == "ar" else model.denoiser_device
-    rows = prompt_rows(prompts, vocab_size, device)
+    rows = checks.prompt_rows(prompts, vocab_size, device)
     captured = CapturedModel(model)
     request = _Request(
         model=model,
         prompts=rows,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=eos_token_id,
-        sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
-        seeds=torch.tensor([sequence_seed(seed, b) for b in range(len(rows))], device=device),
+        max_new_tokens=checks.new_tokens(max_new_tokens),
+        ends=torch.tensor(checks.end_tokens(eos_token_id, vocab_size), dtype=torch.int64, device=device),
+        sampling=checks.sampling(temperature, top_k, top_p, vocab_size),
+        seeds=torch.tensor(row_seeds(seed, len(rows)), device=device),
         nfe=[0] * len(rows),
         blocks=[[] for _ in rows],
+        logprobs=[[] for _ in rows] if logprobs else None,
         denoise=(captured if _records(model.denoiser_device) else model).denoise,
         commit=(captured if _records(model.device) else model).commit,
     )
     if mode == "mask_diffusion":
-        check_blocks(model, block_size, steps_per_block, confidence_threshold, mask_token_id, policy)
-        policy = policy or RemaskPolicy.twotower(threshold=confidence_threshold)
-        events = _diffuse(request, policy, block_size, steps_per_block, mask_token_id)
+        blocks = checks.blocks(model, block_size, steps_per_block, confidence_threshold, mask_token_id, policy)
+        events = _diffuse(request, blocks)
     else:
         events = _autoregress(request, with_denoiser=mode == "mock_ar")
     return Stream(request, events, time.perf_counter() - start)
@@ -256,7 +288,7 @@ def stream(
 
 def generate(
     model: TwoTowerModel,
-    prompts: Tensor | Sequence[Tensor | Sequence[int]],
+    prompts: Prompts,
     *,
     mode: str = "mask_diffusion",
     max_new_tokens: int,
@@ -268,14 +300,15 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     mask_token_id: int = 3,
-    eos_token_id: int | None = None,
-    seed: int = 0,
+    eos_token_id: int | Integers | None = None,
+    seed: int | Integers = 0,
+    logprobs: bool = False,
     on_step: Callable[[StepEvent], object] | None = None,
 ) -> GenerateResult:
     """Continues every prompt by up to `max_new_tokens` tokens: a `stream` run to its end. Not differentiable.
 
     Args:
-        model, prompts, mode, ..., seed: as for `stream`.
+        model, prompts, mode, ..., logprobs: as for `stream`.
         on_step: called with a `StepEvent` after every un-masking step and for every finished block.
 
     Returns:
@@ -300,6 +333,7 @@ def generate(
         mask_token_id=mask_token_id,
         eos_token_id=eos_token_id,
         seed=seed,
+        logprobs=logprobs,
     )
     for event in events:
         if on_step is not None:
@@ -312,20 +346,27 @@ def _records(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _diffuse(
-    request: _Request, policy: RemaskPolicy, block_size: int, num_steps: int, mask_token_id: int
-) -> Generator[StepEvent, None, None]:
+def _logprobs(logits: Tensor, tokens: Tensor, without: int | None = None) -> Tensor:
+    """The logarithms of the tokens' probabilities, logits [R, S, V] and tokens [R, S] -> float32 [R, S].
+
+    without: a token that has no probability.
+    """
+    if without is not None:
+        logits = logits.clone()
+        logits[..., without] = -torch.inf
+    return logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1).float()
+
+
+def _diffuse(request: _Request, blocks: Blocks) -> Generator[StepEvent, None, None]:
     """Block after block: denoise it, hand it out, extend the context of the rows that go on."""
-    num_blocks = math.ceil(request.max_new_tokens / block_size)
+    num_blocks = -(-request.max_new_tokens // blocks.size)
     if not num_blocks:
         return
     state = request.model.prefill(*request.padded())
     rows, seeds = list(range(len(request.prompts))), request.seeds  # [R] those still generating, in the state's order
     for block in range(num_blocks):
-        tokens, steps, ended = yield from _denoise_block(
-            request, state, rows, seeds, policy, block, block_size, num_steps, mask_token_id
-        )
-        yield request.finish_block(block, steps, rows, tokens)
+        tokens, logprobs, steps, ended = yield from _denoise_block(request, state, rows, seeds, blocks, block)
+        yield request.finish_block(block, steps, rows, tokens, logprobs)
         if block + 1 == num_blocks or all(ended):
             return  # the last block is read by nobody: the context need not grow
         if any(ended):
@@ -339,15 +380,15 @@ def _denoise_block(
     state: ContextState,
     rows: list[int],
     seeds: Tensor,
-    policy: RemaskPolicy,
+    blocks: Blocks,
     block: int,
-    block_size: int,
-    num_steps: int,
-    mask_token_id: int,
-) -> Generator[StepEvent, None, tuple[Tensor, int, list[bool]]]:
-    """From all masks to none: int64 [R, S] tokens, the steps the slowest row took, and per row whether it has ended."""
+) -> Generator[StepEvent, None, tuple[Tensor, Tensor | None, int, list[bool]]]:
+    """From all masks to none: int64 [R, S] tokens, float32 [R, S] their logprobs if wanted, the steps the slowest row
+    took, and per row whether it has ended."""
+    block_size, num_steps, mask_token_id, policy = blocks
     device = seeds.device
     tokens = torch.full((len(rows), block_size), mask_token_id, device=device)
+    logprobs = None if request.logprobs is None else torch.full(tokens.shape, torch.nan, device=device)
     ended = [False] * len(rows)
     active, where = list(range(len(rows))), torch.arange(len(rows), device=device)  # [A] those that still hold masks
     masked = torch.full((len(rows),), block_size, device=device)  # [A]
@@ -370,10 +411,16 @@ def _denoise_block(
             **request.sampling,
         )
         tokens[where] = result.tokens
+        written = None  # [A, S] logprobs
+        if logprobs is not None:
+            written = _logprobs(logits, result.tokens, without=mask_token_id)
+            written = torch.where(result.transfer_mask, written, logprobs[where])
+            written = torch.where(result.tokens == mask_token_id, torch.nan, written)
+            logprobs[where] = written
         masked = result.num_masked
         of_request = [rows[i] for i in active]
         seen = request.look(of_request, masked, result.tokens, result.confidence)
-        yield request.step(block, step, of_request, before, result.tokens, [masks for masks, _ in seen])
+        yield request.step(block, step, of_request, before, result.tokens, [masks for masks, _ in seen], written)
         for i, (_, end) in zip(active, seen, strict=True):
             ended[i] = end
         keep, index = _kept([masks > 0 for masks, _ in seen], device)
@@ -382,7 +429,7 @@ def _denoise_block(
         if len(keep) < len(active):
             state, seeds, masked, where = state.select(index), seeds[index], masked[index], where[index]
             active = [active[i] for i in keep]
-    return tokens, step + 1, ended
+    return tokens, logprobs, step + 1, ended
 
 
 def _autoregress(request: _Request, with_denoiser: bool) -> Generator[StepEvent, None, None]:
@@ -405,7 +452,8 @@ def _autoregress(request: _Request, with_denoiser: bool) -> Generator[StepEvent,
         result = remask(logits, mask, mask_token_id=0, policy=PROPOSE, seed=seeds, offset=index, **request.sampling)
         token = result.candidate  # [R, 1]
         seen = request.look(rows, result.num_masked, token, result.confidence)
-        yield request.finish_block(index, 1, rows, token)
+        logprobs = None if request.logprobs is None else _logprobs(logits, token)
+        yield request.finish_block(index, 1, rows, token, logprobs)
         keep, kept = _kept([not end for _, end in seen], seeds.device)
         if index + 1 == request.max_new_tokens or not keep:
             return

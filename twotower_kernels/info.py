@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 import twotower_kernels
-from twotower_kernels import checkpoint, cpu, cuda, cuda_moe, cuda_remask
+from twotower_kernels import checkpoint, cpu, cuda, cuda_moe, cuda_remask, loading
 from twotower_kernels.config import TwoTowerConfig
-from twotower_kernels.loading import tower_of
+from twotower_kernels.layout import tower_of
+from twotower_kernels.loading import BACKBONE, MORE_TOKENS
 
 KEYS = ("CPU", "CUDA", "Autograd", "Meta")  # the dispatcher's; Meta is what torch.compile traces with
 LONG_CONTEXT = 128 * 1024  # tokens
@@ -146,15 +147,17 @@ def sizes(folder: Path) -> Sizes:
         FileNotFoundError, ValueError: as the config and the files do, naming what is wrong.
     """
     config = TwoTowerConfig.from_file(folder / "config.json")
-    entries = checkpoint.entries(folder)
-    single = any(entry.key.startswith("backbone.") for entry in entries)
+    listed = checkpoint.entries(folder)
+    single = any(entry.key.startswith(BACKBONE) for entry in listed)
+    there = {tower_of(entry.key) for entry in listed if not entry.key.startswith(MORE_TOKENS)}
+    plan = loading.plan(folder, listed, config, there.pop() if len(there) == 1 and not single else "both")
     parameters: dict[str, int] = {}
     weights: dict[str, int] = {}
-    for entry in entries:
+    for entry in plan.sources:
         tower = "backbone" if single else tower_of(entry.key)
         parameters[tower] = parameters.get(tower, 0) + math.prod(entry.shape)
         weights[tower] = weights.get(tower, 0) + entry.nbytes
-    width = getattr(torch, config.torch_dtype).itemsize
+    width = plan.dtype.itemsize
     return Sizes(parameters, weights, kv_per_token(config, width), state_per_row(config, width))
 
 

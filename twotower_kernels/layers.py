@@ -39,7 +39,7 @@ def _wide(factory: Factory) -> Factory:
 class Stacked(nn.Module):
     """Parameters that kernels read as one tensor `[N, ...]`, and that a checkpoint holds as N.
 
-    state_dict and load_state_dict speak the checkpoint's keys; the pieces they exchange are views of the one tensor.
+    state_dict and load_state_dict speak the checkpoint's keys; the pieces they exchange share the one tensor's memory.
 
     Args:
         pieces: per parameter, the key of a piece with {} for its index.
@@ -55,7 +55,7 @@ class Stacked(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for name, key in self.pieces.items():
             stacked = getattr(self, name)
-            for i, piece in enumerate(stacked if keep_vars else stacked.detach()):
+            for i, piece in enumerate(stacked if keep_vars else _pieces(stacked.detach())):
                 destination[prefix + key.format(i)] = piece
 
     def _load_from_state_dict(
@@ -87,6 +87,25 @@ class Stacked(nn.Module):
                     stacked[i].copy_(piece)
         if strict:
             unexpected_keys.extend(k for k in state_dict if k.startswith(prefix) and k not in known)
+
+
+@torch.inference_mode(False)  # as views of parameters are: tensors that may be changed anywhere
+def _pieces(stacked: Tensor) -> list[Tensor]:
+    """The tensors in a stack, each with a storage of its own that ends where the piece does.
+
+    They share the stack's memory, and keep it alive, as views do. But whoever writes storages to disk writes a view's
+    whole stack, and whoever looks for tensors that share a storage takes all pieces for one.
+    """
+    if stacked.is_meta or type(stacked) is not Tensor or not stacked.is_contiguous():
+        return list(stacked)
+    storage, size = stacked.untyped_storage(), math.prod(stacked.shape[1:]) * stacked.itemsize
+    start = stacked.storage_offset() * stacked.itemsize
+    pieces = []
+    for i in range(len(stacked)):
+        own = storage[start + i * size : start + (i + 1) * size]
+        piece = torch.empty(0, dtype=stacked.dtype, device=stacked.device)
+        pieces.append(piece.set_(own, 0, stacked.shape[1:], stacked.stride()[1:]))
+    return pieces
 
 
 class Linear(nn.Linear):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,14 +17,13 @@ from tqdm import tqdm
 from twotower_kernels import checkpoint
 from twotower_kernels.checkpoint import Entry
 from twotower_kernels.config import TwoTowerConfig
+from twotower_kernels.files import named, shown
 from twotower_kernels.layers import KEPT_WIDE, Stacked
+from twotower_kernels.layout import STACKED, Layout, tower_of
 
 LARGE = 10**9  # bytes from which on loading shows a bar
-
-
-def tower_of(key: str) -> str:
-    """The tower that a key of the released layout belongs to: "context" or "denoiser"."""
-    return "context" if key.startswith("context_") else "denoiser"
+BACKBONE = ("backbone.", "model.")  # how keys of a single tower begin: in files, and in transformers' own modules
+MORE_TOKENS = ("mtp.", "backbone.mtp.", "model.mtp.")  # keys of layers that predict further tokens, which no tower has
 
 
 class Place(NamedTuple):
@@ -37,113 +39,144 @@ class Place(NamedTuple):
         return whole if self.piece is None else whole[1:]
 
 
-def weight_dtype(config: TwoTowerConfig, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype asked for, or the config's.
+class Plan(NamedTuple):
+    """A checkpoint that was compared with its config, and fits: what to read, and the keys that each tensor fills."""
+
+    sources: dict[Entry, list[str]]
+    layout: Layout
+    dtype: torch.dtype
+
+
+def weight_dtype(config: TwoTowerConfig, dtype: torch.dtype | None, listed: Iterable[Entry] = ()) -> torch.dtype:
+    """The dtype asked for, or the config's, which may be that of most of a checkpoint's weights.
 
     Raises:
         TypeError: not float64, float32, bfloat16 or float16.
     """
+    if dtype is None and config.torch_dtype == "auto":
+        held: Counter[torch.dtype] = Counter()
+        for entry in listed:
+            if isinstance(entry.dtype, torch.dtype) and entry.dtype.is_floating_point:
+                held[entry.dtype] += math.prod(entry.shape)
+        dtype = max(held, key=held.__getitem__, default=torch.float32)
     dtype = getattr(torch, config.torch_dtype) if dtype is None else dtype
     if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"dtype: expected float64, float32, bfloat16 or float16, got {dtype!r}")
     return dtype
 
 
-def places(model: nn.Module) -> dict[str, Place]:
-    """Per key of the released layout, its place in the model: the keys of `model.state_dict()`."""
+def places(model: nn.Module, *, stacked: bool = False) -> dict[str, Place]:
+    """Per key of the released layout, its place in the model: the keys of `model.state_dict()`.
+
+    stacked: a layer's experts under two keys, as in `Layout`.
+    """
     found = {}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, Stacked):
+            if not isinstance(module, Stacked):
+                found[f"{prefix}.{name}"] = Place(module, name, None)
+            elif stacked and (whole := f"{prefix}.{name}_proj").endswith(STACKED):
+                found[whole] = Place(module, name, None)
+            else:
                 for i in range(len(parameter)):
                     found[f"{prefix}.{module.pieces[name].format(i)}"] = Place(module, name, i)
-            else:
-                found[f"{prefix}.{name}"] = Place(module, name, None)
     return found
+
+
+def plan(
+    folder: Path, listed: list[Entry], config: TwoTowerConfig, towers: str, dtype: torch.dtype | None = None
+) -> Plan:
+    """What loading a folder's entries comes to. All is checked by the files' headers; nothing is read or made yet.
+
+    Raises:
+        ValueError, TypeError: as `TwoTowerModel.from_pretrained`.
+    """
+    passed = [entry for entry in listed if entry.key.startswith(MORE_TOKENS)]
+    if passed:
+        what = f"{len(passed)} keys of multi-token prediction (mtp.*)"
+        warnings.warn(f"{folder}: {what} are passed over: no tower has such layers", stacklevel=2)
+        listed = [entry for entry in listed if not entry.key.startswith(MORE_TOKENS)]
+    backbone = any(entry.key.startswith(BACKBONE) for entry in listed)
+    stacked = any(entry.key.endswith(STACKED) for entry in listed)
+    layout, whole = (Layout(config, t, conditioning=not backbone, stacked=stacked) for t in (towers, "both"))
+    sources = _sources(listed, layout, whole, backbone, folder)
+    whose = f" by a config of model_type {shown(config.model_type)}"
+    for entry, keys in sources.items():
+        for key in keys:
+            if (shape := layout.shape(key)) is not None:
+                entry.check(shape, whose)
+    return Plan(sources, layout, weight_dtype(config, dtype, listed))
 
 
 @torch.inference_mode(False)  # parameters made in inference mode could not be loaded into later
 @torch.no_grad()
 def fill(
-    model: nn.Module,
-    folder: Path,
-    devices: Mapping[str, torch.device],
-    dtype: torch.dtype,
-    known: set[str],
-    progress: bool | None,
+    model: nn.Module, plan: Plan, devices: Mapping[str, torch.device], progress: bool | None, name: str = "weights"
 ) -> None:
-    """Fills a model on the meta device from a checkpoint folder.
+    """Fills a model on the meta device by its plan.
 
     Args:
         devices: of each tower's weights.
-        known: keys that a checkpoint may hold, whether or not this model wants them.
         progress: as in `TwoTowerModel.from_pretrained`.
+        name: what is loaded, for the bar.
 
     Raises:
-        FileNotFoundError, ValueError: as `TwoTowerModel.from_pretrained`.
+        ValueError: a file that changed since it was listed.
     """
-    listed = checkpoint.entries(folder)
-    open_places = places(model)
-    sources = _sources(listed, set(open_places), known, folder)  # checked in full before anything is read
-    dtypes = {key: entry.check(open_places[key].shape) for entry, keys in sources.items() for key in keys}
-    total = sum(entry.nbytes for entry in sources)
-    shown = total > LARGE and sys.stderr.isatty() if progress is None else progress
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {folder.name}", disable=not shown) as bar:
-        for entry, tensor in checkpoint.tensors(sources):
-            for key in sources[entry]:
-                _put(open_places.pop(key), key, tensor, dtype, dtypes[key], devices[tower_of(key)])
+    open_places = places(model, stacked=plan.layout.stacked)
+    total = sum(entry.nbytes for entry in plan.sources)
+    watched = total > LARGE and sys.stderr.isatty() if progress is None else progress
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {name}", disable=not watched) as bar:
+        for entry, tensor in checkpoint.tensors(plan.sources):
+            for key in plan.sources[entry]:
+                _put(open_places.pop(key), key, tensor, plan.dtype, devices[tower_of(key)])
             bar.update(entry.nbytes)
     _leave_unconditioned(open_places, devices["denoiser"])
 
 
-def _sources(listed: list[Entry], wanted: set[str], known: set[str], folder: Path) -> dict[Entry, list[str]]:
+def _sources(
+    listed: list[Entry], wanted: Layout, known: Layout, backbone: bool, folder: Path
+) -> dict[Entry, list[str]]:
     """The entries to read and the keys that each fills; all of `wanted`, each once.
 
     A backbone's checkpoint has one tower, which fills both, and no time conditioning.
     """
-    backbone = any(entry.key.startswith("backbone.") for entry in listed)
-    if backbone:
-        wanted = {key for key in wanted if not _is_conditioning(key)}
-        known = {key for key in known if not _is_conditioning(key)}
     sources: dict[Entry, list[str]] = {}
     filled: dict[str, str] = {}
     for entry in listed:
         keys = _filled_by(entry.key, backbone)
         for key in keys:
-            if key not in known:
-                raise ValueError(f"{entry.path}: key {entry.key} is not part of this model")
+            if known.shape(key) is None:
+                raise ValueError(f"{entry.path}: key {named(entry.key)} is not part of this model")
             if key in filled:
                 raise ValueError(f"{entry.path}: key {entry.key} was already given, as {filled[key]}")
             filled[key] = entry.key
-        if keys := [key for key in keys if key in wanted]:
+        # Keys that another choice of towers would read are passed over.
+        if keys := [key for key in keys if tower_of(key) in wanted.towers]:
             sources[entry] = keys
-    if missing := wanted - set(filled):
-        raise ValueError(f"{folder}: key {min(missing)} is missing ({len(missing)} keys in all)")
+    if missing := len(wanted) - sum(map(len, sources.values())):
+        first = next(key for key in wanted if key not in filled)
+        raise ValueError(f"{folder}: key {first} is missing ({missing} keys in all: {wanted} has {len(wanted)})")
     return sources
 
 
 def _filled_by(key: str, backbone: bool) -> list[str]:
     """The model's keys that a checkpoint's key fills. Some files say `embedding` for `embeddings`."""
     key = key.replace(".embedding.weight", ".embeddings.weight")
-    if key.startswith("backbone."):
-        return [key.replace("backbone", tower, 1) for tower in ("context_tower", "denoiser_tower")]
+    if key.startswith(BACKBONE):
+        rest = key.partition(".")[2]
+        return [f"context_tower.{rest}", f"denoiser_tower.{rest}"]
     if backbone and key == "lm_head.weight":
         return ["context_lm_head.weight", "lm_head.weight"]
     return [key]
 
 
-def _is_conditioning(key: str) -> bool:
-    return key.startswith(("t_embedder.", "t_block.", "scale_shift_tables."))
-
-
-def _put(
-    place: Place, key: str, tensor: Tensor, dtype: torch.dtype, file_dtype: torch.dtype, device: torch.device
-) -> None:
+def _put(place: Place, key: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
     """Copies a tensor to its place, making the parameter real when its first piece comes."""
     parameter = getattr(place.module, place.name)
     if parameter.is_meta:
         if key.endswith(KEPT_WIDE):
-            dtype = torch.promote_types(dtype, file_dtype)
+            dtype = torch.promote_types(dtype, tensor.dtype)
         parameter = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
         setattr(place.module, place.name, parameter)
     (parameter if place.piece is None else parameter[place.piece]).copy_(tensor)

@@ -13,7 +13,7 @@ different lengths needs nothing but the lengths.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twotower_kernels import loading
+from twotower_kernels import checkpoint, loading
+from twotower_kernels.arguments import Integers, integers, real, whole
+from twotower_kernels.arguments import readable as _readable
 from twotower_kernels.config import TwoTowerConfig
 from twotower_kernels.generate import generate, stream
 from twotower_kernels.inference import inference
 from twotower_kernels.layers import Factory, Layer, Linear, Stacked, TimeEmbedder, Tower, draw_weights
+from twotower_kernels.layout import Layout
+from twotower_kernels.memory import check_room
 from twotower_kernels.ops import adaln_norm, gated_residual_adaln_norm
 from twotower_kernels.state import BlockRead, ContextState, logits
 
@@ -48,7 +52,8 @@ class TwoTowerModel(nn.Module):
         towers: "both"; "context" (runs alone autoregressively, and makes states); "denoiser" (reads states).
 
     Raises:
-        ValueError: unknown `towers`; a device that is not there, or that is for a tower not asked for.
+        ValueError: unknown `towers`; a device that is not there, or that is for a tower not asked for; weights that
+            need more than all of a device's memory.
         TypeError: a dtype that is not float64, float32, bfloat16 or float16.
     """
 
@@ -66,7 +71,9 @@ class TwoTowerModel(nn.Module):
         super().__init__()
         devices = _devices(towers, device, context_device, denoiser_device)
         self.config, self.towers = config, towers
-        factory: Factory = {"device": devices["context"], "dtype": loading.weight_dtype(config, dtype)}
+        weights = loading.weight_dtype(config, dtype)
+        check_room(Layout(config, towers), weights, devices)
+        factory: Factory = {"device": devices["context"], "dtype": weights}
         hidden, layers = config.hidden_size, len(config.hybrid_override_pattern)
         if towers != "denoiser":
             self.context_tower = Tower(config, factory)
@@ -98,8 +105,9 @@ class TwoTowerModel(nn.Module):
         """Loads a folder with `config.json` and safetensors in the released layout, one file or shards.
 
         Every weight goes from its file straight to its place on the device, in its dtype; nothing is held twice.
-        A single-tower checkpoint of the backbone (`backbone.*`, `lm_head.weight`) fills both towers. The time
-        conditioning that it lacks is set to none: `denoise` then gives the same for every t.
+        A single-tower checkpoint of the backbone (`backbone.*`, `lm_head.weight`), as transformers saves it, fills both
+        towers. The time conditioning that it lacks is set to none: `denoise` then gives the same for every t. Layers
+        for multi-token prediction are passed over with a warning (docs/checkpoints.md).
 
         Args:
             path: the folder.
@@ -116,10 +124,10 @@ class TwoTowerModel(nn.Module):
         """
         devices = _devices(towers, device, context_device, denoiser_device)
         config = TwoTowerConfig.from_file(Path(path) / "config.json")
-        model = cls(config, device="meta", dtype=dtype, towers=towers)
-        # Keys that another choice of towers would read are passed over; those that nobody knows are an error.
-        known = set(loading.places(model if towers == "both" else cls(config, device="meta", dtype=dtype)))
-        loading.fill(model, Path(path), devices, loading.weight_dtype(config, dtype), known, progress)
+        plan = loading.plan(Path(path), checkpoint.entries(path), config, towers, dtype)
+        check_room(plan.layout, plan.dtype, devices)
+        model = cls(config, device="meta", dtype=plan.dtype, towers=towers)
+        loading.fill(model, plan, devices, progress, name=Path(path).name)
         return model
 
     @property
@@ -135,11 +143,11 @@ class TwoTowerModel(nn.Module):
     # --- the context tower ------------------------------------------------------------------------------------------
 
     @inference
-    def forward_ar(self, input_ids: Tensor) -> Tensor:
+    def forward_ar(self, input_ids: Integers) -> Tensor:
         """The context tower alone, as a causal language model over clean tokens.
 
         Args:
-            input_ids: `[B, S]` int64 or int32.
+            input_ids: `[B, S]`, integers of any dtype: a tensor, an array or lists.
 
         Returns:
             Next-token logits of every position, `[B, S, V]` float32 (float64 for a float64 model). Not differentiable.
@@ -157,7 +165,7 @@ class TwoTowerModel(nn.Module):
 
         return logits(self._run(self.context_tower, input_ids, mix), self.context_lm_head.weight)
 
-    def prefill(self, input_ids: Tensor, lengths: Tensor | Sequence[int] | None = None) -> ContextState:
+    def prefill(self, input_ids: Integers, lengths: Integers | None = None) -> ContextState:
         """The state after prompts `[B, S]`, of which row b has its first `lengths[b]` tokens (all, if None).
 
         What stands beyond a row's length is ignored, but must be in the vocabulary. Raises as `commit`.
@@ -166,16 +174,14 @@ class TwoTowerModel(nn.Module):
         input_ids = self._checked_ids("input_ids", input_ids, self.device)
         return self.commit(input_ids, self.empty_state(input_ids.shape[0]), lengths)
 
-    def commit(
-        self, block_ids: Tensor, state: ContextState, lengths: Tensor | Sequence[int] | None = None
-    ) -> ContextState:
+    def commit(self, block_ids: Integers, state: ContextState, lengths: Integers | None = None) -> ContextState:
         """Extends the context by clean tokens, and consumes `state`: keys and values are appended in place.
 
         Args:
-            block_ids: `[B, S]` int64 or int32; S may be 0.
+            block_ids: `[B, S]`, integers of any dtype: a tensor, an array or lists; S may be 0.
             state: the context of B rows. Any later use of it is a RuntimeError (its forks and selections stay valid).
                 When this call raises, the state is unchanged and stays usable.
-            lengths: `[B]`, how many tokens of each row count, 0 to S; None: all.
+            lengths: `[B]`, integers of any dtype, how many tokens of each row count, 0 to S; None: all.
 
         Returns:
             The new state. Not differentiable.
@@ -190,9 +196,9 @@ class TwoTowerModel(nn.Module):
     def commit_by(
         self,
         read: Callable[[Tensor, ContextState, Any], BlockRead],
-        block_ids: Tensor,
+        block_ids: Integers,
         state: ContextState,
-        lengths: Tensor | Sequence[int] | None = None,
+        lengths: Integers | None = None,
     ) -> ContextState:
         """`commit`, with `read` in the place of `read_block`."""
         self._need("context")
@@ -240,6 +246,7 @@ class TwoTowerModel(nn.Module):
         Raises:
             ValueError: a negative batch.
         """
+        batch = whole("batch", batch)
         if batch < 0:
             raise ValueError(f"batch: expected 0 or more rows, got {batch}")
         if self.towers == "denoiser":
@@ -267,11 +274,11 @@ class TwoTowerModel(nn.Module):
     # --- the denoiser -----------------------------------------------------------------------------------------------
 
     @inference
-    def denoise(self, block_ids: Tensor, state: ContextState, t: Tensor | float | None = None) -> Tensor:
+    def denoise(self, block_ids: Integers, state: ContextState, t: Tensor | float | None = None) -> Tensor:
         """The denoiser on one partly masked block per row. The context is read where it lies: nothing of it is copied.
 
         Args:
-            block_ids: `[B, S]` int64 or int32, masks included.
+            block_ids: `[B, S]`, integers of any dtype, masks included: a tensor, an array or lists.
             state: the context of B rows; only read.
             t: noise level in [0, 1], a number or `[B]` (for rules that rank: the masked fraction). None: no
                 time conditioning, the tower then computes as the context tower does.
@@ -303,10 +310,11 @@ class TwoTowerModel(nn.Module):
             return None
         batch = ids.shape[0]
         if not isinstance(t, Tensor):
-            if not 0 <= t <= 1:  # NaN fails too
-                raise ValueError(f"t: expected a number in [0, 1], got {t}")
+            number = real("t", t, "a number, or a tensor of them")
+            if not 0 <= number <= 1:  # NaN fails too
+                raise ValueError(f"t: expected a number in [0, 1], got {number}")
             # A sum, for the sake of torch.compile: it would make a graph for each number that `full` is given.
-            t = torch.zeros(batch, dtype=torch.float64, device=ids.device) + float(t)
+            t = torch.zeros(batch, dtype=torch.float64, device=ids.device).add(number)
         elif (t.ndim and t.shape != (batch,)) or not t.is_floating_point():
             raise ValueError(f"t: expected floating numbers, one or [{batch}], got {t.dtype} {list(t.shape)}")
         elif _readable(t) and not bool(((t >= 0) & (t <= 1)).all()):
@@ -357,10 +365,11 @@ class TwoTowerModel(nn.Module):
             other = "" if self.denoiser_device == self.device else f" or {self.denoiser_device}"
             raise ValueError(f"{name}: expected device {self.device}{other}, got {tensor.device}")
 
-    def _checked_ids(self, name: str, ids: Tensor, device: torch.device, state: ContextState | None = None) -> Tensor:
+    def _checked_ids(self, name: str, ids: Integers, device: torch.device, state: ContextState | None = None) -> Tensor:
         """The ids on the device of the tower that reads them; they come from either."""
-        if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name}: expected int64 or int32 [B, S], got {ids.dtype} {list(ids.shape)}")
+        ids = integers(name, ids, device)
+        if ids.ndim != 2 or ids.dtype != torch.int64:
+            raise ValueError(f"{name}: expected integers [B, S], got {ids.dtype} {list(ids.shape)}")
         if state is not None and ids.shape[0] != state.batch_size:
             raise ValueError(f"{name}: expected {state.batch_size} rows as the state has, got {ids.shape[0]}")
         self._check_device(name, ids)
@@ -373,13 +382,13 @@ class TwoTowerModel(nn.Module):
             )
         return ids.to(device)
 
-    def _checked_lengths(self, lengths: Tensor | Sequence[int], batch: int, size: int) -> Tensor:
-        lengths = torch.as_tensor(lengths, device=self.device)
-        if lengths.shape != (batch,) or (lengths.is_floating_point() and batch) or lengths.dtype == torch.bool:
+    def _checked_lengths(self, lengths: Integers, batch: int, size: int) -> Tensor:
+        lengths = integers("lengths", lengths)
+        if lengths.shape != (batch,) or lengths.dtype != torch.int64:
             raise ValueError(f"lengths: expected [{batch}] integers, got {lengths.dtype} {list(lengths.shape)}")
         if _readable(lengths) and bool(((lengths < 0) | (lengths > size)).any()):
             raise ValueError(f"lengths: expected [{batch}] values in 0..{size}, got {lengths.tolist()}")
-        return lengths.long()
+        return lengths.to(self.device)
 
 
 def _devices(
@@ -402,8 +411,3 @@ def _devices(
             reason = str(error).split("\n")[0]
             raise ValueError(f"{name}: expected a device of this machine, got {str(chosen)!r} ({reason})") from error
     return found
-
-
-def _readable(tensor: Any) -> bool:
-    """Whether its values may be looked at for a better error message: where that stalls no device and no trace."""
-    return not torch.compiler.is_compiling() and tensor.device.type == "cpu"

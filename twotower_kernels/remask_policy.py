@@ -11,6 +11,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from twotower_kernels.arguments import real, whole
+
 Statistics = Literal["raw", "filtered"]
 Score = Literal["confidence", "margin", "neg_entropy", "random", "leftmost"]
 Gate = Literal["none", "threshold", "factor", "entropy_sum"]
@@ -157,7 +159,8 @@ class RemaskPolicy:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check(field.name, field.default, getattr(self, field.name))
+            value = _checked(field.name, field.default, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
         if self.combine == "cap" and self.gate == "none":
             raise ValueError("combine: expected a gate with 'cap', got gate='none'")
         if self.renoise and (self.edit_threshold is not None or self.remask_threshold is not None):
@@ -180,7 +183,7 @@ class RemaskPolicy:
         Returns:
             float32 in [0, 1] of the broadcast shape.
         """
-        given = (num_masked, step, num_steps)
+        given, block_size = (num_masked, step, num_steps), whole("block_size", block_size)
         device = next((x.device for x in given if isinstance(x, Tensor)), torch.device("cpu"))
         # A sum, for the sake of torch.compile: it makes a graph for each number that becomes a tensor otherwise.
         zero = torch.zeros((), dtype=torch.float64, device=device)
@@ -461,22 +464,26 @@ _RANGES = {
 }
 
 
-def _check(name: str, default: object, value: object) -> None:
-    """TypeError or ValueError unless the field can have this value."""
+def _checked(name: str, default: object, value: object) -> object:
+    """The field's value, numbers as Python's; TypeError or ValueError unless the field can have it."""
     if name in CHOICES:
         if value not in CHOICES[name]:
             raise ValueError(f"{name}: expected one of {', '.join(map(repr, CHOICES[name]))}, got {value!r}")
-    elif isinstance(default, bool):
+        return value
+    if isinstance(default, bool):
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected True or False, got {value!r}")
-    elif isinstance(default, int):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {value!r}")
-        if value < 0:
-            raise ValueError(f"{name}: expected 0 or larger, got {value}")
-    elif default is not None or value is not None:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name}: expected a number{' or None' if default is None else ''}, got {value!r}")
-        low, high = _RANGES.get(name, (-math.inf, math.inf))
-        if not low <= value <= high:
-            raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}], got {value}")
+        return value
+    if default is None and value is None:
+        return value
+    kind, as_python = ("an int", whole) if isinstance(default, int) else ("a number", real)
+    try:
+        number = as_python(name, value)
+    except TypeError:
+        kind += " or None" if default is None else ""
+        raise TypeError(f"{name}: expected {kind}, got {value!r}") from None
+    low, high = (0, 2**63 - 1) if as_python is whole else _RANGES.get(name, (-math.inf, math.inf))
+    if not low <= number <= high:
+        expected = "0 or larger" if as_python is whole else f"a number in [{low:g}, {high:g}]"
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+    return number

@@ -11,13 +11,13 @@ commit sends it the new tokens' keys and values and the Mamba-2 states; what it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from twotower_kernels.arguments import Integers, integers, readable, whole
 from twotower_kernels.inference import inference
 from twotower_kernels.ops import append_kv
 from twotower_kernels.ops.linear import linear
@@ -78,29 +78,29 @@ class ContextState:
             raise ValueError(f"state.logits: expected at least one token in every row, got lengths {lengths}")
         return logits(self._rows(self.last_hidden), self.head)
 
-    @inference
-    def select(self, rows: Tensor | Sequence[int]) -> ContextState:
+    def select(self, rows: Integers) -> ContextState:
         """Some rows, in the order given, repeated where repeated. Nothing of the context is copied until a commit.
 
         Args:
-            rows: indices `[N]`, or a boolean mask `[B]`.
+            rows: indices `[N]` of any integer dtype, those below zero counted from the end; or a boolean mask `[B]`.
+                A tensor, an array or a list.
 
         Raises:
-            TypeError: neither integers nor booleans. ValueError: not one-dimensional. IndexError: no such row.
+            TypeError: neither integers nor booleans. ValueError: not one-dimensional, a mask of another length.
+            IndexError: no such row. A GPU does not wait to look at what a tensor there holds.
         """
-        rows = torch.as_tensor(rows, device=self.lengths.device)
-        if rows.ndim != 1:
-            raise ValueError(f"rows: expected [N] indices or a [B] mask, got shape {list(rows.shape)}")
-        if rows.is_floating_point():
-            if rows.numel():
-                raise TypeError(f"rows: expected integers or booleans, got {rows.dtype}")
-            rows = rows.long()  # an empty list
+        return self._selected(self._checked_rows(rows))
+
+    @inference
+    def _selected(self, rows: Tensor) -> ContextState:
+        """`select`, of rows that are there."""
+        rows = rows.to(self.lengths.device)
         own = torch.arange(self.batch_size, device=rows.device) if self.index is None else self.index
         if self.mirror is None:
             return self.replaced(lengths=self.lengths[rows], index=own[rows])
         if rows.dtype == torch.bool:
             rows = rows.nonzero()[:, 0]  # counted on one device alone
-        return self.replaced(lengths=self.lengths[rows], index=own[rows], mirror=self.mirror.select(rows))
+        return self.replaced(lengths=self.lengths[rows], index=own[rows], mirror=self.mirror._selected(rows))
 
     def fork(self, n: int) -> ContextState:
         """n copies of every row, next to each other: n continuations of each context. The original stays usable.
@@ -108,9 +108,26 @@ class ContextState:
         Raises:
             ValueError: n below 1.
         """
+        n = whole("fork", n, "a number of copies")
         if n < 1:
             raise ValueError(f"fork: expected at least 1 copy, got {n}")
-        return self.select(torch.arange(self.batch_size, device=self.lengths.device).repeat_interleave(n))
+        return self._selected(torch.arange(self.batch_size, device=self.lengths.device).repeat_interleave(n))
+
+    def _checked_rows(self, rows: Integers) -> Tensor:
+        """int64 indices, or a mask of the batch's length."""
+        found, batch = integers("rows", rows), self.batch_size
+        if found.ndim != 1:
+            raise ValueError(f"rows: expected [N] indices or a [B] mask, got shape {list(found.shape)}")
+        if found.dtype == torch.bool:
+            if len(found) != batch:
+                raise ValueError(f"rows: expected a mask of {batch} rows, got one of {len(found)}")
+        elif found.dtype != torch.int64:
+            raise TypeError(f"rows: expected integers or booleans, got {found.dtype}")
+        elif readable(found):
+            wrong = found[(found < -batch) | (found >= batch)]
+            if len(wrong):
+                raise IndexError(f"rows: expected rows of {batch}, got {int(wrong[0])}")
+        return found
 
     # --- for the model ----------------------------------------------------------------------------------------------
 

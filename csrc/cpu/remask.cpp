@@ -38,7 +38,7 @@ int64_t proposal(const Remask& a, const RemaskRow& row, int64_t b, int64_t s, co
         const int64_t given = at<int64_t>(a.candidates, b, s);
         if (given >= 0) return given;
     }
-    if (!row.sampled) return f.best.token;
+    if (!row.sampled || !noise_matters(f.best.value, row.temperature)) return f.best.token;
     const Two<W>& drawn = f.drawn;
     const W near = W(1e-4);
     if (!(drawn.value[0] - drawn.value[1] < near)) return drawn.token[0];
@@ -66,7 +66,6 @@ void judge(const Remask& a, const Scan<X>& scan, const RemaskRow& row, int64_t b
     const double t = double(scan.own_temperature(row)), top = double(f.sum.top);
     const auto probability = [&](W z) { return double(W(::exp((double(z) - top) / t) / f.sum.mass)); };
     place.confidence = probability(scan.scored_logit(row, b, s, candidate, f));
-    if (place.confidence != place.confidence) return;  // a temperature that is 0 as a float
     place.candidate = candidate;
     place.entropy = double(W(f.sum.entropy()));
     switch (a.options.score) {

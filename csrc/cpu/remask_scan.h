@@ -313,6 +313,7 @@ class Scan {
         for (int64_t begin = 0; begin < n; begin += noisy_size) {
             const int64_t size = smaller(noisy_size, n - begin), first = base + begin;
             double second = noise.reached();
+            if (second == infinity<double>) return;  // noise does not matter
             const double margin = 1e-3 + 1e-5 * (::fabs(best) + ::fabs(second));
             const double bound = second == -infinity<double> ? 1 : ::exp(best - second + margin);  // of w
             if (bound < 0x1p-34) return;  // not even the word 0 would do
@@ -352,8 +353,7 @@ class Scan {
             f.least = least_kept<W>(x, nullptr, v, double(row.top_k - 1), false);
         }
         if (row.top_p >= 1) return;
-        // The posterior of a mask that stays for certain has no nucleus, nor what is divided by a temperature of 0.
-        f.none_kept = f.largest == infinity<W> || (a_.options.top_p_tempered && temperature(row) == 0);
+        f.none_kept = f.largest == infinity<W>;  // the posterior of a mask that stays for certain has no nucleus
         if (f.none_kept) return;
         Sum<W> total;
         for (int64_t i = 0; i < v; ++i) {

@@ -7,6 +7,10 @@
 
 // --- a row ----------------------------------------------------------------------------------------------------------
 
+// The temperature at which a draw is the argmax, as it is at all below. The tempered statistics of these are its own:
+// then no temperature is 0 or subnormal as a float, and its inverse is a float.
+constexpr double coldest = 1e-36;
+
 // Whether committed positions are looked at, too.
 REMASK_FUNCTION bool judges_all(const RemaskOptions& options) {
     return options.renoise || options.has_edit_threshold || options.has_remask_threshold;
@@ -21,12 +25,21 @@ REMASK_FUNCTION void derive(const Step& a, int64 vocabulary, Row& row) {
         const float rest = float(left) / float(row.num_steps);  // a quotient of integers is float in the definition
         row.temperature = a.bounds.temperature_end + (row.temperature - a.bounds.temperature_end) * double(rest);
     }
+    if (row.temperature > 0 && row.temperature < coldest) row.temperature = coldest;
     const bool ends = a.options.renoise && a.options.finish && row.step >= row.num_steps - 1;
-    row.sampled = row.temperature > 0 && !a.options.greedy && !ends;
+    row.sampled = row.temperature > coldest && !a.options.greedy && !ends;
     const bool filters = (row.top_k > 0 && row.top_k < vocabulary) || row.top_p < 1;
     const bool matters =
         row.sampled || a.options.statistics == RemaskChoice::filtered || a.options.schedule == RemaskChoice::posterior;
     row.filtered = filters && matters;
+}
+
+// Whether noise can matter to a draw from logits of which `best` is the largest: where best / temperature is too large
+// to be a number, the argmax is drawn.
+template <class W>
+REMASK_FUNCTION bool noise_matters(W best, double temperature) {
+    const W largest = best / W(temperature);
+    return largest - largest == 0;
 }
 
 // --- the posterior of a position ------------------------------------------------------------------------------------

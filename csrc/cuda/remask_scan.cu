@@ -82,7 +82,6 @@ struct Exponential {
     float high, low, floor;
     __device__ explicit Exponential(float t) {
         constexpr float log2e = 1.44269502f, rest = 1.92596299e-8f;
-        t = fmaxf(t, 1e-36f);  // its inverse is a float
         high = log2e / t;
         low = (fmaf(-high, t, log2e) + rest) / t;
         floor = -160 / high;  // as good as -infinity

@@ -26,7 +26,7 @@ __device__ inline int64 proposal(const Remask& a, const Row& row, int64 b, int64
         const int64 given = a.candidates[b * a.candidates_row + s * a.candidates_place];
         if (given >= 0 && given < a.vocabulary) return given;
     }
-    if (!row.sampled) return f.best_token;
+    if (!row.sampled || !noise_matters(f.best, row.temperature)) return f.best_token;
     const int64 first = drawn_token(f.drawn.first), second = drawn_token(f.drawn.second);
     if (!(drawn_value(f.drawn.first) - drawn_value(f.drawn.second) < 1e-4f)) return first;
     const Stream stream = stream_of(a, row, b, s);
@@ -69,7 +69,6 @@ __device__ inline bool judge(const Remask& a, const Row& row, int64 b, int64 s, 
 
     const auto probability = [&](float logit) { return float(exp((double(logit) - double(f.top)) / t) / f.mass); };
     const float confidence = probability(z), entropy = float(log(f.mass) + f.drop / f.mass);
-    if (confidence != confidence) return false;  // a temperature that is 0 as a float
     double score = confidence;
     if (a.options.score == RemaskChoice::margin) score = probability(f.top) - probability(f.second);
     if (a.options.score == RemaskChoice::neg_entropy) score = -entropy;

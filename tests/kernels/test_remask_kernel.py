@@ -157,13 +157,54 @@ def test_rows_that_are_not_looked_at_are_not_read(policy: RemaskPolicy) -> None:
     assert all(a.equal(b) for a, b in zip(package(**inputs), clean, strict=True))
 
 
-@pytest.mark.parametrize("temperature", [1e-50, 1e-44, 1e-39, 1e-30, 1e6])
+TINY = [5e-324, 1e-50, 1.4e-45, 1e-39, 1e-36, 2e-36, 1e-33, 1e-30]  # as floats 0, subnormal, with an infinite inverse
+EXTREME_TEMPERATURES = [-0.0, *TINY, 1e-9, 1e6]
+EXTREME_POLICIES = [RemaskPolicy.dream("entropy"), RemaskPolicy.twotower(0.8), RemaskPolicy.posterior()]
+
+
+@pytest.mark.parametrize("temperature", EXTREME_TEMPERATURES)
 def test_extreme_temperatures(temperature: float) -> None:
-    """The smallest is 0 as a float, and nothing is usable; the inverse of the next two is infinite."""
-    for policy in (RemaskPolicy.dream("entropy"), RemaskPolicy.twotower(0.8), RemaskPolicy.posterior()):
+    for policy in EXTREME_POLICIES:
         sizes = dict(batch=2, block=3, vocab=70, num_steps=3, seed=3, policy=policy)
-        for filters in ({}, {"top_p": 0.9}):
-            assert_step_agrees(make_inputs("remask", sizes | filters | {"temperature": temperature}))
+        for filters in ({}, {"top_p": 0.9}, {"top_k": 5}):
+            for scale in (1.0, 1e4):  # z / T is a number, or too large for one
+                inputs = make_inputs("remask", sizes | filters | {"temperature": temperature})
+                assert_step_agrees(inputs | {"logits": scale * inputs["logits"]})
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_small_temperatures_are_greedy(isa: str) -> None:
+    """Each row its own; a certain token is drawn and has the probability 1, one of two equal ones a half."""
+    with instruction_set(isa):
+        for dtype in DTYPES:
+            assert_small_temperatures_are_greedy(dtype)
+
+
+def assert_small_temperatures_are_greedy(dtype: torch.dtype) -> None:
+    sizes = dict(batch=len(TINY), block=4, vocab=20011, num_steps=3, seed=torch.arange(len(TINY)))
+    inputs = make_inputs("remask", sizes | {"policy": RemaskPolicy(statistics="filtered")}, dtype=dtype)
+    logits = inputs["logits"]
+    logits[:, 0] -= 2 * logits[:, 0].amax(-1, keepdim=True)  # all below zero
+    logits[:, 1] *= 1e3
+    logits[:, 2, -3:-1] = 60.0  # in the last piece
+    logits[:, 3] = -torch.inf
+    logits[:, 3, 17] = torch.finfo(dtype).max
+    greedy = package(**inputs)
+    assert greedy.candidate[:, 2:].eq(torch.tensor([20011 - 3, 17])).all()
+    for rows in (TINY, TINY[::-1]):
+        got = assert_step_agrees(inputs | {"temperature": torch.tensor(rows, dtype=torch.float64)})
+        assert got.candidate.equal(greedy.candidate)
+        assert got.confidence.equal(torch.tensor([1.0, 1.0, 0.5, 1.0]).to(got.confidence.dtype).expand(len(rows), 4))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_temperature_that_falls_to_nothing(isa: str) -> None:
+    policy = RemaskPolicy(temperature_end=0.0, statistics="filtered")
+    inputs = make_inputs("remask", dict(batch=2, block=3, vocab=70, num_steps=4, temperature=1e-35, policy=policy))
+    for step in range(4):  # in step 4 it would be 0
+        with instruction_set(isa):
+            got = assert_step_agrees(inputs | {"step": step})
+        assert got.candidate.equal(inputs["logits"].argmax(-1)) and got.confidence.eq(1).all()
 
 
 # --- registration ---------------------------------------------------------------------------------------------------

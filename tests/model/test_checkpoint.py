@@ -4,6 +4,8 @@ specification's loader and the package's are held to the same."""
 import json
 import pickle
 import shutil
+import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,7 +123,74 @@ def test_sensitive_weights_keep_their_width(load: Loader, folder: Path, weights:
             assert torch.equal(state[key], weights[key]), key
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_auto_is_the_dtype_of_most_weights(load: Loader, folder: Path, weights: Weights, dtype: torch.dtype) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "auto"}))
+    save(folder, {key: value.to(dtype) if value.ndim > 1 else value for key, value in weights.items()})
+    assert load(folder).state_dict()[EMBEDDINGS].dtype == dtype
+
+
+def test_a_whole_file_beside_the_index_of_shards_that_are_gone(load: Loader, folder: Path, weights: Weights) -> None:
+    """What saving once in shards and once whole leaves behind. It is read, and said."""
+    save(folder, *split({key: value + 1 for key, value in weights.items()}))
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    save(folder, weights)
+    with pytest.warns(UserWarning, match=r"index\.json: .*model-00002-of-00002\.safetensors.*model\.safetensors will"):
+        model = load(folder)
+    assert_same_weights(model, weights)
+
+
+def test_shards_that_are_all_there_go_before_a_whole_file(load: Loader, folder: Path, weights: Weights) -> None:
+    save(folder, {key: value + 1 for key, value in weights.items()})
+    save(folder, *split(weights))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_same_weights(load(folder), weights)
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_layers_for_further_tokens_are_passed_over(load: Loader, folder: Path, weights: Weights, prefix: str) -> None:
+    more = {
+        f"{prefix}mtp.layers.0.norm.weight": torch.zeros(64),
+        f"{prefix}mtp.layers.0.eh_proj.weight": torch.zeros(9),
+    }
+    save(folder, weights | more)
+    with pytest.warns(UserWarning, match="2 keys of multi-token prediction"):
+        model = load(folder)
+    assert_same_weights(model, weights)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
+
+
+HUGE = {
+    "experts": (dict(n_routed_experts=10**9), "1000000000 experts"),
+    "vocabulary": (dict(vocab_size=2**31 - 1), "2147483647"),
+    "hidden size": (dict(hidden_size=2**31 - 1), "2147483647"),
+    "width of experts": (dict(moe_intermediate_size=2**30), "1073741824"),
+    "heads": (dict(num_attention_heads=2**30, num_key_value_heads=2**29), "8589934592"),
+    "layers": (dict(hybrid_override_pattern="MEM*EM*E" * 1250, num_hidden_layers=10_000), "10000 layers"),
+    "all of it": (
+        dict(n_routed_experts=2**30, vocab_size=2**30, hidden_size=2**30, intermediate_size=2**30),
+        "1073741824",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", HUGE)
+def test_what_a_config_asks_for_is_counted_first(load: Loader, folder: Path, weights: Weights, what: str) -> None:
+    """Neither time nor memory is spent on sizes that the files do not have."""
+    fields, value = HUGE[what]
+    save(folder, weights)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    start = time.process_time()
+    with pytest.raises(ValueError, match=rf"^{folder}.*") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value) and time.process_time() - start < 2
+    if load == TwoTowerModel.from_pretrained:  # the specification says how many numbers are asked for in all
+        assert value in str(caught.value)
 
 
 def test_no_folder(load: Loader, tmp_path: Path) -> None:

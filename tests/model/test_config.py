@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,47 @@ def test_unknown_fields_are_ignored(config_class: Config) -> None:
     assert config_class.from_dict(changed(transformers_version="9.9")) == config_class.from_dict(RAW)
 
 
+LAYERS = ("linear_attention", "moe", "full_attention", "mlp", "mamba", "attention")
+SPELLED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "layers by name": (
+        dict(hybrid_override_pattern=..., num_hidden_layers=..., layers_block_type=list(LAYERS)),
+        dict(hybrid_override_pattern="ME*-M*"),
+    ),
+    "layers by type": (
+        dict(hybrid_override_pattern=..., num_hidden_layers=6, layer_types=list(LAYERS)),
+        dict(hybrid_override_pattern="ME*-M*"),
+    ),
+    "both names of the layers": (dict(layers_block_type=["mamba", "moe"] * 4, hybrid_override_pattern="ME" * 4), {}),
+    "infinity as an object": (dict(time_step_limit=[0.0, {"__float__": "Infinity"}]), {}),
+    "several ends": (dict(eos_token_id=[2, 11]), dict(eos_token_id=(2, 11))),
+    "dtype": (dict(torch_dtype=..., dtype="bfloat16"), dict(torch_dtype="bfloat16")),
+    "both names of the dtype": (dict(torch_dtype="bfloat16", dtype="torch.bfloat16"), dict(torch_dtype="bfloat16")),
+    "torch's own name": (dict(torch_dtype="torch.float16"), dict(torch_dtype="float16")),
+    "the file's dtype": (dict(torch_dtype="auto"), dict(torch_dtype="auto")),
+    "older names": (
+        dict(n_groups=..., mamba_n_groups=2, conv_kernel=..., mamba_d_conv=4, use_conv_bias=..., mamba_conv_bias=True)
+        | dict(time_step_limit=..., mamba_dt_limit=[0.0, math.inf], head_dim=..., attention_head_dim=16)
+        | dict(n_routed_experts=..., num_local_experts=8),
+        {},
+    ),
+    "no latent experts": (dict(moe_latent_size=None), {}),
+}
+
+
+@pytest.mark.parametrize("what", SPELLED)
+def test_the_same_in_other_words(config_class: Config, what: str, tmp_path: Path) -> None:
+    """Versions of transformers write fields, layers, infinities and dtypes in several ways."""
+    said, meant = SPELLED[what]
+    if "layers_block_type" in said and "hybrid_override_pattern" in said and said["hybrid_override_pattern"] is not ...:
+        meant = dict(hybrid_override_pattern=said["hybrid_override_pattern"])
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(changed(**said)))
+    expected = config_class.from_dict(changed(**(meant | {"num_hidden_layers": ...})))
+    assert config_class.from_file(path) == expected == config_class.from_dict(changed(**said))
+    for field, value in meant.items():
+        assert getattr(expected, field) == value
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown letter": (dict(hybrid_override_pattern="MEM*EM*X"), r"hybrid_override_pattern.*'X' at position 7"),
     "lower case letter": (dict(hybrid_override_pattern="mEM*EM*E"), r"hybrid_override_pattern.*'m' at position 0"),
@@ -110,6 +152,56 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "attention with bias": (dict(attention_bias=True), r"attention_bias.*True"),
     "tied embeddings": (dict(tie_word_embeddings=True), r"tie_word_embeddings.*True"),
     "block of size zero": (dict(block_size=0), r"block_size.* 0"),
+    "block beyond reason": (dict(block_size=10**9), r"block_size must be at most 65536, got 1000000000"),
+    "hidden size beyond 32 bits": (
+        dict(hidden_size=2**45),
+        r"hidden_size must be an integer of 32 bits.*35184372088832",
+    ),
+    "vocabulary beyond 32 bits": (
+        dict(vocab_size=2**60),
+        r"vocab_size must be an integer of 32 bits.*1152921504606846976",
+    ),
+    "a token of a thousand digits": (
+        dict(pad_token_id=10**999),
+        r"pad_token_id must be an integer of 32 bits, got 1000",
+    ),
+    "a million layers": (
+        dict(hybrid_override_pattern="M" * 10**6, num_hidden_layers=...),
+        r"hybrid_override_pattern must have at most 10000 letters, got 1000000",
+    ),
+    "a million named layers": (
+        dict(hybrid_override_pattern=..., num_hidden_layers=..., layer_types=["moe"] * 10**6),
+        r"hybrid_override_pattern must have at most 10000 letters, got 1000000",
+    ),
+    "time steps beyond float": (
+        dict(time_step_limit=[0, 10**400]),
+        r"time_step_limit must be two numbers, got \[0, 1000",
+    ),
+    "scaling beyond float": (dict(routed_scaling_factor=10**400), r"routed_scaling_factor must be a number, got 1000"),
+    "time steps of true and false": (dict(time_step_limit=[False, True]), r"time_step_limit must be two numbers"),
+    "time steps an object": (
+        dict(time_step_limit={"__float__": "Infinity"}),
+        r"time_step_limit must be two numbers, got",
+    ),
+    "no such number": (dict(time_step_limit=[0, {"__float__": "Aleph"}]), r"time_step_limit must be two numbers, got"),
+    "an unknown kind of layer": (
+        dict(hybrid_override_pattern=..., layers_block_type=["mamba", "sliding_attention"]),
+        r"layers_block_type has unknown kind 'sliding_attention' at position 1",
+    ),
+    "a kind that is no word": (
+        dict(hybrid_override_pattern=..., layer_types=[["moe"]]),
+        r"layer_types has unknown kind \['moe'\] at position 0",
+    ),
+    "layers as one word": (
+        dict(hybrid_override_pattern=..., layers_block_type="mamba"),
+        r"layers_block_type must be a list of kinds of layers, got 'mamba'",
+    ),
+    "two patterns": (dict(layers_block_type=["mamba"] * 8), r"layers_block_type is \['mamba'"),
+    "two dtypes": (dict(torch_dtype="float32", dtype="bfloat16"), r"dtype is 'bfloat16'"),
+    "dtype an object": (dict(torch_dtype={"text": "bfloat16"}), r"torch_dtype must be a string, got \{'text'"),
+    "no end": (dict(eos_token_id="</s>"), r"eos_token_id must be an integer of 32 bits, or several, got '</s>'"),
+    "an end that is none": (dict(eos_token_id=[2, None]), r"eos_token_id must be an integer of 32 bits, or several"),
+    "latent experts": (dict(moe_latent_size=64), r"moe_latent_size must be None, got 64"),
 }
 
 
@@ -132,6 +224,52 @@ def test_a_file_that_is_not_json_is_named(config_class: Config, tmp_path: Path, 
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
         config_class.from_file(path)
+
+
+def test_a_file_names_itself_its_kind_and_the_value(config_class: Config, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(changed(model_type="llama", hidden_size=2**45)))
+    with pytest.raises(ValueError, match=rf"^{path}: .*hidden_size must be .*35184372088832") as caught:
+        config_class.from_file(path)
+    assert config_class is specification.TwoTowerConfig or "'llama'" in str(caught.value)
+
+
+@pytest.mark.parametrize("fields", [f'"pad_token_id": 1{"0" * 10**5}', f'"x": {"[" * 10**5}'], ids=["digits", "depth"])
+def test_what_json_cannot_hold_is_named(config_class: Config, tmp_path: Path, fields: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(f"{{{fields}}}")
+    with pytest.raises(ValueError, match=r"config\.json: not valid JSON: [^\n]*$"):
+        config_class.from_file(path)
+
+
+def test_only_files_of_some_size_are_read(config_class: Config, tmp_path: Path) -> None:
+    """Not what never ends, what nobody writes, or what would fill the memory."""
+    path = tmp_path / "config.json"
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"config\.json: not valid JSON: not a file"):
+        config_class.from_file(path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=r"config\.json: not valid JSON: not a file"):
+        config_class.from_file(path)
+    path.unlink()
+    path.touch()
+    os.truncate(path, 2**40)
+    with pytest.raises(ValueError, match=r"config\.json: not valid JSON: .*at most 1048576 bytes"):
+        config_class.from_file(path)
+
+
+def test_a_config_made_by_hand_is_checked_alike(config_class: Config) -> None:
+    good = vars(config_class.from_dict(RAW))
+    for field, value in (
+        ("time_step_limit", 3),
+        ("time_step_limit", (0.0, 1.0, 2.0)),
+        ("eos_token_id", (2, 2**31)),
+        ("vocab_size", 10**5000),
+        ("layer_norm_epsilon", 10**400),
+    ):
+        with pytest.raises(ValueError, match=rf"^config: {field} must be [^\n]*$"):
+            config_class(**good | {field: value})
 
 
 def test_a_file_that_is_no_object_is_named(config_class: Config, tmp_path: Path) -> None:

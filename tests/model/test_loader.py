@@ -5,6 +5,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,11 @@ def test_dtypes(folder: Path) -> None:
         for name, p in TwoTowerModel.from_pretrained(folder, dtype=dtype).named_parameters():
             kept = name.endswith(("gate.weight", "e_score_correction_bias", "A_log", "mixer.D", "dt_bias"))
             assert p.dtype == (torch.promote_types(expected, torch.float32) if kept else expected), name
+
+
+def test_without_a_file_auto_is_float32(folder: Path) -> None:
+    config = replace(TwoTowerModel.from_pretrained(folder).config, torch_dtype="auto")
+    assert {p.dtype for p in TwoTowerModel(config).parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("towers", ["context", "denoiser"])
@@ -205,6 +211,7 @@ def test_a_hostile_index_is_an_error(folder: Path, what: str) -> None:
 
 def test_the_index_must_be_a_file_of_shards_that_exist(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "other.safetensors"}}')
+    (folder / "model.safetensors").rename(folder / "another.safetensors")
     with pytest.raises(FileNotFoundError, match=r"other\.safetensors: this shard is named by .* but is missing"):
         TwoTowerModel.from_pretrained(folder)
 

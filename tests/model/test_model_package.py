@@ -159,7 +159,7 @@ ONES = torch.ones(2, 4, dtype=torch.long)
 BAD_CALLS: dict[str, tuple[Call, str]] = {
     "token too large": (lambda m, s: m.forward_ar(torch.tensor([[1, 61]])), "input_ids: token 61 at row 0, position 1"),
     "negative token": (lambda m, s: m.prefill(torch.tensor([[-1]])), "token -1 at row 0, position 0"),
-    "float ids": (lambda m, s: m.prefill(torch.ones(1, 2)), r"expected int64 or int32 \[B, S\], got torch\.float32"),
+    "float ids": (lambda m, s: m.prefill(torch.ones(1, 2)), r"expected integers \[B, S\], got torch\.float32"),
     "ids of rank 1": (lambda m, s: m.denoise(ONES[0], s), r"block_ids: expected .* got torch\.int64 \[4\]"),
     "ids elsewhere": (lambda m, s: m.denoise(ONES.to("meta"), s), "block_ids: expected device cpu, got meta"),
     "one row too few": (lambda m, s: m.denoise(ONES[:1], s), "expected 2 rows as the state has, got 1"),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.compare import assert_within_budget
+from twotower_kernels import TwoTowerModel
 from twotower_kernels.bench.foreign import nemotron_h
 from twotower_kernels.reference.model import ContextState, TwoTower
 
@@ -70,10 +71,9 @@ def loaded(name: str) -> SimpleNamespace:
     with TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         path = Path(folder) / "config.json"
-        # Their config names layers one by one, and their code takes the limits from time_step_min.
+        # Their code takes the limits from time_step_min.
         limit = [theirs.config.time_step_min, math.inf]
-        config = json.loads(path.read_text()) | dict(hybrid_override_pattern=pattern, time_step_limit=limit)
-        path.write_text(json.dumps(config))
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(time_step_limit=limit)))
         ours = TwoTower.from_pretrained(folder).requires_grad_(False)
         exact = TwoTower.from_pretrained(folder, dtype=torch.float64).requires_grad_(False)
     return SimpleNamespace(theirs=theirs, ours=ours, exact=exact)
@@ -112,6 +112,33 @@ def test_the_weights_make_a_difference() -> None:
         assert not unnoticed or ".experts." in key, key
         experts += ".experts." in key and not unnoticed
     assert experts > 20
+
+
+@pytest.mark.parametrize("original", [True, False], ids=["as published", "as in their modules"])
+@pytest.mark.parametrize("kind", [TwoTower, TwoTowerModel], ids=["reference", "package"])
+def test_what_they_save_is_read_untouched(kind: type[TwoTower | TwoTowerModel], original: bool, tmp_path: Path) -> None:
+    """A folder as `save_pretrained` leaves it, in bfloat16: layers by name, an infinity as an object, two ends. It is
+    loaded in bfloat16, every number of it, and computes in float32 as they do."""
+    theirs = randomized("M*E-M", dict(eos_token_id=[2, 11])).to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path, save_original_format=original)
+    saved = (tmp_path / "config.json").read_text()
+    assert "linear_attention" in saved and "__float__" in saved and "torch_dtype" not in saved
+    ours = kind.from_pretrained(tmp_path)
+    assert ours.config.hybrid_override_pattern == "M*E-M" and ours.config.eos_token_id == (2, 11)
+    assert ours.config.time_step_limit == (0.0, math.inf)
+    state = ours.state_dict()
+    assert all(value.dtype == torch.bfloat16 for key, value in state.items() if key.startswith("context_"))
+    for key, value in theirs.state_dict().items():
+        key = key.replace("model.", "context_tower.", 1).replace("lm_head", "context_lm_head")
+        pieces = value if (stacked := key.endswith(("experts.up_proj", "experts.down_proj"))) else [value]
+        for i, piece in enumerate(pieces):
+            prefix, _, projection = key.rpartition(".")
+            assert torch.equal(state.pop(f"{prefix}.{i}.{projection}.weight" if stacked else key), piece), key
+    assert not any(key.startswith("context_") for key in state)
+    ids = random_ids(2, 4 * CHUNK + 5)
+    wide = kind.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        close(wide.forward_ar(ids), theirs.float()(ids, use_cache=False).logits)
 
 
 @settings(max_examples=15)

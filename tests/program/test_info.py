@@ -1,17 +1,19 @@
 """`twotower info`: what is installed, what kernels for GPUs cost at their first call, what a checkpoint needs."""
 
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import twotower_kernels
 from tests.gpu.build_kernels import cuda_modules
 from tests.model.small_model import save_small_model, small_model
-from tests.program.command_line import run
+from tests.program.command_line import error_of, run
 from twotower_kernels import cuda, info
 
 
@@ -62,6 +64,41 @@ def test_sizes_are_those_of_the_loaded_model(folder: Path) -> None:
     row = 2**17 * sizes.kv_per_token + sizes.state_per_row
     assert sizes.long_context == 8 * total + row
     assert sizes.long_context_apart == {"context": 8 * context + row, "denoiser": 8 * (total - context) + row}
+
+
+def test_sizes_of_a_backbone_leave_out_layers_for_further_tokens(folder: Path, tmp_path: Path) -> None:
+    """Its one tower is counted once, in the dtype that most of it has if the config leaves that open."""
+    weights = load_file(folder / "model.safetensors")
+    names = {"context_tower": "backbone", "context_lm_head": "lm_head"}
+    backbone = {
+        key.replace(start, names[start]): value.half()
+        for key, value in weights.items()
+        if (start := key.split(".")[0]) in names
+    }
+    save_file(backbone | {"mtp.norm.weight": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"torch_dtype": "auto"}))
+    with pytest.warns(UserWarning, match="multi-token prediction"):
+        sizes, whole = info.sizes(tmp_path), info.sizes(folder)
+    assert sizes.parameters == {"backbone": whole.parameters["context"]}
+    assert sizes.weights == {"backbone": 2 * whole.parameters["context"]}
+    assert sizes.kv_per_token == whole.kv_per_token / 4  # float64 there
+
+
+@pytest.mark.parametrize("tower", ["context", "denoiser"])
+def test_sizes_of_one_tower(folder: Path, tmp_path: Path, tower: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    own = {key: value for key, value in weights.items() if key.startswith("context_") == (tower == "context")}
+    save_file(own, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    assert info.sizes(tmp_path).parameters == {tower: info.sizes(folder).parameters[tower]}
+
+
+def test_what_could_not_be_loaded_is_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_routed_experts": 10**9}))
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    assert "1000000000 experts" in error_of(capsys, "info", tmp_path)
 
 
 def test_info_without_compiled_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

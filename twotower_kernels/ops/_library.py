@@ -1,4 +1,4 @@
-"""How an operation enters PyTorch's dispatcher: its schema, its kernel per device, its fake, its gradient."""
+"""How an operation enters PyTorch's dispatcher: its schema, its kernel per device, its fake, its transforms."""
 
 import importlib
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.ops._traced import traced_kernel, traced_schema
+from twotower_kernels.ops._transforms import Rule, register_autocast, register_batching, register_derivatives
 
 _LIBRARY = torch.library.Library("twotower", "DEF")
 
@@ -22,13 +23,16 @@ def define(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
+    autocast: Rule | None = None,
 ) -> None:
-    """Registers `torch.ops.twotower.<name>` for `schema`, e.g. "scale(Tensor x, float by) -> Tensor".
+    """Registers `torch.ops.twotower.<name>` for `schema`, e.g. "scale(Tensor x, float by) -> Tensor". It has no default
+    values: the dispatcher leaves such arguments out of what it hands on.
 
     cpu is the kernel; cuda names one, "module:function" in twotower_kernels, imported at its first call, so that a CPU
-    alone needs no Triton. An op without `backward` is registered with one that raises: PyTorch would otherwise hand out
-    silent zeros. An op with numbers of type float gets an overload for traces (`_traced.py`). On a device without a
-    kernel, the call raises NotImplementedError with the op's and the device's name.
+    alone needs no Triton. An op without `backward`, or whose backward gives None where a gradient is wanted, raises
+    there; forward-mode derivatives raise in every op. autocast makes of the op's arguments those that it runs on under
+    autocast; None: the same. An op with numbers of type float gets an overload for traces (`_traced.py`). On a device
+    without a kernel, the call raises NotImplementedError with the op's and the device's name.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
@@ -37,18 +41,13 @@ def define(
         CUDA[name] = cuda
         _LIBRARY.impl(name, lambda *arguments: cuda_kernel(name)(*arguments), "CUDA")
     torch.library.register_fake(f"twotower::{name}", fake, lib=_LIBRARY)
-
-    def no_gradient(ctx: Any, *grads: Any) -> None:
-        raise NotImplementedError(f"twotower::{name} is not differentiable")
-
-    mutates = "!" in schema
-    if backward is not None:
-        torch.library.register_autograd(f"twotower::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-    elif not mutates:  # PyTorch itself refuses gradients through arguments written in place
-        torch.library.register_autograd(f"twotower::{name}", no_gradient, lib=_LIBRARY)
+    op = getattr(getattr(torch.ops.twotower, name.split(".")[0]), name.partition(".")[2] or "default")
+    register_derivatives(_LIBRARY, op, backward, setup_context)
+    register_batching(_LIBRARY, op)
+    register_autocast(_LIBRARY, op, autocast)
     if traced := traced_schema(schema):
         kernel = traced_kernel(name)
-        define(traced, cpu=kernel, fake=fake, backward=backward, setup_context=setup_context)
+        define(traced, cpu=kernel, fake=fake, backward=backward, setup_context=setup_context, autocast=autocast)
         if cuda is not None:
             _LIBRARY.impl(f"{name}.traced", kernel, "CUDA")
 

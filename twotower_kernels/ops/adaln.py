@@ -1,11 +1,15 @@
 """RMSNorm, adaLN modulation and the gated residual. Formulas: `reference/adaln.py`; kernel: `csrc/cpu/adaln.cpp`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from twotower_kernels import cpu
+from twotower_kernels.arguments import real
 from twotower_kernels.ops._library import check_float, define, refuse_gradients, same_device
 from twotower_kernels.ops._traced import call
+from twotower_kernels.ops._transforms import autocasts, cast_to
 
 ORDERS = ("modulate_norm", "norm_modulate")
 
@@ -19,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         eps: added to the mean square.
 
     Returns:
-        `[..., H]` in the dtype of `x`. Not differentiable.
+        `[..., H]` in the dtype of `x`, under autocast too. Not differentiable.
 
     Raises:
         ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.
@@ -52,21 +56,22 @@ def adaln_norm(
             (`rms(x)·(1+scale) + shift`: MoE and dense MLP layers).
 
     Returns:
-        `[B, S, H]` in the dtype of `x`. Not differentiable.
+        `[B, S, H]` in the dtype of `x`, under autocast too. Not differentiable.
 
     Raises:
         ValueError: unknown order, wrong shape or device, only one of shift and scale, an argument that requires grad.
         TypeError: wrong dtype.
     """
     _check("adaln_norm", x, None, None, weight, shift, scale, order)
-    return call("adaln_norm", x, weight, shift, scale, eps, order == "norm_modulate")
+    return call("adaln_norm", x, weight, shift, scale, real("eps", eps), order == "norm_modulate")
 
 
 def gated_residual(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
     """`residual + gate · y`, or `residual + y` without a gate.
 
     Args:
-        residual: `[B, S, H]`; its dtype is the result's. It may be wider than that of `y` (`residual_in_fp32`).
+        residual: `[B, S, H]`; its dtype is the result's. It may be wider than that of `y` (`residual_in_fp32`); under
+            autocast it is widened where `y` is wider.
         y: `[B, S, H]`.
         gate: `[B, H]` or None; rounded to the dtype of `y`, as is its product with `y`.
 
@@ -76,6 +81,7 @@ def gated_residual(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> T
     Raises:
         ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.
     """
+    residual, y = _widened(residual, y)
     _check("gated_residual", residual, y, gate, None, None, None, ORDERS[0])
     return torch.ops.twotower.gated_residual.default(residual, y, gate)
 
@@ -96,8 +102,17 @@ def gated_residual_adaln_norm(
     Arguments and errors as in `gated_residual` and `adaln_norm`. Returns `(h, normed)`, both `[B, S, H]` in the dtype
     of `residual`; the norm reads `h` as rounded to it, so the result is bit for bit that of the two in a row.
     """
+    residual, y = _widened(residual, y)
     _check("gated_residual_adaln_norm", residual, y, gate, weight, shift, scale, order)
+    eps = real("eps", eps)
     return call("gated_residual_adaln_norm", residual, y, gate, weight, shift, scale, eps, order == "norm_modulate")
+
+
+def _widened(residual: Tensor, y: Tensor, *others: Any) -> tuple[Any, ...]:
+    """Under autocast, the residual in the dtype of `residual + y`."""
+    if autocasts(residual):
+        (residual,) = cast_to(torch.promote_types(residual.dtype, y.dtype), residual)
+    return residual, y, *others
 
 
 def _check(
@@ -189,6 +204,7 @@ define(
     cpu=_gated_residual,
     cuda="triton.adaln:gated_residual",
     fake=lambda residual, *_: _empty(residual),
+    autocast=_widened,
 )
 define(
     "gated_residual_adaln_norm(Tensor residual, Tensor y, Tensor? gate, Tensor weight, Tensor? shift, Tensor? scale, "
@@ -196,4 +212,5 @@ define(
     cpu=_gated_residual_adaln_norm,
     cuda="triton.adaln:gated_residual_adaln_norm",
     fake=lambda residual, *_: (_empty(residual), _empty(residual)),
+    autocast=_widened,
 )

@@ -10,6 +10,7 @@ from twotower_kernels import cpu
 from twotower_kernels.ops import attention_gradient as gradient
 from twotower_kernels.ops._library import check_float, define, refuse_gradients, same_device
 from twotower_kernels.ops._traced import call
+from twotower_kernels.ops._transforms import Rule, cast_to, lowered
 from twotower_kernels.ops.attention_checks import (
     Lengths,
     as_lengths,
@@ -64,6 +65,8 @@ def block_attention(
         return_lse: also return the log-sum-exp.
         out: takes the result, which is then without gradient; any strides.
 
+    Under autocast, q, k, v and the context are cast as by `F.scaled_dot_product_attention`; with `out`, nothing is.
+
     Returns:
         `[B, S, Hq, D]` in the dtype of `q`; with `return_lse` also the natural logarithm of the sum of exponentials,
         `[B, S, Hq]`, float32 (float64 for float64). Differentiable in q, k and v; the context is frozen.
@@ -71,6 +74,8 @@ def block_attention(
     Raises:
         ValueError: wrong shape, length, index or page, or a context that requires grad. TypeError: wrong dtype.
     """
+    if out is None:
+        q, k, v, k_context, v_context = lowered(q, k, v, k_context, v_context)
     check_alike("q", q, k=k, v=v)
     batch, length, _, dim = q.shape
     if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != dim:
@@ -87,13 +92,13 @@ def block_attention(
         raise ValueError("context_lens, context_index, block_table: expected none without a context")
     else:
         context = (None,) * 5
-    check_options(window, scale, softcap)
+    window, scale, softcap = check_options(window, scale, softcap)
     lens = as_lengths("block_lens", block_lens, length, batch, q)
     arguments = q, k, v, *context, lens, causal, window, scale, softcap
     if out is None:
         result, lse = call("block_attention", *arguments)
     else:
-        result, lse = out, q.new_empty(q.shape[:3], dtype=statistics_dtype(q))
+        result, lse = out, out.new_empty(q.shape[:3], dtype=statistics_dtype(q))
         call("block_attention_out", *arguments, out, lse)
     return (result, lse) if return_lse else result
 
@@ -117,16 +122,18 @@ def context_attention(
 
     Arguments, results and errors as there, without the block's own keys. Differentiable in q.
     """
+    if out is None:
+        q, k_context, v_context = lowered(q, k_context, v_context)
     check_alike("q", q)
     context = _context(q, k_context, v_context, context_lens, context_index, block_table)
     check_out(q, out)
-    check_options(window, scale, softcap)
+    window, scale, softcap = check_options(window, scale, softcap)
     lens = as_lengths("block_lens", block_lens, q.shape[1], q.shape[0], q)
     arguments = q, *context, lens, window, scale, softcap
     if out is None:
         result, lse = call("context_attention", *arguments)
     else:
-        result, lse = out, q.new_empty(q.shape[:3], dtype=statistics_dtype(q))
+        result, lse = out, out.new_empty(q.shape[:3], dtype=statistics_dtype(q))
         call("context_attention_out", *arguments, out, lse)
     return (result, lse) if return_lse else result
 
@@ -141,12 +148,15 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
         out_a, out_b: `[..., D]`; float64, float32, bfloat16 or float16; any strides.
         lse_a, lse_b: `[...]`, float32 (float64 for float64 outputs).
 
+    Under autocast, out_a and out_b are cast as the arguments of `block_attention` are.
+
     Returns:
         `(out, lse)`, shaped and typed as the inputs; 0 and -inf where both sides are empty. Differentiable in all four.
 
     Raises:
         ValueError: shapes, dtypes or devices that differ. TypeError: wrong dtype.
     """
+    out_a, out_b = lowered(out_a, out_b)
     check_float(out_a=out_a)
     for name, x, like in (("out_b", out_b, out_a), ("lse_b", lse_b, lse_a)):
         if x.shape != like.shape or x.dtype != like.dtype:
@@ -175,7 +185,7 @@ def append_kv(
 
     Args:
         k_context, v_context: storage as in `block_attention`, last dimension contiguous.
-        k, v: `[B, S, Hkv, D]` in the dtype of the storage; any strides.
+        k, v: `[B, S, Hkv, D]` in the dtype of the storage, to which autocast casts them; any strides.
         context_lens: tokens that are there already, an integer or int32/int64 `[B]` or `[]`.
         context_index, block_table: as in `block_attention`.
         block_lens: how many tokens of each row are appended, like `context_lens`; default S.
@@ -185,6 +195,7 @@ def append_kv(
             dimension is not contiguous, an argument that requires grad. TypeError: wrong dtype. Nothing is written
             then.
     """
+    k, v = cast_to(k_context.dtype, k, v)
     check_alike("k", k, v=v, k_context=k_context, v_context=v_context)
     check_storage(k.shape[3], k_context, v_context)
     refuse_gradients("append_kv", k=k, v=v)
@@ -290,6 +301,21 @@ _PAST = f"Tensor q, Tensor k_context, Tensor v_context, {_CONTEXT}"
 _OPTIONS = "SymInt? window, float? scale, float softcap"
 _OUT = ", Tensor(a!) out, Tensor(b!) lse"
 
+
+def _lowered_attention(number: int) -> Rule:
+    """The autocast rule of an op whose first arguments, so many, are queries, keys and values."""
+    return lambda *arguments: (*lowered(*arguments[:number]), *arguments[number:])
+
+
+def _lowered_outputs(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, ...]:
+    out_a, out_b = lowered(out_a, out_b)
+    return out_a, lse_a, out_b, lse_b
+
+
+def _as_storage(k_context: Tensor, v_context: Tensor, k: Tensor, v: Tensor, *places: Tensor | None) -> tuple[Any, ...]:
+    return k_context, v_context, *cast_to(k_context.dtype, k, v), *places
+
+
 define(
     f"block_attention({_BLOCK}{_OPTIONS}) -> (Tensor, Tensor)",
     cpu=_block_attention,
@@ -297,6 +323,7 @@ define(
     fake=lambda q, *_: _results(q),
     backward=gradient.block_backward,
     setup_context=gradient.save_block,
+    autocast=_lowered_attention(5),
 )
 define(
     f"block_attention_out({_BLOCK}{_OPTIONS}{_OUT}) -> ()",
@@ -311,6 +338,7 @@ define(
     fake=lambda q, *_: _results(q),
     backward=gradient.context_backward,
     setup_context=gradient.save_context,
+    autocast=_lowered_attention(3),
 )
 define(
     f"context_attention_out({_PAST}{_OPTIONS}{_OUT}) -> ()",
@@ -325,6 +353,7 @@ define(
     fake=lambda out_a, lse_a, *_: (out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)),
     backward=gradient.merge_backward,
     setup_context=gradient.save_merge,
+    autocast=_lowered_outputs,
 )
 define(
     "append_kv(Tensor(a!) k_context, Tensor(b!) v_context, Tensor k, Tensor v, Tensor context_lens, "
@@ -332,4 +361,5 @@ define(
     cpu=_append_kv,
     cuda="triton.attention_merge:append_kv",
     fake=lambda *_: None,
+    autocast=_as_storage,
 )

@@ -1,14 +1,15 @@
 """What the attention ops demand of their arguments: shapes and dtypes before the call, values at the kernel's door."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from twotower_kernels.arguments import real, whole
 from twotower_kernels.ops._library import check_float, same_device
 
 Lengths = int | Tensor
-INTEGER = (int, torch.SymInt)  # the latter is a size that a trace leaves open
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -32,14 +33,23 @@ def check_alike(first_name: str, first: Tensor, /, **others: Tensor) -> None:
     same_device(first, **others)
 
 
-def check_options(window: int | None, scale: float | None, softcap: float) -> None:
-    """The numbers that shape the softmax."""
-    if window is not None and (not isinstance(window, INTEGER) or window < 0):
-        raise ValueError(f"window: expected None or an integer >= 0, got {window!r}")
-    if scale is not None and not -math.inf < scale < math.inf:  # as comparisons, which a trace can follow; NaN fails
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+def check_options(window: Any, scale: Any, softcap: Any) -> tuple[int | None, float | None, float]:
+    """The numbers that shape the softmax. Returns them as Python's."""
+    if window is not None:
+        try:
+            window = whole("window", window)
+        except TypeError:
+            raise ValueError(f"window: expected None or an integer >= 0, got {window!r}") from None
+        if window < 0:
+            raise ValueError(f"window: expected None or an integer >= 0, got {window}")
+    if scale is not None:
+        scale = real("scale", scale, "None or a number")
+        if not -math.inf < scale < math.inf:  # as comparisons, which a trace can follow; NaN fails
+            raise ValueError(f"scale: expected a finite number, got {scale}")
+    softcap = real("softcap", softcap)
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number >= 0, got {softcap}")
+    return window, scale, softcap
 
 
 def check_out(q: Tensor, out: Tensor | None, *differentiable: Tensor) -> None:
@@ -103,11 +113,10 @@ def as_lengths(name: str, lens: Lengths | None, limit: int, batch: int, like: Te
         if lens.ndim and lens.shape != (batch,):
             raise ValueError(f"{name}: expected a scalar or [{batch}], got {list(lens.shape)}")
         return lens.expand(batch) if lens.ndim == 0 else lens
-    if not isinstance(lens, INTEGER):
-        raise TypeError(f"{name}: expected an integer or an integer tensor, got {type(lens).__name__}")
-    if not 0 <= lens <= limit:
-        raise ValueError(f"{name}: expected values in [0, {limit}], got {lens}")
-    return torch.full((batch,), lens, dtype=torch.int64, device=like.device)
+    number = whole(name, lens, "an integer or an integer tensor")
+    if not 0 <= number <= limit:
+        raise ValueError(f"{name}: expected values in [0, {limit}], got {number}")
+    return torch.full((batch,), number, dtype=torch.int64, device=like.device)
 
 
 # --- values: read where the tensors are on the host, before the kernel runs ------------------------------------------

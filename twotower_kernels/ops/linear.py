@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from twotower_kernels import cpu
 from twotower_kernels.ops._library import define
+from twotower_kernels.ops._transforms import lowered
 
 # Up to how many rows the kernel is used; libraries that block all three dimensions win beyond (bench/bench_linear.py).
 MOST_ROWS = {torch.float32: 16, torch.bfloat16: 64, torch.float16: 64}
@@ -83,6 +84,6 @@ def _traced(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _linear(x, weight, bias) if _few(x) else F.linear(x, weight, bias)
 
 
-define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", cpu=_linear, fake=_empty)
+define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", cpu=_linear, fake=_empty, autocast=lowered)
 # For traces in float32, which leave open how many rows there are: the choice that `linear` makes before the call.
-define("linear.traced(Tensor x, Tensor weight, Tensor? bias) -> Tensor", cpu=_traced, fake=_empty)
+define("linear.traced(Tensor x, Tensor weight, Tensor? bias) -> Tensor", cpu=_traced, fake=_empty, autocast=lowered)

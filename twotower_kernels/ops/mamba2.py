@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels import cpu
+from twotower_kernels.arguments import real, whole
 from twotower_kernels.ops._library import check_float, define, refuse_gradients, same_device
 from twotower_kernels.ops._traced import call
 
@@ -54,7 +55,7 @@ def mamba2_scan(
     Returns:
         y `[B, L, heads·head_dim]` in the dtype of `xbc`. With states `(y, conv, ssm)`: conv `[B, C, W-1]` in the dtype
         of `xbc`, ssm `[B, heads, head_dim, state]` float32 (float64); with `states_every`, `[B, ⌈L/S⌉, ...]` of each.
-        States are new tensors. Not differentiable.
+        States are new tensors. Autocast changes nothing: a state keeps its digits. Not differentiable.
 
     Raises:
         ValueError: shapes that do not fit, another device, an argument that requires grad, `seq_lens` outside [0, L],
@@ -62,6 +63,8 @@ def mamba2_scan(
     """
     if conv_weight.ndim == 3 and conv_weight.shape[1] == 1:
         conv_weight = conv_weight.squeeze(1)
+    n_groups, head_dim = whole("n_groups", n_groups), whole("head_dim", head_dim)
+    states_every = whole("states_every", states_every)
     _check_sizes(xbc, dt, conv_weight, n_groups, head_dim)
     if states_every < 0:
         raise ValueError(f"states_every: expected 0 or more, got {states_every}")
@@ -83,7 +86,7 @@ def mamba2_scan(
     check_float(**floats)
     same_device(xbc, **floats, **indices)
     refuse_gradients("mamba2_scan", **floats)
-    low, high = time_step_limit
+    low, high = (real("time_step_limit", limit) for limit in time_step_limit)
     y, conv, ssm = call(
         "mamba2_scan", xbc, dt, conv_weight, conv_bias, a_log, d, dt_bias, n_groups, head_dim, conv_state, ssm_state,
         state_index, seq_lens, low, high, return_states, states_every,
@@ -104,7 +107,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, *, n_groups: int, eps: 
         eps: added to the mean square.
 
     Returns:
-        `[..., D]` in the dtype of `y`, rounded once. Not differentiable.
+        `[..., D]` in the dtype of `y`, rounded once, under autocast too. Not differentiable.
 
     Raises:
         ValueError: shapes that do not fit, another device, an argument that requires grad. TypeError: wrong dtype.
@@ -113,6 +116,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, *, n_groups: int, eps: 
         raise ValueError(f"z: expected the shape of y {list(y.shape)}, got {list(z.shape)}")
     if y.ndim == 0 or weight.shape != y.shape[-1:]:
         raise ValueError(f"weight: expected [D] for y [..., D], got {list(weight.shape)} for {list(y.shape)}")
+    n_groups, eps = whole("n_groups", n_groups), real("eps", eps)
     if n_groups < 1 or y.shape[-1] % n_groups:
         raise ValueError(f"n_groups: expected a divisor of {y.shape[-1]} channels, got {n_groups}")
     check_float(y=y, z=z, weight=weight)

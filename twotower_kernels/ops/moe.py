@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from twotower_kernels import cpu
+from twotower_kernels.arguments import real, whole
 from twotower_kernels.ops._library import check_float, define, refuse_gradients, same_device
 from twotower_kernels.ops._traced import call
+from twotower_kernels.ops._transforms import cast_to, lowered
 
 ACTIVATIONS = ("relu2", "silu_gated", "gelu_gated")  # the order of Activation in csrc/cpu/moe.h
 SCORES = ("sigmoid", "softmax")
@@ -35,7 +37,7 @@ def moe_gate(x: Tensor, gate_weight: Tensor) -> Tensor:
         gate_weight: `[E, H]`, any of these dtypes.
 
     Returns:
-        `[N, E]` float64. Not differentiable.
+        `[N, E]` float64, under autocast too. Not differentiable.
 
     Raises:
         ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.
@@ -64,7 +66,8 @@ def moe_route(
     group; NaN ranks highest.
 
     Args:
-        logits: `[N, E]` float64 or float32; scores are computed in that precision.
+        logits: `[N, E]` float64 or float32; scores are computed in that precision. Under autocast, narrower ones are
+            widened to float32.
         correction_bias: `[E]`, any floating dtype, or None. It takes part in the choice only.
         top_k: experts per token, 1 to E.
         score: "sigmoid" or "softmax" of the logits.
@@ -79,6 +82,7 @@ def moe_route(
         ValueError: wrong shape or device, `top_k` or groups that do not fit E, an unknown score, an argument that
             requires grad. TypeError: wrong dtype.
     """
+    (logits,) = cast_to(torch.float32, logits)
     if logits.ndim != 2:
         raise ValueError(f"logits: expected [N, E], got {list(logits.shape)}")
     if logits.dtype not in (torch.float32, torch.float64):
@@ -131,6 +135,7 @@ def moe_plan(experts: Tensor, num_experts: int) -> MoePlan:
         ValueError: wrong shape, on a CPU experts outside `[0, E)`, which a GPU leaves out. TypeError: wrong dtype.
     """
     _check_experts(experts)
+    num_experts = whole("num_experts", num_experts)
     if num_experts < 0:
         raise ValueError(f"num_experts: expected 0 or more, got {num_experts}")
     return MoePlan(*torch.ops.twotower.moe_plan.default(experts, num_experts))
@@ -167,6 +172,8 @@ def moe_experts(
         shared_up, shared_down: `[J, H]` (gated: `[2J, H]`) and `[H, J]`, the expert that every token passes,
             unweighted; or both None.
 
+    Under autocast, x and the matrices are cast as by `F.linear`, and the weights are not.
+
     Returns:
         `[N, H]` in the dtype of `x`. Not differentiable.
 
@@ -175,6 +182,7 @@ def moe_experts(
             requires grad; on a CPU experts outside `[0, E)` and another plan. A GPU does not wait to look at them: a
             token with such an expert becomes NaN. TypeError: wrong dtype. NotImplementedError: float64 on a GPU.
     """
+    x, w_up, w_down, shared_up, shared_down = lowered(x, w_up, w_down, shared_up, shared_down)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
     if x.ndim != 2:
@@ -225,6 +233,8 @@ def _checked_choice(
     """The options of `moe_route` as the operators take them."""
     if score not in SCORES:
         raise ValueError(f"score: expected one of {SCORES}, got {score!r}")
+    top_k, scaling = whole("top_k", top_k), real("scaling", scaling)
+    n_group, topk_group = whole("n_group", n_group), whole("topk_group", topk_group)
     if n_group < 1 or e % n_group:
         raise ValueError(f"n_group: expected a divisor of {e} experts, got {n_group}")
     if not 1 <= topk_group <= n_group:
@@ -356,6 +366,12 @@ def _experts(
     return out
 
 
+def _lowered_experts(x: Tensor, w_up: Tensor, w_down: Tensor, *arguments: Any) -> tuple[Any, ...]:
+    *choice, shared_up, shared_down, activation = arguments
+    x, w_up, w_down, shared_up, shared_down = lowered(x, w_up, w_down, shared_up, shared_down)
+    return x, w_up, w_down, *choice, shared_up, shared_down, activation
+
+
 define(
     "moe_gate(Tensor x, Tensor gate_weight) -> Tensor",
     cpu=_gate,
@@ -368,6 +384,7 @@ define(
     cpu=_route,
     cuda="cuda_moe:moe_route",
     fake=lambda logits, correction_bias, top_k, *_: empty_choice(logits, top_k),
+    autocast=lambda logits, *choice: (*cast_to(torch.float32, logits), *choice),
 )
 define(
     "moe_plan(Tensor experts, SymInt num_experts) -> (Tensor, Tensor, Tensor)",
@@ -388,4 +405,5 @@ define(
     cpu=_experts,
     cuda="triton.moe:moe_experts",
     fake=lambda x, *_: x.new_empty(x.shape),
+    autocast=_lowered_experts,
 )

@@ -61,7 +61,9 @@ def remask(
         mask_token_id: a token, or None for policies with renoise, which need no mask.
         policy: the rule.
         step, num_steps: i and N of the rule. Steps from N - 1 on count as the last.
-        temperature: 0 takes the argmax, more samples (unless the policy is greedy). At most 1e6.
+        temperature: 0 takes the argmax, more samples (unless the policy is greedy). At most 1e6. From 1e-36 down the
+            argmax is taken by definition, and before that wherever the best logit divided by it is too large for a
+            number: noise could not matter. Tempered statistics see 1e-36 in the place of what lies between it and 0.
         top_k, top_p: filters of the sample; 0 and 1.0 are off. What ties with the last token kept stays too.
         seed, offset: the key (64 bits) of the noise, and the row offset of its counter (the block's index).
         suppress_ids: tokens without probability, like the mask token; a sequence or an integer tensor `[n]`.
@@ -79,14 +81,14 @@ def remask(
 
     Returns:
         `RemaskResult`. A position whose logits hold NaN or +inf, or nothing finite, keeps its token; its confidence and
-        entropy are NaN. Nothing is differentiable, and nothing is modified.
+        entropy are NaN. Nothing is differentiable, nothing is modified, and autocast changes nothing.
 
     Raises:
         TypeError: wrong type or dtype. ValueError: wrong shape, device or value; logits that require grad. A GPU does
             not wait to look at what tensors hold: with values out of range the step is another, but nothing else is
             harmed. NotImplementedError, on a GPU: float64 logits.
     """
-    check(logits, tokens, mask_token_id, policy, editable, valid_lens, candidates, rank_noise)
+    mask_token_id = check(logits, tokens, mask_token_id, policy, editable, valid_lens, candidates, rank_noise)
     whole, whole_rows = split_all(WHOLE, (step, num_steps, top_k, seed, offset, initial_num_masked), logits)
     bound = policy.gate_bound if gate_bound is None else gate_bound
     real, real_rows = split_all(REAL, (temperature, top_p, bound), logits)

@@ -2,15 +2,16 @@
 hold is checked by the kernel's entry, because looking at it would make a device wait."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from twotower_kernels.arguments import real, whole, wholes
 from twotower_kernels.ops._library import check_float, refuse_gradients, same_device
 from twotower_kernels.remask_policy import RemaskPolicy
+from twotower_kernels.seeds import as_int64
 
 INTEGERS = (torch.int64, torch.int32)
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -77,18 +78,15 @@ def split(name: str, value: Any, logits: Tensor) -> tuple[Any, Tensor | None]:
             value = value.to(logits.device)
         same_device(logits, **{name: value})
         return (1 if name == "num_steps" else 0), value
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt) if rule.whole else (int, float)):
-        raise TypeError(f"{name}: expected {kind} or a tensor of them, got {type(value).__name__}")
+    value = (whole if rule.whole else real)(name, value, f"{kind} or a tensor of them")
     if name == "seed":
-        if not -(2**63) <= value < 2**64:
-            raise ValueError(f"seed: expected a number of 64 bits, got {value}")
-        return (value - 2**64 if value >= 2**63 else value), None
+        return as_int64(value), None
     high = logits.shape[1] if name == "initial_num_masked" else rule.high
     if not rule.low <= value <= high:  # NaN too
         raise ValueError(f"{name}: expected {kind} in [{rule.low:g}, {high:g}], got {value}")
     if rule.whole and value >= 2**63:
         raise ValueError(f"{name}: expected a number of 64 bits, got {value}")
-    return (value if rule.whole else float(value)), None
+    return value, None
 
 
 def ids(name: str, value: Any, logits: Tensor) -> tuple[list[int], Tensor | None]:
@@ -102,12 +100,11 @@ def ids(name: str, value: Any, logits: Tensor) -> tuple[list[int], Tensor | None
             raise ValueError(f"{name}: expected one dimension, got shape {list(value.shape)}")
         same_device(logits, **{name: value})
         return [], value
-    if not isinstance(value, Sequence) or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-        raise TypeError(f"{name}: expected a tensor or a sequence of integers, got {value!r}")
-    for token in value:
+    tokens = wholes(name, value, "a tensor or a sequence of integers")
+    for token in tokens:
         if not 0 <= token < logits.shape[2]:
             raise ValueError(f"{name}: expected token numbers in [0, {logits.shape[2] - 1}], got {token}")
-    return list(value), None
+    return tokens, None
 
 
 def check(
@@ -119,8 +116,11 @@ def check(
     valid_lens: Tensor | None,
     candidates: Tensor | None,
     rank_noise: Tensor | None,
-) -> None:
-    """TypeError or ValueError unless everything beside the per-row parameters and the suppressed tokens is right."""
+) -> int | None:
+    """TypeError or ValueError unless everything beside the per-row parameters and the suppressed tokens is right.
+
+    Returns the mask token.
+    """
     if not isinstance(policy, RemaskPolicy):
         raise TypeError(f"policy: expected a RemaskPolicy, got {type(policy).__name__}")
     if not isinstance(logits, Tensor):
@@ -134,10 +134,10 @@ def check(
     if mask_token_id is None:
         if not policy.renoise or policy.schedule == "posterior":
             raise ValueError("mask_token_id: expected a token, as only a policy with renoise has no mask, got None")
-    elif isinstance(mask_token_id, bool) or not isinstance(mask_token_id, int):
-        raise TypeError(f"mask_token_id: expected an int, got {type(mask_token_id).__name__}")
-    elif not 0 <= mask_token_id < vocabulary:
-        raise ValueError(f"mask_token_id: expected a token in [0, {vocabulary - 1}], got {mask_token_id}")
+    else:
+        mask_token_id = whole("mask_token_id", mask_token_id, "an int")
+        if not 0 <= mask_token_id < vocabulary:
+            raise ValueError(f"mask_token_id: expected a token in [0, {vocabulary - 1}], got {mask_token_id}")
     _tensor("editable", editable, (torch.bool,), [batch, block])
     _tensor("valid_lens", valid_lens, INTEGERS, [batch])
     _tensor("candidates", candidates, INTEGERS, [batch, block])
@@ -145,6 +145,7 @@ def check(
     same_device(
         logits, tokens=tokens, editable=editable, valid_lens=valid_lens, candidates=candidates, rank_noise=rank_noise
     )
+    return mask_token_id
 
 
 def check_values(
