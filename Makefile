@@ -1,17 +1,19 @@
 # Every target makes .venv by itself, from the pinned requirements, when those are newer than it.
-# PYTHON=python3.12 chooses another interpreter for it, WORKERS=4 the number of test processes.
+# PYTHON=python3.12 chooses another interpreter for it, WORKERS=4 the number of test processes, MINUTES=60 how long to
+# search for failures.
 
 VENV := .venv
 PY := $(VENV)/bin/python
 PYTHON ?=
 WORKERS ?= 2
+MINUTES ?= 10
 RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
 KERNELS := build/.kernels
 SANITIZED := build/sanitize
 EMULATED := build/emulate
 
-.PHONY: help demo test check bench pictures bench-compare sanitize emulate format clean
+.PHONY: help demo test fuzz kernels check bench pictures bench-compare sanitize emulate format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -21,6 +23,14 @@ demo: $(KERNELS)  ## generate text with the shipped model, un-masking block by b
 
 test: $(DEV) $(KERNELS)  ## every test, on the CPU
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS)
+
+fuzz: $(DEV) $(KERNELS)  ## search for failures of the properties: make fuzz MINUTES=60. What it finds, make test replays
+	@OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --minutes $(MINUTES) --workers $(WORKERS)
+
+# Of each GPU kernel make test compiles the hardest build.
+kernels: $(DEV)  ## compile every GPU kernel in every configuration for every GPU, into build/kernels.json
+	@$(PY) -m tests.gpu.build_kernels build/kernels.json
+	@$(PY) -m tests.gpu.launch_kernels
 
 check: $(DEV)  ## ruff (lint and format), mypy and clang-format
 	@$(PY) -m ruff check .

@@ -42,9 +42,7 @@ def objects(build: Path) -> list[tuple[Path, Path, str]]:
         for isa, flags in ISAS.items():
             if isa == "avx512bf16" and source.stem not in BF16:
                 continue
-            found.append(
-                (build / f"{source.stem}.{isa}.o", source, f"-DTT_ISA={isa} -fno-exceptions -fno-rtti {flags}")
-            )
+            found.append((build / f"{source.stem}.{isa}.o", source, f"-DTT_ISA={isa} -fno-rtti {flags}"))
     return found
 
 

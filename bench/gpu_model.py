@@ -136,19 +136,33 @@ class Measured:
         )
 
 
+def size(text: str) -> tuple[int, int]:
+    """Batch and context, from "1,4096"."""
+    batch, context = map(int, text.split(","))
+    return batch, context
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_model", description=__doc__)
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write FOLDER/model.json, anew after every line")
+    parser.add_argument(
+        "--size",
+        type=size,
+        action="append",
+        metavar="BATCH,CONTEXT",
+        help="measured; may be given again",
+    )
     options = parser.parse_args(arguments)
     limits = ceilings.measure("cuda")
     print(report.heading(limits), flush=True)
+    torch.cuda.empty_cache()  # the ceilings' buffers: the model fits by less than they take
     free, _ = torch.cuda.mem_get_info()
     c = config(largest(free))
     model = random_model(torch.bfloat16, "both", c, device="cuda")
     print(f"{len(c.hybrid_override_pattern)} of {len(RELEASED)} layers, {sum(weights(c).values()) / 1e9:.1f} GB")
     entries = []
     with torch.inference_mode():
-        for batch, context in SIZES:
+        for batch, context in options.size or SIZES:
             measured = Measured(model, batch, context)
             entries.append(measured.entry(limits))
             print(measured.line(limits), flush=True)

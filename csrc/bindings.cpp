@@ -1,5 +1,6 @@
-// Python's side of the kernels: tensors come as (pointer, dtype, sizes, strides), and nothing is checked here. The
-// global interpreter lock is released while a kernel runs.
+// Python's side of the kernels: tensors come as (pointer, dtype, sizes, strides). Of their meaning nothing is checked
+// here, which the operators have done, but what the kernels take without a look, that a tensor has its rank, a known
+// dtype and memory, and that an activation is one. The global interpreter lock is released while a kernel runs.
 #include <pybind11/pybind11.h>
 
 #include <cstring>
@@ -17,42 +18,86 @@
 
 namespace py = pybind11;
 
-namespace pybind11::detail {
-template <>
-struct type_caster<tt::View> {  // None, or (pointer, dtype, sizes, strides)
-    PYBIND11_TYPE_CASTER(tt::View, const_name("View"));
-    bool load(handle source, bool) {
-        if (source.is_none()) return true;
-        PyObject* fields = source.ptr();
-        if (!PyTuple_Check(fields) || PyTuple_GET_SIZE(fields) != 4) return false;
-        PyObject *sizes = PyTuple_GET_ITEM(fields, 2), *strides = PyTuple_GET_ITEM(fields, 3);
-        if (!PyTuple_Check(sizes) || !PyTuple_Check(strides)) return false;
-        const Py_ssize_t dims = PyTuple_GET_SIZE(sizes);
-        if (dims > tt::View::max_dims || PyTuple_GET_SIZE(strides) != dims) return false;
-        value.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(fields, 0));
-        value.dtype = static_cast<tt::DType>(PyLong_AsLong(PyTuple_GET_ITEM(fields, 1)));
-        value.ndim = static_cast<int>(dims);
-        for (Py_ssize_t i = 0; i < dims; ++i) {
-            value.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes, i));
-            value.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
-        }
-        if (!PyErr_Occurred()) return true;
-        PyErr_Clear();  // something other than an integer
+namespace {
+
+template <int Rank>
+struct Ranked : tt::View {};  // of this rank
+template <int Rank>
+struct Optional : Ranked<Rank> {};  // or None
+
+// From (pointer, dtype, sizes, strides). Returns false unless `fields` are that; throws ValueError where a number in it
+// cannot be right.
+bool read_view(tt::View& view, PyObject* fields, int rank) {
+    if (!PyTuple_Check(fields) || PyTuple_GET_SIZE(fields) != 4) return false;
+    PyObject *sizes = PyTuple_GET_ITEM(fields, 2), *strides = PyTuple_GET_ITEM(fields, 3);
+    if (!PyTuple_Check(sizes) || !PyTuple_Check(strides)) return false;
+    const Py_ssize_t dims = PyTuple_GET_SIZE(sizes);
+    if (dims != rank || PyTuple_GET_SIZE(strides) != dims)
+        throw py::value_error("expected a tensor of rank " + std::to_string(rank) + ", got " + std::to_string(dims));
+    view.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(fields, 0));
+    const long code = PyLong_AsLong(PyTuple_GET_ITEM(fields, 1));
+    view.ndim = rank;
+    bool empty = false;
+    for (Py_ssize_t i = 0; i < dims; ++i) {
+        view.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes, i));
+        view.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
+        empty |= view.size[i] == 0;
+        if (view.size[i] < 0) throw py::value_error("expected sizes of 0 or more, got a negative one");
+    }
+    if (PyErr_Occurred()) {  // something other than an integer
+        PyErr_Clear();
         return false;
+    }
+    if (code < 0 || code > static_cast<long>(tt::DType::boolean))
+        throw py::value_error("expected the code of a dtype, got " + std::to_string(code));
+    if (view.data == nullptr && !empty) throw py::value_error("expected a tensor with memory, got a null pointer");
+    view.dtype = static_cast<tt::DType>(code);
+    return true;
+}
+
+}  // namespace
+
+namespace pybind11::detail {
+template <int Rank>
+struct type_caster<Ranked<Rank>> {
+    PYBIND11_TYPE_CASTER(Ranked<Rank>, const_name("View"));
+    bool load(handle source, bool) { return read_view(value, source.ptr(), Rank); }
+};
+template <int Rank>
+struct type_caster<Optional<Rank>> {
+    PYBIND11_TYPE_CASTER(Optional<Rank>, const_name("View | None"));
+    bool load(handle source, bool) { return source.is_none() || read_view(value, source.ptr(), Rank); }
+};
+template <>
+struct type_caster<tt::Activation> {
+    PYBIND11_TYPE_CASTER(tt::Activation, const_name("Activation"));
+    bool load(handle source, bool) {
+        const long code = PyLong_AsLong(source.ptr());
+        if (PyErr_Occurred()) {
+            PyErr_Clear();
+            return false;
+        }
+        if (code < 0 || code > static_cast<long>(tt::Activation::gelu_gated))
+            throw py::value_error("expected the code of an activation, got " + std::to_string(code));
+        value = static_cast<tt::Activation>(code);
+        return true;
     }
 };
 }  // namespace pybind11::detail
 
 namespace {
 
-using tt::View;
+using Vector = Ranked<1>;
+using Matrix = Ranked<2>;
+using Cube = Ranked<3>;
+using Tokens = Ranked<4>;  // [B, S, heads, head_dim]
 using Released = py::call_guard<py::gil_scoped_release>;
 
 void bind_adaln(py::module_& m) {
     m.def(
         "gated_residual_adaln_norm",
-        [](View x, View y, View gate, View weight, View shift, View scale, View h, View normed, double eps,
-           bool norm_first) {
+        [](Cube x, Optional<3> y, Optional<2> gate, Optional<1> weight, Optional<2> shift, Optional<2> scale,
+           Optional<3> h, Optional<3> normed, double eps, bool norm_first) {
             tt::gated_residual_adaln_norm({x, y, gate, weight, shift, scale, h, normed, eps, norm_first});
         },
         Released());
@@ -61,48 +106,52 @@ void bind_adaln(py::module_& m) {
 void bind_attention(py::module_& m) {
     m.def(
         "block_attention",
-        [](View q, View k, View v, View k_context, View v_context, View context_lens, View context_index,
-           View block_table, View block_lens, View out, View lse, double scale, double softcap, int64_t window,
-           bool causal) {
+        [](Tokens q, Optional<4> k, Optional<4> v, Optional<4> k_context, Optional<4> v_context,
+           Optional<1> context_lens, Optional<1> context_index, Optional<2> block_table, Optional<1> block_lens,
+           Tokens out, Cube lse, double scale, double softcap, int64_t window, bool causal) {
             tt::block_attention({q, k, v, k_context, v_context, context_lens, context_index, block_table, block_lens,
                                  out, lse, scale, softcap, window, causal});
         },
         Released());
     m.def(
         "merge_attention",
-        [](View out_a, View lse_a, View out_b, View lse_b, View out, View lse) {
+        [](Matrix out_a, Vector lse_a, Matrix out_b, Vector lse_b, Matrix out, Vector lse) {
             tt::merge_attention({out_a, lse_a, out_b, lse_b, out, lse});
         },
         Released());
     m.def(
         "append_kv",
-        [](View k_context, View v_context, View k, View v, View context_lens, View context_index, View block_table,
-           View block_lens) {
+        [](Tokens k_context, Tokens v_context, Tokens k, Tokens v, Vector context_lens, Optional<1> context_index,
+           Optional<2> block_table, Optional<1> block_lens) {
             tt::append_kv({k_context, v_context, k, v, context_lens, context_index, block_table, block_lens});
         },
         Released());
 }
 
 void bind_linear(py::module_& m) {
-    m.def("linear", [](View x, View weight, View bias, View out) { tt::linear({x, weight, bias, out}); }, Released());
+    m.def(
+        "linear", [](Matrix x, Matrix weight, Optional<1> bias, Matrix out) { tt::linear({x, weight, bias, out}); },
+        Released());
 }
 
 void bind_moe(py::module_& m) {
-    m.def("moe_gate", [](View x, View weight, View logits) { tt::moe_gate({x, weight, logits}); }, Released());
+    m.def("moe_gate", [](Matrix x, Matrix weight, Matrix logits) { tt::moe_gate({x, weight, logits}); }, Released());
     m.def(
         "moe_route",
-        [](View logits, View bias, View weights, View experts, bool softmax, int64_t n_group, int64_t topk_group,
-           bool renormalize, double scaling) {
+        [](Matrix logits, Optional<1> bias, Matrix weights, Matrix experts, bool softmax, int64_t n_group,
+           int64_t topk_group, bool renormalize, double scaling) {
             tt::moe_route({logits, bias, weights, experts, softmax, n_group, topk_group, renormalize, scaling});
         },
         Released());
     m.def(
         "moe_plan",
-        [](View experts, View counts, View offsets, View pairs) { tt::moe_plan({experts, counts, offsets, pairs}); },
+        [](Matrix experts, Vector counts, Vector offsets, Vector pairs) {
+            tt::moe_plan({experts, counts, offsets, pairs});
+        },
         Released());
     m.def(
         "moe_plan_holds",
-        [](View experts, View counts, View offsets, View pairs) {
+        [](Matrix experts, Vector counts, Vector offsets, Vector pairs) {
             bool holds = false;
             tt::moe_plan_holds({{experts, counts, offsets, pairs}, &holds});
             return holds;
@@ -110,10 +159,9 @@ void bind_moe(py::module_& m) {
         Released());
     m.def(
         "moe_experts",
-        [](View x, View up, View down, View weights, View offsets, View pairs, View shared_up, View shared_down,
-           View total, View out, int activation) {
-            tt::moe_experts({x, up, down, weights, offsets, pairs, shared_up, shared_down, total, out,
-                             static_cast<tt::Activation>(activation)});
+        [](Matrix x, Cube up, Cube down, Matrix weights, Vector offsets, Vector pairs, Optional<2> shared_up,
+           Optional<2> shared_down, Matrix total, Matrix out, tt::Activation activation) {
+            tt::moe_experts({x, up, down, weights, offsets, pairs, shared_up, shared_down, total, out, activation});
         },
         Released());
 }
@@ -121,16 +169,17 @@ void bind_moe(py::module_& m) {
 void bind_mamba2(py::module_& m) {
     m.def(
         "mamba2_scan",
-        [](View xbc, View dt, View conv_weight, View conv_bias, View a_log, View d, View dt_bias, View conv_state,
-           View ssm_state, View state_index, View seq_lens, View y, View conv_out, View ssm_out, int64_t groups,
-           int64_t head_dim, int64_t states_every, double dt_min, double dt_max) {
+        [](Cube xbc, Cube dt, Matrix conv_weight, Optional<1> conv_bias, Vector a_log, Vector d, Vector dt_bias,
+           Optional<3> conv_state, Optional<4> ssm_state, Optional<1> state_index, Optional<1> seq_lens, Cube y,
+           Optional<4> conv_out, Optional<5> ssm_out, int64_t groups, int64_t head_dim, int64_t states_every,
+           double dt_min, double dt_max) {
             tt::mamba2_scan({xbc, dt, conv_weight, conv_bias, a_log, d, dt_bias, conv_state, ssm_state, state_index,
                              seq_lens, y, conv_out, ssm_out, groups, head_dim, states_every, dt_min, dt_max});
         },
         Released());
     m.def(
         "gated_rms_norm",
-        [](View y, View z, View weight, View out, int64_t groups, double eps) {
+        [](Cube y, Cube z, Vector weight, Cube out, int64_t groups, double eps) {
             tt::gated_rms_norm({y, z, weight, out, groups, eps});
         },
         Released());
@@ -149,11 +198,13 @@ Struct numbers(const py::sequence& from) {
 }
 
 void bind_remask(py::module_& m) {
-    m.def("remask", [](View logits, View tokens, int64_t mask_token_id, py::sequence options, py::sequence bounds,
-                       py::sequence whole, py::sequence real, View step, View num_steps, View top_k, View seed,
-                       View offset, View initial, View temperature, View top_p, View gate_bound, View suppressed,
-                       View unscored, View editable, View valid_lens, View candidates, View rank_noise, View tokens_out,
-                       View transfer_mask, View candidate, View confidence, View entropy, View num_masked, View done) {
+    m.def("remask", [](Cube logits, Matrix tokens, int64_t mask_token_id, py::sequence options, py::sequence bounds,
+                       py::sequence whole, py::sequence real, Optional<1> step, Optional<1> num_steps,
+                       Optional<1> top_k, Optional<1> seed, Optional<1> offset, Optional<1> initial,
+                       Optional<1> temperature, Optional<1> top_p, Optional<1> gate_bound, Optional<1> suppressed,
+                       Optional<1> unscored, Optional<2> editable, Optional<1> valid_lens, Optional<2> candidates,
+                       Optional<2> rank_noise, Matrix tokens_out, Matrix transfer_mask, Matrix candidate,
+                       Matrix confidence, Matrix entropy, Vector num_masked, Vector done) {
         const tt::Remask arguments = {logits,
                                       tokens,
                                       mask_token_id,

@@ -2,6 +2,9 @@
 
 #include <dlfcn.h>
 
+#include <atomic>
+#include <new>
+
 namespace tt {
 
 namespace {
@@ -34,8 +37,27 @@ int max_threads() {
 }
 
 void run_on_threads(void (*work)(void*), void* data, int threads) {
-    if (pool()) return pool().parallel(work, data, unsigned(threads), 0);
-    work(data);
+    if (!pool()) return work(data);
+    // No exception may pass through the pool.
+    struct Team {
+        void (*work)(void*);
+        void* data;
+        std::atomic<bool> out_of_memory{false};
+        static void member(void* team) {
+            Team& t = *static_cast<Team*>(team);
+            try {
+                t.work(t.data);
+            } catch (const std::bad_alloc&) {
+                t.out_of_memory = true;
+            }
+        }
+    } team{work, data};
+    pool().parallel(&Team::member, &team, unsigned(threads), 0);
+    if (team.out_of_memory) out_of_memory();
+}
+
+void out_of_memory() {
+    throw std::bad_alloc();
 }
 
 }  // namespace tt

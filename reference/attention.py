@@ -126,7 +126,8 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
         lse = log(exp(lse_a) + exp(lse_b));  out = exp(lse_a - lse) * out_a + exp(lse_b - lse) * out_b
 
     out_a, out_b: [..., D], same dtype; lse_a, lse_b: [...] in float32 (float64 for float64 outputs).
-    A side whose lse is -inf contributes nothing, whatever its out holds; two such sides give 0 and -inf.
+    A side whose lse is -inf, or +inf as FlashAttention writes it, saw no key: it contributes nothing, whatever its out
+    holds; two such sides give 0 and -inf.
     Returns (out, lse). Differentiable in all four.
     """
     statistics = compute_dtype(out_a)
@@ -138,6 +139,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
         raise ValueError(f"lse_a: expected {list(out_a.shape[:-1])} as out_a, got {list(lse_a.shape)}")
     if lse_a.dtype != statistics:
         raise TypeError(f"lse_a: expected {statistics} with {out_a.dtype} outputs, got {lse_a.dtype}")
+    lse_a, lse_b = (x.masked_fill(x.isposinf(), -torch.inf) for x in (lse_a, lse_b))
     weights, lse = softmax_and_lse(torch.stack([lse_a, lse_b]), dim=0)
     merged = torch.zeros_like(out_a, dtype=statistics)
     for weight, part, part_lse in zip(weights, (out_a, out_b), (lse_a, lse_b), strict=True):

@@ -255,10 +255,11 @@ def make_inputs(
 ) -> dict[str, Any]:
     """Random keyword arguments for `op`; `case` is a name in `CASES[op]` or a dict of the same keys."""
     sizes = CASES[op][case] if isinstance(case, str) else case
-    generator = torch.Generator().manual_seed(seed)
+    # Drawn on the device: the released experts' billion numbers take a processor minutes.
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, to: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, to)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device=device).to(to)
 
     n, e = sizes["n"], sizes["e"]
     if op == "moe_gate":

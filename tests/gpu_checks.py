@@ -30,6 +30,8 @@ from twotower_kernels.capture import cuda_graph
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FAMILIES = ("adaln", "attention", "mamba2", "moe", "remask")
 RELEASED = "released"  # in the names of cases at the released model's sizes
+THROUGH_GRAPHS = "through graphs"
+EAGER = False  # nothing is recorded
 
 
 Operation = Callable[..., Any]
@@ -50,8 +52,8 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def compare(results: tuple[Tensor, ...], reference: Operation, inputs: dict[str, Any]) -> None:
-    from tests.compare import assert_within_budget
-    from tests.kernels.kernel_checks import assert_gate_faithful, widened
+    from tests.compare import assert_within_budget, widened
+    from tests.kernels.kernel_checks import assert_gate_faithful
 
     if reference.__name__ == "moe_gate":
         return assert_gate_faithful(results[0].cpu(), **{name: tensor.cpu() for name, tensor in inputs.items()})
@@ -68,10 +70,11 @@ def compare(results: tuple[Tensor, ...], reference: Operation, inputs: dict[str,
 
 
 def check(ours: Operation, reference: Operation, inputs: dict[str, Any], device: str) -> None:
-    """One call of one operation, all that is demanded of it. The specification runs where the inputs are."""
+    """One call of one operation, all that is demanded of it. The specification runs where the inputs are. Without
+    PyTorch's cache of memory (`--eager`) no graph can be recorded."""
     first = outputs(ours, inputs)
     again = {"from run to run": outputs(ours, inputs)}
-    if device == "cuda":
+    if device == "cuda" and not EAGER:
         replay, again["when a graph is replayed"] = cuda_graph(lambda: outputs(ours, inputs), torch.device(device))
         replay()
         torch.cuda.synchronize()
@@ -188,12 +191,15 @@ def tasks(device: str) -> Iterator[Task]:
 
 
 def of_part(number: int, parts: int, labels: Sequence[str]) -> list[str]:
-    """The labels that a process takes: the first one the released sizes, which fill the memory, the others the rest."""
+    """The labels that a process takes, those that take longest first. The released sizes are shared by the first few,
+    one dtype each: the float64 truths of three of them fit into a large GPU's memory side by side."""
     large = [label for label in labels if RELEASED in label]
     small = [label for label in labels if RELEASED not in label]
-    if parts == 1:
-        return list(labels)
-    return large if number == 0 else small[number - 1 :: parts - 1]
+    small.sort(key=lambda label: not label.startswith("model"))
+    few = len(DTYPES)
+    if parts <= few:
+        return [*large, *small][number::parts]
+    return large[number::few] if number < few else small[number - few :: parts - few]
 
 
 def run(device: str, only: Sequence[str], number: int, parts: int) -> int:
@@ -203,6 +209,8 @@ def run(device: str, only: Sequence[str], number: int, parts: int) -> int:
     passed, failed, start = 0, 0, time.perf_counter()
     found = dict(tasks(device))
     wanted = [label for label in found if not only or any(part in label for part in only)]
+    if EAGER:
+        wanted = [label for label in wanted if THROUGH_GRAPHS not in label]
     with triton_kernels() if device == "cpu" else nullcontext():
         for label in of_part(number, parts, wanted):
             try:
@@ -240,15 +248,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu_checks", description=__doc__)
     parser.add_argument("--interpret", action="store_true", help="in Triton's interpreter, on the CPU")
     parser.add_argument("--only", action="append", default=[], help="cases whose label holds this; may be given again")
+    parser.add_argument("--eager", action="store_true", help="record no graphs, for runs under a checker of memory")
     parser.add_argument("--jobs", type=int, default=1, help="processes to share the checks (default: 1)")
     parser.add_argument("--part", nargs=2, type=int, metavar=("I", "N"), help="one such process's share")
     options = parser.parse_args()
+    global EAGER
+    EAGER = options.eager
     if options.interpret:
         os.environ["TRITON_INTERPRET"] = "1"
     elif not torch.cuda.is_available():
         sys.exit("expected a CUDA device, found none (--interpret runs the same checks without)")
     if options.jobs > 1 and options.part is None:
-        given = [*(["--interpret"] if options.interpret else []), *(f"--only={part}" for part in options.only)]
+        given = [f"--{name}" for name in ("interpret", "eager") if getattr(options, name)]
+        given += [f"--only={part}" for part in options.only]
         sys.exit(bool(in_processes(options.jobs, given)))
     number, parts = options.part or (0, 1)
     sys.exit(bool(run("cpu" if options.interpret else "cuda", options.only, number, parts)))

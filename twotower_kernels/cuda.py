@@ -11,10 +11,11 @@ import importlib.metadata
 import os
 import stat
 import tempfile
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -203,10 +204,32 @@ def _loaded(kernel: Kernel, device: int) -> Any:
     """The kernel on a device, ready to launch."""
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"{kernel.name} is not loaded yet, which cannot be captured; call it once before capturing")
-    core = _core()
-    core.Device(device).set_current()
     content = cubin(kernel.source, kernel.defines, architecture(device))
-    return core.ObjectCode.from_cubin(content).get_kernel(kernel.name)
+    return _core().ObjectCode.from_cubin(content).get_kernel(kernel.name)
+
+
+class _Thread(threading.local):
+    """The devices whose context a thread has made current. PyTorch makes a context current at a thread's first call of
+    its own, and the first call of all may be ours."""
+
+    def __init__(self) -> None:
+        self.devices: set[int] = set()
+
+
+_thread = _Thread()
+
+
+def _make_current(device: int) -> None:
+    if device not in _thread.devices:
+        _core().Device(device).set_current()
+        _thread.devices.add(device)
+
+
+@lru_cache(maxsize=256)
+def _stream(device: int, handle: int) -> Any:
+    """A stream of PyTorch's, as cuda.core knows it; made once, since that takes longer than the rest of a launch. The
+    handle of the default stream is the same on every device."""
+    return _core().Stream.from_handle(handle)
 
 
 def launch(kernel: Kernel, grid: int, block: int, shared: int, arguments: Sequence[Argument]) -> None:
@@ -217,12 +240,11 @@ def launch(kernel: Kernel, grid: int, block: int, shared: int, arguments: Sequen
     """
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     with torch.cuda.device(device):
-        function = _loaded(kernel, device.index)
-        core = _core()
-        stream = core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
-        core.launch(
-            stream, core.LaunchConfig(grid=grid, block=block, shmem_size=shared), function, *map(_value, arguments)
-        )
+        _make_current(device.index)
+        function, core = _loaded(kernel, device.index), _core()
+        stream = _stream(device.index, torch.cuda.current_stream(device).cuda_stream)
+        config = core.LaunchConfig(grid=grid, block=block, shmem_size=shared)
+        core.launch(stream, config, function, *map(_value, arguments))
 
 
 def _value(argument: Argument) -> int | float:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from twotower_kernels import cuda
 from twotower_kernels.cuda import Kernel
-from twotower_kernels.ops.remask import Arguments, results
-from twotower_kernels.ops.remask_checks import PER_ROW, WHOLE
+from twotower_kernels.ops.remask import results
+from twotower_kernels.ops.remask_checks import PER_ROW, WHOLE, Arguments
 from twotower_kernels.remask_policy import CHOICES, OPTIONS
 
 _TYPES = {torch.float32: "type_float32", torch.bfloat16: "type_bfloat16", torch.float16: "type_float16"}  # in warp.h

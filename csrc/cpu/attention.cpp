@@ -299,7 +299,7 @@ struct Problem {
             });
             return;
         }
-        Scratch<W> states(items * parts * state_size());
+        Scratch<W> states(items, parts, state_size());
         W* all = states;
         parallel_for(items * parts, 1, [&](int64_t begin, int64_t end) {
             Room room(*this);
@@ -311,7 +311,7 @@ struct Problem {
         });
         const int64_t panels = (piece + widest - 1) / widest;
         parallel_for(items * panels, 1, [&](int64_t begin, int64_t end) {
-            Scratch<W> lines(L * up_to(dim, L));
+            Scratch<W> lines(L, up_to(dim, L));
             for (int64_t n = begin; n < end; ++n) {
                 const Item item = this->item(n / panels);
                 const int64_t row = n % panels * widest;
@@ -330,7 +330,11 @@ void merge_rows(const MergeAttention& m) {
     const int64_t dim = m.out.size[1];
     parallel_for(m.out.size[0], 64, [&](int64_t begin, int64_t end) {
         for (int64_t n = begin; n < end; ++n) {
-            const W a = m.lse_a.as<W>()[n * m.lse_a.stride[0]], b = m.lse_b.as<W>()[n * m.lse_b.stride[0]];
+            const auto told = [n](const View& lse) {  // -inf, or +inf as others write it: a side without keys
+                const W value = lse.as<W>()[n * lse.stride[0]];
+                return value == INFINITY ? W(-INFINITY) : value;
+            };
+            const W a = told(m.lse_a), b = told(m.lse_b);
             const T* out_a = m.out_a.as<T>() + n * m.out_a.stride[0];
             const T* out_b = m.out_b.as<T>() + n * m.out_b.stride[0];
             T* out = m.out.as<T>() + n * m.out.stride[0];

@@ -20,7 +20,7 @@ void product(const Linear& a) {
     using P = Panel<W, T>;
     const int64_t m_size = a.x.size[0], k = a.x.size[1], n = a.weight.size[0], stride = a.weight.stride[0];
     if (m_size == 0) return;
-    Scratch<typename P::Kept> x(m_size * P::padded(k));
+    Scratch<typename P::Kept> x(m_size, P::padded(k));
     parallel_for(m_size, larger<int64_t>(1, 16384 / larger<int64_t>(1, k)), [&](int64_t begin, int64_t end) {
         for_panels<W, T>(x, m_size, k, [&](auto panel, int64_t first) {
             for (int64_t m = larger<int64_t>(0, begin - first); m < smaller(panel.count, end - first); ++m)

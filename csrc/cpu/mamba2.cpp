@@ -109,8 +109,8 @@ struct Convolution {
           width(a.conv_weight.size[1]),
           n(channels),
           stride(padded<W>(channels)),
-          taps((width + 1) * stride),
-          columns((width - 1 + chunk_tokens) * stride) {}
+          taps(width + 1, stride),
+          columns(width - 1 + chunk_tokens, stride) {}
     const Mamba2Scan& a;
     int64_t width, n, stride, first = 0;
     Scratch<W> taps;     // [W, n], then the bias [n]
@@ -223,7 +223,7 @@ struct Scan {
 
     void share(W* shared, int64_t b, int64_t group, int64_t from, int64_t to) const {
         Convolution<X> conv(a, n);
-        Scratch<W> c(chunk_tokens * wide());
+        Scratch<W> c(chunk_tokens, wide());
         W one[chunk_tokens];
         for (W& w : one) w = 1;
         for (int part = 0; part < 2; ++part) {
@@ -304,7 +304,7 @@ struct Scan {
     void scan_head(const W* shared, W* kept, int64_t b, int64_t head, int64_t from, int64_t to) const {
         Convolution<X> conv(a, p);
         const int64_t wide_p = conv.stride;
-        Scratch<W> scratch(chunk_tokens * wide_p * 3), own(kept ? 0 : p * n);
+        Scratch<W> scratch(chunk_tokens * 3, wide_p), own(kept ? 0 : p, n);
         W *x = scratch, *y = x + chunk_tokens * wide_p, *columns = y + chunk_tokens * wide_p, *weighted = y;
         W* state_scratch = kept ? kept : static_cast<W*>(own);
         int64_t stride = n;
@@ -376,10 +376,10 @@ struct Scan {
 
     void run() const {
         const int64_t batch = a.xbc.size[0], deep = smaller(chunks, int64_t(slab_pairs));
-        if (batch == 0 || chunks == 0) return;
+        if (batch == 0 || chunks == 0 || (length == 0 && !a.ssm_out)) return;  // then there are no results
         const int64_t wide = smaller(batch, slab_pairs / deep);
-        Scratch<W> shared(wide * deep * a.groups * shared_size());
-        Scratch<W> kept(chunks > deep ? heads * p * n : 0);  // then a slab is of one row
+        Scratch<W> shared(wide * deep, a.groups, shared_size());
+        Scratch<W> kept(chunks > deep ? heads : 0, p, n);  // then a slab is of one row
         const int64_t row_shared = deep * a.groups * shared_size();
         for (int64_t row = 0; row < batch; row += wide) {
             const int64_t rows = smaller(wide, batch - row);

@@ -72,8 +72,8 @@ struct Group {
     Group(int64_t pairs, int64_t h, int64_t i)
         : x_row(P::padded(h)),
           hidden_row(P::padded(i)),
-          x(pairs * x_row),
-          hidden(pairs * hidden_row),
+          x(pairs, x_row),
+          hidden(pairs, hidden_row),
           weight(pairs),
           token(pairs),
           tiles(pairs) {}

@@ -23,7 +23,7 @@ void gate(const MoeGate& a) {
     const int64_t n = a.x.size[0], h = a.x.size[1], e = a.weight.size[0], stride = a.weight.stride[0];
     int rows = skinny_rows;  // of the weight, per piece of work: enough pieces for many threads at E = 128
     while (rows > 4 && e < 4 * max_threads() * rows) rows /= 2;
-    Scratch<double> scratch(smaller(n, slab) * P::padded(h));
+    Scratch<double> scratch(smaller(n, slab), P::padded(h));
     double* x = scratch;
     for (int64_t start = 0; start < n; start += slab) {
         const int64_t tokens = smaller(slab, n - start);

@@ -41,14 +41,19 @@ inline void parallel_for(int64_t n, int64_t grain, F f) {
     run_on_threads(&Loop::work, &loop, threads);
 }
 
-// Uninitialised memory for the time of a scope, aligned to a cache line. (Not std::vector: see isa.h.)
+// Uninitialised memory for the time of a scope, aligned to a cache line: room for a * b * ... numbers, the factors
+// given apart so that a product beyond 64 bits is noticed. Where there is no such memory, out_of_memory() throws. (Not
+// std::vector: see isa.h.)
 template <class T>
 class Scratch {
    public:
-    explicit Scratch(int64_t n) {
-        size_t bytes = (size_t(n) * sizeof(T) + 63) / 64 * 64;
+    template <class... Factors>
+    explicit Scratch(Factors... factors) {
+        size_t bytes = sizeof(T);
+        if ((... || __builtin_mul_overflow(bytes, factors, &bytes)) || bytes > SIZE_MAX / 2) out_of_memory();
+        bytes = (bytes + 63) / 64 * 64;
         data_ = static_cast<T*>(std::aligned_alloc(64, bytes ? bytes : 64));
-        if (data_ == nullptr) std::abort();  // out of memory for a few rows: nothing could be told to anyone
+        if (data_ == nullptr) out_of_memory();
     }
     ~Scratch() { std::free(data_); }
     Scratch(const Scratch&) = delete;

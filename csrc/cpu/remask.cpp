@@ -136,8 +136,8 @@ void step(const Remask& a) {
     const int64_t pieces = (vocabulary + piece_size - 1) / piece_size;
     const bool all = judges_all(a.options);
     Scratch<RemaskRow> rows(batch);
-    Scratch<RemaskPlace> places(batch * block);
-    Scratch<int64_t> looked(batch * block), slot(batch * block);  // positions by number, and the other way round
+    Scratch<RemaskPlace> places(batch, block);
+    Scratch<int64_t> looked(batch, block), slot(batch, block);  // positions by number, and the other way round
     int64_t count = 0;
     bool filters = false;
     for (int64_t b = 0; b < batch; ++b) {
@@ -154,7 +154,7 @@ void step(const Remask& a) {
             if (place.looked) slot[i] = count, looked[count++] = i;
         }
     }
-    Scratch<Findings<W>> found(count * pieces);
+    Scratch<Findings<W>> found(count, pieces);
     Scratch<double> reached(count);
     for (int64_t i = 0; i < count; ++i) reached[i] = -infinity<double>;
     parallel_for(count * pieces, 1, [&](int64_t begin, int64_t end) {

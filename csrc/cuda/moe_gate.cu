@@ -23,15 +23,6 @@
 constexpr int tile = 4;  // tokens, and experts, of a block: TILE in twotower_kernels/cuda_moe.py
 constexpr int sums_of_tile = tile * tile;
 
-// What f makes of a number of the type.
-template <class F>
-__device__ inline auto with_type(int64 type, const F& f) {
-    if (type == type_float64) return f(double());
-    if (type == type_float32) return f(float());
-    if (type == type_bfloat16) return f(Bfloat16());
-    return f(Float16());
-}
-
 template <int count>
 struct Numbers {
     double of[count];
@@ -91,6 +82,22 @@ __device__ inline Sums products(const Rows<X>& x, const Rows<W>& weight, int64 h
     return sums;
 }
 
+// The same of matrices of any types. (Calls instead of generic lambdas, which NVRTC 13.1 and older take for host code.)
+template <class X>
+__device__ inline Sums products(const Rows<X>& x, const Matrix& weight, int64 expert, int64 h) {
+    if (weight.type == type_float64) return products(x, Rows<double>(weight, expert), h);
+    if (weight.type == type_float32) return products(x, Rows<float>(weight, expert), h);
+    if (weight.type == type_bfloat16) return products(x, Rows<Bfloat16>(weight, expert), h);
+    return products(x, Rows<Float16>(weight, expert), h);
+}
+
+__device__ inline Sums products(const Matrix& x, const Matrix& weight, int64 token, int64 expert, int64 h) {
+    if (x.type == type_float64) return products(Rows<double>(x, token), weight, expert, h);
+    if (x.type == type_float32) return products(Rows<float>(x, token), weight, expert, h);
+    if (x.type == type_bfloat16) return products(Rows<Bfloat16>(x, token), weight, expert, h);
+    return products(Rows<Float16>(x, token), weight, expert, h);
+}
+
 // Lane i's result is the sum i % 16 over the warp's lanes.
 template <int count>
 __device__ inline double warp_sum_of(const Numbers<count>& sums) {
@@ -117,13 +124,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     const int64 tiles = (e + tile - 1) / tile, token = blockIdx.x / tiles * tile, expert = blockIdx.x % tiles * tile;
     const Matrix tokens = {x, x_type, x_row, x_column, n};
     const Matrix experts = {weight, weight_type, weight_row, weight_column, e};
-    const Sums sums = with_type(x_type, [&](auto x_number) {
-        return with_type(weight_type, [&](auto weight_number) {
-            const Rows<decltype(x_number)> x_rows(tokens, token);
-            const Rows<decltype(weight_number)> weight_rows(experts, expert);
-            return products(x_rows, weight_rows, h);
-        });
-    });
+    const Sums sums = products(tokens, experts, token, expert, h);
     const double sum = warp_sum_of(sums);
     if (lane_id() < sums_of_tile) of_warps[warp_id() * sums_of_tile + lane_id()] = sum;
     __syncthreads();

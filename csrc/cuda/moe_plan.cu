@@ -15,20 +15,21 @@
 // with both launches up to 65536 tokens, 1.5 of them for adding up counts; the 6 MB that are read and written take
 // less. One block would take 150 us there.
 //
-// An expert outside [0, E) stops the kernel, as an index out of bounds does in PyTorch: a GPU cannot raise.
+// A pair whose expert is outside [0, E) is left out: a GPU cannot raise, and stopping the kernel would take the whole
+// process's GPU away. What stands in `pairs` beyond the last offset is then undefined.
 #include "warp.h"
 
 struct Choices {
     const void* experts;
     int64 type, row, column, n, k, e;
 
+    // -1 for an expert that does not exist.
     __device__ int expert_of(int64 pair) const {
         // Choices mostly lie in the order of the pairs, which saves a division of 64 bits.
         const int64 at = row == k * column ? pair * column : pair / k * row + pair % k * column;
         const int64 expert =
             type == type_int64 ? static_cast<const int64*>(experts)[at] : int64(static_cast<const int*>(experts)[at]);
-        if (expert < 0 || expert >= e) __trap();
-        return int(expert);
+        return expert < 0 || expert >= e ? -1 : int(expert);
     }
 };
 
@@ -41,6 +42,15 @@ struct Stretch {
         return {start < last ? start : last, end < last ? end : last};
     }
 };
+
+// Adds the pairs of a stretch to the counts of their experts, `step` pairs apart from the one at `begin` on.
+__device__ inline void count_experts(const Choices& choices, int64 begin, int64 end, int step, unsigned* counts) {
+#pragma unroll 1
+    for (int64 pair = begin; pair < end; pair += step) {
+        const int expert = choices.expert_of(pair);
+        if (expert >= 0) atomicAdd(&counts[expert], 1u);
+    }
+}
 
 __device__ inline Stretch block_stretch(const Choices& c) {
     const int64 total = c.n * c.k;
@@ -57,9 +67,7 @@ extern "C" __global__ void __launch_bounds__(1024)
 #pragma unroll 1
     for (int64 i = threadIdx.x; i < e; i += blockDim.x) seen[i] = 0;
     __syncthreads();
-#pragma unroll 1
-    for (int64 pair = own.first + threadIdx.x; pair < own.last; pair += blockDim.x)
-        atomicAdd(&seen[choices.expert_of(pair)], 1u);
+    count_experts(choices, own.first + threadIdx.x, own.last, blockDim.x, seen);
     __syncthreads();
 #pragma unroll 1
     for (int64 i = threadIdx.x; i < e; i += blockDim.x) of_blocks[blockIdx.x * e + i] = seen[i];
@@ -83,9 +91,7 @@ extern "C" __global__ void __launch_bounds__(1024)
 #pragma unroll 1
     for (int64 i = threadIdx.x; i < rows * e; i += blockDim.x) starts[i] = 0;
     __syncthreads();
-#pragma unroll 1
-    for (int64 pair = stretch.first + lane; pair < stretch.last; pair += lanes)
-        atomicAdd(&own[choices.expert_of(pair)], 1u);
+    count_experts(choices, stretch.first + lane, stretch.last, lanes, own);
     if (of_blocks) {
         const unsigned experts_here = unsigned(e), all = gridDim.x * experts_here, mine = blockIdx.x * experts_here;
 #pragma unroll 4

@@ -1,5 +1,6 @@
 """What measures a GPU, run on a stand-in: that it runs, what it times how, and what it saves."""
 
+import importlib
 import json
 import time
 from dataclasses import replace
@@ -9,14 +10,23 @@ from typing import Any
 import pytest
 import torch
 
+import twotower_kernels as tt
 from tests.benchmarks.test_bench_command import LIMITS
 from tests.gpu.gpu_stand_in import gpu_stand_in
 from tests.gpu.test_capture import Recorder
 from tests.model.random_models import SIZES
-from twotower_kernels import TwoTowerConfig
-from twotower_kernels.bench import ceilings, command, gpu_clock, gpu_model
+from twotower_kernels import TwoTowerConfig, cuda
+from twotower_kernels.bench import ceilings, command, gpu_clock, gpu_model, gpu_smoke
 from twotower_kernels.bench.bench_remask import best_of
 from twotower_kernels.bench.timing import ORIGINAL, OURS
+
+FAMILIES = gpu_smoke.FAMILIES
+
+
+def cases_of(family: str) -> dict[str, Any]:
+    """An operation's named cases, by its name."""
+    cases: dict[str, Any] = importlib.import_module(f"twotower_kernels.reference.{family}").CASES
+    return cases
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +108,50 @@ def test_the_model_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
         assert rates["2"] == pytest.approx(row["batch"] * 16 / (8 * step + commit))
     assert record.recordings >= 6  # a step, a commit and a token, at each size
     assert "B  3, context      7: step" in capsys.readouterr().out
+
+
+def test_the_sizes_of_the_model_are_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_model, "config", lambda pattern: TwoTowerConfig(**SIZES, hybrid_override_pattern="M*E-"))
+    with gpu_stand_in():
+        gpu_model.main(["--save", str(tmp_path), "--size", "2,9"])
+    run = json.loads((tmp_path / "model.json").read_text(encoding="utf-8"))
+    assert [(row["batch"], row["context"]) for row in run["results"]] == [(2, 9)]
+
+
+def smoke(capsys: pytest.CaptureFixture[str], *ops: str) -> tuple[int, list[str]]:
+    """Exit code and lines of the smoke test of some operations; the CPU answers for the GPU."""
+    with gpu_stand_in():
+        code = gpu_smoke.main([word for op in ops for word in ("--only", op)])
+    return code, capsys.readouterr().out.splitlines()
+
+
+def test_everything_is_called_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {op for _, op, _ in gpu_smoke.cases()} == {op for family in FAMILIES for op in cases_of(family)}
+    code, lines = smoke(capsys, "adaln_norm", "gated_residual", "moe_route", "moe_plan", "mamba2_scan", "append_kv")
+    called = [line.split(",")[0] for line in lines if "first call" in line]
+    assert code == 0 and set(called) >= {"adaln_norm", "moe_route", "moe_plan", "mamba2_scan", "append_kv"}
+    assert any(line.startswith("NVRTC") for line in lines)
+
+
+def test_a_wrong_or_failing_operation_is_named_and_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = tt.adaln_norm
+    monkeypatch.setattr(tt, "adaln_norm", lambda *a, **k: 1.1 * right(*a, **k))
+    monkeypatch.setattr(tt, "gated_residual", lambda *a, **k: 1 / 0)
+    code, lines = smoke(capsys, "adaln_norm", "gated_residual", "rms_norm")
+    assert code == 5  # three cases and two
+    assert sum(line.startswith("WRONG adaln_norm") and "off by 0.1" in line for line in lines) == 3
+    assert sum(line.startswith("FAILED gated_residual") and "ZeroDivisionError" in line for line in lines) == 2
+    assert sum(line.startswith("rms_norm") for line in lines) == 1
+
+
+def test_a_build_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert {source for source, _ in gpu_smoke.builds()} == {path.stem for path in cuda.folder().glob("*.cu")}
+    assert gpu_smoke.compiled(("moe_plan", ()), "sm_90a") is None
+    said = gpu_smoke.compiled(("moe_route", (("LOGIT", "unknown"),)), "sm_90a")
+    assert said is not None and said.startswith("moe_route {'LOGIT': 'unknown'}: RuntimeError")
 
 
 def test_a_model_is_cut_to_what_fits() -> None:

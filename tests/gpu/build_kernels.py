@@ -2,30 +2,42 @@
 
 Needs neither GPU nor driver: Triton, its wheel's ptxas and cuobjdump, and NVRTC for CUDA C++ are enough. The file
 lists, per build, kernel, configuration, architecture, registers per thread, bytes of shared memory, bytes spilled to
-local memory, and what it asked for and misses: instructions, or tensor memory.
+local memory, and what it asked for and misses: instructions, or tensor memory. Ends with 1, and says why, where one of
+these is more than a GPU has.
+
+`make kernels` compiles every configuration that is shipped, about a thousand builds. `--hardest`, which the test suite
+runs, compiles one per kernel (two where some need an instruction), and leaves a file that has more as it is while the
+sources are no newer.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import twotower_kernels.triton
+from tests.paths import ROOT
 from twotower_kernels.triton.launch import Build
 
 ARCHITECTURES = (80, 90, 100, 120)
 # Shared memory that one block may have, in bytes: CUDA C++ Programming Guide, table of technical specifications.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+REGISTERS = 255  # that one thread may have, on all of them
 TENSOR_MEMORY = 512  # columns of sm_100's: PTX ISA, tcgen05.alloc
+SOURCES = ("twotower_kernels/triton/*.py", "twotower_kernels/cuda*.py", "csrc/cuda/*", "csrc/common/*")
 
 
 @dataclass(frozen=True)
@@ -80,12 +92,24 @@ def cuda_modules() -> list[str]:
     return sorted(path.stem for path in folder.glob("cuda_*.py"))
 
 
-def cuda_builds_of(module: str, arch: int) -> list[Built]:
+def hardest_cuda(builds: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Of each source the build with the most flags set, then with the widest types. The first of equals."""
+    found: dict[str, tuple[tuple[int, int], tuple[str, Any]]] = {}
+    for source, defines in builds:
+        values = [value for _, value in defines]
+        hard = values.count("1"), 2 * values.count("double") + values.count("float")
+        if source not in found or hard > found[source][0]:
+            found[source] = hard, (source, defines)
+    return [build for _, build in found.values()]
+
+
+def cuda_builds_of(module: str, arch: int, only_hardest: bool = False) -> list[Built]:
     """As `builds_of`, for CUDA C++. Shared memory is asked for at launch, so the table shows none."""
     from twotower_kernels import cuda
 
+    builds = importlib.import_module(f"twotower_kernels.{module}").builds()
     found = []
-    for source, defines in importlib.import_module(f"twotower_kernels.{module}").builds():
+    for source, defines in hardest_cuda(builds) if only_hardest else builds:
         cubin = cuda.compile(source, defines, f"sm_{arch}{'a' if arch >= 90 else ''}")
         config = " ".join(f"{name}={value}" for name, value in defines)
         text = (cuda.folder() / f"{source}.cu").read_text(encoding="utf-8")
@@ -110,22 +134,71 @@ def resources(cubin: bytes, kernel: str = "") -> tuple[int, int]:
     return registers, stack + local
 
 
-def builds_of(module: str, arch: int) -> list[Built]:
+def tile_bytes(build: Build) -> int:
+    """What the constants and types say about a build's size: the product of its tile's sides, times the bytes of the
+    widest number that it loads."""
+    sides = [x for x in build.constants.values() if type(x) is int and x > 1]
+    widths = {"*fp32": 4, "*bf16": 2, "*fp16": 2}
+    return math.prod(sides) * max(widths.get(type, 1) for type in build.types.values())
+
+
+def hardest(builds: Iterable[Build]) -> list[Build]:
+    """Of each kernel the build with the largest tile, which asks for the most shared memory; among those that need an
+    instruction, and among the others. The first of equals."""
+    found: dict[tuple[str, bool], Build] = {}
+    for build in builds:
+        key = build.kernel.fn.__name__, bool(build.needs)
+        if key not in found or tile_bytes(build) > tile_bytes(found[key]):
+            found[key] = build
+    return list(found.values())
+
+
+def builds_of(module: str, arch: int, only_hardest: bool = False) -> list[Built]:
     kernels = importlib.import_module(f"twotower_kernels.triton.{module}")
-    return [compiled(build, arch) for build in kernels.builds(arch)]
+    builds = kernels.builds(arch)
+    return [compiled(build, arch) for build in (hardest(builds) if only_hardest else builds)]
+
+
+def faults(table: Iterable[dict[str, Any]]) -> list[str]:
+    """What no GPU can run, or not at the speed it was written for."""
+    found = []
+    for row in table:
+        limits = {"spills": 0, "registers": REGISTERS, "shared": SHARED_LIMIT[int(row["arch"].removeprefix("sm_"))]}
+        found += [
+            f"{name} {row[name]}, expected at most {most}: {row}" for name, most in limits.items() if row[name] > most
+        ]
+        found += [f"without {', '.join(row['missing'])}: {row}"] if row["missing"] else []
+    return found
+
+
+def is_fuller(path: Path, table: list[dict[str, Any]]) -> bool:
+    """Whether the file holds more builds than this table, all of its among them, and is newer than every source."""
+    sources = [source for pattern in SOURCES for source in ROOT.glob(pattern)]
+    if not path.is_file() or path.stat().st_mtime < max(source.stat().st_mtime for source in sources):
+        return False
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    return len(kept) > len(table) and all(row in kept for row in table)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.build_kernels")
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--hardest", action="store_true", help="one build per kernel and GPU")
+    options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
-    jobs = [(name, arch) for name in modules() for arch in ARCHITECTURES]
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        found = [built for part in pool.map(builds_of, *zip(*jobs, strict=True)) for built in part]
-        jobs = [(name, arch) for name in cuda_modules() for arch in ARCHITECTURES]
-        found += [built for part in pool.map(cuda_builds_of, *zip(*jobs, strict=True)) for built in part]
-    path = Path(sys.argv[1])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(built) for built in found], indent=1), encoding="utf-8")
-    print(f"{path}: {len(found)} builds")
+        found = []
+        for names, build in ((modules(), builds_of), (cuda_modules(), cuda_builds_of)):
+            jobs = [(name, arch) for name in names for arch in ARCHITECTURES]
+            of_job = partial(build, only_hardest=options.hardest)
+            found += [built for part in pool.map(of_job, *zip(*jobs, strict=True)) for built in part]
+    table = json.loads(json.dumps([asdict(built) for built in found]))
+    if not (options.hardest and is_fuller(options.path, table)):
+        options.path.parent.mkdir(parents=True, exist_ok=True)
+        options.path.write_text(json.dumps(table, indent=1), encoding="utf-8")
+    print(f"{options.path}: {len(found)} builds")
+    if wrong := faults(table):
+        sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":

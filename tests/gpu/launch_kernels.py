@@ -2,12 +2,15 @@
 
 Triton's own launcher looks at the arguments, as on a GPU: a number that is 1 becomes a constant, one that 16 divides
 promises alignment, whatever the kernel's `builds` say. It compiles what it is asked for, and nothing is run. Prints the
-kernels' names.
+kernels' names. With `--typed` it stops where all of that has been seen, before the GPU's own code is made: the test
+suite does so, which makes that code of every kernel in tests/gpu/build_kernels.py; `make kernels` does all of it.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 from contextlib import suppress
 from typing import Any
 from unittest import mock
@@ -36,12 +39,35 @@ class NoDriver:
         return GPUTarget("cuda", ARCHITECTURE, 32)
 
 
+def typed(backend: Any, stages: dict[str, Any], *_: Any) -> None:
+    """Triton's hook for its list of stages: the first remains, in which every type and constant is known."""
+    first = stages["ttir"]
+    stages.clear()
+    stages.update(ttir=first, cubin=no_code)
+
+
+def no_code(module: Any, metadata: dict[str, Any]) -> bytes:
+    metadata.update(name="", shared=0)
+    return b""
+
+
 def main() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
+    from triton import knobs
     from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
 
     driver.set_active(NoDriver())
+    with tempfile.TemporaryDirectory() as folder:
+        if sys.argv[1:] == ["--typed"]:
+            knobs.runtime.add_stages_inspection_hook = typed
+            knobs.cache.dir = folder  # not for others, who would find no code in it
+        print(*sorted(launches()))
+
+
+def launches() -> set[str]:
+    """Makes them. The names of the kernels that were launched."""
+    from triton.runtime.jit import JITFunction
+
     run, launched = JITFunction.run, set()
 
     def compiled(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -58,7 +84,7 @@ def main() -> None:
                             getattr(tt, op)(**inputs)
                             if op == "mamba2_scan":
                                 tt.mamba2_scan(**inputs, return_states=True)
-    print(*sorted(launched))
+    return launched
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import TypeVar
 from unittest.mock import patch
 
@@ -13,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.model.random_models import models, random_ids
 from twotower_kernels import TwoTowerModel
-from twotower_kernels.capture import CapturedModel
+from twotower_kernels.capture import CapturedModel, CudaGraphs
 from twotower_kernels.state import ContextState
 
 T = TypeVar("T")
@@ -115,3 +117,25 @@ def test_keys_and_values_are_not_copied() -> None:
         assert recording is not None
         assert all(recording._state.k[i] is k for i, k in state.k.items())
         assert all(recording._state.v[i] is v for i, v in state.v.items())
+
+
+def test_recordings_share_memory_and_disturb_no_other_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyTorch is asked for it: one pool a device, and errors in this thread alone."""
+    asked: list[tuple[object, object]] = []
+
+    @contextmanager
+    def graph(graph: object, pool: object, capture_error_mode: str) -> Iterator[None]:
+        asked.append((pool, capture_error_mode))
+        yield
+
+    stand_in = SimpleNamespace(replay=lambda: None)
+    handles = iter([(0, 1), (0, 2)])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: stand_in)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    record = CudaGraphs()
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        replay, output = record(lambda: 5, torch.device(device))
+        assert output == 5 and replay is stand_in.replay
+    assert asked == [((0, n), "thread_local") for n in (1, 2, 1)]

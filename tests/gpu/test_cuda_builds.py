@@ -24,7 +24,7 @@ PLAN = ("moe_plan", (), "sm_90a")
 
 
 def test_every_source_is_built() -> None:
-    """tests/gpu/test_triton_builds.py compiles them all, for every GPU."""
+    """For every GPU: one build of each by tests/gpu/test_triton_builds.py, and every one by `make kernels`."""
     modules = [importlib.import_module(f"twotower_kernels.{name}") for name in cuda_modules()]
     built = {source for module in modules for source, _ in module.builds()}
     assert built == {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
@@ -171,19 +171,35 @@ def launched() -> None:
     print(f"{tensor.data_ptr():x}")
 
 
+def with_fake_driver(folder: Path, code: str) -> list[str]:
+    """What tests/simt/fake_driver.cpp is asked for by a process that runs `code`, line by line."""
+    source = ROOT / "tests" / "simt" / "fake_driver.cpp"
+    build = [executor.CXX, "-std=c++17", "-shared", "-fPIC", source, "-o", folder / "libcuda.so.1"]
+    subprocess.run(build, check=True)
+    call = [sys.executable, "-c", f"from tests.gpu.test_cuda_builds import *; {code}"]
+    environment = os.environ | {"LD_LIBRARY_PATH": str(folder), "XDG_CACHE_HOME": str(folder)}
+    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
 def test_a_launch_reaches_the_driver(tmp_path: Path) -> None:
     """Through cuda-python as it is installed: the cubin, the kernel's name, the grid, and every argument in 8 bytes."""
-    source = ROOT / "tests" / "simt" / "fake_driver.cpp"
-    build = [executor.CXX, "-std=c++17", "-shared", "-fPIC", source, "-o", tmp_path / "libcuda.so.1"]
-    subprocess.run(build, check=True)
-    call = [sys.executable, "-c", "from tests.gpu.test_cuda_builds import launched; launched()"]
-    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    loaded, kernel, launch, address = done.stdout.splitlines()
-    assert (loaded, kernel) == ("load ELF", "kernel moe_plan_kernel")
+    *prepared, launch, address = with_fake_driver(tmp_path, "launched()")
+    assert prepared == ["current context", "load ELF", "kernel moe_plan_kernel"]
     config, arguments = launch.split(": ")
     assert config == "launch 2 blocks of 64 threads, 100 bytes, stream 0x7"
     assert arguments.split() == [address, "0", "1", "3", struct.pack(">d", 2.5).hex()]
+
+
+def test_every_thread_has_a_context(tmp_path: Path) -> None:
+    """Made current at its first launch, even of a kernel that another thread loaded; and a stream is made once."""
+    twice = "[launched() for _ in range(2)]"
+    said = with_fake_driver(tmp_path, f"import threading; {twice}; t = threading.Thread(target=lambda: {twice}); "
+                            "t.start(); t.join(); print(cuda._stream.cache_info().misses)")  # fmt: skip
+    kinds = [line.split()[0] for line in said]
+    assert kinds.count("load") == 1 and kinds.count("launch") == 4 and kinds.count("current") == 2
+    assert kinds[0] == kinds[7] == "current"
+    assert said[-1] == "1"
 
 
 def test_nothing_is_loaded_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,10 @@
 """The checks that are made on a GPU, on the CPU: that they run, and that they can fail."""
 
 import os
+import re
+import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +56,12 @@ def test_a_wrong_operation_is_noticed(ours: Any, message: str) -> None:
 def test_every_check_is_in_one_part() -> None:
     labels = [label for label, _ in gpu_checks.of_operations("cuda")]
     assert len(labels) > 300 and len(set(labels)) == len(labels)
-    for parts in (1, 2, 5):
+    for parts in (1, 2, 3, 4, 16):
         assert sorted(label for n in range(parts) for label in of_part(n, parts, labels)) == sorted(labels)
-    assert all("released" in label for label in of_part(0, 3, labels))
+    for number, dtype in enumerate(gpu_checks.DTYPES):
+        large = of_part(number, 16, labels)
+        assert large and all("released" in label and label.endswith(str(dtype)) for label in large)
+    assert of_part(3, 4, ["adaln", "model, compiled"]) == ["model, compiled", "adaln"]
 
 
 def test_a_process_that_fails_is_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,49 +94,109 @@ def test_the_models_checks_run() -> None:
 PYTHON = """#!/bin/sh
 echo "python $*" >>"$CALLS"
 case "$*" in
-    -c*) echo h200 ;;
-    *"$FAILS"*) exit 1 ;;
+    *"$SLEEPS"*) sleep 60 ;;
+    *"$FAILS"*) echo "failing" && exit 1 ;;
 esac
+while [ $# -gt 1 ]; do
+    if [ "$1" = --save ]; then echo saved >"$2/result.json"; fi
+    shift
+done
 """
 SANITIZER = """#!/bin/sh
-echo "sanitizer $2 $FAILS"
-if [ "$2" = "$FAILS" ]; then echo "ERROR SUMMARY: 2 errors"; exit 1; fi
-echo "ERROR SUMMARY: 0 errors"
+echo "sanitizer $2, without a cache of memory: $PYTORCH_NO_CUDA_MEMORY_CACHING"
+summary=ERROR
+nothing="0 errors"
+if [ "$2" = racecheck ]; then
+    summary=RACECHECK
+    nothing="0 hazards displayed (0 errors, 0 warnings)"
+fi
+if [ "$2" = "$FAILS" ]; then
+    echo "========= $summary SUMMARY: 12 hazards displayed (2 errors, 10 warnings)"
+else
+    echo "========= $summary SUMMARY: $nothing"
+fi
+"""
+# The limits are this test's own.
+TIMEOUT = f"""#!/bin/sh
+shift 5
+exec {shutil.which("timeout")} --signal INT "$LIMIT" "$@"
+"""
+PROFILER = """#!/bin/sh
+echo "profiled $*"
 """
 
 
-def gpu_script(folder: Path, part: str, fails: str = "nothing") -> tuple[int, list[str], str]:
-    """Exit code, calls of Python, and output of bench/gpu.sh with a Python and a sanitizer that only tell."""
-    for name, text in (("python", PYTHON), ("compute-sanitizer", SANITIZER)):
+def gpu_script(
+    folder: Path, part: str, fails: str = "nothing", sleeps: str = "nothing"
+) -> tuple[int, list[str], dict[str, str]]:
+    """Exit code, calls of Python, and the archive's files of bench/gpu.sh with programs that only tell."""
+    programs = {"python": PYTHON, "compute-sanitizer": SANITIZER, "ncu": PROFILER, "timeout": TIMEOUT}
+    for name, text in programs.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": str(folder / "python")}
-    environment |= {"CALLS": str(folder / "calls"), "FAILS": fails}
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": str(folder / "python"), "FAILS": fails}
+    environment |= {"CALLS": str(folder / "calls"), "SLEEPS": sleeps, "LIMIT": "2" if sleeps != "nothing" else "60"}
+    environment |= {"OUT": str(folder / "out"), "JOBS": "16"}
     call = ["sh", str(ROOT / "bench" / "gpu.sh"), part]
-    done = subprocess.run(call, env=os.environ | environment, capture_output=True, text=True, timeout=60)
-    return done.returncode, (folder / "calls").read_text().splitlines()[2:], done.stdout
+    done = subprocess.run(call, env=os.environ | environment, capture_output=True, text=True, timeout=90)
+    calls, packed, texts = folder / "calls", folder / "out" / "gpu.tar.gz", {}
+    if packed.exists():
+        with tarfile.open(packed) as archive:
+            found = {Path(member.name).name: archive.extractfile(member) for member in archive if member.isfile()}
+            texts = {name: file.read().decode() for name, file in found.items() if file is not None}
+        assert list(packed.parent.iterdir()) == [packed]
+    return done.returncode, calls.read_text().splitlines() if calls.exists() else [], texts
 
 
-def test_the_script_measures_every_family(tmp_path: Path) -> None:
-    code, calls, _ = gpu_script(tmp_path, "ops")
+def test_the_script_does_all_in_one_call(tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (ROOT / "bench" / "results").rglob("*")}
+    code, calls, files = gpu_script(tmp_path, "all")
     assert code == 0
-    families = [call.split("--op ")[1].split()[0] for call in calls]
+    assert {"setup.log", "summary.txt", "result.json", "smoke.log", "attention.log"} <= set(files)
+    names = [line.split(":")[0] for line in files["summary.txt"].splitlines()]
+    assert names == ["smoke", "tests", "model", "ops", "attention"]
+    assert any("tests.gpu_checks --jobs 16" in call for call in calls)
+    families = [family for call in calls for family in re.findall(r"--op (\w+)", call)]
     assert sorted([*families, "model"]) == sorted(command.FILES)
-    assert all("--device cuda" in call and call.split("--save ")[1].startswith("bench/results/h200") for call in calls)
+    assert {path: path.stat().st_mtime_ns for path in (ROOT / "bench" / "results").rglob("*")} == before
 
 
-def test_the_script_goes_on_after_a_failure(tmp_path: Path) -> None:
-    code, calls, output = gpu_script(tmp_path, "ops", fails="--op moe")
-    assert code == 1 and len(calls) == 6 and "exit code 1" in output
+@pytest.mark.parametrize("fails", ["setup.py", "bench.gpu_smoke", "tests.gpu_checks", "bench.gpu_model", "--op moe"])
+def test_the_script_goes_on_after_a_failure(fails: str, tmp_path: Path) -> None:
+    """And says so, except of the CPU's kernels, which nothing here needs."""
+    code, calls, files = gpu_script(tmp_path, "all", fails)
+    assert code == (fails != "setup.py") and len(calls) == 6
+    assert "failing" in "".join(files.values())
+    assert len(files["summary.txt"].splitlines()) == 5
 
 
-@pytest.mark.parametrize(("fails", "code"), [("nothing", 0), ("tests.gpu_checks", 1), ("racecheck", 1)])
-def test_the_script_checks_and_sanitizes(tmp_path: Path, fails: str, code: int) -> None:
-    got, calls, output = gpu_script(tmp_path, "tests", fails)
-    assert got == code and "tests.gpu_checks --jobs" in calls[0]
+def test_the_script_interrupts_what_hangs_and_keeps_the_rest(tmp_path: Path) -> None:
+    code, _, files = gpu_script(tmp_path, "all", sleeps="bench.gpu_model")
+    assert code == 1 and "model: exit code 124" in files["summary.txt"]
+    assert {"tests.log", "attention.log"} <= set(files)
+
+
+def test_the_parts_fit_into_the_time() -> None:
+    """What a call's parts may take together. The CPU's kernels are compiled beside the smoke test."""
+    text = (ROOT / "bench" / "gpu.sh").read_text(encoding="utf-8")
+    functions = dict(re.findall(r"^(\w+)\(\) \{\n(.*?)^\}", text, flags=re.DOTALL | re.MULTILINE))
+    limits = {name: [int(n) for n in re.findall(r"limited (\d+)", body)] for name, body in functions.items()}
+    seconds = {name: max(found) if name == "smoke" else sum(found) for name, found in limits.items() if found}
+    seconds["sanitize"] *= len(re.findall(r"\w+check", text[text.index("for tool in") :].splitlines()[0]))
+    for call, most in (("all", 540), ("more", 180)):
+        (names,) = re.findall(rf'^{call}\) parts="([\w ]+)"', text, flags=re.MULTILINE)
+        assert sum(seconds[name] for name in names.split()) <= most
+
+
+@pytest.mark.parametrize("fails", ["nothing", "memcheck", "racecheck", "synccheck"])
+def test_the_script_profiles_and_sanitizes(tmp_path: Path, fails: str) -> None:
+    """racecheck has a summary of its own kind."""
+    code, _, files = gpu_script(tmp_path, "more", fails)
+    assert code == (fails != "nothing")
+    assert "--clock-control none" in files["profile.log"]
     for tool in ("memcheck", "racecheck", "synccheck"):
-        assert f"sanitizer {tool}" in output
+        assert f"sanitizer {tool}, without a cache of memory: 1" in files["sanitize.log"]
 
 
 def test_the_script_knows_its_parts(tmp_path: Path) -> None:
-    assert gpu_script(tmp_path, "everything")[0] == 2
+    assert gpu_script(tmp_path, "everything")[0] == 64

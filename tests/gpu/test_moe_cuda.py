@@ -10,7 +10,6 @@ import twotower_kernels as tt
 from tests.kernels import test_moe_kernel as cpu_tests
 from tests.kernels.kernel_checks import DTYPES, assert_op_within_budget
 from tests.model.random_models import models
-from tests.simt.executor import SimtError
 from tests.simt.overlay import cuda_kernels, simulated
 from twotower_kernels import cuda, cuda_moe
 from twotower_kernels.reference import moe
@@ -136,10 +135,18 @@ def test_plan_of_many_pairs() -> None:
         assert_op_within_budget(tt.moe_plan, moe.moe_plan, dict(experts=experts, num_experts=5))
 
 
-@pytest.mark.parametrize("bad", [-1, 3])
-def test_experts_out_of_bounds_stop_the_plan(bad: int, tokens: str) -> None:
-    with simulated(), pytest.raises(SimtError, match="trap"):
-        cuda_moe.moe_plan(torch.tensor([[0, bad]] * 3, dtype=torch.int32), 3)
+@pytest.mark.parametrize("n", [3, 4096], ids=["one block", "several"])
+@pytest.mark.parametrize("bad", [-1, 3, 2**31 - 1, 2**40, -(2**31)])
+def test_experts_that_do_not_exist_are_left_out(bad: int, n: int) -> None:
+    """The plan is that of the pairs that remain."""
+    experts = torch.randint(0, 3, (n, 2), generator=torch.Generator().manual_seed(0))
+    experts[1::2, 0] = bad
+    with simulated():
+        counts, offsets, pairs = cuda_moe.moe_plan(experts, 3)
+    order = torch.sort(torch.where((experts >= 0) & (experts < 3), experts, 3).flatten(), stable=True)
+    assert torch.equal(counts, order.values.bincount(minlength=4)[:3])
+    assert offsets.tolist() == [0, *counts.cumsum(0).tolist()]
+    assert torch.equal(pairs[: offsets[-1]], order.indices[: offsets[-1]])
 
 
 def launches_of(call: Callable[..., object], *arguments: object) -> list[tuple[str, int]]:

@@ -11,18 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.compare import assert_within_budget
+from tests.compare import as_tuple, assert_results_within_budget, widened
 from twotower_kernels import cpu
 from twotower_kernels.reference import moe
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ISAS: list[str] = cpu.kernels().isas()  # those of this machine, the plainest first
+EVERY_ISA = ("baseline", "avx2", "avx512", "avx512bf16")  # of all machines, to draw from: the same draws everywhere
 
 
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
-    """Kernels use this instruction set inside."""
+    """Kernels use this instruction set inside, or the best below it that this machine has."""
     before = cpu.kernels().isa()
+    if name in EVERY_ISA and name not in ISAS:
+        below = EVERY_ISA[: EVERY_ISA.index(name)]
+        name = next((isa for isa in reversed(below) if isa in ISAS), ISAS[0])
     cpu.kernels().set_isa(name)
     try:
         yield
@@ -61,38 +65,15 @@ def awkward(tensor: Tensor, kind: int) -> Tensor:
     return tensor.permute(order).contiguous().permute(back)
 
 
-def widened(value: Any) -> Any:
-    """Floating tensors in float64, everything else as it is; in dicts, lists and tuples too."""
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {k: widened(v) for k, v in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(widened(v) for v in value)
-    return value
-
-
-def as_tuple(result: Any) -> tuple[Any, ...]:
-    return tuple(result) if isinstance(result, tuple) else (result,)
-
-
 def assert_op_within_budget(
     op: Callable[..., Any], reference: Callable[..., Any], inputs: dict[str, Any], *, layout: int = 0, **budget: Any
 ) -> None:
-    """`op` on `inputs` against `reference` in float64, with `reference` in the same dtype as the naive program.
+    """`op` on `inputs` against `reference`, see `tests/compare.py`.
 
     layout: how the tensors are laid out for `op`, see `awkward`. The inputs must be unchanged afterwards.
     """
     given = {k: awkward(v, layout) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    exact, naive = as_tuple(reference(**widened(inputs))), as_tuple(reference(**inputs))
-    results = as_tuple(op(**given))
-    assert len(results) == len(exact)
-    for n, (got, plain, truth) in enumerate(zip(results, naive, exact, strict=True)):
-        assert got.dtype == plain.dtype and got.shape == plain.shape, f"result {n}: {got.dtype} {list(got.shape)}"
-        if got.is_floating_point():
-            assert_within_budget(got, plain, truth.double(), what=f"result {n}", **budget)
-        else:
-            assert torch.equal(got, plain), f"result {n}"
+    assert_results_within_budget(as_tuple(op(**given)), reference, inputs, **budget)
     for key, value in inputs.items():
         if isinstance(value, Tensor):
             assert torch.equal(value.nan_to_num(), given[key].nan_to_num()), f"{key} was changed"

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import twotower_kernels as tt
-from tests.kernels.kernel_checks import DTYPES, ISAS, assert_op_within_budget, instruction_set, relative_errors
+from tests.kernels.kernel_checks import (
+    DTYPES,
+    EVERY_ISA,
+    ISAS,
+    assert_op_within_budget,
+    instruction_set,
+    relative_errors,
+)
 from twotower_kernels.reference import adaln
 
 OPS = ("rms_norm", "adaln_norm", "gated_residual", "gated_residual_adaln_norm")
@@ -31,7 +38,7 @@ def test_every_case_on_every_instruction_set(op: str, case: str, isa: str) -> No
     h=st.integers(1, 70),
     order=st.sampled_from(["plain", *adaln.ORDERS]),
     dtype=st.sampled_from(DTYPES),
-    isa=st.sampled_from(ISAS),
+    isa=st.sampled_from(EVERY_ISA),
     layout=st.integers(0, 3),
     seed=st.integers(0, 2**31),
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 import twotower_kernels as tt
 from tests.kernels.kernel_checks import (
     DTYPES,
+    EVERY_ISA,
     ISAS,
     assert_gate_faithful,
     assert_op_within_budget,
@@ -46,7 +47,7 @@ def test_gate_is_faithful_to_float64(case: str, isa: str) -> None:
     h=st.integers(0, 70) | st.sampled_from([511, 513, 1025]),
     dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
     scale=st.sampled_from([1e-3, 1.0, 1e4]),
-    isa=st.sampled_from(ISAS),
+    isa=st.sampled_from(EVERY_ISA),
     layout=st.integers(0, 3),
     seed=st.integers(0, 2**31),
 )
@@ -93,7 +94,7 @@ def routings(draw: st.DrawFn, values: list[float], biases: list[float]) -> dict:
 @settings(max_examples=100)
 @given(
     inputs=routings([-800.0, 0.0, 50.0, 800.0], [-0.75, -0.5, 0.0, 0.25]),
-    isa=st.sampled_from(ISAS),
+    isa=st.sampled_from(EVERY_ISA),
     layout=st.integers(0, 3),
 )
 def test_ties_take_the_lowest_expert_and_group(inputs: dict, isa: str, layout: int) -> None:
@@ -106,7 +107,7 @@ def test_ties_take_the_lowest_expert_and_group(inputs: dict, isa: str, layout: i
 @given(
     inputs=routings([float("nan"), float("inf"), -float("inf"), -800.0, 0.0, 0.5, 800.0], [0.0, float("inf")]),
     score=st.sampled_from(moe.SCORES),
-    isa=st.sampled_from(ISAS),
+    isa=st.sampled_from(EVERY_ISA),
 )
 def test_nan_and_infinity_are_ranked_as_torch_ranks_them(inputs: dict, score: str, isa: str) -> None:
     expected, experts = moe.moe_route(**inputs, score=score)
@@ -125,7 +126,7 @@ def test_nan_and_infinity_are_ranked_as_torch_ranks_them(inputs: dict, score: st
     score=st.sampled_from(moe.SCORES),
     spread=st.sampled_from([1e-15, 1e-7, 1e-3, 1.0, 30.0]),
     biased=st.booleans(),
-    isa=st.sampled_from(ISAS),
+    isa=st.sampled_from(EVERY_ISA),
     seed=st.integers(0, 2**31),
 )
 def test_only_scores_within_four_ulp_may_change_places(n, e, data, dtype, score, spread, biased, isa, seed):  # type: ignore[no-untyped-def]
@@ -164,7 +165,7 @@ def test_float64_logits_are_honoured() -> None:
     n=st.integers(0, 7),
     top_k=st.integers(0, 5),
     dtype=st.sampled_from([torch.int32, torch.int64]),
-    isa=st.sampled_from(ISAS),
+    isa=st.sampled_from(EVERY_ISA),
     layout=st.integers(0, 3),
     seed=st.integers(0, 2**31),
 )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import twotower_kernels as tt
 from tests.gpu_checks import check_draws
-from tests.kernels.kernel_checks import DTYPES, ISAS, awkward, instruction_set
+from tests.kernels.kernel_checks import DTYPES, EVERY_ISA, ISAS, awkward, instruction_set
 from tests.kernels.remask_cases import MASK, as_package, assert_step_agrees, package, row_numbers, steps
 from twotower_kernels.reference import philox
 from twotower_kernels.reference.remask import CASES, make_inputs, remask
@@ -53,7 +53,7 @@ def test_threads_change_no_bit() -> None:
 
 
 @settings(max_examples=100)
-@given(inputs=steps(), isa=st.sampled_from(ISAS), layout=st.integers(0, 3))
+@given(inputs=steps(), isa=st.sampled_from(EVERY_ISA), layout=st.integers(0, 3))
 def test_any_step(inputs: dict[str, Any], isa: str, layout: int) -> None:
     with instruction_set(isa):
         assert_step_agrees(inputs, layout=layout)
@@ -66,7 +66,7 @@ def test_any_step(inputs: dict[str, Any], isa: str, layout: int) -> None:
     step=st.integers(0, 2**40),
     temperature=st.sampled_from([0.02, 0.7, 1.0, 5.0]),
     dtype=st.sampled_from(DTYPES),
-    isa=st.sampled_from(ISAS),
+    isa=st.sampled_from(EVERY_ISA),
 )
 def test_the_draws_are_those_of_the_specification(seed, offset, step, temperature, dtype, isa):  # type: ignore[no-untyped-def]
     """Token for token; and on flat logits the candidate is the token with the smallest word, whose noise is largest."""

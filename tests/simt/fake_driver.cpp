@@ -37,6 +37,10 @@ static Result handle(void** found) {
     *found = &thing;
     return 0;
 }
+static Result current(void* context) {
+    std::printf("current %s\n", context == &thing ? "context" : "nothing");
+    return fine();
+}
 static Result load(void** library, const char* code) {
     std::printf("load %.3s\n", code + 1);
     return handle(library);
@@ -64,6 +68,7 @@ static const struct {
     KNOWN("cuDeviceGetAttribute", attribute),
     KNOWN("cuDevicePrimaryCtxRetain", handle),
     KNOWN("cuCtxGetCurrent", handle),
+    KNOWN("cuCtxSetCurrent", current),
     KNOWN("cuLibraryLoadData", load),
     KNOWN("cuLibraryGetKernel", kernel),
     KNOWN("cuKernelGetFunction", handle),

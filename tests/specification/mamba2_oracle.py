@@ -7,12 +7,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def widened(inputs: dict) -> dict:
-    """The same numbers in float64."""
-    wide = {k: v.double() for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
-    return inputs | wide
-
-
 def recurrence(inputs: dict, every: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     """One token of one row at a time: y, and the states at the end or after every `every` tokens.
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.compare import assert_within_budget
+from tests.compare import assert_within_budget, widened
 from twotower_kernels.bench.foreign import nemotron_h
 from twotower_kernels.reference.adaln import (
     CASES,
@@ -35,10 +35,6 @@ LOW = [torch.float32, torch.bfloat16, torch.float16]
 def results(op: str, inputs: dict) -> tuple[Tensor, ...]:
     out = OPS[op](**inputs)
     return out if isinstance(out, tuple) else (out,)
-
-
-def widened(inputs: dict) -> dict:
-    return inputs | {k: v.double() for k, v in inputs.items() if isinstance(v, Tensor)}
 
 
 def close(got: Tensor, expected: Tensor) -> None:

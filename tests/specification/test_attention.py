@@ -223,13 +223,16 @@ def test_a_context_read_in_pieces_and_merged_is_the_context(cuts, lens, paged):
 
 
 @settings(max_examples=40)
-@given(empty=st.lists(st.booleans(), min_size=3, max_size=3), spread=st.sampled_from([1.0, 50.0, 1e4]))
+@given(
+    empty=st.lists(st.sampled_from([0.0, -torch.inf, torch.inf]), min_size=3, max_size=3),
+    spread=st.sampled_from([1.0, 50.0, 1e4]),
+)
 def test_merge_is_commutative_and_associative(empty, spread):
     sides = []
     for i, nothing in enumerate(empty):
         out, lse = randn(2, 3, 4, 5, seed=i), randn(2, 3, 4, seed=10 + i) * spread
         if nothing:
-            out[0], lse[0] = torch.nan, -torch.inf
+            out[0], lse[0] = torch.nan, nothing
         sides.append((out, lse))
     a, b, c = sides
     for got, expected in (
@@ -241,8 +244,12 @@ def test_merge_is_commutative_and_associative(empty, spread):
     assert not merge_attention(*a, *b)[0].isnan().any()
 
 
-def test_an_empty_side_changes_nothing_and_two_give_nothing():
+@pytest.mark.parametrize("mark_a", [-torch.inf, torch.inf])
+@pytest.mark.parametrize("mark_b", [-torch.inf, torch.inf])
+def test_an_empty_side_changes_nothing_and_two_give_nothing(mark_a, mark_b):
     inputs = make_inputs("merge_attention", "empty_sides", dtype=torch.float64)  # rows: a empty, both empty, b empty
+    for name, mark in (("lse_a", mark_a), ("lse_b", mark_b)):
+        inputs[name][inputs[name].isneginf()] = mark
     out, lse = merge_attention(**inputs)
     assert torch.equal(out[0], inputs["out_b"][0]) and torch.equal(lse[0], inputs["lse_b"][0])
     assert torch.equal(out[2], inputs["out_a"][2]) and torch.equal(lse[2], inputs["lse_a"][2])

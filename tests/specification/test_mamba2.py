@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.compare import assert_within_budget
-from tests.specification.mamba2_oracle import recurrence, widened
+from tests.compare import assert_within_budget, widened
+from tests.specification.mamba2_oracle import recurrence
 from twotower_kernels.bench.foreign import mamba_ssm, nemotron_h
 from twotower_kernels.reference.mamba2 import CASES, gated_rms_norm, make_inputs, mamba2_scan
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.compare import assert_within_budget
+from tests.compare import assert_within_budget, widened
 from twotower_kernels.bench.foreign import nemotron_h
 from twotower_kernels.reference.moe import ACTIVATIONS, CASES, make_inputs, moe_experts, moe_gate, moe_plan, moe_route
 
@@ -20,10 +20,6 @@ LOW = [torch.float32, torch.bfloat16, torch.float16]
 
 def small(op: str) -> list[str]:
     return [case for case in CASES[op] if not case.startswith("released")]
-
-
-def widened(inputs: dict) -> dict:
-    return inputs | {k: v.double() for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
 
 
 def close(got: Tensor, expected: Tensor) -> None:

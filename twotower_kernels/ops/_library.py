@@ -2,22 +2,25 @@
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from twotower_kernels.ops import overlap
 from twotower_kernels.ops._traced import traced_kernel, traced_schema
 from twotower_kernels.ops._transforms import Rule, register_autocast, register_batching, register_derivatives
 
 _LIBRARY = torch.library.Library("twotower", "DEF")
 
 CUDA: dict[str, str] = {}  # "module:function" in twotower_kernels, for every op that has a kernel for GPUs
+_CHECKED: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {}  # per op: from a kernel to its entry
 
 
 def define(
     schema: str,
     *,
+    check: Callable[..., None],
     cpu: Callable[..., Any],
     cuda: str | None = None,
     fake: Callable[..., Any],
@@ -28,41 +31,78 @@ def define(
     """Registers `torch.ops.twotower.<name>` for `schema`, e.g. "scale(Tensor x, float by) -> Tensor". It has no default
     values: the dispatcher leaves such arguments out of what it hands on.
 
+    check takes the op's arguments and raises ValueError or TypeError unless shapes, dtypes, devices and numbers fit. It
+    runs before every kernel and before the fake, so whoever calls the operator itself is told, too; it reads no
+    tensor's values. What is written in place must not overlap; what is read from there is copied (`ops/overlap.py`).
+
     cpu is the kernel; cuda names one, "module:function" in twotower_kernels, imported at its first call, so that a CPU
     alone needs no Triton. An op without `backward`, or whose backward gives None where a gradient is wanted, raises
     there; forward-mode derivatives raise in every op. autocast makes of the op's arguments those that it runs on under
-    autocast; None: the same. An op with numbers of type float gets an overload for traces (`_traced.py`). On a device
-    without a kernel, the call raises NotImplementedError with the op's and the device's name.
+    autocast; None: the same. On a device without a kernel, the call raises NotImplementedError with the op's and the
+    device's name.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, cpu, "CPU")
+    arguments = torch._C.parse_schema(schema).arguments
+    names = [argument.name for argument in arguments]
+    written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
+
+    required = [i for i, argument in enumerate(arguments) if str(argument.type) == "Tensor"]
+
+    def check_all(*arguments: Any) -> None:
+        for i in required:  # the dispatcher takes None for a tensor, too
+            if arguments[i] is None:
+                raise TypeError(f"{names[i]}: expected a tensor, got None")
+        check(*arguments)
+
+    def checked(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def entry(*arguments: Any) -> Any:
+            check_all(*arguments)
+            return kernel(*(overlap.apart(names, written, arguments) if written else arguments))
+
+        return entry
+
+    def checked_fake(*arguments: Any) -> Any:  # what has no memory cannot overlap
+        check_all(*arguments)
+        return fake(*arguments)
+
+    _CHECKED[name] = checked
+    _LIBRARY.impl(name, checked(cpu), "CPU")
     if cuda is not None:
         CUDA[name] = cuda
         _LIBRARY.impl(name, lambda *arguments: cuda_kernel(name)(*arguments), "CUDA")
-    torch.library.register_fake(f"twotower::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"twotower::{name}", checked_fake, lib=_LIBRARY)
     op = getattr(getattr(torch.ops.twotower, name.split(".")[0]), name.partition(".")[2] or "default")
     register_derivatives(_LIBRARY, op, backward, setup_context)
     register_batching(_LIBRARY, op)
     register_autocast(_LIBRARY, op, autocast)
-    if traced := traced_schema(schema):
+    if traced := traced_schema(schema):  # its kernel calls the operator, which checks
         kernel = traced_kernel(name)
-        define(traced, cpu=kernel, fake=fake, backward=backward, setup_context=setup_context, autocast=autocast)
+        define(
+            traced,
+            check=lambda *_: None,
+            cpu=kernel,
+            fake=fake,
+            backward=backward,
+            setup_context=setup_context,
+            autocast=autocast,
+        )
         if cuda is not None:
             _LIBRARY.impl(f"{name}.traced", kernel, "CUDA")
 
 
 def cuda_kernel(name: str) -> Callable[..., Any]:
-    """The GPU kernel's launcher of an op.
+    """The GPU kernel's launcher of an op, with the op's checks before it.
 
     Raises:
         ImportError: Triton is not installed.
     """
     module, function = CUDA[name].split(":")
     try:
-        return getattr(importlib.import_module(f"twotower_kernels.{module}"), function)
+        launcher = getattr(importlib.import_module(f"twotower_kernels.{module}"), function)
     except ModuleNotFoundError as error:
         raise ImportError(f"twotower::{name} on a GPU needs {error.name}: pip install {error.name}") from error
+    return _CHECKED[name](launcher)
 
 
 def refuse_gradients(op: str, /, **tensors: Tensor | None) -> None:
@@ -90,3 +130,26 @@ def check_float(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in _FLOATS:
             raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+_INDICES = frozenset((torch.int64, torch.int32))
+_OTHER_INTEGERS = frozenset((torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64))
+
+
+@overload
+def as_index(x: Tensor) -> Tensor: ...
+@overload
+def as_index(x: None) -> None: ...
+@overload
+def as_index(x: Tensor | None) -> Tensor | None: ...
+def as_index(x: Tensor | None) -> Tensor | None:
+    """Integers as the operators take them: other dtypes than int32 and int64 as int64. What holds no integers stays
+    as it is, to be refused by its name."""
+    return x.to(torch.int64) if x is not None and x.dtype in _OTHER_INTEGERS else x
+
+
+def check_index(**tensors: Tensor | None) -> None:
+    """TypeError unless all are int32 or int64."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in _INDICES:
+            raise TypeError(f"{name}: expected int32 or int64, got {tensor.dtype}")

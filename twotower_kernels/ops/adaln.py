@@ -62,7 +62,8 @@ def adaln_norm(
         ValueError: unknown order, wrong shape or device, only one of shift and scale, an argument that requires grad.
         TypeError: wrong dtype.
     """
-    _check("adaln_norm", x, None, None, weight, shift, scale, order)
+    _check_order(order)
+    refuse_gradients("adaln_norm", x=x, weight=weight, shift=shift, scale=scale)
     return call("adaln_norm", x, weight, shift, scale, real("eps", eps), order == "norm_modulate")
 
 
@@ -82,7 +83,7 @@ def gated_residual(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> T
         ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.
     """
     residual, y = _widened(residual, y)
-    _check("gated_residual", residual, y, gate, None, None, None, ORDERS[0])
+    refuse_gradients("gated_residual", residual=residual, y=y, gate=gate)
     return torch.ops.twotower.gated_residual.default(residual, y, gate)
 
 
@@ -102,10 +103,14 @@ def gated_residual_adaln_norm(
     Arguments and errors as in `gated_residual` and `adaln_norm`. Returns `(h, normed)`, both `[B, S, H]` in the dtype
     of `residual`; the norm reads `h` as rounded to it, so the result is bit for bit that of the two in a row.
     """
+    _check_order(order)
     residual, y = _widened(residual, y)
-    _check("gated_residual_adaln_norm", residual, y, gate, weight, shift, scale, order)
-    eps = real("eps", eps)
-    return call("gated_residual_adaln_norm", residual, y, gate, weight, shift, scale, eps, order == "norm_modulate")
+    refuse_gradients(
+        "gated_residual_adaln_norm", residual=residual, y=y, gate=gate, weight=weight, shift=shift, scale=scale
+    )
+    return call(
+        "gated_residual_adaln_norm", residual, y, gate, weight, shift, scale, real("eps", eps), order == "norm_modulate"
+    )
 
 
 def _widened(residual: Tensor, y: Tensor, *others: Any) -> tuple[Any, ...]:
@@ -115,18 +120,23 @@ def _widened(residual: Tensor, y: Tensor, *others: Any) -> tuple[Any, ...]:
     return residual, y, *others
 
 
+def _check_order(order: str) -> None:
+    if order not in ORDERS:
+        raise ValueError(f"order: expected one of {ORDERS}, got {order!r}")
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+
 def _check(
-    op: str,
     x: Tensor,
     y: Tensor | None,
     gate: Tensor | None,
     weight: Tensor | None,
     shift: Tensor | None,
     scale: Tensor | None,
-    order: str,
+    *_: object,
 ) -> None:
-    if order not in ORDERS:
-        raise ValueError(f"order: expected one of {ORDERS}, got {order!r}")
     if (shift is None) != (scale is None):
         raise ValueError("shift and scale: expected both or neither, got one")
     shape = x.shape
@@ -147,10 +157,6 @@ def _check(
     if y is not None and y.dtype != x.dtype and torch.promote_types(x.dtype, y.dtype) != x.dtype:
         raise TypeError(f"y: expected {x.dtype} as residual, or a narrower dtype, got {y.dtype}")
     same_device(x, **tensors)
-    refuse_gradients(op, **tensors)
-
-
-# --- registration ---------------------------------------------------------------------------------------------------
 
 
 def _to(vector: Tensor | None, like: Tensor) -> Tensor | None:
@@ -195,12 +201,14 @@ def _gated_residual_adaln_norm(
 
 define(
     "adaln_norm(Tensor x, Tensor weight, Tensor? shift, Tensor? scale, float eps, bool norm_first) -> Tensor",
+    check=lambda x, *vectors: _check(x, None, None, *vectors),
     cpu=_adaln_norm,
     cuda="triton.adaln:adaln_norm",
     fake=lambda x, *_: _empty(x),
 )
 define(
     "gated_residual(Tensor residual, Tensor y, Tensor? gate) -> Tensor",
+    check=lambda residual, y, gate: _check(residual, y, gate, None, None, None),
     cpu=_gated_residual,
     cuda="triton.adaln:gated_residual",
     fake=lambda residual, *_: _empty(residual),
@@ -209,6 +217,7 @@ define(
 define(
     "gated_residual_adaln_norm(Tensor residual, Tensor y, Tensor? gate, Tensor weight, Tensor? shift, Tensor? scale, "
     "float eps, bool norm_first) -> (Tensor, Tensor)",
+    check=_check,
     cpu=_gated_residual_adaln_norm,
     cuda="triton.adaln:gated_residual_adaln_norm",
     fake=lambda residual, *_: (_empty(residual), _empty(residual)),

@@ -1,4 +1,5 @@
-"""What the attention ops demand of their arguments: shapes and dtypes before the call, values at the kernel's door."""
+"""What the attention ops demand of their arguments: shapes and dtypes of every kernel and of the fake, values of the
+kernels on the host."""
 
 import math
 from typing import Any
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.arguments import real, whole
-from twotower_kernels.ops._library import check_float, same_device
+from twotower_kernels.ops._library import as_index, check_float, check_index, same_device
 
 Lengths = int | Tensor
 
@@ -17,53 +18,200 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-# --- meaning: shapes, dtypes, devices; no tensor's value is read ---------------------------------------------------
+# --- what the public functions resolve ------------------------------------------------------------------------------
 
 
-def check_alike(first_name: str, first: Tensor, /, **others: Tensor) -> None:
-    """All are [batch, tokens, heads, head_dim] of one floating dtype on one device."""
-    dtype = first.dtype
-    for name, x in ((first_name, first), *others.items()):
-        if x.ndim != 4:
+def check_axes(**tensors: Tensor | None) -> None:
+    """All are [batch, tokens, heads, head_dim]."""
+    for name, x in tensors.items():
+        if x is not None and x.ndim != 4:
             raise ValueError(f"{name}: expected 4 axes [batch, tokens, heads, head_dim], got shape {list(x.shape)}")
-        if x is first or x.dtype != dtype:
-            check_float(**{name: x})
-        if x.dtype != dtype:
-            raise TypeError(f"{name}: expected {dtype} as {first_name}, got {x.dtype}")
-    same_device(first, **others)
 
 
-def check_options(window: Any, scale: Any, softcap: Any) -> tuple[int | None, float | None, float]:
-    """The numbers that shape the softmax. Returns them as Python's."""
+def check_frozen(k_context: Tensor, v_context: Tensor) -> None:
+    """No gradient is wanted of the context."""
+    if torch.is_grad_enabled() and (k_context.requires_grad or v_context.requires_grad):
+        raise ValueError("k_context, v_context: the context is frozen, expected no requires_grad; detach them")
+
+
+def check_no_gradient(out: Tensor, *differentiable: Tensor) -> None:
+    """No gradient is wanted of a result written in place."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (out, *differentiable)):
+        raise ValueError("out: expected no tensor that requires grad, results written in place carry no gradient")
+
+
+def softmax_numbers(window: Any, scale: Any, softcap: Any) -> tuple[int | None, float | None, float]:
+    """The numbers that shape the softmax as Python's, in any range."""
     if window is not None:
         try:
             window = whole("window", window)
         except TypeError:
             raise ValueError(f"window: expected None or an integer >= 0, got {window!r}") from None
-        if window < 0:
-            raise ValueError(f"window: expected None or an integer >= 0, got {window}")
-    if scale is not None:
-        scale = real("scale", scale, "None or a number")
-        if not -math.inf < scale < math.inf:  # as comparisons, which a trace can follow; NaN fails
-            raise ValueError(f"scale: expected a finite number, got {scale}")
-    softcap = real("softcap", softcap)
+    return window, None if scale is None else real("scale", scale, "None or a number"), real("softcap", softcap)
+
+
+def check_no_past(context_lens: Lengths | None, context_index: Tensor | None, block_table: Tensor | None) -> None:
+    """Nothing is said of a context where there is none."""
+    if context_lens is not None or context_index is not None or block_table is not None:
+        raise ValueError("context_lens, context_index, block_table: expected none without a context")
+
+
+def room(k_context: Tensor, block_table: Tensor | None) -> int:
+    """Tokens of a context row that there is storage for."""
+    if block_table is None:
+        return k_context.shape[1]
+    if block_table.ndim != 2:
+        raise ValueError(f"block_table: expected [context rows, pages], got {list(block_table.shape)}")
+    return block_table.shape[1] * k_context.shape[1]
+
+
+def as_lengths(name: str, lens: Lengths | None, limit: int, q: Tensor) -> Tensor | None:
+    """Lengths of the rows of `q` as the operators take them, a tensor [batch]; None if they are all that there is room
+    for."""
+    if isinstance(lens, Tensor):
+        lens = as_index(lens)
+        return lens.expand(q.shape[0]) if lens.ndim == 0 else lens
+    if lens is None:
+        return None
+    number = whole(name, lens, "an integer or an integer tensor")
+    if not 0 <= number <= limit:
+        raise ValueError(f"{name}: expected values in [0, {limit}], got {number}")
+    return torch.full((q.shape[0],), number, dtype=torch.int64, device=q.device)
+
+
+# --- meaning: shapes, dtypes, devices; no tensor's value is read ---------------------------------------------------
+
+
+def check_block(
+    q: Tensor, k: Tensor, v: Tensor, k_context: Tensor | None, v_context: Tensor | None, context_lens: Tensor | None,
+    context_index: Tensor | None, block_table: Tensor | None, block_lens: Tensor | None,
+    causal: bool, window: int | None, scale: float | None, softcap: float,
+) -> None:  # fmt: skip
+    """What `block_attention` takes."""
+    _check_alike("q", q, k=k, v=v)
+    batch, length, _, dim = q.shape
+    if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != dim:
+        raise ValueError(f"k, v: expected [{batch}, {length}, Hkv, {dim}], got {list(k.shape)}, {list(v.shape)}")
+    _check_heads(q, k, "k")
+    if k_context is not None and v_context is not None:
+        if k_context.ndim == 4 and k_context.shape[2] != k.shape[2]:
+            raise ValueError(f"k_context: expected {k.shape[2]} key heads as in k, got {k_context.shape[2]}")
+        _check_past(q, k_context, v_context, context_lens, context_index, block_table)
+    elif k_context is not None or v_context is not None:
+        raise ValueError("k_context and v_context: expected both or neither, got one")
+    else:
+        check_no_past(context_lens, context_index, block_table)
+    _check_options(window, scale, softcap)
+    _check_lens("block_lens", block_lens, q)
+
+
+def check_context(
+    q: Tensor, k_context: Tensor, v_context: Tensor, context_lens: Tensor | None, context_index: Tensor | None,
+    block_table: Tensor | None, block_lens: Tensor | None, window: int | None, scale: float | None, softcap: float,
+) -> None:  # fmt: skip
+    """What `context_attention` takes."""
+    _check_past(q, k_context, v_context, context_lens, context_index, block_table)
+    _check_options(window, scale, softcap)
+    _check_lens("block_lens", block_lens, q)
+
+
+def check_out(q: Tensor, out: Tensor, lse: Tensor) -> None:
+    """They can take the results."""
+    for name, x, shape, dtype in (("out", out, q.shape, q.dtype), ("lse", lse, q.shape[:3], statistics_dtype(q))):
+        if x.shape != shape or x.dtype != dtype or x.device != q.device:
+            expected, got = f"{list(shape)} {dtype} on {q.device}", f"{list(x.shape)} {x.dtype} on {x.device}"
+            raise ValueError(f"{name}: expected {expected} as q, got {got}")
+
+
+def check_backward(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None,
+    k_context: Tensor | None, v_context: Tensor | None, *arguments: Any,
+) -> None:  # fmt: skip
+    """What `attention_backward` takes: gradients of the results of `block_attention` or, without k and v, of
+    `context_attention`, and what that took."""
+    if k is not None and v is not None:
+        check_block(q, k, v, k_context, v_context, *arguments)
+    elif k is not None or v is not None:
+        raise ValueError("k and v: expected both or neither, got one")
+    elif k_context is None or v_context is None:
+        raise ValueError("k_context, v_context: expected a context where there are no k and v, got None")
+    else:
+        lengths, options = arguments[:4], arguments[5:]  # without `causal`
+        check_context(q, k_context, v_context, *lengths, *options)
+    for name, x, shape in (("grad_out", grad_out, q.shape), ("grad_lse", grad_lse, q.shape[:3])):
+        if x.shape != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)} as q, got {list(x.shape)}")
+    check_float(grad_out=grad_out, grad_lse=grad_lse)
+    same_device(q, grad_out=grad_out, grad_lse=grad_lse)
+
+
+def check_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    """What `merge_attention` takes."""
+    check_float(out_a=out_a)
+    for name, x, like in (("out_b", out_b, out_a), ("lse_b", lse_b, lse_a)):
+        if x.shape != like.shape or x.dtype != like.dtype:
+            expected, got = f"{list(like.shape)} {like.dtype}", f"{list(x.shape)} {x.dtype}"
+            raise ValueError(f"{name}: expected {expected} as its partner, got {got}")
+    if out_a.ndim == 0 or lse_a.shape != out_a.shape[:-1]:
+        raise ValueError(f"lse_a: expected {list(out_a.shape[:-1])} as out_a, got {list(lse_a.shape)}")
+    if lse_a.dtype != statistics_dtype(out_a):
+        raise TypeError(f"lse_a: expected {statistics_dtype(out_a)} with {out_a.dtype} outputs, got {lse_a.dtype}")
+    same_device(out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+
+
+def check_append(
+    k_context: Tensor, v_context: Tensor, k: Tensor, v: Tensor, context_lens: Tensor,
+    context_index: Tensor | None, block_table: Tensor | None, block_lens: Tensor | None,
+) -> None:  # fmt: skip
+    """What `append_kv` takes."""
+    _check_alike("k", k, v=v, k_context=k_context, v_context=v_context)
+    _check_storage(k.shape[3], k_context, v_context)
+    if k.shape != v.shape or k.shape[2:] != k_context.shape[2:]:
+        expected = ["B", "S", *k_context.shape[2:]]
+        raise ValueError(f"k, v: expected {expected} as in the context, got {list(k.shape)}, {list(v.shape)}")
+    for name, storage in (("k_context", k_context), ("v_context", v_context)):
+        if storage.stride(3) != 1 and storage.shape[3] > 1:
+            raise ValueError(
+                f"{name}: expected a contiguous last dimension to write to, got stride {storage.stride(3)}"
+            )
+    _check_rows(k.shape[0], k_context, context_index, block_table)
+    _check_lens("context_lens", context_lens, k)
+    _check_lens("block_lens", block_lens, k)
+
+
+def _check_past(
+    q: Tensor, k_context: Tensor, v_context: Tensor, context_lens: Tensor | None, context_index: Tensor | None,
+    block_table: Tensor | None,
+) -> None:  # fmt: skip
+    _check_alike("q", q, k_context=k_context, v_context=v_context)
+    _check_storage(q.shape[3], k_context, v_context)
+    _check_heads(q, k_context, "k_context")
+    _check_rows(q.shape[0], k_context, context_index, block_table)
+    _check_lens("context_lens", context_lens, q)
+
+
+def _check_alike(first_name: str, first: Tensor, /, **others: Tensor) -> None:
+    """All are [batch, tokens, heads, head_dim] of one floating dtype on one device."""
+    check_axes(**{first_name: first}, **others)
+    check_float(**{first_name: first})
+    for name, x in others.items():
+        if x.dtype != first.dtype:
+            check_float(**{name: x})
+            raise TypeError(f"{name}: expected {first.dtype} as {first_name}, got {x.dtype}")
+    same_device(first, **others)
+
+
+def _check_options(window: int | None, scale: float | None, softcap: float) -> None:
+    """The numbers that shape the softmax, by comparisons, which a trace can follow; NaN fails."""
+    if window is not None and window < 0:
+        raise ValueError(f"window: expected None or an integer >= 0, got {window!r}")
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise ValueError(f"scale: expected a finite number, got {scale}")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number >= 0, got {softcap}")
-    return window, scale, softcap
 
 
-def check_out(q: Tensor, out: Tensor | None, *differentiable: Tensor) -> None:
-    """`out` can take the result, and no gradient is wanted of it."""
-    if out is None:
-        return
-    if out.shape != q.shape or out.dtype != q.dtype or out.device != q.device:
-        expected = f"{list(q.shape)} {q.dtype} on {q.device}"
-        raise ValueError(f"out: expected {expected} as q, got {list(out.shape)} {out.dtype} on {out.device}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (out, q, *differentiable)):
-        raise ValueError("out: expected no tensor that requires grad, results written in place carry no gradient")
-
-
-def check_heads(q: Tensor, k: Tensor, name: str) -> None:
+def _check_heads(q: Tensor, k: Tensor, name: str) -> None:
     """q has a head_dim, and its heads divide among those of the keys."""
     if q.shape[3] == 0:
         raise ValueError(f"q: expected head_dim of at least 1, got shape {list(q.shape)}")
@@ -71,65 +219,60 @@ def check_heads(q: Tensor, k: Tensor, name: str) -> None:
         raise ValueError(f"q: expected a multiple of the {k.shape[2]} heads of {name}, got {q.shape[2]} heads")
 
 
-def check_storage(dim: int, k_context: Tensor, v_context: Tensor) -> None:
-    """Keys and values of the context fit each other and the head dimension, and are frozen."""
+def _check_storage(dim: int, k_context: Tensor, v_context: Tensor) -> None:
+    """Keys and values of the context fit each other and the head dimension."""
     if k_context.shape != v_context.shape or k_context.shape[3] != dim:
         got = f"{list(k_context.shape)}, {list(v_context.shape)}"
         raise ValueError(f"k_context, v_context: expected equal shapes with head_dim {dim}, got {got}")
-    if torch.is_grad_enabled() and (k_context.requires_grad or v_context.requires_grad):
-        raise ValueError("k_context, v_context: the context is frozen, expected no requires_grad; detach them")
 
 
-def check_rows(batch: int, k_context: Tensor, context_index: Tensor | None, block_table: Tensor | None) -> int:
-    """Every batch row has a context row. Returns the tokens that one has room for."""
-    rows, capacity = k_context.shape[:2]
+def _check_rows(batch: int, k_context: Tensor, context_index: Tensor | None, block_table: Tensor | None) -> None:
+    """Every batch row has a context row."""
+    rows = k_context.shape[0]
     if block_table is not None:
-        check_integers("block_table", block_table, k_context)
-        if block_table.ndim != 2:
-            raise ValueError(f"block_table: expected [context rows, pages], got {list(block_table.shape)}")
-        rows, capacity = block_table.shape[0], block_table.shape[1] * capacity
+        check_index(block_table=block_table)
+        same_device(k_context, block_table=block_table)
+        room(k_context, block_table)
+        rows = block_table.shape[0]
     if context_index is not None:
-        check_integers("context_index", context_index, k_context)
+        check_index(context_index=context_index)
+        same_device(k_context, context_index=context_index)
         if context_index.shape != (batch,):
             raise ValueError(f"context_index: expected [{batch}], got {list(context_index.shape)}")
     elif rows != batch:
         raise ValueError(f"context: expected {batch} rows, one per block, or a context_index, got {rows}")
-    return capacity
 
 
-def check_integers(name: str, x: Tensor, like: Tensor) -> None:
-    """x holds integers on the device of `like`."""
-    if x.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: expected int32 or int64, got {x.dtype}")
-    same_device(like, **{name: x})
-
-
-def as_lengths(name: str, lens: Lengths | None, limit: int, batch: int, like: Tensor) -> Tensor | None:
-    """Lengths as a tensor [batch], None if they are all that there is room for."""
+def _check_lens(name: str, lens: Tensor | None, q: Tensor) -> None:
     if lens is None:
-        return None
-    if isinstance(lens, Tensor):
-        check_integers(name, lens, like)
-        if lens.ndim and lens.shape != (batch,):
-            raise ValueError(f"{name}: expected a scalar or [{batch}], got {list(lens.shape)}")
-        return lens.expand(batch) if lens.ndim == 0 else lens
-    number = whole(name, lens, "an integer or an integer tensor")
-    if not 0 <= number <= limit:
-        raise ValueError(f"{name}: expected values in [0, {limit}], got {number}")
-    return torch.full((batch,), number, dtype=torch.int64, device=like.device)
+        return
+    check_index(**{name: lens})
+    same_device(q, **{name: lens})
+    if lens.shape != q.shape[:1]:
+        raise ValueError(f"{name}: expected a scalar or [{q.shape[0]}], got {list(lens.shape)}")
 
 
 # --- values: read where the tensors are on the host, before the kernel runs ------------------------------------------
 
 
-def check_lengths(name: str, lens: Tensor | None, limit: int) -> None:
+def check_values(
+    q: Tensor, k_context: Tensor | None, context_lens: Tensor | None, context_index: Tensor | None,
+    block_table: Tensor | None, block_lens: Tensor | None,
+) -> None:  # fmt: skip
+    """Lengths, context rows and pages of an attention op exist."""
+    _check_lengths("block_lens", block_lens, q.shape[1])
+    if k_context is not None:
+        _check_places(k_context, context_lens, context_index, block_table)
+
+
+def _check_lengths(name: str, lens: Tensor | None, limit: int) -> None:
     """All within [0, limit]."""
     values = [] if lens is None else lens.tolist()
     if values and (min(values) < 0 or max(values) > limit):
         raise ValueError(f"{name}: expected values in [0, {limit}], got {values}")
 
 
-def check_places(
+def _check_places(
     storage: Tensor, lens: Tensor | None, context_index: Tensor | None, block_table: Tensor | None
 ) -> None:
     """Lengths, context rows and the pages that they need exist. lens: tokens in use per batch row."""
@@ -137,7 +280,7 @@ def check_places(
     page = capacity
     if block_table is not None:
         rows, capacity = block_table.shape[0], block_table.shape[1] * page
-    check_lengths("context_lens", lens, capacity)
+    _check_lengths("context_lens", lens, capacity)
     values = [] if context_index is None else context_index.tolist()
     if values and (min(values) < 0 or max(values) >= rows):
         raise ValueError(f"context_index: expected rows in [0, {rows}), got {values}")
@@ -151,7 +294,7 @@ def check_places(
         raise ValueError(f"block_table: expected pages in [0, {storage.shape[0]}), got {table[bad].tolist()}")
 
 
-def check_append(
+def check_append_places(
     k: Tensor,
     storage: Tensor,
     context_lens: Tensor,
@@ -162,8 +305,8 @@ def check_append(
     """What is to be appended has a place of its own."""
     page = storage.shape[1]
     capacity = page if block_table is None else block_table.shape[1] * page
-    check_lengths("block_lens", block_lens, k.shape[1])
-    check_lengths("context_lens", context_lens, capacity)
+    _check_lengths("block_lens", block_lens, k.shape[1])
+    _check_lengths("context_lens", context_lens, capacity)
     count = torch.full_like(context_lens, k.shape[1]) if block_lens is None else block_lens
     total = context_lens.long() + count
     if (total > capacity).any():
@@ -172,7 +315,7 @@ def check_append(
         )
     if context_index is None and block_table is None:
         return  # every row writes to its own context row
-    check_places(storage, None, context_index, None if block_table is None else block_table[:, :0])
+    _check_places(storage, None, context_index, None if block_table is None else block_table[:, :0])
     position = context_lens.long()[:, None] + torch.arange(k.shape[1])  # [B,S]
     written = position < total[:, None]
     row = torch.arange(len(k)) if context_index is None else context_index.long()

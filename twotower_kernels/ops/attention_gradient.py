@@ -7,7 +7,7 @@ from torch import Tensor
 
 from twotower_kernels.ops._library import define
 from twotower_kernels.ops._traced import call_in_graph
-from twotower_kernels.ops.attention_checks import statistics_dtype
+from twotower_kernels.ops.attention_checks import check_backward, check_values, statistics_dtype
 
 
 def _context(storage: Tensor, table: Tensor | None, row: int, begin: int, end: int) -> Tensor:
@@ -59,6 +59,7 @@ def _attention_backward(
     block_table: Tensor | None, block_lens: Tensor | None,
     causal: bool, window: int | None, scale: float | None, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    check_values(q, k_context, context_lens, context_index, block_table, block_lens)
     dtype, (batch, length, heads, dim) = statistics_dtype(q), q.shape
     grad_q = q.new_zeros(q.shape)
     grad_k, grad_v = (q.new_zeros(() if x is None else x.shape) for x in (k, v))
@@ -93,6 +94,7 @@ define(
     "attention_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor? k, Tensor? v, Tensor? k_context, "
     "Tensor? v_context, Tensor? context_lens, Tensor? context_index, Tensor? block_table, Tensor? block_lens, "
     "bool causal, SymInt? window, float? scale, float softcap) -> (Tensor, Tensor, Tensor)",
+    check=check_backward,
     cpu=_attention_backward,
     cuda="triton.attention_gradient:attention_backward",
     fake=lambda grad_out, grad_lse, q, k, v, *_: (
@@ -135,8 +137,9 @@ def merge_backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor
     """Gradients of `merge_attention`'s four inputs; an empty side has none, whatever it holds."""
     out_a, lse_a, out_b, lse_b = ctx.saved_tensors
     lses = torch.stack([lse_a, lse_b])
-    nothing = lses.isneginf()
-    weights = lses.masked_fill(nothing.all(0), 0).softmax(0).masked_fill(nothing, 0)  # [2,...]
+    nothing = lses.isinf()
+    seen = lses.masked_fill(nothing, -torch.inf).masked_fill(nothing.all(0), 0)
+    weights = seen.softmax(0).masked_fill(nothing, 0)  # [2,...]
     outs = torch.stack([out_a, out_b]).to(lses.dtype).masked_fill(nothing[..., None], 0)
     grad = grad_out.to(lses.dtype)
     towards = (outs * grad).sum(-1)

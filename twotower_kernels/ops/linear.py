@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twotower_kernels import cpu
-from twotower_kernels.ops._library import define
+from twotower_kernels.ops._library import check_float, define, same_device
 from twotower_kernels.ops._transforms import lowered
 
 # Up to how many rows the kernel is used; libraries that block all three dimensions win beyond (bench/bench_linear.py).
@@ -57,9 +57,20 @@ def _multiplies(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and "avx512bf16" in cpu.kernels().isas()
 
 
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.ndim == 0 or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
+        expected = "K" if x.ndim == 0 else x.shape[-1]
+        raise ValueError(f"weight: expected [N, {expected}] for x {list(x.shape)}, got {list(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
+    check_float(x=x)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name}: expected {x.dtype} as x, got {tensor.dtype}")
+    same_device(x, weight=weight, bias=bias)
+
+
 def _empty(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"weight: expected [N, {x.shape[-1]}] for x {list(x.shape)}, got {list(weight.shape)}")
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -84,6 +95,14 @@ def _traced(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _linear(x, weight, bias) if _few(x) else F.linear(x, weight, bias)
 
 
-define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", cpu=_linear, fake=_empty, autocast=lowered)
+define(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", check=_check, cpu=_linear, fake=_empty, autocast=lowered
+)
 # For traces in float32, which leave open how many rows there are: the choice that `linear` makes before the call.
-define("linear.traced(Tensor x, Tensor weight, Tensor? bias) -> Tensor", cpu=_traced, fake=_empty, autocast=lowered)
+define(
+    "linear.traced(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    check=_check,
+    cpu=_traced,
+    fake=_empty,
+    autocast=lowered,
+)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from twotower_kernels import cpu
 from twotower_kernels.arguments import real, whole
-from twotower_kernels.ops._library import check_float, define, refuse_gradients, same_device
+from twotower_kernels.ops._library import as_index, check_float, check_index, define, refuse_gradients, same_device
 from twotower_kernels.ops._traced import call
 
 
@@ -46,8 +46,8 @@ def mamba2_scan(
         head_dim: channels of `x` per head.
         conv_state: `[Bc, C, W-1]`, the last W-1 columns of `xbc` before the block, newest last; zeros if None.
         ssm_state: `[Bc, heads, head_dim, state]`; zeros if None.
-        state_index: `[B]` int32 or int64, the state row that each row starts from; None: the row itself (Bc = B).
-        seq_lens: `[B]` int32 or int64 in [0, L]. Tokens beyond are not read, y is 0 there, states are taken there.
+        state_index: `[B]` integers, the state row that each row starts from; None: the row itself (Bc = B).
+        seq_lens: `[B]` integers in [0, L]. Tokens beyond are not read, y is 0 there, states are taken there.
         time_step_limit: what softplus(dt + dt_bias) is clamped to.
         return_states: also return the states after the last token. Without it, none is written.
         states_every: S > 0: return the states after every S tokens, and after the last, shorter block, instead.
@@ -65,31 +65,13 @@ def mamba2_scan(
         conv_weight = conv_weight.squeeze(1)
     n_groups, head_dim = whole("n_groups", n_groups), whole("head_dim", head_dim)
     states_every = whole("states_every", states_every)
-    _check_sizes(xbc, dt, conv_weight, n_groups, head_dim)
-    if states_every < 0:
-        raise ValueError(f"states_every: expected 0 or more, got {states_every}")
-    (batch, _, channels), heads = xbc.shape, dt.shape[2]
-    state = (channels - heads * head_dim) // (2 * n_groups)
-    vectors = {"conv_bias": conv_bias, "a_log": a_log, "d": d, "dt_bias": dt_bias}
-    for name, vector in vectors.items():
-        _check_shape(name, vector, [channels if name == "conv_bias" else heads])
-    indices = {"state_index": state_index, "seq_lens": seq_lens}
-    for name, index in indices.items():
-        _check_shape(name, index, [batch])
-        if index is not None and index.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: expected int32 or int64, got {index.dtype}")
-    rows = None if state_index is not None else batch
-    _check_shape("conv_state", conv_state, [rows, channels, conv_weight.shape[1] - 1])
-    _check_shape("ssm_state", ssm_state, [rows, heads, head_dim, state])
-    floats = {"xbc": xbc, "dt": dt, "conv_weight": conv_weight, "conv_state": conv_state, "ssm_state": ssm_state}
-    floats |= vectors
-    check_float(**floats)
-    same_device(xbc, **floats, **indices)
+    floats = {"xbc": xbc, "dt": dt, "conv_weight": conv_weight, "conv_bias": conv_bias, "a_log": a_log, "d": d}
+    floats |= {"dt_bias": dt_bias, "conv_state": conv_state, "ssm_state": ssm_state}
     refuse_gradients("mamba2_scan", **floats)
     low, high = (real("time_step_limit", limit) for limit in time_step_limit)
-    y, conv, ssm = call(
-        "mamba2_scan", xbc, dt, conv_weight, conv_bias, a_log, d, dt_bias, n_groups, head_dim, conv_state, ssm_state,
-        state_index, seq_lens, low, high, return_states, states_every,
+    y, conv, ssm = call("mamba2_scan", 
+        xbc, dt, conv_weight, conv_bias, a_log, d, dt_bias, n_groups, head_dim, conv_state, ssm_state,
+        as_index(state_index), as_index(seq_lens), low, high, return_states, states_every,
     )  # fmt: skip
     return (y, conv, ssm) if return_states or states_every else y
 
@@ -112,20 +94,59 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, *, n_groups: int, eps: 
     Raises:
         ValueError: shapes that do not fit, another device, an argument that requires grad. TypeError: wrong dtype.
     """
-    if z.shape != y.shape:
-        raise ValueError(f"z: expected the shape of y {list(y.shape)}, got {list(z.shape)}")
-    if y.ndim == 0 or weight.shape != y.shape[-1:]:
-        raise ValueError(f"weight: expected [D] for y [..., D], got {list(weight.shape)} for {list(y.shape)}")
     n_groups, eps = whole("n_groups", n_groups), real("eps", eps)
+    refuse_gradients("gated_rms_norm", y=y, z=z, weight=weight)
+    if y.ndim == 3:
+        return call("gated_rms_norm", y, z, weight, n_groups, eps)
+    _check_channels(y, z, weight)  # here already, for their shapes as they were given
+    rows = (1, y.shape[:-1].numel(), y.shape[-1])
+    return call("gated_rms_norm", y.reshape(rows), z.reshape(rows), weight, n_groups, eps).reshape(y.shape)
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+
+def _check_scan(
+    xbc: Tensor, dt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, a_log: Tensor, d: Tensor, dt_bias: Tensor,
+    n_groups: int, head_dim: int, conv_state: Tensor | None, ssm_state: Tensor | None, state_index: Tensor | None,
+    seq_lens: Tensor | None, dt_min: float, dt_max: float, return_states: bool, states_every: int,
+) -> None:  # fmt: skip
+    _check_sizes(xbc, dt, conv_weight, n_groups, head_dim)
+    if states_every < 0:
+        raise ValueError(f"states_every: expected 0 or more, got {states_every}")
+    (batch, _, channels), heads = xbc.shape, dt.shape[2]
+    state = (channels - heads * head_dim) // (2 * n_groups)
+    vectors = {"conv_bias": conv_bias, "a_log": a_log, "d": d, "dt_bias": dt_bias}
+    for name, vector in vectors.items():
+        _check_shape(name, vector, [channels if name == "conv_bias" else heads])
+    indices = {"state_index": state_index, "seq_lens": seq_lens}
+    for name, index in indices.items():
+        _check_shape(name, index, [batch])
+    check_index(**indices)
+    rows = None if state_index is not None else batch
+    _check_shape("conv_state", conv_state, [rows, channels, conv_weight.shape[1] - 1])
+    _check_shape("ssm_state", ssm_state, [rows, heads, head_dim, state])
+    floats = {"xbc": xbc, "dt": dt, "conv_weight": conv_weight, "conv_state": conv_state, "ssm_state": ssm_state}
+    floats |= vectors
+    check_float(**floats)
+    same_device(xbc, **floats, **indices)
+
+
+def _check_norm(y: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float) -> None:
+    if y.ndim != 3:
+        raise ValueError(f"y: expected [B, L, D], got {list(y.shape)}")
+    _check_channels(y, z, weight)
     if n_groups < 1 or y.shape[-1] % n_groups:
         raise ValueError(f"n_groups: expected a divisor of {y.shape[-1]} channels, got {n_groups}")
     check_float(y=y, z=z, weight=weight)
     same_device(y, z=z, weight=weight)
-    refuse_gradients("gated_rms_norm", y=y, z=z, weight=weight)
-    if y.ndim == 3:
-        return call("gated_rms_norm", y, z, weight, n_groups, eps)
-    rows = (1, y.shape[:-1].numel(), y.shape[-1])
-    return call("gated_rms_norm", y.reshape(rows), z.reshape(rows), weight, n_groups, eps).reshape(y.shape)
+
+
+def _check_channels(y: Tensor, z: Tensor, weight: Tensor) -> None:
+    if z.shape != y.shape:
+        raise ValueError(f"z: expected the shape of y {list(y.shape)}, got {list(z.shape)}")
+    if y.ndim == 0 or weight.shape != y.shape[-1:]:
+        raise ValueError(f"weight: expected [D] for y [..., D], got {list(weight.shape)} for {list(y.shape)}")
 
 
 def _check_sizes(xbc: Tensor, dt: Tensor, conv_weight: Tensor, n_groups: int, head_dim: int) -> None:
@@ -139,8 +160,8 @@ def _check_sizes(xbc: Tensor, dt: Tensor, conv_weight: Tensor, n_groups: int, he
             raise ValueError(f"{name}: expected 1 or more, got {size}")
     if heads % n_groups:
         raise ValueError(f"n_groups: expected a divisor of {heads} heads, got {n_groups}")
-    rest = channels - heads * head_dim
-    if rest < 2 * n_groups or rest % (2 * n_groups):
+    states = channels - heads * head_dim  # of all groups, B and C
+    if states % (2 * n_groups) or states < 2 * n_groups:
         raise ValueError(
             f"xbc: expected heads·head_dim + 2·n_groups·state channels, got {channels} "
             f"with heads {heads}, head_dim {head_dim}, n_groups {n_groups}"
@@ -160,9 +181,6 @@ def _check_shape(name: str, tensor: Tensor | None, shape: list[int | None]) -> N
     if not fits:
         expected = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name}: expected shape [{expected}], got {list(tensor.shape)}")
-
-
-# --- registration ---------------------------------------------------------------------------------------------------
 
 
 def _outputs(
@@ -245,12 +263,14 @@ define(
     "mamba2_scan(Tensor xbc, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor a_log, Tensor d, Tensor dt_bias, "
     "SymInt n_groups, SymInt head_dim, Tensor? conv_state, Tensor? ssm_state, Tensor? state_index, Tensor? seq_lens, "
     "float dt_min, float dt_max, bool return_states, SymInt states_every) -> (Tensor, Tensor, Tensor)",
+    check=_check_scan,
     cpu=_mamba2_scan,
     cuda="triton.mamba2:mamba2_scan",
     fake=_fake_mamba2_scan,
 )
 define(
     "gated_rms_norm(Tensor y, Tensor z, Tensor weight, SymInt n_groups, float eps) -> Tensor",
+    check=_check_norm,
     cpu=_gated_rms_norm,
     cuda="triton.mamba2_norm:gated_rms_norm",
     fake=lambda y, *_: y.new_empty(y.shape),

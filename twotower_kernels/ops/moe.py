@@ -8,7 +8,7 @@ from torch import Tensor
 
 from twotower_kernels import cpu
 from twotower_kernels.arguments import real, whole
-from twotower_kernels.ops._library import check_float, define, refuse_gradients, same_device
+from twotower_kernels.ops._library import as_index, check_float, check_index, define, refuse_gradients, same_device
 from twotower_kernels.ops._traced import call
 from twotower_kernels.ops._transforms import cast_to, lowered
 
@@ -42,8 +42,6 @@ def moe_gate(x: Tensor, gate_weight: Tensor) -> Tensor:
     Raises:
         ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.
     """
-    _check_gate(x, gate_weight)
-    same_device(x, gate_weight=gate_weight)
     refuse_gradients("moe_gate", x=x, gate_weight=gate_weight)
     return torch.ops.twotower.moe_gate.default(x, gate_weight)
 
@@ -83,21 +81,7 @@ def moe_route(
             requires grad. TypeError: wrong dtype.
     """
     (logits,) = cast_to(torch.float32, logits)
-    if logits.ndim != 2:
-        raise ValueError(f"logits: expected [N, E], got {list(logits.shape)}")
-    if logits.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"logits: expected float32 or float64, got {logits.dtype}")
-    choice = _checked_choice(
-        logits.shape[1],
-        correction_bias,
-        top_k=top_k,
-        score=score,
-        n_group=n_group,
-        topk_group=topk_group,
-        renormalize=renormalize,
-        scaling=scaling,
-    )
-    same_device(logits, correction_bias=correction_bias)
+    choice = _choice(top_k, score, n_group, topk_group, renormalize, scaling)
     refuse_gradients("moe_route", logits=logits, correction_bias=correction_bias)
     return call("moe_route", logits, correction_bias, *choice)
 
@@ -111,9 +95,7 @@ def moe_router(
     Returns:
         weights, experts, plan.
     """
-    _check_gate(x, gate_weight)
-    choice = _checked_choice(len(gate_weight), correction_bias, **options)
-    same_device(x, gate_weight=gate_weight, correction_bias=correction_bias)
+    choice = _choice(**options)
     refuse_gradients("moe_router", x=x, gate_weight=gate_weight, correction_bias=correction_bias)
     weights, experts, *plan = call("moe_router", x, gate_weight, correction_bias, *choice)
     return weights, experts, MoePlan(*plan)
@@ -125,7 +107,7 @@ def moe_plan(experts: Tensor, num_experts: int) -> MoePlan:
     Source: the block-sparse grouping of MegaBlocks (arXiv 2211.15841), without its padding.
 
     Args:
-        experts: `[N, k]` int32 or int64, from `moe_route`.
+        experts: `[N, k]` integers, from `moe_route`.
         num_experts: E.
 
     Returns:
@@ -134,11 +116,7 @@ def moe_plan(experts: Tensor, num_experts: int) -> MoePlan:
     Raises:
         ValueError: wrong shape, on a CPU experts outside `[0, E)`, which a GPU leaves out. TypeError: wrong dtype.
     """
-    _check_experts(experts)
-    num_experts = whole("num_experts", num_experts)
-    if num_experts < 0:
-        raise ValueError(f"num_experts: expected 0 or more, got {num_experts}")
-    return MoePlan(*torch.ops.twotower.moe_plan.default(experts, num_experts))
+    return MoePlan(*torch.ops.twotower.moe_plan.default(as_index(experts), whole("num_experts", num_experts)))
 
 
 def moe_experts(
@@ -166,7 +144,7 @@ def moe_experts(
         w_up: `[E, I, H]` in the dtype of `x`; for gated activations `[E, 2I, H]`, gate rows first.
         w_down: `[E, H, I]` in the dtype of `x`.
         weights: `[N, k]`, any floating dtype.
-        experts: `[N, k]` int32 or int64. Weights of experts that no token chose are not read.
+        experts: `[N, k]` integers. Weights of experts that no token chose are not read.
         plan: `moe_plan(experts, E)`, where several calls share it; computed if None. A CPU checks that it is that plan.
         activation: "relu2" `relu(u)²`, "silu_gated" `SiLU(g)·u` or "gelu_gated" `gelu(g)·u` with the tanh form.
         shared_up, shared_down: `[J, H]` (gated: `[2J, H]`) and `[H, J]`, the expert that every token passes,
@@ -183,6 +161,142 @@ def moe_experts(
             token with such an expert becomes NaN. TypeError: wrong dtype. NotImplementedError: float64 on a GPU.
     """
     x, w_up, w_down, shared_up, shared_down = lowered(x, w_up, w_down, shared_up, shared_down)
+    refuse_gradients(
+        "moe_experts", x=x, w_up=w_up, w_down=w_down, shared_up=shared_up, shared_down=shared_down, weights=weights
+    )
+    counts, offsets, pairs = plan or (None, None, None)
+    return torch.ops.twotower.moe_experts.default(
+        x, w_up, w_down, weights, as_index(experts), counts, offsets, pairs, shared_up, shared_down, activation
+    )
+
+
+def _choice(
+    top_k: int,
+    score: str = "sigmoid",
+    n_group: int = 1,
+    topk_group: int = 1,
+    renormalize: bool = True,
+    scaling: float = 1.0,
+) -> tuple[int, bool, int, int, bool, float]:
+    """The options of `moe_route` as the operators take them."""
+    if score not in SCORES:
+        raise ValueError(f"score: expected one of {SCORES}, got {score!r}")
+    top_k, n_group = whole("top_k", top_k), whole("n_group", n_group)
+    topk_group, scaling = whole("topk_group", topk_group), real("scaling", scaling)
+    return top_k, score == "softmax", n_group, topk_group, renormalize, scaling
+
+
+# --- what the operators accept ---------------------------------------------------------------------------------------
+
+
+def _check_gate(x: Tensor, gate_weight: Tensor) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"x: expected [N, H], got {list(x.shape)}")
+    if gate_weight.ndim != 2 or gate_weight.shape[1] != x.shape[1]:
+        raise ValueError(f"gate_weight: expected [E, {x.shape[1]}], got {list(gate_weight.shape)}")
+    check_float(x=x, gate_weight=gate_weight)
+    same_device(x, gate_weight=gate_weight)
+
+
+def _check_choice(e: int, correction_bias: Tensor | None, top_k: int, n_group: int, topk_group: int) -> None:
+    if n_group < 1 or e % n_group:
+        raise ValueError(f"n_group: expected a divisor of {e} experts, got {n_group}")
+    if not 1 <= topk_group <= n_group:
+        raise ValueError(f"topk_group: expected 1..{n_group} for {n_group} groups, got {topk_group}")
+    if not 1 <= top_k <= e:
+        raise ValueError(f"top_k: expected 1..{e} for {e} experts, got {top_k}")
+    if correction_bias is not None and correction_bias.shape != (e,):
+        raise ValueError(f"correction_bias: expected shape {[e]}, got {list(correction_bias.shape)}")
+    check_float(correction_bias=correction_bias)
+
+
+def _check_route(
+    logits: Tensor,
+    correction_bias: Tensor | None,
+    top_k: int,
+    softmax: bool,
+    n_group: int,
+    topk_group: int,
+    renormalize: bool,
+    scaling: float,
+) -> None:
+    if logits.ndim != 2:
+        raise ValueError(f"logits: expected [N, E], got {list(logits.shape)}")
+    if logits.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"logits: expected float32 or float64, got {logits.dtype}")
+    _check_choice(logits.shape[1], correction_bias, top_k, n_group, topk_group)
+    same_device(logits, correction_bias=correction_bias)
+
+
+def _check_router(
+    x: Tensor,
+    gate_weight: Tensor,
+    correction_bias: Tensor | None,
+    top_k: int,
+    softmax: bool,
+    n_group: int,
+    topk_group: int,
+    renormalize: bool,
+    scaling: float,
+) -> None:
+    _check_gate(x, gate_weight)
+    _check_choice(gate_weight.shape[0], correction_bias, top_k, n_group, topk_group)
+    same_device(x, correction_bias=correction_bias)
+
+
+def _check_experts(experts: Tensor) -> None:
+    if experts.ndim != 2:
+        raise ValueError(f"experts: expected [N, k], got {list(experts.shape)}")
+    check_index(experts=experts)
+
+
+def _check_number(experts: Tensor, num_experts: int) -> None:
+    _check_experts(experts)
+    if num_experts < 0:
+        raise ValueError(f"num_experts: expected 0 or more, got {num_experts}")
+
+
+def _check_matrices(up: tuple[str, Tensor], down: tuple[str, Tensor], stack: str, h: int, activation: str) -> None:
+    """`up` is `[..., I or 2I, H]` and `down` `[..., H, I]`, stacked over experts or single."""
+    (up_name, w_up), (down_name, w_down) = up, down
+    factor = 1 if activation == "relu2" else 2
+    ndim = 3 if stack else 2
+    if w_up.ndim != ndim or w_up.shape[-1] != h:
+        raise ValueError(f"{up_name}: expected [{stack}{'I' if factor == 1 else '2I'}, {h}], got {list(w_up.shape)}")
+    if w_down.ndim != ndim or w_down.shape[-2] != h:
+        raise ValueError(f"{down_name}: expected [{stack}{h}, I], got {list(w_down.shape)}")
+    if w_up.shape[:-1] != (*w_down.shape[:-2], factor * w_down.shape[-1]):
+        fits = [*w_down.shape[:-2], factor * w_down.shape[-1], h]
+        raise ValueError(f"{up_name}: expected {fits} for {down_name} {list(w_down.shape)}, got {list(w_up.shape)}")
+
+
+def _check_plan(counts: Tensor | None, offsets: Tensor | None, pairs: Tensor | None, e: int, experts: Tensor) -> None:
+    sizes = {"counts": (counts, e), "offsets": (offsets, e + 1), "pairs": (pairs, experts.numel())}
+    if counts is None and offsets is None and pairs is None:
+        return
+    for name, (tensor, size) in sizes.items():
+        if tensor is None:
+            raise ValueError(f"plan.{name}: expected all three tensors of a plan or none, got None")
+        if tensor.shape != (size,):
+            raise ValueError(f"plan.{name}: expected shape {[size]}, got {list(tensor.shape)}")
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"plan.{name}: expected torch.int64, got {tensor.dtype}")
+    same_device(experts, counts=counts, offsets=offsets, pairs=pairs)
+
+
+def _check_mixture(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    counts: Tensor | None,
+    offsets: Tensor | None,
+    pairs: Tensor | None,
+    shared_up: Tensor | None,
+    shared_down: Tensor | None,
+    activation: str,
+) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
     if x.ndim != 2:
@@ -202,79 +316,8 @@ def moe_experts(
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"{name}: expected {x.dtype} as x, got {tensor.dtype}")
-    if plan is not None:
-        _check_plan(plan, w_up.shape[0], experts)
+    _check_plan(counts, offsets, pairs, w_up.shape[0], experts)
     same_device(x, **tensors, weights=weights, experts=experts)
-    refuse_gradients("moe_experts", **tensors, weights=weights)
-    return torch.ops.twotower.moe_experts.default(
-        x, w_up, w_down, weights, experts, *(plan or (None, None, None)), shared_up, shared_down, activation
-    )
-
-
-def _check_gate(x: Tensor, gate_weight: Tensor) -> None:
-    if x.ndim != 2:
-        raise ValueError(f"x: expected [N, H], got {list(x.shape)}")
-    if gate_weight.ndim != 2 or gate_weight.shape[1] != x.shape[1]:
-        raise ValueError(f"gate_weight: expected [E, {x.shape[1]}], got {list(gate_weight.shape)}")
-    check_float(x=x, gate_weight=gate_weight)
-
-
-def _checked_choice(
-    e: int,
-    correction_bias: Tensor | None,
-    *,
-    top_k: int,
-    score: str = "sigmoid",
-    n_group: int = 1,
-    topk_group: int = 1,
-    renormalize: bool = True,
-    scaling: float = 1.0,
-) -> tuple[int, bool, int, int, bool, float]:
-    """The options of `moe_route` as the operators take them."""
-    if score not in SCORES:
-        raise ValueError(f"score: expected one of {SCORES}, got {score!r}")
-    top_k, scaling = whole("top_k", top_k), real("scaling", scaling)
-    n_group, topk_group = whole("n_group", n_group), whole("topk_group", topk_group)
-    if n_group < 1 or e % n_group:
-        raise ValueError(f"n_group: expected a divisor of {e} experts, got {n_group}")
-    if not 1 <= topk_group <= n_group:
-        raise ValueError(f"topk_group: expected 1..{n_group} for {n_group} groups, got {topk_group}")
-    if not 1 <= top_k <= e:
-        raise ValueError(f"top_k: expected 1..{e} for {e} experts, got {top_k}")
-    if correction_bias is not None and correction_bias.shape != (e,):
-        raise ValueError(f"correction_bias: expected shape {[e]}, got {list(correction_bias.shape)}")
-    check_float(correction_bias=correction_bias)
-    return top_k, score == "softmax", n_group, topk_group, renormalize, scaling
-
-
-def _check_experts(experts: Tensor) -> None:
-    if experts.ndim != 2:
-        raise ValueError(f"experts: expected [N, k], got {list(experts.shape)}")
-    if experts.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"experts: expected int32 or int64, got {experts.dtype}")
-
-
-def _check_matrices(up: tuple[str, Tensor], down: tuple[str, Tensor], stack: str, h: int, activation: str) -> None:
-    """`up` is `[..., I or 2I, H]` and `down` `[..., H, I]`, stacked over experts or single."""
-    (up_name, w_up), (down_name, w_down) = up, down
-    factor = 1 if activation == "relu2" else 2
-    ndim = 3 if stack else 2
-    if w_up.ndim != ndim or w_up.shape[-1] != h:
-        raise ValueError(f"{up_name}: expected [{stack}{'I' if factor == 1 else '2I'}, {h}], got {list(w_up.shape)}")
-    if w_down.ndim != ndim or w_down.shape[-2] != h:
-        raise ValueError(f"{down_name}: expected [{stack}{h}, I], got {list(w_down.shape)}")
-    if w_up.shape[:-1] != (*w_down.shape[:-2], factor * w_down.shape[-1]):
-        fits = [*w_down.shape[:-2], factor * w_down.shape[-1], h]
-        raise ValueError(f"{up_name}: expected {fits} for {down_name} {list(w_down.shape)}, got {list(w_up.shape)}")
-
-
-def _check_plan(plan: MoePlan, e: int, experts: Tensor) -> None:
-    for name, tensor, size in zip(plan._fields, plan, (e, e + 1, experts.numel()), strict=True):
-        if tensor.shape != (size,):
-            raise ValueError(f"plan.{name}: expected shape {[size]}, got {list(tensor.shape)}")
-        if tensor.dtype != torch.int64:
-            raise TypeError(f"plan.{name}: expected torch.int64, got {tensor.dtype}")
-    same_device(experts, counts=plan.counts, offsets=plan.offsets, pairs=plan.pairs)
 
 
 # --- registration ---------------------------------------------------------------------------------------------------
@@ -374,6 +417,7 @@ def _lowered_experts(x: Tensor, w_up: Tensor, w_down: Tensor, *arguments: Any) -
 
 define(
     "moe_gate(Tensor x, Tensor gate_weight) -> Tensor",
+    check=_check_gate,
     cpu=_gate,
     cuda="cuda_moe:moe_gate",
     fake=empty_logits,
@@ -381,6 +425,7 @@ define(
 define(
     "moe_route(Tensor logits, Tensor? correction_bias, SymInt top_k, bool softmax, SymInt n_group, SymInt topk_group, "
     "bool renormalize, float scaling) -> (Tensor, Tensor)",
+    check=_check_route,
     cpu=_route,
     cuda="cuda_moe:moe_route",
     fake=lambda logits, correction_bias, top_k, *_: empty_choice(logits, top_k),
@@ -388,6 +433,7 @@ define(
 )
 define(
     "moe_plan(Tensor experts, SymInt num_experts) -> (Tensor, Tensor, Tensor)",
+    check=_check_number,
     cpu=_plan,
     cuda="cuda_moe:moe_plan",
     fake=empty_plan,
@@ -395,6 +441,7 @@ define(
 define(
     "moe_router(Tensor x, Tensor gate_weight, Tensor? correction_bias, SymInt top_k, bool softmax, SymInt n_group, "
     "SymInt topk_group, bool renormalize, float scaling) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    check=_check_router,
     cpu=_router,
     cuda="cuda_moe:moe_router",
     fake=_empty_router,
@@ -402,6 +449,7 @@ define(
 define(
     "moe_experts(Tensor x, Tensor w_up, Tensor w_down, Tensor weights, Tensor experts, Tensor? counts, "
     "Tensor? offsets, Tensor? pairs, Tensor? shared_up, Tensor? shared_down, str activation) -> Tensor",
+    check=_check_mixture,
     cpu=_experts,
     cuda="triton.moe:moe_experts",
     fake=lambda x, *_: x.new_empty(x.shape),

@@ -9,9 +9,19 @@ import torch
 from torch import Tensor
 
 from twotower_kernels import cpu
-from twotower_kernels.ops._library import define
+from twotower_kernels.ops._library import as_index, define
 from twotower_kernels.ops._traced import call
-from twotower_kernels.ops.remask_checks import PER_ROW, REAL, WHOLE, check, check_values, ids, split_all
+from twotower_kernels.ops.remask_checks import (
+    PER_ROW,
+    REAL,
+    WHOLE,
+    Arguments,
+    check_arguments,
+    check_kinds,
+    check_values,
+    ids,
+    split_all,
+)
 from twotower_kernels.remask_policy import CHOICES, OPTIONS, RemaskPolicy
 
 
@@ -88,7 +98,7 @@ def remask(
             not wait to look at what tensors hold: with values out of range the step is another, but nothing else is
             harmed. NotImplementedError, on a GPU: float64 logits.
     """
-    mask_token_id = check(logits, tokens, mask_token_id, policy, editable, valid_lens, candidates, rank_noise)
+    mask_token_id = check_kinds(logits, tokens, mask_token_id, policy, editable, valid_lens, candidates, rank_noise)
     whole, whole_rows = split_all(WHOLE, (step, num_steps, top_k, seed, offset, initial_num_masked), logits)
     bound = policy.gate_bound if gate_bound is None else gate_bound
     real, real_rows = split_all(REAL, (temperature, top_p, bound), logits)
@@ -112,8 +122,8 @@ def remask(
             unscored,
             unscore_tensor,
             editable,
-            valid_lens,
-            candidates,
+            as_index(valid_lens),
+            as_index(candidates),
             rank_noise,
         )
     )
@@ -123,45 +133,6 @@ def remask(
 
 _SUPPRESS_MASK, _SCHEDULE = OPTIONS.index("suppress_mask"), OPTIONS.index("schedule")
 _POSTERIOR = CHOICES["schedule"].index("posterior")
-
-
-class Arguments(NamedTuple):
-    """What the operator takes, in the schema's order: for the kernels of all devices."""
-
-    logits: Tensor
-    tokens: Tensor
-    mask_token_id: int | None
-    options: list[int]
-    bounds: list[float]
-    whole: list[int]
-    real: list[float]
-    step: Tensor | None
-    num_steps: Tensor | None
-    top_k: Tensor | None
-    seed: Tensor | None
-    offset: Tensor | None
-    initial_num_masked: Tensor | None
-    temperature: Tensor | None
-    top_p: Tensor | None
-    gate_bound: Tensor | None
-    suppressed: list[int]
-    suppress_ids: Tensor | None
-    unscored: list[int]
-    confidence_suppress_ids: Tensor | None
-    editable: Tensor | None
-    valid_lens: Tensor | None
-    candidates: Tensor | None
-    rank_noise: Tensor | None
-
-    @property
-    def mask(self) -> int:
-        """-1, which no token is, where there is none."""
-        return -1 if self.mask_token_id is None else self.mask_token_id
-
-    @property
-    def per_row(self) -> tuple[Tensor | None, ...]:
-        """In the order of `PER_ROW`."""
-        return self[7:16]
 
 
 def results(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -237,6 +208,7 @@ define(
     "Tensor? initial_num_masked, Tensor? temperature, Tensor? top_p, Tensor? gate_bound, SymInt[] suppressed, "
     "Tensor? suppress_ids, SymInt[] unscored, Tensor? confidence_suppress_ids, Tensor? editable, Tensor? valid_lens, "
     "Tensor? candidates, Tensor? rank_noise) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    check=lambda *arguments: check_arguments(Arguments(*arguments)),
     cpu=_remask,
     cuda="cuda_remask:remask",
     fake=lambda logits, tokens, *_: results(logits, tokens),

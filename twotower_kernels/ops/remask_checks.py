@@ -1,16 +1,19 @@
-"""What `remask` accepts. Types, shapes, devices and Python numbers are checked by the public function; what tensors
-hold is checked by the kernel's entry, because looking at it would make a device wait."""
+"""What `remask` accepts. The public function checks the types of Python's values and makes numbers of them; shapes,
+dtypes, devices and numbers are checked before every kernel; what tensors hold by the kernel on the host alone, because
+looking at it would make a device wait."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from twotower_kernels.arguments import real, whole, wholes
-from twotower_kernels.ops._library import check_float, refuse_gradients, same_device
-from twotower_kernels.remask_policy import RemaskPolicy
+from twotower_kernels.ops._library import as_index, check_float, refuse_gradients, same_device
+from twotower_kernels.remask_policy import BOUNDS, CHOICES, OPTIONAL_BOUNDS, OPTIONS, RemaskPolicy
 from twotower_kernels.seeds import as_int64
 
 INTEGERS = (torch.int64, torch.int32)
@@ -48,6 +51,45 @@ PER_ROW = {**WHOLE, **REAL}
 _LEAST, _MOST = -(2**63), 2**63 - 1
 
 
+class Arguments(NamedTuple):
+    """What the operator takes, in the schema's order: for the kernels of all devices."""
+
+    logits: Tensor
+    tokens: Tensor
+    mask_token_id: int | None
+    options: list[int]
+    bounds: list[float]
+    whole: list[int]
+    real: list[float]
+    step: Tensor | None
+    num_steps: Tensor | None
+    top_k: Tensor | None
+    seed: Tensor | None
+    offset: Tensor | None
+    initial_num_masked: Tensor | None
+    temperature: Tensor | None
+    top_p: Tensor | None
+    gate_bound: Tensor | None
+    suppressed: list[int]
+    suppress_ids: Tensor | None
+    unscored: list[int]
+    confidence_suppress_ids: Tensor | None
+    editable: Tensor | None
+    valid_lens: Tensor | None
+    candidates: Tensor | None
+    rank_noise: Tensor | None
+
+    @property
+    def mask(self) -> int:
+        """-1, which no token is, where there is none."""
+        return -1 if self.mask_token_id is None else self.mask_token_id
+
+    @property
+    def per_row(self) -> tuple[Tensor | None, ...]:
+        """In the order of `PER_ROW`."""
+        return self[7:16]
+
+
 def split_all(rules: dict[str, PerRow], values: tuple[Any, ...], logits: Tensor) -> tuple[list[Any], list[Any]]:
     """Parameters of one kind as the op takes them: the numbers, and the tensors that replace them. Plain numbers, which
     nearly all are in nearly all calls, are through at the first comparison."""
@@ -70,6 +112,7 @@ def split(name: str, value: Any, logits: Tensor) -> tuple[Any, Tensor | None]:
     if value is None and rule.absent is not None:
         return rule.absent, None
     if isinstance(value, Tensor):
+        value = as_index(value)
         if value.dtype not in (INTEGERS if rule.whole else INTEGERS + FLOATING):
             raise TypeError(f"{name}: expected {kind} or a tensor of them, got {value.dtype}")
         if value.ndim and value.shape != logits.shape[:1]:
@@ -94,12 +137,7 @@ def ids(name: str, value: Any, logits: Tensor) -> tuple[list[int], Tensor | None
     if value is None:
         return [], None
     if isinstance(value, Tensor):
-        if value.dtype not in INTEGERS:
-            raise TypeError(f"{name}: expected int64 or int32, got {value.dtype}")
-        if value.ndim != 1:
-            raise ValueError(f"{name}: expected one dimension, got shape {list(value.shape)}")
-        same_device(logits, **{name: value})
-        return [], value
+        return [], as_index(value)
     tokens = wholes(name, value, "a tensor or a sequence of integers")
     for token in tokens:
         if not 0 <= token < logits.shape[2]:
@@ -107,45 +145,112 @@ def ids(name: str, value: Any, logits: Tensor) -> tuple[list[int], Tensor | None
     return tokens, None
 
 
-def check(
-    logits: Tensor,
-    tokens: Tensor,
-    mask_token_id: int | None,
-    policy: RemaskPolicy,
-    editable: Tensor | None,
-    valid_lens: Tensor | None,
-    candidates: Tensor | None,
-    rank_noise: Tensor | None,
+def check_kinds(
+    logits: Any,
+    tokens: Any,
+    mask_token_id: Any,
+    policy: Any,
+    editable: Any,
+    valid_lens: Any,
+    candidates: Any,
+    rank_noise: Any,
 ) -> int | None:
-    """TypeError or ValueError unless everything beside the per-row parameters and the suppressed tokens is right.
+    """TypeError unless everything beside the per-row parameters and the suppressed tokens is of its kind; ValueError
+    for logits without their three axes, which the others are measured by, and for those that require grad.
 
     Returns the mask token.
     """
     if not isinstance(policy, RemaskPolicy):
         raise TypeError(f"policy: expected a RemaskPolicy, got {type(policy).__name__}")
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
-    check_float(logits=logits)
+    required = (("logits", logits), ("tokens", tokens))
+    optional = (("editable", editable), ("valid_lens", valid_lens), ("candidates", candidates))
+    for name, tensor in (*required, *optional, ("rank_noise", rank_noise)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name == "logits" or name == "tokens"):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    mask: int | None = None if mask_token_id is None else whole("mask_token_id", mask_token_id, "an int")
+    _check_logits(logits)
+    refuse_gradients("remask", logits=logits)
+    return mask
+
+
+def _check_logits(logits: Tensor) -> None:
     if logits.ndim != 3 or logits.shape[2] == 0:
         raise ValueError(f"logits: expected shape [B, S, V] with V > 0, got {list(logits.shape)}")
-    refuse_gradients("remask", logits=logits)
-    batch, block, vocabulary = logits.shape
-    _tensor("tokens", tokens, INTEGERS, [batch, block])
-    if mask_token_id is None:
+
+
+def check_arguments(a: Arguments) -> None:
+    """TypeError or ValueError unless shapes, dtypes, devices and numbers fit, whatever tensors hold."""
+    check_float(logits=a.logits)
+    _check_logits(a.logits)
+    batch, block, vocabulary = a.logits.shape
+    _tensor("tokens", a.tokens, INTEGERS, [batch, block])
+    policy = _policy(tuple(a.options), tuple(a.bounds))
+    if a.mask_token_id is None:
         if not policy.renoise or policy.schedule == "posterior":
             raise ValueError("mask_token_id: expected a token, as only a policy with renoise has no mask, got None")
-    else:
-        mask_token_id = whole("mask_token_id", mask_token_id, "an int")
-        if not 0 <= mask_token_id < vocabulary:
-            raise ValueError(f"mask_token_id: expected a token in [0, {vocabulary - 1}], got {mask_token_id}")
-    _tensor("editable", editable, (torch.bool,), [batch, block])
-    _tensor("valid_lens", valid_lens, INTEGERS, [batch])
-    _tensor("candidates", candidates, INTEGERS, [batch, block])
-    _tensor("rank_noise", rank_noise, FLOATING, [batch, block])
-    same_device(
-        logits, tokens=tokens, editable=editable, valid_lens=valid_lens, candidates=candidates, rank_noise=rank_noise
+    elif not 0 <= a.mask_token_id < vocabulary:
+        raise ValueError(f"mask_token_id: expected a token in [0, {vocabulary - 1}], got {a.mask_token_id}")
+    _check_numbers("whole", WHOLE, a.whole, block)
+    _check_numbers("real", REAL, a.real, block)
+    for name, tensor in zip(PER_ROW, a.per_row, strict=True):
+        if tensor is not None:
+            rule = PER_ROW[name]
+            if tensor.dtype not in (INTEGERS if rule.whole else INTEGERS + FLOATING):
+                kind = "int64 or int32" if rule.whole else "a real number's"
+                raise TypeError(f"{name}: expected {kind} dtype, got {tensor.dtype}")
+            if tensor.ndim and tensor.shape != a.logits.shape[:1]:
+                raise ValueError(f"{name}: expected shape [{batch}], got {list(tensor.shape)}")
+            same_device(a.logits, **{name: tensor})
+    for name, tokens in (("suppress_ids", a.suppressed), ("confidence_suppress_ids", a.unscored)):
+        for token in tokens:
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"{name}: expected token numbers in [0, {vocabulary - 1}], got {token}")
+    ids = (("suppress_ids", a.suppress_ids), ("confidence_suppress_ids", a.confidence_suppress_ids))
+    for name, listed in ids:
+        if listed is not None and listed.dtype not in INTEGERS:
+            raise TypeError(f"{name}: expected int64 or int32, got {listed.dtype}")
+        if listed is not None and listed.ndim != 1:
+            raise ValueError(f"{name}: expected one dimension, got shape {list(listed.shape)}")
+    others = (
+        *(("editable", a.editable), ("valid_lens", a.valid_lens)),
+        *(("candidates", a.candidates), ("rank_noise", a.rank_noise)),
     )
-    return mask_token_id
+    kinds = (torch.bool,), INTEGERS, INTEGERS, FLOATING
+    for (name, tensor), dtypes in zip(others, kinds, strict=True):
+        if tensor is not None:
+            _tensor(name, tensor, dtypes, [batch] if name == "valid_lens" else [batch, block])
+    device = a.logits.device
+    for name, tensor in (("tokens", a.tokens), *ids, *others):
+        if tensor is not None and tensor.device != device:
+            same_device(a.logits, **{name: tensor})
+
+
+@lru_cache(maxsize=256)
+def _policy(options: tuple[int, ...], bounds: tuple[float, ...]) -> RemaskPolicy:
+    """The policy of which these are the numbers. ValueError if there is none."""
+    names = (*OPTIONS, *(f"has_{name}" for name in OPTIONAL_BOUNDS))
+    for what, numbers, expected in (("options", options, names), ("bounds", bounds, BOUNDS)):
+        if len(numbers) != len(expected):
+            raise ValueError(f"{what}: expected {len(expected)} numbers, got {len(numbers)}")
+    given, limits = dict(zip(names, options, strict=True)), dict(zip(BOUNDS, bounds, strict=True))
+    fields: dict[str, Any] = {name: limits[name] for name in BOUNDS if given.get(f"has_{name}", 1)}
+    for name, number in given.items():
+        flag = name not in CHOICES and (name in names[len(OPTIONS) :] or isinstance(getattr(RemaskPolicy, name), bool))
+        most = len(CHOICES[name]) - 1 if name in CHOICES else 1 if flag else 2**62
+        if not 0 <= number <= most:
+            raise ValueError(f"options: expected {name} in [0, {most}], got {number}")
+        if name in OPTIONS:
+            fields[name] = CHOICES[name][number] if name in CHOICES else bool(number) if flag else number
+    return RemaskPolicy(**fields)
+
+
+def _check_numbers(what: str, rules: dict[str, PerRow], numbers: Sequence[Any], block: int) -> None:
+    if len(numbers) != len(rules):
+        raise ValueError(f"{what}: expected {len(rules)} numbers, {', '.join(rules)}, got {len(numbers)}")
+    for (name, rule), number in zip(rules.items(), numbers, strict=True):
+        high = block if name == "initial_num_masked" else rule.high
+        if not rule.low <= number <= high and number != rule.absent:  # NaN too
+            raise ValueError(f"{name}: expected a number in [{rule.low:g}, {high:g}], got {number}")
 
 
 def check_values(
@@ -169,11 +274,7 @@ def check_values(
         raise ValueError("rank_noise: expected numbers in [0, 1), got others")
 
 
-def _tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], shape: list[int]) -> None:
-    if value is None and name != "tokens":
-        return
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+def _tensor(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], shape: list[int]) -> None:
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {value.dtype}")
     if list(value.shape) != shape:
@@ -183,6 +284,8 @@ def _tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], shape: list[
 def _within(name: str, value: Tensor | None, low: float, high: float) -> None:
     if value is None or (value.dtype in INTEGERS and low == -math.inf):
         return
+    if not value.is_floating_point():
+        value = value.long()  # bounds may be beyond int32
     wrong = ~((value >= low) & (value <= high))
     if wrong.any():
         raise ValueError(f"{name}: expected values in [{low:g}, {high:g}], got {value[wrong][0].item()}")

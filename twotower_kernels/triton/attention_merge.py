@@ -104,6 +104,9 @@ def merge_attention_kernel(
     inside = row < rows
     a = tl.load(lse_a + row * lse_a_row, mask=inside, other=0)
     b = tl.load(lse_b + row * lse_b_row, mask=inside, other=0)
+    # -inf, or +inf as others write it: a side without keys.
+    a = tl.where(a == float("inf"), float("-inf"), a)
+    b = tl.where(b == float("inf"), float("-inf"), b)
     no_a, no_b = a == float("-inf"), b == float("-inf")
     top = tl.where(a > b, a, b)
     exp_a = tl.where(no_a, 0.0, tl.exp(a - top))
