@@ -97,6 +97,8 @@ def integers(name: str, value: Any, device: torch.device | None = None) -> Tenso
         if len({part.shape for part in parts}) > 1:
             raise ValueError(f"{name}: expected rows of one length, got {[list(part.shape) for part in parts]}")
         tensor = torch.stack(parts)
+    elif torch.compiler.is_compiling():  # a trace cannot look at an array
+        tensor = torch.as_tensor(value, device=device)
     else:
         tensor = torch.from_numpy(_array(name, value)).to(device)
     if tensor.dtype == torch.uint64 and tensor.device.type == "cpu" and bool((tensor.long() < 0).any()):

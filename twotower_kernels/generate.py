@@ -34,6 +34,7 @@ from twotower_kernels import generate_checks as checks
 from twotower_kernels.arguments import Integers
 from twotower_kernels.capture import CapturedModel
 from twotower_kernels.generate_checks import Blocks, Prompts
+from twotower_kernels.inference import inference
 from twotower_kernels.ops.remask import remask
 from twotower_kernels.remask_policy import RemaskPolicy
 from twotower_kernels.seeds import row_seeds
@@ -174,11 +175,11 @@ class Stream(Iterator[StepEvent]):
     def __init__(self, request: _Request, events: Generator[StepEvent, None, None], seconds: float) -> None:
         self._request, self._events, self._seconds = request, events, seconds
 
+    @inference
     def __next__(self) -> StepEvent:
         start = time.perf_counter()
         try:
-            with torch.no_grad():
-                return next(self._events)
+            return next(self._events)
         finally:
             self._seconds += time.perf_counter() - start
 
@@ -186,6 +187,7 @@ class Stream(Iterator[StepEvent]):
         """Ends the generation and gives its memory back; `result` remains."""
         self._events.close()
 
+    @inference
     def result(self) -> GenerateResult:
         """What has been generated so far; a row that has not ended has the finish reason "interrupted"."""
         request = self._request
@@ -197,6 +199,7 @@ class Stream(Iterator[StepEvent]):
         return GenerateResult(sequences, list(new_tokens), list(request.nfe), list(reasons), self._seconds, logprobs)
 
 
+@inference
 def stream(
     model: TwoTowerModel,
     prompts: Prompts,

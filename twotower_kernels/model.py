@@ -14,9 +14,9 @@ different lengths needs nothing but the lengths.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from twotower_kernels.arguments import Integers, integers, real, whole
 from twotower_kernels.arguments import readable as _readable
 from twotower_kernels.config import TwoTowerConfig
 from twotower_kernels.generate import generate, stream
+from twotower_kernels.inference import inference
 from twotower_kernels.layers import Factory, Layer, Linear, Stacked, TimeEmbedder, Tower, draw_weights
 from twotower_kernels.layout import Layout
 from twotower_kernels.memory import check_room
@@ -33,20 +34,7 @@ from twotower_kernels.ops import adaln_norm, gated_residual_adaln_norm
 from twotower_kernels.state import BlockRead, ContextState, logits
 
 TOWERS = ("both", "context", "denoiser")
-P = ParamSpec("P")
-R = TypeVar("R")
 Modulation = tuple[Tensor | None, Tensor | None, Tensor | None]  # shift, scale, gate, each [B, H]
-
-
-def _without_gradients(function: Callable[P, R]) -> Callable[P, R]:
-    """Inference mode, which makes small operations cheaper; while compiling, which cannot trace it, no_grad."""
-
-    @wraps(function)
-    def call(*arguments: P.args, **options: P.kwargs) -> R:
-        with torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode():
-            return function(*arguments, **options)
-
-    return call
 
 
 class TwoTowerModel(nn.Module):
@@ -69,6 +57,7 @@ class TwoTowerModel(nn.Module):
         TypeError: a dtype that is not float64, float32, bfloat16 or float16.
     """
 
+    @torch.inference_mode(False)  # parameters made in inference mode could not be loaded into later
     def __init__(
         self,
         config: TwoTowerConfig,
@@ -153,7 +142,7 @@ class TwoTowerModel(nn.Module):
 
     # --- the context tower ------------------------------------------------------------------------------------------
 
-    @_without_gradients
+    @inference
     def forward_ar(self, input_ids: Integers) -> Tensor:
         """The context tower alone, as a causal language model over clean tokens.
 
@@ -203,7 +192,7 @@ class TwoTowerModel(nn.Module):
         """
         return self.commit_by(self.read_block, block_ids, state, lengths)
 
-    @_without_gradients
+    @inference
     def commit_by(
         self,
         read: Callable[[Tensor, ContextState, Any], BlockRead],
@@ -224,7 +213,6 @@ class TwoTowerModel(nn.Module):
         state.consume()
         return new
 
-    @_without_gradients
     def read_block(self, block_ids: Tensor, state: ContextState, lengths: Tensor | None) -> BlockRead:
         """What the context tower makes of a block `[B, S]`, S at least 1, of which `lengths` tokens count (None: all).
 
@@ -251,6 +239,7 @@ class TwoTowerModel(nn.Module):
             last = torch.where(lengths[:, None] > 0, hidden.gather(1, newest)[:, 0], state.last_hidden)
         return BlockRead(conv, ssm, last)
 
+    @inference
     def empty_state(self, batch: int) -> ContextState:
         """The state of `batch` rows without any token: legal wherever a state is, except for its logits.
 
@@ -268,24 +257,23 @@ class TwoTowerModel(nn.Module):
 
     def _empty_state(self, batch: int, like: Tensor) -> ContextState:
         c, wide = self.config, torch.promote_types(like.dtype, torch.float32)
-        with torch.inference_mode():
-            kv = (batch, 0, c.num_key_value_heads, c.head_dim)
-            ssm = (batch, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
-            return ContextState(
-                lengths=torch.zeros(batch, dtype=torch.int64, device=like.device),
-                k={i: like.new_empty(kv) for i in c.layers("*")},
-                v={i: like.new_empty(kv) for i in c.layers("*")},
-                conv={i: like.new_zeros(batch, c.mamba_channels, c.conv_kernel - 1) for i in c.layers("M")},
-                ssm={i: like.new_zeros(ssm, dtype=wide) for i in c.layers("M")},
-                last_hidden=like.new_zeros(batch, c.hidden_size),
-                head=None,
-                index=None,
-                longest=0,
-            )
+        kv = (batch, 0, c.num_key_value_heads, c.head_dim)
+        ssm = (batch, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
+        return ContextState(
+            lengths=torch.zeros(batch, dtype=torch.int64, device=like.device),
+            k={i: like.new_empty(kv) for i in c.layers("*")},
+            v={i: like.new_empty(kv) for i in c.layers("*")},
+            conv={i: like.new_zeros(batch, c.mamba_channels, c.conv_kernel - 1) for i in c.layers("M")},
+            ssm={i: like.new_zeros(ssm, dtype=wide) for i in c.layers("M")},
+            last_hidden=like.new_zeros(batch, c.hidden_size),
+            head=None,
+            index=None,
+            longest=0,
+        )
 
     # --- the denoiser -----------------------------------------------------------------------------------------------
 
-    @_without_gradients
+    @inference
     def denoise(self, block_ids: Integers, state: ContextState, t: Tensor | float | None = None) -> Tensor:
         """The denoiser on one partly masked block per row. The context is read where it lies: nothing of it is copied.
 
@@ -325,8 +313,9 @@ class TwoTowerModel(nn.Module):
             number = real("t", t, "a number, or a tensor of them")
             if not 0 <= number <= 1:  # NaN fails too
                 raise ValueError(f"t: expected a number in [0, 1], got {number}")
-            t = torch.full((batch,), number, dtype=torch.float64, device=ids.device)
-        elif t.shape not in ((), (batch,)) or not t.is_floating_point():
+            # A sum, for the sake of torch.compile: it would make a graph for each number that `full` is given.
+            t = torch.zeros(batch, dtype=torch.float64, device=ids.device).add(number)
+        elif (t.ndim and t.shape != (batch,)) or not t.is_floating_point():
             raise ValueError(f"t: expected floating numbers, one or [{batch}], got {t.dtype} {list(t.shape)}")
         elif _readable(t) and not bool(((t >= 0) & (t <= 1)).all()):
             raise ValueError(f"t: expected numbers in [0, 1], got {t.tolist()}")

@@ -6,7 +6,6 @@ The specification keeps its own copy of these options (`reference/remask_policy.
 import dataclasses
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -170,6 +169,7 @@ class RemaskPolicy:
             raise ValueError("suppress_mask: expected True with the posterior, which gives the mask its probability")
         if self.complete_threshold is not None and self.sub_block == 0:
             raise ValueError("sub_block: expected a positive length with complete_threshold, got 0")
+        object.__setattr__(self, "_encoded", self._encode())
 
     def model_time(
         self, num_masked: int | Tensor, block_size: int, step: int | Tensor, num_steps: int | Tensor
@@ -185,7 +185,9 @@ class RemaskPolicy:
         """
         given, block_size = (num_masked, step, num_steps), whole("block_size", block_size)
         device = next((x.device for x in given if isinstance(x, Tensor)), torch.device("cpu"))
-        masked, i, n = (torch.as_tensor(x, device=device).double() for x in given)
+        # A sum, for the sake of torch.compile: it makes a graph for each number that becomes a tensor otherwise.
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        masked, i, n = (x.to(device).double() if isinstance(x, Tensor) else zero + x for x in given)
         if self.time == "masked_fraction":
             t = masked / max(block_size, 1)
         else:
@@ -196,10 +198,10 @@ class RemaskPolicy:
     def encoded(self) -> tuple[list[int], list[float]]:
         """The policy as the op takes it: numbers in the order of OPTIONS, with whether each of OPTIONAL_BOUNDS is
         given, and of BOUNDS. The lists are the policy's own, which are made once."""
-        return self._encoded
+        encoded: tuple[list[int], list[float]] = self.__dict__["_encoded"]
+        return encoded
 
-    @cached_property
-    def _encoded(self) -> tuple[list[int], list[float]]:
+    def _encode(self) -> tuple[list[int], list[float]]:
         options = []
         for name in OPTIONS:
             value = getattr(self, name)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.arguments import Integers, integers, readable, whole
+from twotower_kernels.inference import inference
 from twotower_kernels.ops import append_kv
 from twotower_kernels.ops.linear import linear
 
@@ -63,6 +64,7 @@ class ContextState:
         return self.lengths.shape[0]
 
     @property
+    @inference
     def logits(self) -> Tensor:
         """Next-token logits of the context tower, `[B, V]` float32 (float64), computed when asked for.
 
@@ -71,11 +73,10 @@ class ContextState:
         """
         if self.head is None:
             raise RuntimeError("state.logits: expected a model with a context tower, got one with the denoiser alone")
-        if bool((self.lengths == 0).any()):
+        if not torch.compiler.is_compiling() and bool((self.lengths == 0).any()):  # a trace cannot look
             lengths = self.lengths.tolist()
             raise ValueError(f"state.logits: expected at least one token in every row, got lengths {lengths}")
-        with torch.inference_mode():
-            return logits(self._rows(self.last_hidden), self.head)
+        return logits(self._rows(self.last_hidden), self.head)
 
     def select(self, rows: Integers) -> ContextState:
         """Some rows, in the order given, repeated where repeated. Nothing of the context is copied until a commit.
@@ -90,6 +91,7 @@ class ContextState:
         """
         return self._selected(self._checked_rows(rows))
 
+    @inference
     def _selected(self, rows: Tensor) -> ContextState:
         """`select`, of rows that are there."""
         rows = rows.to(self.lengths.device)
@@ -162,11 +164,13 @@ class ContextState:
 
     def room_for(self, tokens: int) -> ContextState:
         """This state with storage of its own, and room for so many more tokens in every row. Consumes nothing."""
-        capacity = min((k.shape[1] for k in self.k.values()), default=1 << 62)
+        capacity = min([1 << 62, *(k.shape[1] for k in self.k.values())])
         if self.index is None and self.longest + tokens <= capacity:
             return self
-        # `longest` is a bound. Before the storage is moved, which is rare, ask the device for the truth.
-        longest = int(self.lengths.max()) if self.batch_size else 0
+        # `longest` is a bound. Before the storage is moved, which is rare, ask the device; a trace cannot.
+        longest = self.longest
+        if not torch.compiler.is_compiling():
+            longest = int(self.lengths.max()) if self.batch_size else 0
         if self.index is None and longest + tokens <= capacity:
             return self.replaced(longest=longest)
         return self._moved(longest, longest + tokens)

@@ -64,7 +64,7 @@ class _Recorder(TorchDispatchMode):
 def operators() -> set[str]:
     """Every operator that the dispatcher knows a CPU kernel of."""
     names = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
-    return {name.split("::")[1] for name in names if name.startswith("twotower::")}
+    return {name.split("::")[1] for name in names if name.startswith("twotower::") and "." not in name}
 
 
 def _attention_calls() -> None:

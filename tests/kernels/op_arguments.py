@@ -11,7 +11,9 @@ from torch import Tensor
 import twotower_kernels as tt
 
 OPS = sorted(
-    full.removeprefix("twotower::") for full in torch._C._dispatch_get_all_op_names() if full.startswith("twotower::")
+    full.removeprefix("twotower::")
+    for full in torch._C._dispatch_get_all_op_names()
+    if full.startswith("twotower::") and "." not in full
 )
 
 

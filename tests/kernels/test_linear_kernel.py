@@ -94,6 +94,7 @@ def test_registration(layout: int, bias: bool) -> None:
     inputs = make_inputs((2, 3, 17), 11, bias=bias, dtype=torch.bfloat16)
     arguments = [value if value is None else awkward(value, layout) for value in inputs.values()]
     torch.library.opcheck(torch.ops.twotower.linear.default, tuple(arguments))
+    torch.library.opcheck(torch.ops.twotower.linear.traced, tuple(arguments))
 
 
 def used(*arguments: Tensor | None) -> bool:

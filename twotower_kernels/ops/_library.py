@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.ops import overlap
+from twotower_kernels.ops._traced import traced_kernel, traced_schema
 from twotower_kernels.ops._transforms import Rule, register_autocast, register_batching, register_derivatives
 
 _LIBRARY = torch.library.Library("twotower", "DEF")
@@ -74,10 +75,23 @@ def define(
         CUDA[name] = cuda
         _LIBRARY.impl(name, lambda *arguments: cuda_kernel(name)(*arguments), "CUDA")
     torch.library.register_fake(f"twotower::{name}", checked_fake, lib=_LIBRARY)
-    op = getattr(torch.ops.twotower, name).default
+    op = getattr(getattr(torch.ops.twotower, name.split(".")[0]), name.partition(".")[2] or "default")
     register_derivatives(_LIBRARY, op, backward, setup_context)
     register_batching(_LIBRARY, op)
     register_autocast(_LIBRARY, op, autocast)
+    if traced := traced_schema(schema):  # its kernel calls the operator, which checks
+        kernel = traced_kernel(name)
+        define(
+            traced,
+            check=lambda *_: None,
+            cpu=kernel,
+            fake=fake,
+            backward=backward,
+            setup_context=setup_context,
+            autocast=autocast,
+        )
+        if cuda is not None:
+            _LIBRARY.impl(f"{name}.traced", kernel, "CUDA")
 
 
 def cuda_kernel(name: str) -> Callable[..., Any]:

@@ -18,6 +18,11 @@ Rule = Callable[..., tuple[Any, ...]]  # from an op's arguments to those that it
 _AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}  # device to dispatch key
 
 
+def _full(op: torch._ops.OpOverload) -> str:
+    """Its name, and that of the overload if it is one."""
+    return op._opname if op._overloadname == "default" else f"{op._opname}.{op._overloadname}"
+
+
 # --- derivatives ----------------------------------------------------------------------------------------------------
 
 
@@ -78,7 +83,7 @@ def register_derivatives(
                 torch.autograd.graph.increment_version(inputs[n])  # a backward that has saved it must not use it
         return output
 
-    library.impl(op._opname, kernel, "Autograd", with_keyset=True)
+    library.impl(_full(op), kernel, "Autograd", with_keyset=True)
 
 
 def refuse_tangents(name: str, inputs: tuple[Any, ...]) -> None:
@@ -112,7 +117,7 @@ def register_batching(library: torch.library.Library, op: torch._ops.OpOverload)
             return torch.stack(outputs), 0
         return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True)), (0,) * len(returns)
 
-    torch.library.register_vmap(name, rule, lib=library)
+    torch.library.register_vmap(f"{op.namespace}::{_full(op)}", rule, lib=library)
 
 
 # --- autocast -------------------------------------------------------------------------------------------------------
@@ -128,7 +133,7 @@ def register_autocast(library: torch.library.Library, op: torch._ops.OpOverload,
 
     for key in _AUTOCAST.values():
         autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-        library.impl(op._opname, partial(kernel, autocast), key)
+        library.impl(_full(op), partial(kernel, autocast), key)
 
 
 def lowered(*tensors: Any) -> tuple[Any, ...]:

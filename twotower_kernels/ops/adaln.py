@@ -8,6 +8,7 @@ from torch import Tensor
 from twotower_kernels import cpu
 from twotower_kernels.arguments import real
 from twotower_kernels.ops._library import check_float, define, refuse_gradients, same_device
+from twotower_kernels.ops._traced import call
 from twotower_kernels.ops._transforms import autocasts, cast_to
 
 ORDERS = ("modulate_norm", "norm_modulate")
@@ -63,7 +64,7 @@ def adaln_norm(
     """
     _check_order(order)
     refuse_gradients("adaln_norm", x=x, weight=weight, shift=shift, scale=scale)
-    return torch.ops.twotower.adaln_norm.default(x, weight, shift, scale, real("eps", eps), order == "norm_modulate")
+    return call("adaln_norm", x, weight, shift, scale, real("eps", eps), order == "norm_modulate")
 
 
 def gated_residual(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -107,8 +108,8 @@ def gated_residual_adaln_norm(
     refuse_gradients(
         "gated_residual_adaln_norm", residual=residual, y=y, gate=gate, weight=weight, shift=shift, scale=scale
     )
-    return torch.ops.twotower.gated_residual_adaln_norm.default(
-        residual, y, gate, weight, shift, scale, real("eps", eps), order == "norm_modulate"
+    return call(
+        "gated_residual_adaln_norm", residual, y, gate, weight, shift, scale, real("eps", eps), order == "norm_modulate"
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from twotower_kernels import cpu
 from twotower_kernels.ops import attention_gradient as gradient
 from twotower_kernels.ops._library import as_index, define, refuse_gradients
+from twotower_kernels.ops._traced import call
 from twotower_kernels.ops._transforms import Rule, cast_to, lowered
 from twotower_kernels.ops.attention_checks import (
     Lengths,
@@ -87,11 +88,11 @@ def block_attention(
     lens = as_lengths("block_lens", block_lens, q.shape[1], q)
     arguments = q, k, v, *context, lens, causal, window, scale, softcap
     if out is None:
-        result, lse = torch.ops.twotower.block_attention.default(*arguments)
+        result, lse = call("block_attention", *arguments)
     else:
         check_no_gradient(out, q, k, v)
         result, lse = out, out.new_empty(q.shape[:3], dtype=statistics_dtype(q))
-        torch.ops.twotower.block_attention_out.default(*arguments, out, lse)
+        call("block_attention_out", *arguments, out, lse)
     return (result, lse) if return_lse else result
 
 
@@ -122,11 +123,11 @@ def context_attention(
     lens = as_lengths("block_lens", block_lens, q.shape[1], q)
     arguments = q, *context, lens, window, scale, softcap
     if out is None:
-        result, lse = torch.ops.twotower.context_attention.default(*arguments)
+        result, lse = call("context_attention", *arguments)
     else:
         check_no_gradient(out, q)
         result, lse = out, out.new_empty(q.shape[:3], dtype=statistics_dtype(q))
-        torch.ops.twotower.context_attention_out.default(*arguments, out, lse)
+        call("context_attention_out", *arguments, out, lse)
     return (result, lse) if return_lse else result
 
 
@@ -286,7 +287,7 @@ def _append_kv(
 _CONTEXT = "Tensor? context_lens, Tensor? context_index, Tensor? block_table, Tensor? block_lens, "
 _BLOCK = f"Tensor q, Tensor k, Tensor v, Tensor? k_context, Tensor? v_context, {_CONTEXT}bool causal, "
 _PAST = f"Tensor q, Tensor k_context, Tensor v_context, {_CONTEXT}"
-_OPTIONS = "int? window, float? scale, float softcap"
+_OPTIONS = "SymInt? window, float? scale, float softcap"
 _OUT = ", Tensor(a!) out, Tensor(b!) lse"
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.ops._library import define
+from twotower_kernels.ops._traced import call_in_graph
 from twotower_kernels.ops.attention_checks import check_backward, check_values, statistics_dtype
 
 
@@ -92,7 +93,7 @@ def _attention_backward(
 define(
     "attention_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor? k, Tensor? v, Tensor? k_context, "
     "Tensor? v_context, Tensor? context_lens, Tensor? context_index, Tensor? block_table, Tensor? block_lens, "
-    "bool causal, int? window, float? scale, float softcap) -> (Tensor, Tensor, Tensor)",
+    "bool causal, SymInt? window, float? scale, float softcap) -> (Tensor, Tensor, Tensor)",
     check=check_backward,
     cpu=_attention_backward,
     cuda="triton.attention_gradient:attention_backward",
@@ -110,7 +111,7 @@ def save_block(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def block_backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of `block_attention`'s inputs: of q, k and v."""
-    grads = torch.ops.twotower.attention_backward.default(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options)
+    grads = call_in_graph("attention_backward", grad_out, grad_lse, *ctx.saved_tensors, *ctx.options)
     return (*grads, *[None] * 10)
 
 
@@ -123,9 +124,7 @@ def save_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def context_backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of `context_attention`'s inputs: of q."""
     q, *rest = ctx.saved_tensors
-    grad_q, *_ = torch.ops.twotower.attention_backward.default(
-        grad_out, grad_lse, q, None, None, *rest, False, *ctx.options
-    )
+    grad_q, *_ = call_in_graph("attention_backward", grad_out, grad_lse, q, None, None, *rest, False, *ctx.options)
     return (grad_q, *[None] * 9)
 
 

@@ -33,13 +33,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if (
         x.device.type == "cpu"
         and x.dtype in MOST_ROWS
-        and (x.dtype != torch.float32 or x.shape[:-1].numel() <= MOST_ROWS[x.dtype])
+        and (x.dtype != torch.float32 or torch.compiler.is_compiling() or _few(x))
         and weight.dtype == x.dtype
         and (bias is None or bias.dtype == x.dtype)
         and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)))
     ):
+        if torch.compiler.is_compiling() and x.dtype == torch.float32:
+            return torch.ops.twotower.linear.traced(x, weight, bias)
         return torch.ops.twotower.linear.default(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _few(x: Tensor) -> bool:
+    return x.shape[:-1].numel() <= MOST_ROWS[x.dtype]
 
 
 # --- registration ---------------------------------------------------------------------------------------------------
@@ -85,6 +91,18 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+def _traced(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _linear(x, weight, bias) if _few(x) else F.linear(x, weight, bias)
+
+
 define(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", check=_check, cpu=_linear, fake=_empty, autocast=lowered
+)
+# For traces in float32, which leave open how many rows there are: the choice that `linear` makes before the call.
+define(
+    "linear.traced(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    check=_check,
+    cpu=_traced,
+    fake=_empty,
+    autocast=lowered,
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 from twotower_kernels import cpu
 from twotower_kernels.arguments import real, whole
 from twotower_kernels.ops._library import as_index, check_float, check_index, define, refuse_gradients, same_device
+from twotower_kernels.ops._traced import call
 
 
 def mamba2_scan(
@@ -68,7 +69,7 @@ def mamba2_scan(
     floats |= {"dt_bias": dt_bias, "conv_state": conv_state, "ssm_state": ssm_state}
     refuse_gradients("mamba2_scan", **floats)
     low, high = (real("time_step_limit", limit) for limit in time_step_limit)
-    y, conv, ssm = torch.ops.twotower.mamba2_scan.default(
+    y, conv, ssm = call("mamba2_scan", 
         xbc, dt, conv_weight, conv_bias, a_log, d, dt_bias, n_groups, head_dim, conv_state, ssm_state,
         as_index(state_index), as_index(seq_lens), low, high, return_states, states_every,
     )  # fmt: skip
@@ -96,12 +97,10 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, *, n_groups: int, eps: 
     n_groups, eps = whole("n_groups", n_groups), real("eps", eps)
     refuse_gradients("gated_rms_norm", y=y, z=z, weight=weight)
     if y.ndim == 3:
-        return torch.ops.twotower.gated_rms_norm.default(y, z, weight, n_groups, eps)
+        return call("gated_rms_norm", y, z, weight, n_groups, eps)
     _check_channels(y, z, weight)  # here already, for their shapes as they were given
     rows = (1, y.shape[:-1].numel(), y.shape[-1])
-    return torch.ops.twotower.gated_rms_norm.default(y.reshape(rows), z.reshape(rows), weight, n_groups, eps).reshape(
-        y.shape
-    )
+    return call("gated_rms_norm", y.reshape(rows), z.reshape(rows), weight, n_groups, eps).reshape(y.shape)
 
 
 # --- registration ---------------------------------------------------------------------------------------------------
@@ -177,7 +176,7 @@ def _check_shape(name: str, tensor: Tensor | None, shape: list[int | None]) -> N
         return
     got = tensor.shape
     fits = list(got) == shape or (
-        len(got) == len(shape) and all(m in (None, n) for n, m in zip(got, shape, strict=True))
+        len(got) == len(shape) and all(m is None or m == n for n, m in zip(got, shape, strict=True))
     )
     if not fits:
         expected = ", ".join("any" if size is None else str(size) for size in shape)
@@ -262,15 +261,15 @@ def _gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: fl
 
 define(
     "mamba2_scan(Tensor xbc, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor a_log, Tensor d, Tensor dt_bias, "
-    "int n_groups, int head_dim, Tensor? conv_state, Tensor? ssm_state, Tensor? state_index, Tensor? seq_lens, "
-    "float dt_min, float dt_max, bool return_states, int states_every) -> (Tensor, Tensor, Tensor)",
+    "SymInt n_groups, SymInt head_dim, Tensor? conv_state, Tensor? ssm_state, Tensor? state_index, Tensor? seq_lens, "
+    "float dt_min, float dt_max, bool return_states, SymInt states_every) -> (Tensor, Tensor, Tensor)",
     check=_check_scan,
     cpu=_mamba2_scan,
     cuda="triton.mamba2:mamba2_scan",
     fake=_fake_mamba2_scan,
 )
 define(
-    "gated_rms_norm(Tensor y, Tensor z, Tensor weight, int n_groups, float eps) -> Tensor",
+    "gated_rms_norm(Tensor y, Tensor z, Tensor weight, SymInt n_groups, float eps) -> Tensor",
     check=_check_norm,
     cpu=_gated_rms_norm,
     cuda="triton.mamba2_norm:gated_rms_norm",

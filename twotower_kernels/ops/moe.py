@@ -9,6 +9,7 @@ from torch import Tensor
 from twotower_kernels import cpu
 from twotower_kernels.arguments import real, whole
 from twotower_kernels.ops._library import as_index, check_float, check_index, define, refuse_gradients, same_device
+from twotower_kernels.ops._traced import call
 from twotower_kernels.ops._transforms import cast_to, lowered
 
 ACTIVATIONS = ("relu2", "silu_gated", "gelu_gated")  # the order of Activation in csrc/cpu/moe.h
@@ -82,7 +83,7 @@ def moe_route(
     (logits,) = cast_to(torch.float32, logits)
     choice = _choice(top_k, score, n_group, topk_group, renormalize, scaling)
     refuse_gradients("moe_route", logits=logits, correction_bias=correction_bias)
-    return torch.ops.twotower.moe_route.default(logits, correction_bias, *choice)
+    return call("moe_route", logits, correction_bias, *choice)
 
 
 def moe_router(
@@ -96,7 +97,7 @@ def moe_router(
     """
     choice = _choice(**options)
     refuse_gradients("moe_router", x=x, gate_weight=gate_weight, correction_bias=correction_bias)
-    weights, experts, *plan = torch.ops.twotower.moe_router.default(x, gate_weight, correction_bias, *choice)
+    weights, experts, *plan = call("moe_router", x, gate_weight, correction_bias, *choice)
     return weights, experts, MoePlan(*plan)
 
 
@@ -422,7 +423,7 @@ define(
     fake=empty_logits,
 )
 define(
-    "moe_route(Tensor logits, Tensor? correction_bias, int top_k, bool softmax, int n_group, int topk_group, "
+    "moe_route(Tensor logits, Tensor? correction_bias, SymInt top_k, bool softmax, SymInt n_group, SymInt topk_group, "
     "bool renormalize, float scaling) -> (Tensor, Tensor)",
     check=_check_route,
     cpu=_route,
@@ -431,15 +432,15 @@ define(
     autocast=lambda logits, *choice: (*cast_to(torch.float32, logits), *choice),
 )
 define(
-    "moe_plan(Tensor experts, int num_experts) -> (Tensor, Tensor, Tensor)",
+    "moe_plan(Tensor experts, SymInt num_experts) -> (Tensor, Tensor, Tensor)",
     check=_check_number,
     cpu=_plan,
     cuda="cuda_moe:moe_plan",
     fake=empty_plan,
 )
 define(
-    "moe_router(Tensor x, Tensor gate_weight, Tensor? correction_bias, int top_k, bool softmax, int n_group, "
-    "int topk_group, bool renormalize, float scaling) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "moe_router(Tensor x, Tensor gate_weight, Tensor? correction_bias, SymInt top_k, bool softmax, SymInt n_group, "
+    "SymInt topk_group, bool renormalize, float scaling) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     check=_check_router,
     cpu=_router,
     cuda="cuda_moe:moe_router",

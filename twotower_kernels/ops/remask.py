@@ -10,6 +10,7 @@ from torch import Tensor
 
 from twotower_kernels import cpu
 from twotower_kernels.ops._library import as_index, define
+from twotower_kernels.ops._traced import call
 from twotower_kernels.ops.remask_checks import (
     PER_ROW,
     REAL,
@@ -105,7 +106,8 @@ def remask(
     suppressed, suppress_tensor = ids("suppress_ids", suppress_ids, logits)
     unscored, unscore_tensor = ids("confidence_suppress_ids", confidence_suppress_ids, logits)
     return RemaskResult(
-        *torch.ops.twotower.remask.default(
+        *call(
+            "remask",
             logits,
             tokens,
             mask_token_id,
@@ -201,10 +203,10 @@ def _remask(*arguments: Any) -> tuple[Tensor, ...]:
 define(
     # options, bounds: RemaskPolicy.encoded(). whole: step, num_steps, top_k, seed, offset, n0 (-1: not known); real:
     # temperature, top_p, gate_bound; each is replaced by the tensor [B] of its name where one is given.
-    "remask(Tensor logits, Tensor tokens, int? mask_token_id, int[] options, float[] bounds, SymInt[] whole, "
+    "remask(Tensor logits, Tensor tokens, SymInt? mask_token_id, SymInt[] options, float[] bounds, SymInt[] whole, "
     "float[] real, Tensor? step, Tensor? num_steps, Tensor? top_k, Tensor? seed, Tensor? offset, "
-    "Tensor? initial_num_masked, Tensor? temperature, Tensor? top_p, Tensor? gate_bound, int[] suppressed, "
-    "Tensor? suppress_ids, int[] unscored, Tensor? confidence_suppress_ids, Tensor? editable, Tensor? valid_lens, "
+    "Tensor? initial_num_masked, Tensor? temperature, Tensor? top_p, Tensor? gate_bound, SymInt[] suppressed, "
+    "Tensor? suppress_ids, SymInt[] unscored, Tensor? confidence_suppress_ids, Tensor? editable, Tensor? valid_lens, "
     "Tensor? candidates, Tensor? rank_noise) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     check=lambda *arguments: check_arguments(Arguments(*arguments)),
     cpu=_remask,

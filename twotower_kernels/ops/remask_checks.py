@@ -115,7 +115,7 @@ def split(name: str, value: Any, logits: Tensor) -> tuple[Any, Tensor | None]:
         value = as_index(value)
         if value.dtype not in (INTEGERS if rule.whole else INTEGERS + FLOATING):
             raise TypeError(f"{name}: expected {kind} or a tensor of them, got {value.dtype}")
-        if value.shape not in ((), logits.shape[:1]):
+        if value.ndim and value.shape != logits.shape[:1]:
             raise ValueError(f"{name}: expected {kind} or shape [{logits.shape[0]}], got {list(value.shape)}")
         if value.ndim == 0:
             value = value.to(logits.device)
@@ -198,7 +198,7 @@ def check_arguments(a: Arguments) -> None:
             if tensor.dtype not in (INTEGERS if rule.whole else INTEGERS + FLOATING):
                 kind = "int64 or int32" if rule.whole else "a real number's"
                 raise TypeError(f"{name}: expected {kind} dtype, got {tensor.dtype}")
-            if tensor.shape not in ((), a.logits.shape[:1]):
+            if tensor.ndim and tensor.shape != a.logits.shape[:1]:
                 raise ValueError(f"{name}: expected shape [{batch}], got {list(tensor.shape)}")
             same_device(a.logits, **{name: tensor})
     for name, tokens in (("suppress_ids", a.suppressed), ("confidence_suppress_ids", a.unscored)):
