@@ -10,6 +10,7 @@ MINUTES ?= 10
 RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
 KERNELS := build/.kernels
+NVRTC := build/nvrtc/.installed
 SANITIZED := build/sanitize
 EMULATED := build/emulate
 
@@ -21,16 +22,17 @@ help:  ## this list
 demo: $(KERNELS)  ## generate text with the shipped model, un-masking block by block
 	@$(PY) -m twotower_kernels demo
 
-test: $(DEV) $(KERNELS)  ## every test, on the CPU
+test: $(DEV) $(KERNELS) $(NVRTC)  ## every test, on the CPU
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS)
 
 fuzz: $(DEV) $(KERNELS)  ## search for failures of the properties: make fuzz MINUTES=60. What it finds, make test replays
 	@OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --minutes $(MINUTES) --workers $(WORKERS)
 
 # Of each GPU kernel make test compiles the hardest build.
-kernels: $(DEV)  ## compile every GPU kernel in every configuration for every GPU, into build/kernels.json
+kernels: $(DEV) $(NVRTC)  ## compile every GPU kernel in every configuration for every GPU, into build/kernels.json
 	@$(PY) -m tests.gpu.build_kernels build/kernels.json
 	@$(PY) -m tests.gpu.launch_kernels
+	@$(PY) -m tests.gpu.nvrtc
 
 check: $(DEV)  ## ruff (lint and format), mypy and clang-format
 	@$(PY) -m ruff check .
@@ -75,6 +77,13 @@ format: $(DEV)  ## let ruff and clang-format rewrite the files
 clean:  ## remove .venv and everything generated
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Other versions of one library, each in a folder of its own.
+$(NVRTC): requirements-nvrtc.txt $(RUNTIME)
+	@for wheel in $$(grep -v '^#' requirements-nvrtc.txt); do \
+		$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+			--target build/nvrtc/$$wheel $$wheel || exit 1; done
+	@touch $@
 
 # ninja compiles only what changed.
 $(KERNELS): $(RUNTIME) setup.py $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*.h)

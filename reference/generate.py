@@ -7,9 +7,10 @@ The three modes differ only in who proposes the next tokens (Nemotron-TwoTower, 
 * `mock_ar`: the denoiser as a next-token model. It reads the last token, with the context's state from before it.
 * `ar`: the context tower alone.
 
-A batch of prompts of different lengths is exactly each prompt alone: every row has its own length, its own random
-stream (from the seed and its index in the request) and its own count of model calls. A row that has nothing left to do
-is taken out of the batch, so it costs nothing.
+A batch of prompts of different lengths is each prompt alone, but for rounding, which depends on how many rows a product
+of matrices has: every row has its own length, its own random stream (from the request's seed and its index there, or
+from a seed of its own) and its own count of model calls. A row that has nothing left to do is taken out of the
+batch, so it costs nothing.
 """
 
 import math

@@ -9,9 +9,10 @@ The three modes differ only in who proposes the next tokens (Nemotron-TwoTower, 
 
 `stream` does the work, one event at a time; `generate` runs a stream to its end. Both are methods of the model, too.
 
-A batch of prompts of different lengths is exactly each prompt alone: every row has its own length, its own random
-stream (from the seed and its index in the request) and its own count of model calls. A row that has nothing left to do
-is taken out of the batch.
+A batch of prompts of different lengths is each prompt alone, but for rounding, which depends on how many rows a product
+of matrices has: every row has its own length, its own random stream (from the request's seed and its index there, or
+from a seed of its own) and its own count of model calls. A row that has nothing left to do is taken out of the
+batch.
 
 Tokens are drawn, and the results lie, where the logits are: on the denoiser's device, in `ar` on the context tower's.
 Where these are two, the model itself sends ids to the tower that reads them.
