@@ -8,6 +8,7 @@ failed.
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -27,13 +28,14 @@ def main() -> None:
     end, rounds, failed = time.monotonic() + 60 * options.minutes, 0, False
     before = set(FOLDER.glob("*.json"))
     while (left := end - time.monotonic()) > 0:
-        try:
-            failed |= subprocess.run(command, cwd=ROOT, timeout=left).returncode != 0
-        except subprocess.TimeoutExpired:
-            break
-        rounds += 1
+        with subprocess.Popen(command, cwd=ROOT) as run:
+            try:
+                failed |= run.wait(left) != 0
+                rounds += 1
+            except subprocess.TimeoutExpired:
+                run.send_signal(signal.SIGINT)  # so that it says what has failed until then
     kept = sorted(set(FOLDER.glob("*.json")) - before)
-    print(f"{rounds} rounds and a part of one; {len(kept)} failures kept", *kept, sep="\n")
+    print(f"{rounds} rounds and a part of one; {len(kept)} failures kept", *kept, sep="\n", flush=True)
     sys.exit(failed or bool(kept))
 
 
