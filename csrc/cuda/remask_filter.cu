@@ -161,9 +161,8 @@ __device__ inline float least_kept(const Values& values, uint64 budget, bool its
 }
 
 // The least logit of the nucleus, of which the best of top-k are at least `among`.
-__device__ inline float nucleus(const Values& values, const Row& row, float largest, float among) {
+__device__ inline float nucleus(const Values& values, float t, double top_p, float largest, float among) {
     const Remask& a = values.a;
-    const float t = temperature_of(row);
     const auto value_of = [&](float z) {
         const float x = a.options.top_p_tempered ? (z - largest) / t : z;
         return a.options.top_p_first || z >= among ? x : -infinity();
@@ -173,7 +172,7 @@ __device__ inline float nucleus(const Values& values, const Row& row, float larg
     values.each([&](float z) { own += expf(value_of(z) - top); });
     const double mass = block_sum(double(own), values.shared);
     const auto weigh = [&](float x) { return uint64(double(float(double(expf(x - top)) / mass)) * 0x1p62); };
-    const uint64 budget = uint64(row.top_p * 0x1p62);
+    const uint64 budget = uint64(top_p * 0x1p62);
     const float least_x = least_kept(values, budget, !a.options.top_p_keep_crossing, value_of, weigh);
     unsigned least = 0;  // the largest of keys in reverse
     values.each([&](float z) {
@@ -192,6 +191,7 @@ extern "C" __global__ void __launch_bounds__(POSTERIOR ? 512 : 768, 1)
     if (!looked(a, b, s)) return;
     const Row row = row_of(a, b);
     if (!row.filtered) return;
+    const float t = temperature_of(row);  // here, so that a float stays in registers and no double
     const Logit* z = static_cast<const Logit*>(a.logits) + b * a.logits_row + s * a.logits_place;
     Values values = {a, z, shared, -infinity()};
 
@@ -214,6 +214,6 @@ extern "C" __global__ void __launch_bounds__(POSTERIOR ? 512 : 768, 1)
         least = least_kept(
             values, uint64(row.top_k - 1), false, [](float logit) { return logit; }, [](float) { return uint64(1); });
     if (usable && row.top_p < 1)  // the posterior of a mask that stays for certain has no nucleus of tokens
-        least = largest == infinity() ? largest : nucleus(values, row, largest, least);
+        least = largest == infinity() ? largest : nucleus(values, t, row.top_p, largest, least);
     if (threadIdx.x == 0) out[blockIdx.x] = {least, values.mask};
 }

@@ -93,13 +93,15 @@ def cuda_modules() -> list[str]:
 
 
 def hardest_cuda(builds: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """Of each source the build with the most flags set, then with the widest types. The first of equals."""
-    found: dict[str, tuple[tuple[int, int], tuple[str, Any]]] = {}
+    """Of each source and setting of its flags, on which the threads of a block may depend and with them its registers,
+    the build with the widest types. The first of equals."""
+    found: dict[tuple[str, ...], tuple[int, tuple[str, Any]]] = {}
     for source, defines in builds:
         values = [value for _, value in defines]
-        hard = values.count("1"), 2 * values.count("double") + values.count("float")
-        if source not in found or hard > found[source][0]:
-            found[source] = hard, (source, defines)
+        setting = source, *(value for value in values if value in ("0", "1"))
+        wide = 2 * values.count("double") + values.count("float") + values.count("type_float32")
+        if setting not in found or wide > found[setting][0]:
+            found[setting] = wide, (source, defines)
     return [build for _, build in found.values()]
 
 

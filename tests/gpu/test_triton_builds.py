@@ -53,7 +53,8 @@ def test_the_hardest_build_is_the_largest() -> None:
     needy = build("a", "*bf16", ("wgmma",), BLOCK=16)
     assert hardest([small, wide]) == [wide] and hardest([small, needy, wide, other, large]) == [large, needy, other]
     plain, flagged = ("s", (("T", "double"), ("F", "0"))), ("s", (("T", "float"), ("F", "1")))
-    assert hardest_cuda([plain, flagged]) == [flagged] and hardest_cuda([("t", ()), plain]) == [("t", ()), plain]
+    assert hardest_cuda([plain, ("s", (("T", "float"), ("F", "0"))), flagged]) == [plain, flagged]
+    assert hardest_cuda([("t", ()), plain]) == [("t", ()), plain]
 
 
 @pytest.mark.parametrize(
