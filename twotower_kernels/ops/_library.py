@@ -50,22 +50,17 @@ def define(
 
     required = [i for i, argument in enumerate(arguments) if str(argument.type) == "Tensor"]
 
-    def check_all(*arguments: Any) -> None:
-        for i in required:  # the dispatcher takes None for a tensor, too
-            if arguments[i] is None:
-                raise TypeError(f"{names[i]}: expected a tensor, got None")
-        check(*arguments)
-
-    def checked(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(kernel: Callable[..., Any], in_memory: bool = True) -> Callable[..., Any]:
         def entry(*arguments: Any) -> Any:
-            check_all(*arguments)
-            return kernel(*(overlap.apart(names, written, arguments) if written else arguments))
+            for i in required:  # the dispatcher takes None for a tensor, too
+                if arguments[i] is None:
+                    raise TypeError(f"{names[i]}: expected a tensor, got None")
+            check(*arguments)
+            if written and in_memory:
+                arguments = overlap.apart(names, written, arguments)
+            return kernel(*arguments)
 
         return entry
-
-    def checked_fake(*arguments: Any) -> Any:  # what has no memory cannot overlap
-        check_all(*arguments)
-        return fake(*arguments)
 
     _CHECKED[name] = checked
     _LIBRARY.impl(name, checked(cpu), "CPU")
@@ -74,7 +69,7 @@ def define(
     if cuda is not None:
         CUDA[name] = cuda
         _LIBRARY.impl(name, lambda *arguments: cuda_kernel(name)(*arguments), "CUDA")
-    torch.library.register_fake(f"twotower::{name}", checked_fake, lib=_LIBRARY)
+    torch.library.register_fake(f"twotower::{name}", checked(fake, in_memory=False), lib=_LIBRARY)
     op = getattr(getattr(torch.ops.twotower, name.split(".")[0]), name.partition(".")[2] or "default")
     register_derivatives(_LIBRARY, op, backward, setup_context)
     register_batching(_LIBRARY, op)
@@ -115,6 +110,30 @@ def refuse_gradients(op: str, /, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{name}: {op} is not differentiable in it, expected no requires_grad; detach it")
+
+
+def check_alike(first_name: str, first: Tensor, /, **others: Tensor | None) -> None:
+    """TypeError or ValueError unless all are of one floating dtype and on one device."""
+    dtype, device = first.dtype, first.device
+    if dtype not in _FLOATS:
+        check_float(**{first_name: first})
+    for name, x in others.items():
+        if x is not None:
+            if x.dtype != dtype:
+                raise TypeError(f"{name}: expected {dtype} as {first_name}, got {x.dtype}")
+            if x.device != device:
+                raise ValueError(f"{name}: expected device {device}, got {x.device}")
+
+
+def check_floats(first: Tensor, /, **tensors: Tensor | None) -> None:
+    """TypeError or ValueError unless all are floating, of any dtypes, and on the device of the first."""
+    device = first.device
+    for name, x in tensors.items():
+        if x is not None:
+            if x.dtype not in _FLOATS:
+                check_float(**{name: x})
+            if x.device != device:
+                raise ValueError(f"{name}: expected device {device}, got {x.device}")
 
 
 def same_device(first: Tensor, /, **tensors: Tensor | None) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from twotower_kernels import cpu
 from twotower_kernels.arguments import real
-from twotower_kernels.ops._library import check_float, define, refuse_gradients, same_device
+from twotower_kernels.ops._library import check_floats, define, refuse_gradients
 from twotower_kernels.ops._traced import call
 from twotower_kernels.ops._transforms import autocasts, cast_to
 
@@ -153,10 +153,9 @@ def _check(
     tensors = {
         "x" if y is None else "residual": x, "y": y, "gate": gate, "weight": weight, "shift": shift, "scale": scale,
     }  # fmt: skip
-    check_float(**tensors)
+    check_floats(x, **tensors)
     if y is not None and y.dtype != x.dtype and torch.promote_types(x.dtype, y.dtype) != x.dtype:
         raise TypeError(f"y: expected {x.dtype} as residual, or a narrower dtype, got {y.dtype}")
-    same_device(x, **tensors)
 
 
 def _to(vector: Tensor | None, like: Tensor) -> Tensor | None:

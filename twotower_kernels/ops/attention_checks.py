@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.arguments import real, whole
-from twotower_kernels.ops._library import as_index, check_float, check_index, same_device
+from twotower_kernels.ops._library import as_index, check_alike, check_float, check_floats, check_index, same_device
 
 Lengths = int | Tensor
 
@@ -88,7 +88,7 @@ def check_block(
     causal: bool, window: int | None, scale: float | None, softcap: float,
 ) -> None:  # fmt: skip
     """What `block_attention` takes."""
-    _check_alike("q", q, k=k, v=v)
+    _check_tokens("q", q, k=k, v=v)
     batch, length, _, dim = q.shape
     if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != dim:
         raise ValueError(f"k, v: expected [{batch}, {length}, Hkv, {dim}], got {list(k.shape)}, {list(v.shape)}")
@@ -141,8 +141,7 @@ def check_backward(
     for name, x, shape in (("grad_out", grad_out, q.shape), ("grad_lse", grad_lse, q.shape[:3])):
         if x.shape != shape:
             raise ValueError(f"{name}: expected shape {list(shape)} as q, got {list(x.shape)}")
-    check_float(grad_out=grad_out, grad_lse=grad_lse)
-    same_device(q, grad_out=grad_out, grad_lse=grad_lse)
+    check_floats(q, grad_out=grad_out, grad_lse=grad_lse)
 
 
 def check_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
@@ -164,7 +163,7 @@ def check_append(
     context_index: Tensor | None, block_table: Tensor | None, block_lens: Tensor | None,
 ) -> None:  # fmt: skip
     """What `append_kv` takes."""
-    _check_alike("k", k, v=v, k_context=k_context, v_context=v_context)
+    _check_tokens("k", k, v=v, k_context=k_context, v_context=v_context)
     _check_storage(k.shape[3], k_context, v_context)
     if k.shape != v.shape or k.shape[2:] != k_context.shape[2:]:
         expected = ["B", "S", *k_context.shape[2:]]
@@ -183,22 +182,17 @@ def _check_past(
     q: Tensor, k_context: Tensor, v_context: Tensor, context_lens: Tensor | None, context_index: Tensor | None,
     block_table: Tensor | None,
 ) -> None:  # fmt: skip
-    _check_alike("q", q, k_context=k_context, v_context=v_context)
+    _check_tokens("q", q, k_context=k_context, v_context=v_context)
     _check_storage(q.shape[3], k_context, v_context)
     _check_heads(q, k_context, "k_context")
     _check_rows(q.shape[0], k_context, context_index, block_table)
     _check_lens("context_lens", context_lens, q)
 
 
-def _check_alike(first_name: str, first: Tensor, /, **others: Tensor) -> None:
+def _check_tokens(first_name: str, first: Tensor, /, **others: Tensor) -> None:
     """All are [batch, tokens, heads, head_dim] of one floating dtype on one device."""
     check_axes(**{first_name: first}, **others)
-    check_float(**{first_name: first})
-    for name, x in others.items():
-        if x.dtype != first.dtype:
-            check_float(**{name: x})
-            raise TypeError(f"{name}: expected {first.dtype} as {first_name}, got {x.dtype}")
-    same_device(first, **others)
+    check_alike(first_name, first, **others)
 
 
 def _check_options(window: int | None, scale: float | None, softcap: float) -> None:

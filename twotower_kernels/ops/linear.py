@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twotower_kernels import cpu
-from twotower_kernels.ops._library import check_float, define, same_device
+from twotower_kernels.ops._library import check_alike, define
 from twotower_kernels.ops._transforms import lowered
 
 # Up to how many rows the kernel is used; libraries that block all three dimensions win beyond (bench/bench_linear.py).
@@ -63,11 +63,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"weight: expected [N, {expected}] for x {list(x.shape)}, got {list(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
-    check_float(x=x)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"{name}: expected {x.dtype} as x, got {tensor.dtype}")
-    same_device(x, weight=weight, bias=bias)
+    check_alike("x", x, weight=weight, bias=bias)
 
 
 def _empty(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

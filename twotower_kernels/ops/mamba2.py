@@ -8,7 +8,7 @@ from torch import Tensor
 
 from twotower_kernels import cpu
 from twotower_kernels.arguments import real, whole
-from twotower_kernels.ops._library import as_index, check_float, check_index, define, refuse_gradients, same_device
+from twotower_kernels.ops._library import as_index, check_floats, check_index, define, refuse_gradients, same_device
 from twotower_kernels.ops._traced import call
 
 
@@ -128,8 +128,8 @@ def _check_scan(
     _check_shape("ssm_state", ssm_state, [rows, heads, head_dim, state])
     floats = {"xbc": xbc, "dt": dt, "conv_weight": conv_weight, "conv_state": conv_state, "ssm_state": ssm_state}
     floats |= vectors
-    check_float(**floats)
-    same_device(xbc, **floats, **indices)
+    check_floats(xbc, **floats)
+    same_device(xbc, **indices)
 
 
 def _check_norm(y: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float) -> None:
@@ -138,8 +138,7 @@ def _check_norm(y: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float)
     _check_channels(y, z, weight)
     if n_groups < 1 or y.shape[-1] % n_groups:
         raise ValueError(f"n_groups: expected a divisor of {y.shape[-1]} channels, got {n_groups}")
-    check_float(y=y, z=z, weight=weight)
-    same_device(y, z=z, weight=weight)
+    check_floats(y, y=y, z=z, weight=weight)
 
 
 def _check_channels(y: Tensor, z: Tensor, weight: Tensor) -> None:

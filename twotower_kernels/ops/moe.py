@@ -8,7 +8,16 @@ from torch import Tensor
 
 from twotower_kernels import cpu
 from twotower_kernels.arguments import real, whole
-from twotower_kernels.ops._library import as_index, check_float, check_index, define, refuse_gradients, same_device
+from twotower_kernels.ops._library import (
+    as_index,
+    check_alike,
+    check_float,
+    check_floats,
+    check_index,
+    define,
+    refuse_gradients,
+    same_device,
+)
 from twotower_kernels.ops._traced import call
 from twotower_kernels.ops._transforms import cast_to, lowered
 
@@ -194,8 +203,7 @@ def _check_gate(x: Tensor, gate_weight: Tensor) -> None:
         raise ValueError(f"x: expected [N, H], got {list(x.shape)}")
     if gate_weight.ndim != 2 or gate_weight.shape[1] != x.shape[1]:
         raise ValueError(f"gate_weight: expected [E, {x.shape[1]}], got {list(gate_weight.shape)}")
-    check_float(x=x, gate_weight=gate_weight)
-    same_device(x, gate_weight=gate_weight)
+    check_floats(x, x=x, gate_weight=gate_weight)
 
 
 def _check_choice(e: int, correction_bias: Tensor | None, top_k: int, n_group: int, topk_group: int) -> None:
@@ -311,13 +319,10 @@ def _check_mixture(
         raise ValueError("shared_up and shared_down: expected both or neither, got one")
     if shared_up is not None and shared_down is not None:
         _check_matrices(("shared_up", shared_up), ("shared_down", shared_down), "", x.shape[1], activation)
-    check_float(x=x, weights=weights)
-    tensors = {"x": x, "w_up": w_up, "w_down": w_down, "shared_up": shared_up, "shared_down": shared_down}
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"{name}: expected {x.dtype} as x, got {tensor.dtype}")
+    check_alike("x", x, w_up=w_up, w_down=w_down, shared_up=shared_up, shared_down=shared_down)
+    check_floats(x, weights=weights)
     _check_plan(counts, offsets, pairs, w_up.shape[0], experts)
-    same_device(x, **tensors, weights=weights, experts=experts)
+    same_device(x, experts=experts)
 
 
 # --- registration ---------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def meet(a: Tensor, b: Tensor) -> bool:
     return found(start, 0)
 
 
-def apart(names: list[str], written: list[int], arguments: tuple[object, ...]) -> list[object]:
+def apart(names: list[str], written: list[int], arguments: tuple[object, ...]) -> tuple[object, ...]:
     """The arguments of an op that writes to those of these numbers, so that it may write and read in any order: what
     is read from the memory written to is copied first.
 
@@ -95,4 +95,4 @@ def apart(names: list[str], written: list[int], arguments: tuple[object, ...]) -
                 if begin < high and low < end and meet(x, target):
                     result[i] = x.clone()
                     break
-    return result
+    return tuple(result)
