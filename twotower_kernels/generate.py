@@ -371,7 +371,8 @@ def _diffuse(request: _Request, blocks: Blocks) -> Generator[StepEvent, None, No
         if block + 1 == num_blocks or all(ended):
             return  # the last block is read by nobody: the context need not grow
         if any(ended):
-            keep, index = _kept([not end for end in ended], seeds.device)
+            keep = _kept([not end for end in ended])
+            index = _index(keep, seeds.device)
             state, seeds, tokens, rows = state.select(index), seeds[index], tokens[index], [rows[i] for i in keep]
         state = request.commit(tokens, state)
 
@@ -424,10 +425,11 @@ def _denoise_block(
         yield request.step(block, step, of_request, before, result.tokens, [masks for masks, _ in seen], written)
         for i, (_, end) in zip(active, seen, strict=True):
             ended[i] = end
-        keep, index = _kept([masks > 0 for masks, _ in seen], device)
+        keep = _kept([masks > 0 for masks, _ in seen])
         if not keep:
             break
         if len(keep) < len(active):
+            index = _index(keep, device)
             state, seeds, masked, where = state.select(index), seeds[index], masked[index], where[index]
             active = [active[i] for i in keep]
     return tokens, logprobs, step + 1, ended
@@ -455,17 +457,22 @@ def _autoregress(request: _Request, with_denoiser: bool) -> Generator[StepEvent,
         seen = request.look(rows, result.num_masked, token, result.confidence)
         logprobs = None if request.logprobs is None else _logprobs(logits, token)
         yield request.finish_block(index, 1, rows, token, logprobs)
-        keep, kept = _kept([not end for _, end in seen], seeds.device)
+        keep = _kept([not end for _, end in seen])
         if index + 1 == request.max_new_tokens or not keep:
             return
         if len(keep) < len(rows):
+            kept = _index(keep, seeds.device)
             state, seeds, last, token = state.select(kept), seeds[kept], last[kept], token[kept]
             rows = [rows[i] for i in keep]
         state = request.commit(last if with_denoiser else token, state)
         last = token
 
 
-def _kept(flags: list[bool], device: torch.device) -> tuple[list[int], Tensor]:
-    """The indices of the flags that are set, for the host and for the device."""
-    keep = [i for i, flag in enumerate(flags) if flag]
-    return keep, torch.tensor(keep, dtype=torch.int64, device=device)
+def _kept(flags: list[bool]) -> list[int]:
+    """The indices of the flags that are set."""
+    return [i for i, flag in enumerate(flags) if flag]
+
+
+def _index(rows: list[int], device: torch.device) -> Tensor:
+    """The rows that stay, for the device. Only where some leave: each is a copy to it."""
+    return torch.tensor(rows, dtype=torch.int64, device=device)
