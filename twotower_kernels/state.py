@@ -181,7 +181,8 @@ class ContextState:
 
     def consume(self) -> None:
         """Makes any later use an error: its storage now belongs to the state that commit returned."""
-        self.__dict__.clear()
+        for f in fields(self):  # one by one, which a trace can follow
+            delattr(self, f.name)
 
     def _moved(self, longest: int, needed: int) -> ContextState:
         """In storage of its own with room for `needed` tokens and some to spare; and so the mirror, on its device."""
