@@ -184,7 +184,8 @@ class RemaskPolicy:
             float32 in [0, 1] of the broadcast shape.
         """
         given, block_size = (num_masked, step, num_steps), whole("block_size", block_size)
-        device = next((x.device for x in given if isinstance(x, Tensor)), torch.device("cpu"))
+        devices = [x.device for x in given if isinstance(x, Tensor)]
+        device = devices[0] if devices else torch.device("cpu")
         # A sum, for the sake of torch.compile: it makes a graph for each number that becomes a tensor otherwise.
         zero = torch.zeros((), dtype=torch.float64, device=device)
         masked, i, n = (x.to(device).double() if isinstance(x, Tensor) else zero + x for x in given)
