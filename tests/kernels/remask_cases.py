@@ -31,17 +31,23 @@ def package(logits: torch.Tensor, tokens: torch.Tensor, **options: Any) -> tt.Re
 
 def assert_step_agrees(inputs: dict[str, Any], *, layout: int = 0) -> tt.RemaskResult:
     """The package's step against the specification's: tokens, candidates and counts equal, probabilities within the
-    error budget, the inputs unchanged."""
+    error budget, the inputs unchanged.
+
+    Where float32 cannot tell two scores apart, the specification ranks them by its own rounding errors. A step that
+    differs from it is right if it is the one that float64 takes, in everything it decides.
+    """
     want, truth = remask(**inputs), remask(**widened(inputs))
     laid_out = {k: awkward(v, layout) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     got = package(**laid_out)
+    decided = [n for n, result in enumerate(want) if not result.is_floating_point()]
+    more_exact = all(got[n].equal(truth[n]) for n in decided)
     options = {name: value for name, value in inputs.items() if name != "logits"}
     wide = inputs["logits"].dtype == torch.float64
     draws = cache(partial(losses, partial(remask, **options), {"logits": inputs["logits"]}, narrower=wide))
     for n, (name, a, b, exact) in enumerate(zip(want._fields, got, want, truth, strict=True)):
         assert a.dtype == b.dtype and a.shape == b.shape, name
         if not a.is_floating_point():
-            assert a.equal(b), name
+            assert a.equal(exact if more_exact else b), name
         elif want.candidate.equal(truth.candidate):  # else the truth is that of another token
             assert_within_budget(a, b, exact, what=name, lost=lambda n=n: draws()[n])
     for name, value in inputs.items():
