@@ -1,5 +1,5 @@
 """Builds `twotower_kernels._C`: every csrc/cpu/*.cpp once per instruction set, then one shared library, by ninja.
-The sources of CUDA C++ kernels, csrc/cuda, go into the package as they are: they are compiled at first use.
+What GPU kernels in CUDA C++ are compiled from at their first use, csrc/cuda and csrc/common, goes into the package.
 
 Needs a C++17 compiler (CXX, else c++: g++ 11 or clang 14, or newer), pybind11, ninja. No torch and no CUDA: the kernels
 take pointers. CXXFLAGS and LDFLAGS are appended to the flags below. All metadata but the licence is in pyproject.toml.
@@ -142,14 +142,14 @@ class BuildKernels(build_ext):
 
 
 class CopySources(build_py):
-    """`build_py` that adds csrc/cuda as twotower_kernels/csrc_cuda. A checkout, installed or not, reads csrc itself."""
+    """`build_py` that adds what GPU kernels are compiled from, as twotower_kernels/csrc. A checkout reads its own."""
 
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            shutil.copytree(
-                ROOT / "csrc" / "cuda", Path(self.build_lib) / "twotower_kernels" / "csrc_cuda", dirs_exist_ok=True
-            )
+            for part in ("common", "cuda"):
+                copy = Path(self.build_lib) / "twotower_kernels" / "csrc" / part
+                shutil.copytree(ROOT / "csrc" / part, copy, dirs_exist_ok=True)
 
 
 sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.cpp"))]

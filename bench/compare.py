@@ -23,7 +23,7 @@ from rich.table import Table
 from twotower_kernels.bench.checkout import ROOT
 from twotower_kernels.bench.command import FILES
 from twotower_kernels.bench.timing import OURS
-from twotower_kernels.flags import integer, number
+from twotower_kernels.cli.flags import integer, number
 
 Case = tuple[str, str, str]  # op, shape, dtype
 Medians = Mapping[Case, float]  # seconds

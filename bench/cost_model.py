@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 import twotower_kernels as tt
-from twotower_kernels import info
 from twotower_kernels.bench import costs
 from twotower_kernels.bench.configs import CONFIG
 from twotower_kernels.bench.costs import Cost
 from twotower_kernels.bench.machines import Machine
-from twotower_kernels.loading import tower_of
+from twotower_kernels.cli import info
+from twotower_kernels.model.loading import tower_of
 
 FREQUENCIES = 256  # inputs of the time embedding
 

@@ -32,7 +32,7 @@ from twotower_kernels.bench.generation_report import markdown
 from twotower_kernels.bench.report import about
 from twotower_kernels.bench.thresholds import held_out
 from twotower_kernels.bench.watched import generated
-from twotower_kernels.generate import MODES
+from twotower_kernels.model.generate import MODES
 from twotower_kernels.reference.demo_data import windows
 
 PARTS = ("shipped", "random", "shares", "thresholds")

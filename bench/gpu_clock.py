@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from twotower_kernels.bench.clock import Timing, timing_of
-from twotower_kernels.capture import Recorder, cuda_graph
+from twotower_kernels.model.capture import Recorder, cuda_graph
 
 CALLS = 32  # of a program in its graph, at most
 GRAPH = 2e-3  # seconds that a graph should take

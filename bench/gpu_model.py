@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 import twotower_kernels as tt
-from twotower_kernels import layers
 from twotower_kernels.bench import ceilings, report
 from twotower_kernels.bench.bench_model import BLOCK, random_model, random_state
 from twotower_kernels.bench.ceilings import Ceilings
 from twotower_kernels.bench.configs import RELEASED, config
 from twotower_kernels.bench.cost_model import forward, total, weights
 from twotower_kernels.bench.gpu_clock import median
-from twotower_kernels.capture import CapturedModel
-from twotower_kernels.state import logits
+from twotower_kernels.model import layers
+from twotower_kernels.model.capture import CapturedModel
+from twotower_kernels.model.state import logits
 
 SIZES = ((1, 4096), (1, 131072), (4, 4096), (16, 4096))  # batch, context
 TOKENS_PER_NFE = (1, 2, 4)

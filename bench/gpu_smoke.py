@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 import twotower_kernels as tt
-from twotower_kernels import cuda
+from twotower_kernels.cuda import build as cuda
 
 FAMILIES = ("adaln", "attention", "mamba2", "moe", "remask")
-LAUNCHERS = ("cuda_moe", "cuda_remask")
+LAUNCHERS = ("cuda.moe", "cuda.remask")
 TOLERANCE = 0.05  # of the norm; bfloat16 rounds to 0.004
 PACKAGES = ("torch", "triton", "numpy", "cuda-core", "cuda-bindings", "transformers")
 

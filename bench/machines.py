@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from twotower_kernels.bench.ceilings import Ceilings
-from twotower_kernels.config import DTYPES
+from twotower_kernels.options.config import DTYPES
 
 # What kernels reach of the vendors' figures: assumptions, until one of these machines was measured.
 READ_SHARE, MATRIX_SHARE = 0.9, 0.8

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 import twotower_kernels as tt
-from twotower_kernels import info
 from twotower_kernels.bench.configs import config
 from twotower_kernels.bench.cost_model import Call, Checked, Prediction, check, forward, predict, seconds, total
 from twotower_kernels.bench.machines import MACHINES, Machine, measured
-from twotower_kernels.flags import integer, number
+from twotower_kernels.cli import info
+from twotower_kernels.cli.flags import integer, number
 
 LOCAL = Path(__file__).parent / "results" / "cpu" / "avx512bf16.json"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from twotower_kernels.bench.configs import config
-from twotower_kernels.config import MOST_BYTES
-from twotower_kernels.files import read_json, shown
+from twotower_kernels.options.config import MOST_BYTES
+from twotower_kernels.options.files import read_json, shown
 
 # What else a field is called in the files of Hugging Face's models, and of LLaDA's.
 SYNONYMS = {

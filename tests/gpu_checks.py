@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twotower_kernels.capture import cuda_graph
+from twotower_kernels.model.capture import cuda_graph
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FAMILIES = ("adaln", "attention", "mamba2", "moe", "remask")

@@ -28,9 +28,9 @@ from tests.model.recordings import (
 )
 from tests.paths import GOLDEN
 from twotower_kernels import TwoTowerModel
-from twotower_kernels.capture import CapturedModel, Recorder
+from twotower_kernels.model.capture import CapturedModel, Recorder
 
-generation = importlib.import_module("twotower_kernels.generate")  # the package has a function of that name
+generation = importlib.import_module("twotower_kernels.model.generate")  # the package has a function of that name
 
 AGREEMENTS = [("MEM*E-", torch.float32), ("M*-M-*", torch.bfloat16), ("M*-M-*", torch.float16)]
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from twotower_kernels.config import TwoTowerConfig
-from twotower_kernels.generate import GenerateResult, StepEvent, Stream
-from twotower_kernels.model import TwoTowerModel
+from twotower_kernels.model.generate import GenerateResult, StepEvent, Stream
+from twotower_kernels.model.state import ContextState
+from twotower_kernels.model.two_tower import TwoTowerModel
 from twotower_kernels.ops import (
     MoePlan,
     adaln_norm,
@@ -23,9 +23,9 @@ from twotower_kernels.ops import (
     rms_norm,
 )
 from twotower_kernels.ops.remask import RemaskResult, remask
-from twotower_kernels.remask_policy import RemaskPolicy
-from twotower_kernels.seeds import sequence_seed
-from twotower_kernels.state import ContextState
+from twotower_kernels.options.config import TwoTowerConfig
+from twotower_kernels.options.remask_policy import RemaskPolicy
+from twotower_kernels.options.seeds import sequence_seed
 
 __version__ = "0.1.0.dev0"
 __all__ = [

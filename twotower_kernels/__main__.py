@@ -2,6 +2,6 @@
 
 import sys
 
-from twotower_kernels.cli import main
+from twotower_kernels.cli.command import main
 
 sys.exit(main())

@@ -6,7 +6,7 @@
 namespace tt {
 
 using int64 = int64_t;  // the name in what both kernels share
-#include "../cuda/remask_policy.h"
+#include "../common/remask_policy.h"
 
 // The numbers of a row where no tensor of them is given.
 struct RemaskWhole {

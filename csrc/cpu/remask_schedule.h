@@ -16,8 +16,8 @@ REMASK_FUNCTION double quarter_cosine(double t) {
 REMASK_FUNCTION double quarter_sine(double t) {
     return ::sin(1.5707963267948966 * t);
 }
-#include "../cuda/remask_rule.h"
-#include "../cuda/remask_schedule.h"
+#include "../common/remask_rule.h"
+#include "../common/remask_schedule.h"
 
 }  // namespace TT_ISA
 }  // namespace tt

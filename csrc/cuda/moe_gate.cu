@@ -20,7 +20,7 @@
 // us). Many tokens are moe_gate_tiled.cu's: here 512 of them take 40 us, and 4096 would take 320.
 #include "moe_gate.h"
 
-constexpr int tile = 4;  // tokens, and experts, of a block: TILE in twotower_kernels/cuda_moe.py
+constexpr int tile = 4;  // tokens, and experts, of a block: TILE in twotower_kernels/cuda/moe.py
 constexpr int sums_of_tile = tile * tile;
 
 template <int count>

@@ -31,7 +31,7 @@
 #include "moe_gate.h"
 
 constexpr int warps = 4;
-constexpr int tile = 32;                  // tokens, and experts, of a block: LARGE_TILE in twotower_kernels/cuda_moe.py
+constexpr int tile = 32;                  // tokens, and experts, of a block: LARGE_TILE in twotower_kernels/cuda/moe.py
 constexpr int depth = 32;                 // numbers of H of a stage
 constexpr int own_depth = depth / warps;  // of them a warp's
 constexpr int rows_each = tile / warps;   // rows of a factor that a thread copies

@@ -44,7 +44,7 @@ struct Routing {
     double scaling;
 };
 
-// A warp's part of shared memory, `_Routing.scratch` bytes in twotower_kernels/cuda_moe.py.
+// A warp's part of shared memory, `_Routing.scratch` bytes in twotower_kernels/cuda/moe.py.
 struct Scratch {
     LOGIT* scores;  // [E]
     Key* keys;      // [E], 0: taken. Lane i % 32 alone touches key i

@@ -1,5 +1,5 @@
 // What the kernels of a remasking step are told, and what they leave for each other. The definition of the step is
-// reference/remask.py; the launcher is twotower_kernels/cuda_remask.py.
+// reference/remask.py; the launcher is twotower_kernels/cuda/remask.py.
 //
 //     remask_filter.cu  where top-k or top-p are asked for: the least logit that each position keeps
 //     remask_scan.cu    reads the logits once, all processors over pieces of positions: what a piece says
@@ -18,9 +18,9 @@ REMASK_FUNCTION double quarter_cosine(double t) {
 REMASK_FUNCTION double quarter_sine(double t) {
     return sinpi(0.5 * t);
 }
-#include "remask_policy.h"
-#include "remask_rule.h"
-#include "remask_schedule.h"
+#include "../common/remask_policy.h"
+#include "../common/remask_rule.h"
+#include "../common/remask_schedule.h"
 
 __device__ inline float infinity() {
     return __uint_as_float(0x7f800000u);

@@ -32,7 +32,7 @@ struct Shared {
     unsigned most[lanes];
     unsigned suppressed[section / 32];
 };
-static_assert(sizeof(Shared) == 26384, "_FILTER_SHARED in twotower_kernels/cuda_remask.py");
+static_assert(sizeof(Shared) == 26384, "_FILTER_SHARED in twotower_kernels/cuda/remask.py");
 
 // What is filtered: a position's logits, without the suppressed ones and -infinity, and the posterior's mask.
 struct Values {

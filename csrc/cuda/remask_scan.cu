@@ -39,7 +39,7 @@ struct Shared {
     int bests[most_warps];
     // and behind it the bits of the piece's suppressed and unscored tokens
 };
-static_assert(sizeof(Shared) == 544 && sizeof(Partial) == 64, "as in twotower_kernels/cuda_remask.py");
+static_assert(sizeof(Shared) == 544 && sizeof(Partial) == 64, "as in twotower_kernels/cuda/remask.py");
 
 // Token i of this thread, counted from the piece's first: width neighbours, then as many a block further.
 __device__ inline int token_of(int i) {

@@ -12,7 +12,7 @@
 #include "remask.h"
 
 // What selection knows of a position; arrays of a block's length, 36 bytes a position (_PLACE_BYTES in
-// twotower_kernels/cuda_remask.py).
+// twotower_kernels/cuda/remask.py).
 struct Places {
     double* score;
     float *confidence, *entropy;

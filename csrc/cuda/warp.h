@@ -18,7 +18,7 @@ constexpr int lanes = 32;
 
 // --- numbers --------------------------------------------------------------------------------------------------------
 
-// The order of DTYPES in twotower_kernels/cuda.py.
+// The order of DTYPES in twotower_kernels/cuda/build.py.
 enum : int64 { type_float64, type_float32, type_bfloat16, type_float16, type_int64, type_int32 };
 
 __device__ inline float widen_bf16(unsigned short bits) {

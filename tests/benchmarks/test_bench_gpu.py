@@ -15,10 +15,11 @@ from tests.benchmarks.test_bench_command import LIMITS
 from tests.gpu.gpu_stand_in import gpu_stand_in
 from tests.gpu.test_capture import Recorder
 from tests.model.random_models import SIZES
-from twotower_kernels import TwoTowerConfig, cuda
+from twotower_kernels import TwoTowerConfig
 from twotower_kernels.bench import ceilings, command, gpu_clock, gpu_model, gpu_smoke
 from twotower_kernels.bench.bench_remask import best_of
 from twotower_kernels.bench.timing import ORIGINAL, OURS
+from twotower_kernels.cuda import build as cuda
 
 FAMILIES = gpu_smoke.FAMILIES
 

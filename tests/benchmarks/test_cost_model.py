@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import twotower_kernels as tt
-from twotower_kernels import info
 from twotower_kernels.bench import cost_model, costs, predict, rivals
 from twotower_kernels.bench.configs import CONFIG, config
 from twotower_kernels.bench.machines import MACHINES, measured
+from twotower_kernels.cli import info
 
 TINY = replace(
     CONFIG,

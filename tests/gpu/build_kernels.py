@@ -37,7 +37,7 @@ ARCHITECTURES = (80, 90, 100, 120)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 REGISTERS = 255  # that one thread may have, on all of them
 TENSOR_MEMORY = 512  # columns of sm_100's: PTX ISA, tcgen05.alloc
-SOURCES = ("twotower_kernels/triton/*.py", "twotower_kernels/cuda*.py", "csrc/cuda/*", "csrc/common/*")
+SOURCES = ("twotower_kernels/triton/*.py", "twotower_kernels/cuda/*.py", "csrc/cuda/*", "csrc/common/*")
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ def compiled(build: Build, arch: int) -> Built:
 
 
 def cuda_modules() -> list[str]:
-    """The launchers of CUDA C++ kernels: twotower_kernels/cuda_*.py."""
-    folder = Path(twotower_kernels.triton.__file__).parents[1]
-    return sorted(path.stem for path in folder.glob("cuda_*.py"))
+    """The launchers of CUDA C++ kernels, which are those of a family of ops: "cuda.moe" and the like."""
+    folder = Path(twotower_kernels.triton.__file__).parents[1] / "cuda"
+    return sorted(f"cuda.{path.stem}" for path in folder.glob("*.py") if "__" not in path.stem and path.stem != "build")
 
 
 def hardest_cuda(builds: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
@@ -107,7 +107,7 @@ def hardest_cuda(builds: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
 
 def cuda_builds_of(module: str, arch: int, only_hardest: bool = False) -> list[Built]:
     """As `builds_of`, for CUDA C++. Shared memory is asked for at launch, so the table shows none."""
-    from twotower_kernels import cuda
+    from twotower_kernels.cuda import build as cuda
 
     builds = importlib.import_module(f"twotower_kernels.{module}").builds()
     found = []

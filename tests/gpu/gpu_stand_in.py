@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from tests.gpu.test_capture import Recorder
 from twotower_kernels.bench import gpu_clock, gpu_model, peers, timing
-from twotower_kernels.capture import CapturedModel
+from twotower_kernels.model.capture import CapturedModel
 
 
 def _here(value: Any) -> Any:

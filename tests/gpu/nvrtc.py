@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.gpu.build_kernels import ARCHITECTURES, cuda_modules, hardest_cuda
 from tests.paths import ROOT
-from twotower_kernels import cuda
+from twotower_kernels.cuda import build as cuda
 
 FOLDER = ROOT / "build" / "nvrtc"
 Build = tuple[str, tuple[tuple[str, str], ...]]  # source and macros

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from tests.model.random_models import models, random_ids
 from twotower_kernels import TwoTowerModel
-from twotower_kernels.capture import CapturedModel, CudaGraphs
-from twotower_kernels.state import ContextState
+from twotower_kernels.model.capture import CapturedModel, CudaGraphs
+from twotower_kernels.model.state import ContextState
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ import torch
 from tests.gpu.build_kernels import cuda_modules
 from tests.paths import ROOT
 from tests.simt import executor
-from twotower_kernels import cuda
+from twotower_kernels.cuda import build as cuda
 
 PLAN = ("moe_plan", (), "sm_90a")
 

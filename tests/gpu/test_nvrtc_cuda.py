@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.gpu import nvrtc
-from twotower_kernels import cuda
+from twotower_kernels.cuda import build as cuda
 
 
 @pytest.fixture(scope="module")

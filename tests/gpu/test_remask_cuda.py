@@ -16,7 +16,8 @@ from tests.kernels.remask_cases import MASK, assert_step_agrees, package, steps
 from tests.replay_policies import implementation, replay
 from tests.simt.overlay import cuda_kernels
 from tests.specification import test_policies
-from twotower_kernels import cuda, cuda_remask
+from twotower_kernels.cuda import build as cuda
+from twotower_kernels.cuda import remask as cuda_remask
 from twotower_kernels.reference.remask import CASES, make_inputs
 from twotower_kernels.reference.remask_policy import RemaskPolicy
 

@@ -19,7 +19,8 @@ from tests.paths import ROOT
 from tests.simt import executor
 from tests.simt.executor import SimtError, launch
 from tests.simt.overlay import simulated
-from twotower_kernels import cuda_moe, cuda_remask
+from twotower_kernels.cuda import moe as cuda_moe
+from twotower_kernels.cuda import remask as cuda_remask
 from twotower_kernels.reference import moe
 from twotower_kernels.reference.remask import make_inputs
 from twotower_kernels.reference.remask_policy import RemaskPolicy

@@ -26,7 +26,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("twotower_kernels", "reference", "bench"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignored)
-    shutil.copytree(ROOT / "csrc" / "cuda", copy / "csrc" / "cuda")
+    for part in ("common", "cuda"):
+        shutil.copytree(ROOT / "csrc" / part, copy / "csrc" / part)
     return copy
 
 
@@ -63,7 +64,7 @@ def test_wheel_holds_the_package_and_its_model(installed: Path) -> None:
     demo = files_of(ROOT / "twotower_kernels" / "demo")
     assert "twotower_kernels/demo/model.safetensors" in demo
     assert demo <= names
-    kernels = {f"twotower_kernels/csrc_cuda/{path.name}" for path in (ROOT / "csrc" / "cuda").iterdir()}
+    kernels = {f"twotower_kernels/{name}" for part in ("common", "cuda") for name in files_of(ROOT / "csrc" / part)}
     assert kernels and kernels <= names
     for folder in ("reference", "bench"):
         parts = {f"twotower_kernels/{name}" for name in files_of(ROOT / folder) if not name.endswith(".sh")}
@@ -109,7 +110,7 @@ def test_source_distribution_holds_what_is_compiled(source: Path, tmp_path: Path
         names = {name.partition("/")[2] for name in opened.getnames()}
     for folder in ("reference", "bench"):
         assert {f"twotower_kernels/{name}" for name in files_of(ROOT / folder) if name.endswith(".py")} <= names
-    assert files_of(ROOT / "csrc" / "cuda") <= names
+    assert files_of(ROOT / "csrc" / "common") | files_of(ROOT / "csrc" / "cuda") <= names
     assert {"setup.py", "pyproject.toml", "twotower_kernels/demo/model.safetensors"} <= names
     assert "graft csrc\n" in (ROOT / "MANIFEST.in").read_text(encoding="utf-8")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import twotower_kernels as tt
 from tests.kernels.kernel_checks import as_tuple
-from twotower_kernels import arguments
+from twotower_kernels.options import arguments
 from twotower_kernels.reference import arguments as specified
 from twotower_kernels.reference import remask as specified_remask
 from twotower_kernels.reference.remask_policy import RemaskPolicy as SpecifiedPolicy

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import twotower_kernels as tt
 from twotower_kernels import RemaskPolicy
-from twotower_kernels.remask_policy import OPTIONAL_BOUNDS
+from twotower_kernels.options.remask_policy import OPTIONAL_BOUNDS
 
 SIZES = ((3, 5), (4, 7), (6, 30))  # rows and tokens; no other size is any of these, as sizes that are equal
 # when a graph is made are taken to be equal always

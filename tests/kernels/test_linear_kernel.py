@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.kernels.kernel_checks import DTYPES, EVERY_ISA, ISAS, assert_op_within_budget, awkward, instruction_set
-from twotower_kernels.layers import Linear
+from twotower_kernels.model.layers import Linear
 from twotower_kernels.ops import linear as linear_module
 from twotower_kernels.ops.linear import MOST_ROWS, MOST_ROWS_WIDENED, linear
 

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from twotower_kernels import TwoTowerModel, info
+from twotower_kernels import TwoTowerModel
+from twotower_kernels.cli import info
 from twotower_kernels.reference.model import TwoTower
 
 ROOM = 2**28  # bytes, beyond what the process has when it begins

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.paths import GOLDEN
 from twotower_kernels import TwoTowerModel
-from twotower_kernels import checkpoint as package_checkpoint
+from twotower_kernels.model import checkpoint as package_checkpoint
 from twotower_kernels.reference import checkpoint
 from twotower_kernels.reference.model import TwoTower
 

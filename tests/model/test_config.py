@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.paths import GOLDEN
-from twotower_kernels import config as package
+from twotower_kernels.options import config as package
 from twotower_kernels.reference import config as specification
 
 Config = type[specification.TwoTowerConfig] | type[package.TwoTowerConfig]

@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from tests.model import recordings
 from tests.model.small_model import MASK, VOCAB, save_small_model, small_model
 from tests.paths import GOLDEN
-from twotower_kernels import generate as package
-from twotower_kernels.generate import MODES, GenerateResult, StepEvent, generate, stream
-from twotower_kernels.model import TwoTowerModel
+from twotower_kernels.model import generate as package
+from twotower_kernels.model.generate import MODES, GenerateResult, StepEvent, generate, stream
+from twotower_kernels.model.two_tower import TwoTowerModel
+from twotower_kernels.options.remask_policy import RemaskPolicy
+from twotower_kernels.options.seeds import philox as philox_of_integers
+from twotower_kernels.options.seeds import sequence_seed
 from twotower_kernels.reference import generate as specification
 from twotower_kernels.reference import philox
 from twotower_kernels.reference.remask_policy import RemaskPolicy as SpecifiedPolicy
-from twotower_kernels.remask_policy import RemaskPolicy
-from twotower_kernels.seeds import philox as philox_of_integers
-from twotower_kernels.seeds import sequence_seed
 
 
 @functools.cache

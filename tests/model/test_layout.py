@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from tests.model.random_models import SIZES
 from tests.paths import ROOT
-from twotower_kernels import TwoTowerConfig, TwoTowerModel, loading, memory
-from twotower_kernels.layout import STACKED, Layout
+from twotower_kernels import TwoTowerConfig, TwoTowerModel
+from twotower_kernels.model import loading, memory
+from twotower_kernels.model.layout import STACKED, Layout
 from twotower_kernels.reference.config import TwoTowerConfig as ReferenceConfig
 
 RELEASED = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"

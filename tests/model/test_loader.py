@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.model.random_models import models, random_ids
 from tests.paths import GOLDEN, ROOT
-from twotower_kernels import TwoTowerConfig, TwoTowerModel, loading
+from twotower_kernels import TwoTowerConfig, TwoTowerModel
+from twotower_kernels.model import loading
 
 TINY = GOLDEN / "tiny"
 UP = "context_tower.layers.1.mixer.experts.{}.up_proj.weight"

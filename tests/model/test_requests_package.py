@@ -16,7 +16,7 @@ from torch import Tensor
 
 import twotower_kernels as tt
 from tests.model.small_model import MASK, VOCAB, save_small_model, small_model
-from twotower_kernels.generate import MODES, StepEvent
+from twotower_kernels.model.generate import MODES, StepEvent
 from twotower_kernels.reference import generate as specification
 from twotower_kernels.reference.remask_policy import RemaskPolicy as SpecifiedPolicy
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.model.random_models import Models, models, random_ids
-from twotower_kernels import ContextState, TwoTowerModel, layers
+from twotower_kernels import ContextState, TwoTowerModel
+from twotower_kernels.model import layers
 
 
 @cache

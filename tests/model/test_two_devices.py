@@ -17,9 +17,9 @@ from tests.model.second_device import DEVICE, SecondDevice, apart, second_device
 from tests.model.small_model import save_small_model
 from tests.model.test_generate_package import package_model, told
 from twotower_kernels import TwoTowerConfig, TwoTowerModel
-from twotower_kernels.capture import CapturedModel
-from twotower_kernels.generate import MODES, generate, stream
-from twotower_kernels.loading import tower_of
+from twotower_kernels.model.capture import CapturedModel
+from twotower_kernels.model.generate import MODES, generate, stream
+from twotower_kernels.model.loading import tower_of
 
 ROWS = [[5], [6, 7, 8], [9, 10]]
 

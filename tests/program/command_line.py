@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from twotower_kernels import cli
+from twotower_kernels.cli import command as cli
 
 
 def run(*arguments: Any) -> int:

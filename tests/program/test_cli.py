@@ -20,10 +20,10 @@ import twotower_kernels
 from tests.model.small_model import BOS, EOS, save_small_model
 from tests.paths import ROOT
 from tests.program.command_line import run
-from twotower_kernels import cli
-from twotower_kernels.generate import generate, stream
-from twotower_kernels.model import TwoTowerModel
-from twotower_kernels.show import BLANK
+from twotower_kernels.cli import command as cli
+from twotower_kernels.cli.show import BLANK
+from twotower_kernels.model.generate import generate, stream
+from twotower_kernels.model.two_tower import TwoTowerModel
 
 
 @pytest.fixture(scope="module")

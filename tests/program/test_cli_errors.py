@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from tests.model.small_model import save_small_model
 from tests.program.command_line import error_of, run
-from twotower_kernels import cli
-from twotower_kernels.model import TwoTowerModel
+from twotower_kernels.cli import command as cli
+from twotower_kernels.model.two_tower import TwoTowerModel
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ import twotower_kernels
 from tests.gpu.build_kernels import cuda_modules
 from tests.model.small_model import save_small_model, small_model
 from tests.program.command_line import error_of, run
-from twotower_kernels import cuda, info
+from twotower_kernels.cli import info
+from twotower_kernels.cuda import build as cuda
 
 
 @pytest.fixture(scope="module")

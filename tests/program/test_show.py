@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tests.model.small_model import EOS, MASK, save_small_model
-from twotower_kernels.generate import GenerateResult, StepEvent, stream
-from twotower_kernels.model import TwoTowerModel
-from twotower_kernels.show import BLANK, Painter, Printer, costs, printable, verdict
+from twotower_kernels.cli.show import BLANK, Painter, Printer, costs, printable, verdict
+from twotower_kernels.model.generate import GenerateResult, StepEvent, stream
+from twotower_kernels.model.two_tower import TwoTowerModel
 
 
 @functools.cache

@@ -135,7 +135,7 @@ def launch(
     build: str = "plain",
     seed: int = 0,
 ) -> None:
-    """Runs a kernel of the source `text`. Arguments as for `twotower_kernels.cuda.launch`: arrays, integers, floats,
+    """Runs a kernel of the source `text`. Arguments as for `launch` in twotower_kernels/cuda: arrays, integers, floats,
     None.
 
     Raises:

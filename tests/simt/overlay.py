@@ -11,12 +11,14 @@ from torch import Tensor
 
 from tests.kernels.kernel_checks import laid_over
 from tests.simt import executor
-from twotower_kernels import cuda, cuda_moe, cuda_remask
+from twotower_kernels.cuda import build as cuda
+from twotower_kernels.cuda import moe as cuda_moe
+from twotower_kernels.cuda import remask as cuda_remask
 
 
 @contextmanager
 def simulated(*, build: str = "plain", seed: int = 0) -> Iterator[None]:
-    """Inside, `twotower_kernels.cuda.launch` runs the same sources on the host."""
+    """Inside, `twotower_kernels.cuda.build.launch` runs the same sources on the host."""
 
     def launch(kernel: cuda.Kernel, grid: int, block: int, shared: int, arguments: Sequence[cuda.Argument]) -> None:
         text = (executor.SOURCES / f"{kernel.source}.cu").read_text(encoding="utf-8")

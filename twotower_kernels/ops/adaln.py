@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from twotower_kernels import cpu
-from twotower_kernels.arguments import real
 from twotower_kernels.ops._library import check_floats, define, refuse_gradients
 from twotower_kernels.ops._traced import call
 from twotower_kernels.ops._transforms import autocasts, cast_to
+from twotower_kernels.options.arguments import real
 
 ORDERS = ("modulate_norm", "norm_modulate")
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twotower_kernels.arguments import real, whole
 from twotower_kernels.ops._library import as_index, check_alike, check_float, check_floats, check_index, same_device
+from twotower_kernels.options.arguments import real, whole
 
 Lengths = int | Tensor
 

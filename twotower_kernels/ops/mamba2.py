@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from twotower_kernels import cpu
-from twotower_kernels.arguments import real, whole
 from twotower_kernels.ops._library import as_index, check_floats, check_index, define, refuse_gradients, same_device
 from twotower_kernels.ops._traced import call
+from twotower_kernels.options.arguments import real, whole
 
 
 def mamba2_scan(

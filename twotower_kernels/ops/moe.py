@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from twotower_kernels import cpu
-from twotower_kernels.arguments import real, whole
 from twotower_kernels.ops._library import (
     as_index,
     check_alike,
@@ -20,6 +19,7 @@ from twotower_kernels.ops._library import (
 )
 from twotower_kernels.ops._traced import call
 from twotower_kernels.ops._transforms import cast_to, lowered
+from twotower_kernels.options.arguments import real, whole
 
 ACTIVATIONS = ("relu2", "silu_gated", "gelu_gated")  # the order of Activation in csrc/cpu/moe.h
 SCORES = ("sigmoid", "softmax")
@@ -424,7 +424,7 @@ define(
     "moe_gate(Tensor x, Tensor gate_weight) -> Tensor",
     check=_check_gate,
     cpu=_gate,
-    cuda="cuda_moe:moe_gate",
+    cuda="cuda.moe:moe_gate",
     fake=empty_logits,
 )
 define(
@@ -432,7 +432,7 @@ define(
     "bool renormalize, float scaling) -> (Tensor, Tensor)",
     check=_check_route,
     cpu=_route,
-    cuda="cuda_moe:moe_route",
+    cuda="cuda.moe:moe_route",
     fake=lambda logits, correction_bias, top_k, *_: empty_choice(logits, top_k),
     autocast=lambda logits, *choice: (*cast_to(torch.float32, logits), *choice),
 )
@@ -440,7 +440,7 @@ define(
     "moe_plan(Tensor experts, SymInt num_experts) -> (Tensor, Tensor, Tensor)",
     check=_check_number,
     cpu=_plan,
-    cuda="cuda_moe:moe_plan",
+    cuda="cuda.moe:moe_plan",
     fake=empty_plan,
 )
 define(
@@ -448,7 +448,7 @@ define(
     "SymInt topk_group, bool renormalize, float scaling) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     check=_check_router,
     cpu=_router,
-    cuda="cuda_moe:moe_router",
+    cuda="cuda.moe:moe_router",
     fake=_empty_router,
 )
 define(

@@ -22,7 +22,7 @@ from twotower_kernels.ops.remask_checks import (
     ids,
     split_all,
 )
-from twotower_kernels.remask_policy import CHOICES, OPTIONS, RemaskPolicy
+from twotower_kernels.options.remask_policy import CHOICES, OPTIONS, RemaskPolicy
 
 
 class RemaskResult(NamedTuple):
@@ -210,6 +210,6 @@ define(
     "Tensor? candidates, Tensor? rank_noise) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     check=lambda *arguments: check_arguments(Arguments(*arguments)),
     cpu=_remask,
-    cuda="cuda_remask:remask",
+    cuda="cuda.remask:remask",
     fake=lambda logits, tokens, *_: results(logits, tokens),
 )

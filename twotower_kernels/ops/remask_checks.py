@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from twotower_kernels.arguments import real, whole, wholes
 from twotower_kernels.ops._library import as_index, check_float, refuse_gradients, same_device
-from twotower_kernels.remask_policy import BOUNDS, CHOICES, OPTIONAL_BOUNDS, OPTIONS, RemaskPolicy
-from twotower_kernels.seeds import as_int64
+from twotower_kernels.options.arguments import real, whole, wholes
+from twotower_kernels.options.remask_policy import BOUNDS, CHOICES, OPTIONAL_BOUNDS, OPTIONS, RemaskPolicy
+from twotower_kernels.options.seeds import as_int64
 
 INTEGERS = (torch.int64, torch.int32)
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

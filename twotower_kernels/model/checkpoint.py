@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from twotower_kernels.files import named, read_json, shown
+from twotower_kernels.options.files import named, read_json, shown
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from twotower_kernels import checkpoint
-from twotower_kernels.checkpoint import Entry
-from twotower_kernels.config import TwoTowerConfig
-from twotower_kernels.files import named, shown
-from twotower_kernels.layers import KEPT_WIDE, Stacked
-from twotower_kernels.layout import STACKED, Layout, tower_of
+from twotower_kernels.model import checkpoint
+from twotower_kernels.model.checkpoint import Entry
+from twotower_kernels.model.layers import KEPT_WIDE, Stacked
+from twotower_kernels.model.layout import STACKED, Layout, tower_of
+from twotower_kernels.options.config import TwoTowerConfig
+from twotower_kernels.options.files import named, shown
 
 LARGE = 10**9  # bytes from which on loading shows a bar
 BACKBONE = ("backbone.", "model.")  # how keys of a single tower begin: in files, and in transformers' own modules

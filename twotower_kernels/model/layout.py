@@ -11,9 +11,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from twotower_kernels.config import TwoTowerConfig
-from twotower_kernels.files import shown
-from twotower_kernels.layers import FREQUENCIES
+from twotower_kernels.model.layers import FREQUENCIES
+from twotower_kernels.options.config import TwoTowerConfig
+from twotower_kernels.options.files import shown
 
 STACKED = (".mixer.experts.up_proj", ".mixer.experts.down_proj")  # keys of a layer's experts in one tensor
 

@@ -31,18 +31,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from twotower_kernels import generate_checks as checks
-from twotower_kernels.arguments import Integers
-from twotower_kernels.capture import CapturedModel
-from twotower_kernels.generate_checks import Blocks, Prompts
-from twotower_kernels.inference import inference
+from twotower_kernels.model.capture import CapturedModel
+from twotower_kernels.model.inference import inference
 from twotower_kernels.ops.remask import remask
-from twotower_kernels.remask_policy import RemaskPolicy
-from twotower_kernels.seeds import row_seeds
+from twotower_kernels.options import generation as checks
+from twotower_kernels.options.arguments import Integers
+from twotower_kernels.options.generation import Blocks, Prompts
+from twotower_kernels.options.remask_policy import RemaskPolicy
+from twotower_kernels.options.seeds import row_seeds
 
 if TYPE_CHECKING:
-    from twotower_kernels.model import TwoTowerModel
-    from twotower_kernels.state import ContextState
+    from twotower_kernels.model.state import ContextState
+    from twotower_kernels.model.two_tower import TwoTowerModel
 
 MODES = ("mask_diffusion", "mock_ar", "ar")
 FINISH = RemaskPolicy(finish=True)  # in the last step of its schedule: every candidate, none of which is the mask

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from twotower_kernels.state import BlockRead, ContextState
+from twotower_kernels.model.state import BlockRead, ContextState
 
 if TYPE_CHECKING:
-    from twotower_kernels.model import TwoTowerModel
+    from twotower_kernels.model.two_tower import TwoTowerModel
 
 T = TypeVar("T")
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twotower_kernels import cuda
-from twotower_kernels.cuda import Kernel
+from twotower_kernels.cuda import build as cuda
+from twotower_kernels.cuda.build import Kernel
 from twotower_kernels.ops.remask import results
 from twotower_kernels.ops.remask_checks import PER_ROW, WHOLE, Arguments
-from twotower_kernels.remask_policy import CHOICES, OPTIONS
+from twotower_kernels.options.remask_policy import CHOICES, OPTIONS
 
 _TYPES = {torch.float32: "type_float32", torch.bfloat16: "type_bfloat16", torch.float16: "type_float16"}  # in warp.h
 _PER_THREAD = 32  # tokens of a piece that a thread takes

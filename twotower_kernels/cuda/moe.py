@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twotower_kernels import cuda
-from twotower_kernels.cuda import Kernel
+from twotower_kernels.cuda import build as cuda
+from twotower_kernels.cuda.build import Kernel
 from twotower_kernels.ops.moe import empty_choice, empty_logits, empty_plan
 
 TILE = 4  # tokens, and experts, of a block of moe_gate

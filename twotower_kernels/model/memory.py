@@ -6,7 +6,7 @@ import resource
 
 import torch
 
-from twotower_kernels.layout import Layout
+from twotower_kernels.model.layout import Layout
 
 UNKNOWN = 2**63 - 1  # what an address reaches
 

@@ -21,17 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twotower_kernels import checkpoint, loading
-from twotower_kernels.arguments import Integers, integers, real, whole
-from twotower_kernels.arguments import readable as _readable
-from twotower_kernels.config import TwoTowerConfig
-from twotower_kernels.generate import generate, stream
-from twotower_kernels.inference import inference
-from twotower_kernels.layers import Factory, Layer, Linear, Stacked, TimeEmbedder, Tower, draw_weights
-from twotower_kernels.layout import Layout
-from twotower_kernels.memory import check_room
+from twotower_kernels.model import checkpoint, loading
+from twotower_kernels.model.generate import generate, stream
+from twotower_kernels.model.inference import inference
+from twotower_kernels.model.layers import Factory, Layer, Linear, Stacked, TimeEmbedder, Tower, draw_weights
+from twotower_kernels.model.layout import Layout
+from twotower_kernels.model.memory import check_room
+from twotower_kernels.model.state import BlockRead, ContextState, logits
 from twotower_kernels.ops import adaln_norm, gated_residual_adaln_norm
-from twotower_kernels.state import BlockRead, ContextState, logits
+from twotower_kernels.options.arguments import Integers, integers, real, whole
+from twotower_kernels.options.arguments import readable as _readable
+from twotower_kernels.options.config import TwoTowerConfig
 
 TOWERS = ("both", "context", "denoiser")
 Modulation = tuple[Tensor | None, Tensor | None, Tensor | None]  # shift, scale, gate, each [B, H]

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twotower_kernels.config import TwoTowerConfig
 from twotower_kernels.ops import (
     block_attention,
     gated_rms_norm,
@@ -22,6 +21,7 @@ from twotower_kernels.ops import (
 )
 from twotower_kernels.ops.linear import linear
 from twotower_kernels.ops.moe import MoePlan, moe_router
+from twotower_kernels.options.config import TwoTowerConfig
 
 # Selection and decay are sensitive to rounding: these parameters are never narrower than in their file, nor than
 # float32 where there is no file.

@@ -6,7 +6,7 @@ and a key of two to four random words. The draws of tokens use it too, inside th
 
 from typing import Any
 
-from twotower_kernels.arguments import are_several, whole, wholes
+from twotower_kernels.options.arguments import are_several, whole, wholes
 
 _WORD = 2**32 - 1
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

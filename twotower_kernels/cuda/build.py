@@ -42,9 +42,10 @@ class Kernel:
 
 
 def folder() -> Path:
-    """Where the sources are: in an installed package inside it, in a checkout in csrc/cuda."""
-    installed = Path(__file__).parent / "csrc_cuda"  # put there by setup.py
-    return installed if installed.is_dir() else Path(__file__).parents[1] / "csrc" / "cuda"
+    """Where the sources are: csrc/cuda, in an installed package inside it, where setup.py puts a copy."""
+    package = Path(__file__).parents[1]
+    installed = package / "csrc" / "cuda"
+    return installed if installed.is_dir() else package.parent / "csrc" / "cuda"
 
 
 @cache
@@ -148,7 +149,8 @@ def _trusted_folder() -> Path | None:
 def _key(source: str, defines: Sequence[tuple[str, str]], arch: str) -> str:
     """Of everything that the cubin depends on."""
     parts = [_nvrtc_version(), arch, repr(tuple(defines)), source]
-    for path in (folder() / f"{source}.cu", *sorted(folder().glob("*.h"))):
+    headers = sorted([*folder().glob("*.h"), *(folder().parent / "common").glob("*.h")])
+    for path in (folder() / f"{source}.cu", *headers):
         parts.append(path.read_text(encoding="utf-8"))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 

@@ -13,7 +13,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from twotower_kernels.files import read_json, shown
+from twotower_kernels.options.files import read_json, shown
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

@@ -13,11 +13,15 @@ from pathlib import Path
 import torch
 
 import twotower_kernels
-from twotower_kernels import checkpoint, cpu, cuda, cuda_moe, cuda_remask, loading
-from twotower_kernels.config import TwoTowerConfig
-from twotower_kernels.layout import tower_of
-from twotower_kernels.loading import BACKBONE, MORE_TOKENS
+from twotower_kernels import cpu
+from twotower_kernels.cuda import build as cuda
+from twotower_kernels.cuda import moe as cuda_moe
+from twotower_kernels.cuda import remask as cuda_remask
+from twotower_kernels.model import checkpoint, loading
+from twotower_kernels.model.layout import tower_of
+from twotower_kernels.model.loading import BACKBONE, MORE_TOKENS
 from twotower_kernels.ops._library import DIFFERENTIABLE
+from twotower_kernels.options.config import TwoTowerConfig
 
 LONG_CONTEXT = 128 * 1024  # tokens
 NONE = "none: "

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from twotower_kernels.arguments import real, whole
+from twotower_kernels.options.arguments import real, whole
 
 Statistics = Literal["raw", "filtered"]
 Score = Literal["confidence", "margin", "neg_entropy", "random", "leftmost"]

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from twotower_kernels.arguments import Integers, integers, readable, whole
-from twotower_kernels.inference import inference
+from twotower_kernels.model.inference import inference
 from twotower_kernels.ops import append_kv
 from twotower_kernels.ops.linear import linear
+from twotower_kernels.options.arguments import Integers, integers, readable, whole
 
 _SPARE = 64  # tokens of room to spare at least
 

@@ -26,12 +26,12 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 import twotower_kernels
-from twotower_kernels import info
-from twotower_kernels.flags import checked, integer, number
-from twotower_kernels.generate import MODES, GenerateResult, Stream, generate, stream
-from twotower_kernels.generate_checks import MOST_BLOCK
-from twotower_kernels.model import TwoTowerModel
-from twotower_kernels.show import Painter, Printer, costs, fitting, printable, speed, verdict
+from twotower_kernels.cli import info
+from twotower_kernels.cli.flags import checked, integer, number
+from twotower_kernels.cli.show import Painter, Printer, costs, fitting, printable, speed, verdict
+from twotower_kernels.model.generate import MODES, GenerateResult, Stream, generate, stream
+from twotower_kernels.model.two_tower import TwoTowerModel
+from twotower_kernels.options.generation import MOST_BLOCK
 
 MASK = 3  # the released model's convention; no file says it
 DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twotower_kernels.arguments import Integers, are_several, integers, real, whole, wholes
 from twotower_kernels.ops.remask_checks import REAL
-from twotower_kernels.remask_policy import RemaskPolicy
+from twotower_kernels.options.arguments import Integers, are_several, integers, real, whole, wholes
+from twotower_kernels.options.remask_policy import RemaskPolicy
 
 if TYPE_CHECKING:
-    from twotower_kernels.model import TwoTowerModel
+    from twotower_kernels.model.two_tower import TwoTowerModel
 
 MOST_BLOCK = 2**16  # tokens; a block is denoised whole, its logits over the vocabulary too
 MOST_STEPS = 2**31 - 1

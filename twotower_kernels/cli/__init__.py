@@ -1,0 +1,1 @@
+"""The program `twotower`: its commands, what they show, and their arguments."""
