@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -68,14 +69,18 @@ def test_whatever_changes_the_result_is_in_the_key(compiled: list[str], monkeypa
     assert len(compiled) == len(list(cuda.cache_folder().iterdir())) == 4
 
 
-def test_a_changed_header_is_in_the_key(compiled: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for path in cuda.folder().iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+@pytest.mark.parametrize("header", ["cuda/warp.h", "common/remask_rule.h"])
+def test_a_changed_header_is_in_the_key(
+    header: str, compiled: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    copy = tmp_path / "csrc"
+    for part in ("cuda", "common"):
+        shutil.copytree(cuda.folder().parent / part, copy / part)
     cuda.cubin(*PLAN)
-    monkeypatch.setattr(cuda, "folder", lambda: tmp_path)
+    monkeypatch.setattr(cuda, "folder", lambda: copy / "cuda")
     cuda.cubin(*PLAN)
     assert len(compiled) == 1
-    with (tmp_path / "warp.h").open("a") as file:
+    with (copy / header).open("a") as file:
         file.write("// changed\n")
     cuda.cubin(*PLAN)
     assert len(compiled) == 2

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -167,10 +168,11 @@ BARRIERS = [
 
 def sources_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, change: Callable[[str], str]) -> None:
     """The executor finds sources in which one is changed."""
-    for path in executor.SOURCES.iterdir():
-        text = path.read_text(encoding="utf-8")
-        (tmp_path / path.name).write_text(change(text) if path.name == source else text, encoding="utf-8")
-    monkeypatch.setattr(executor, "SOURCES", tmp_path)
+    folder = tmp_path / "cuda"
+    shutil.copytree(executor.SOURCES, folder)
+    shutil.copytree(executor.SOURCES.parent / "common", tmp_path / "common")
+    (folder / source).write_text(change((folder / source).read_text(encoding="utf-8")), encoding="utf-8")
+    monkeypatch.setattr(executor, "SOURCES", folder)
 
 
 @pytest.mark.parametrize(("source", "at"), BARRIERS)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SOURCES = HERE.parents[1] / "csrc" / "cuda"
+SOURCES = HERE.parents[1] / "csrc" / "cuda"  # beside it lies csrc/common
 BUILT = HERE.parents[1] / "build" / "simt"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", "-Wno-unknown-pragmas"]
@@ -64,7 +64,8 @@ def library(text: str, defines: Mapping[str, str], build: str) -> Path:
     """The shared library of a kernel's source."""
     kernels = re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", text)
     whole = "\n".join(['#line 1 "kernel.cu"', text, *(f"SIMT_EXPORT({kernel})" for kernel in kernels), ""])
-    headers = [HERE / "cuda_on_host.h", HERE / "executor.cpp", *sorted(SOURCES.glob("*.h"))]
+    shared = [*SOURCES.glob("*.h"), *(SOURCES.parent / "common").glob("*.h")]
+    headers = [HERE / "cuda_on_host.h", HERE / "executor.cpp", *sorted(shared)]
     macros = [f"-D{name}={value}" for name, value in defines.items()]
 
     def make(to: Path) -> None:
