@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twotower_kernels.reference import arguments
-from twotower_kernels.reference.arguments import real, whole
+from twotower_kernels.options.arguments import are_several, integers, real, whole, wholes
+from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.reference.model import ContextState, TwoTower
 from twotower_kernels.reference.philox import row_seeds
 from twotower_kernels.reference.remask import remask
-from twotower_kernels.reference.remask_policy import RemaskPolicy
+from twotower_kernels.reference.remask_schedule import model_time
 
 MODES = ("mask_diffusion", "mock_ar", "ar")
 FINISH = RemaskPolicy(finish=True)  # in the last step of its schedule: every candidate, none of which is the mask
@@ -243,7 +243,7 @@ def _denoise_block(
     for step in range(last_call + 1):
         of_steps = max(num_steps, step + 1)  # past the schedule, every step is the last one
         before = tokens[active]  # [A, S]
-        t = policy.model_time(masked, block_size, step, of_steps)  # [A]
+        t = model_time(policy, masked, block_size, torch.tensor(step), torch.tensor(of_steps))  # [A]
         logits = run.model.denoise(before, state, t)  # [A, S, V]
         result = remask(
             logits,
@@ -326,9 +326,11 @@ def _prompt_rows(prompts: Any, vocab_size: int, device: torch.device) -> list[Te
         raise ValueError("prompts must hold at least one row, got none")
     rows = []
     for b, prompt in enumerate(prompts):
-        row = arguments.tokens(f"prompts[{b}]", prompt)
+        row = integers(f"prompts[{b}]", prompt)
         if row.ndim != 1 or not row.numel():
             raise ValueError(f"prompts[{b}] must hold one token or more in one dimension, got shape {list(row.shape)}")
+        if row.dtype != torch.int64:
+            raise TypeError(f"prompts[{b}]: expected integers, got {row.dtype}")
         wrong = row[(row < 0) | (row >= vocab_size)]
         if len(wrong):
             raise ValueError(f"prompts[{b}] holds token {int(wrong[0])}, outside the vocabulary of {vocab_size}")
@@ -359,8 +361,7 @@ def _ends(eos_token_id: Any, vocab_size: int) -> list[int]:
     """The tokens with which a row ends."""
     if eos_token_id is None:
         return []
-    several = arguments.are_several(eos_token_id)
-    ends = arguments.wholes("eos_token_id", eos_token_id if several else [eos_token_id])
+    ends = wholes("eos_token_id", eos_token_id if are_several(eos_token_id) else [eos_token_id])
     for token in ends:
         if not 0 <= token < vocab_size:
             raise ValueError(f"eos_token_id must be inside the vocabulary of {vocab_size}, got {token}")

@@ -6,8 +6,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from twotower_kernels.options.config import TwoTowerConfig
 from twotower_kernels.reference.attention import block_attention
-from twotower_kernels.reference.config import TwoTowerConfig
 from twotower_kernels.reference.mamba2 import gated_rms_norm, mamba2_scan
 from twotower_kernels.reference.moe import feed_forward, moe_experts, moe_gate, moe_route
 

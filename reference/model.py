@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from twotower_kernels.options.config import TwoTowerConfig
 from twotower_kernels.reference import checkpoint
 from twotower_kernels.reference.adaln import adaln_norm, gated_residual, rms_norm
 from twotower_kernels.reference.attention import append_kv
-from twotower_kernels.reference.config import TwoTowerConfig
 from twotower_kernels.reference.layers import TimeEmbedder, Tower
 
 # These parameters keep their file's dtype, or a wider one: selection and decay are sensitive to their rounding.
@@ -296,13 +296,29 @@ class TwoTower(nn.Module):
         return ids
 
 
+def numbers(config: TwoTowerConfig) -> int:
+    """How many numbers one tower and its head have: counted, so that a file can be asked whether it holds them."""
+    hidden, pattern = config.hidden_size, config.hybrid_override_pattern
+    convolution = config.mamba_channels * (config.conv_kernel + config.use_conv_bias)
+    projections = 2 * config.mamba_inner + config.mamba_channels + config.mamba_num_heads  # of in_proj and out_proj
+    shared = config.moe_shared_expert_intermediate_size if config.n_shared_experts else 0
+    mixers = {
+        "M": projections * hidden + convolution + 3 * config.mamba_num_heads + config.mamba_inner,
+        "*": 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim * hidden,
+        "E": config.n_routed_experts * ((2 * config.moe_intermediate_size + 1) * hidden + 1) + 2 * shared * hidden,
+        "-": 2 * config.intermediate_size * hidden,
+    }
+    layers = sum(pattern.count(letter) * (hidden + mixers[letter]) for letter in set(pattern))
+    return 2 * config.vocab_size * hidden + hidden + layers
+
+
 def _check_count(config: TwoTowerConfig, listed: dict[str, tuple[str, int]], towers: int, folder: Path) -> None:
     """Refuses a config that asks for many times the numbers that the files hold, before any of them is allocated.
 
     Raises:
         ValueError: it does. (What is wrong in particular is said of a model that is about as large as its files.)
     """
-    held, wanted = sum(count for _, count in listed.values()), towers * config.numbers
+    held, wanted = sum(count for _, count in listed.values()), towers * numbers(config)
     if wanted > 8 * held:
         raise ValueError(
             f"{folder}: a config of model_type {config.model_type!r} with vocab_size {config.vocab_size}, hidden_size "

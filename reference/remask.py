@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from twotower_kernels.options.arguments import whole
+from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.reference import philox, remask_checks, remask_schedule
-from twotower_kernels.reference.arguments import whole
-from twotower_kernels.reference.remask_policy import RemaskPolicy
 from twotower_kernels.reference.remask_select import Rows, first_waiting, select
 
 NEAR = 1e-4  # candidates closer than this are decided again with float64 noise

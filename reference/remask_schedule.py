@@ -7,13 +7,11 @@ on the last digit of a cosine or a division.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from twotower_kernels.reference.remask_policy import RemaskPolicy
+from twotower_kernels.options.remask_policy import RemaskPolicy
 
 
 def times(min_t: float, long_grid: bool, step: Tensor, num_steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,6 +24,17 @@ def times(min_t: float, long_grid: bool, step: Tensor, num_steps: Tensor) -> tup
         t = 1 - i / (n - 1).clamp(min=1)
         return t, (t - 1 / n).clamp(min=0)
     return (n - i + i * min_t) / n, (n - i - 1 + (i + 1) * min_t) / n
+
+
+def model_time(policy: RemaskPolicy, masked: Tensor, block_size: int, step: Tensor, num_steps: Tensor) -> Tensor:
+    """The time that the denoiser is given, float32 in [0, 1] of the broadcast shape: the fraction of the block that is
+    masked for rules that rank, t of the schedule for rules that follow one (`time="schedule"`)."""
+    masked, step, num_steps = torch.broadcast_tensors(masked, step, num_steps)
+    if policy.time == "masked_fraction":
+        t = masked.double() / max(block_size, 1)
+    else:
+        t = times(policy.min_t, policy.long_grid, step, num_steps)[0]
+    return t.float().clamp(0.0, 1.0)
 
 
 def clean_fraction(alpha: str, t: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.reference import remask_schedule
-from twotower_kernels.reference.remask_policy import RemaskPolicy
 
 
 @dataclass

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from twotower_kernels.reference.config import TwoTowerConfig
+from twotower_kernels.options.config import TwoTowerConfig
 from twotower_kernels.reference.demo_data import Corpus, encode, standard_library, train_tokenizer, windows
 from twotower_kernels.reference.layers import Mamba2, Router
 from twotower_kernels.reference.model import KEPT_WIDE, TwoTower
