@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.options.arguments import are_several, integers, real, whole, wholes
-from twotower_kernels.options.remask_policy import RemaskPolicy
+from twotower_kernels.options.remask_policy import HOTTEST, RemaskPolicy
 from twotower_kernels.reference.model import ContextState, TwoTower
 from twotower_kernels.reference.philox import row_seeds
 from twotower_kernels.reference.remask import remask
@@ -158,7 +158,7 @@ def generate(
             gets one more, which commits its best tokens everywhere, so it ends in any case and without a mask.
         temperature, top_k, top_p: sampling; temperature 0 is greedy (as 1e-36 is, and less), 1e6 the highest; top_k 0
             and top_p 1 are no filter.
-        mask_token_id: what stands at a place to be filled (mask_diffusion only; the other modes treat it as any token).
+        mask_token_id: what a position to be filled holds (mask_diffusion only; the other modes treat it as any token).
         eos_token_id: a token, or several: a row ends with the first of them among its new tokens.
         seed: the request's seed, or one per row. Row b draws with the key `philox.sequence_seed(seed, b)`, or with its
             own seed as the key. In mask_diffusion the counter holds (token, position in the block, step, index of the
@@ -348,8 +348,8 @@ def _new_tokens(max_new_tokens: int) -> int:
 def _sampling(temperature: float, top_k: int, top_p: float, vocab_size: int) -> dict[str, Any]:
     """The arguments of the sampler. Comparisons are written so that NaN fails them."""
     temperature, top_k, top_p = real("temperature", temperature), whole("top_k", top_k), real("top_p", top_p)
-    if not 0 <= temperature <= 1e6:
-        raise ValueError(f"temperature must be a number from 0 to 1e6, got {temperature}")
+    if not 0 <= temperature <= HOTTEST:
+        raise ValueError(f"temperature must be a number from 0 to {HOTTEST:g}, got {temperature}")
     if not 0 <= top_k <= vocab_size:
         raise ValueError(f"top_k must be between 0 and the vocabulary size {vocab_size}, got {top_k}")
     if not 0 < top_p <= 1:

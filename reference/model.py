@@ -27,7 +27,7 @@ from twotower_kernels.reference.attention import append_kv
 from twotower_kernels.reference.layers import TimeEmbedder, Tower
 
 # These parameters keep their file's dtype, or a wider one: selection and decay are sensitive to their rounding.
-KEPT_WIDE = ("gate.weight", "e_score_correction_bias", "A_log", "mixer.D", "dt_bias")
+NEVER_NARROWED = ("gate.weight", "e_score_correction_bias", "A_log", "mixer.D", "dt_bias")
 
 BACKBONE = ("backbone.", "model.")  # how the keys of a single tower begin: in files, and in transformers' own modules
 
@@ -162,7 +162,7 @@ class TwoTower(nn.Module):
             raise ValueError(f"{folder}: key {key} has shape {list(tensor.shape)}, expected {list(old.shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{folder}: key {key} has dtype {tensor.dtype}, expected a floating one")
-        if name.endswith(KEPT_WIDE):
+        if name.endswith(NEVER_NARROWED):
             dtype = torch.promote_types(tensor.dtype, dtype)
         # A clone, because a backbone's tensor goes to both towers.
         new = nn.Parameter(tensor.to(dtype).clone(), requires_grad=old.requires_grad)
@@ -171,7 +171,7 @@ class TwoTower(nn.Module):
     def empty_state(self, batch: int) -> ContextState:
         """A state of length 0: legal wherever a state is."""
         c, head = self.config, self.context_lm_head.weight
-        wide = torch.float64 if head.dtype == torch.float64 else torch.float32
+        acc_dtype = torch.float64 if head.dtype == torch.float64 else torch.float32
         attention = [i for i, letter in enumerate(c.hybrid_override_pattern) if letter == "*"]
         mamba = [i for i, letter in enumerate(c.hybrid_override_pattern) if letter == "M"]
         ssm = (batch, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
@@ -180,7 +180,7 @@ class TwoTower(nn.Module):
             k={i: head.new_zeros(batch, 0, c.num_key_value_heads, c.head_dim) for i in attention},
             v={i: head.new_zeros(batch, 0, c.num_key_value_heads, c.head_dim) for i in attention},
             conv={i: head.new_zeros(batch, c.mamba_channels, c.conv_kernel - 1) for i in mamba},
-            ssm={i: head.new_zeros(ssm, dtype=wide) for i in mamba},
+            ssm={i: head.new_zeros(ssm, dtype=acc_dtype) for i in mamba},
             last_hidden=head.new_zeros(batch, c.hidden_size),
             head=head,
         )

@@ -28,7 +28,7 @@ Alpha = Literal["linear", "cosine", "exponential", "sine", "cosine_floor"]
 Combine = Literal["fill", "union", "cap"]
 Time = Literal["masked_fraction", "schedule"]
 
-# The values of a choice, in the order of its enumeration in csrc/cpu/remask.h.
+# The values of a choice, in the order of its enumeration in csrc/common/remask_policy.h.
 CHOICES: dict[str, tuple[str, ...]] = {
     "statistics": get_args(Statistics),
     "score": get_args(Score),
@@ -40,8 +40,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "combine": get_args(Combine),
     "time": get_args(Time),
 }
-# The order of RemaskOptions and RemaskBounds in csrc/cpu/remask.h, which is that of the op's `options` and `bounds`.
-# gate_bound is missing: it is a number per row.
+# The order of the op's `options` and `bounds`, which csrc/common/remask_policy.h repeats. gate_bound is missing:
+# it is a number per row.
 OPTIONS = (
     *("suppress_mask", "skip_mask_candidates", "greedy", "statistics"),
     *("top_p_first", "top_p_tempered", "top_p_keep_crossing"),
@@ -89,7 +89,7 @@ class RemaskPolicy:
         entropy_includes_self: whether the sum of rank j ends with H(j) or H(j - 1).
         run_threshold: the best of each run of adjacent positions that wait passes above this (dInfer); None: no.
 
-    Schedule, the number q of positions this step owes:
+    Schedule, the number q of positions due in this step:
         schedule: "none" 0; "remaining" ceil(n / r); "even" floor(base / N) + [i < base mod N]; "carried" what is
             missing from floor((i + 1) n0 / N); "noise" n - min(floor((1 - a(s)) S), n - 1); "truncated" floor(n rho);
             "rounded" n0 split by rounding l rho to even while l are left, without the zeros; "coin" each position with
@@ -108,7 +108,7 @@ class RemaskPolicy:
         combine: "fill" (G, and the best others up to q; with window G if it has q, else the window); "union"; "cap"
             (scheduled positions within G, and the best min_commits).
         sub_block: every stretch of this many positions is a row of its own; 0: no stretches.
-        complete_threshold: a stretch owes nothing until this fraction of the one before is committed; None: no.
+        complete_threshold: nothing of a stretch is due until this fraction of the one before is committed; None: no.
 
     Committed tokens:
         edit_threshold: one with c above this becomes its candidate, if that differs (LLaDA2.1); None: no.
@@ -182,7 +182,7 @@ class RemaskPolicy:
     def model_time(
         self, num_masked: int | Tensor, block_size: int, step: int | Tensor, num_steps: int | Tensor
     ) -> Tensor:
-        """The time the denoiser is told: num_masked / block_size, or t of the schedule (`time="schedule"`).
+        """The time the denoiser is given: num_masked / block_size, or t of the schedule (`time="schedule"`).
 
         Args:
             num_masked, step, num_steps: numbers or integer tensors of any shapes that broadcast.
@@ -463,8 +463,9 @@ class RemaskPolicy:
         )
 
 
+HOTTEST = 1e6  # of temperatures
 _RANGES = {
-    "temperature_end": (0.0, 1e6),
+    "temperature_end": (0.0, HOTTEST),
     "position_penalty": (-1e6, 1e6),
     "gate_slack": (0.0, math.inf),
     "min_t": (0.0, 0.5),
