@@ -9,9 +9,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.house.test_house import modules_imported, name
+from tests.model.random_models import SIZES
 from tests.paths import ROOT
+from twotower_kernels import TwoTowerConfig, TwoTowerModel
 from twotower_kernels.ops._library import CUDA
 
 PACKAGE = "twotower_kernels"
@@ -179,3 +182,24 @@ def test_sources_include_what_the_page_says(folder: str) -> None:
             if target.is_relative_to(ROOT / "csrc") and target.parent.name not in allowed:
                 wrong.append(f"{name(path)} includes {included}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_states_lie_as_the_page_says() -> None:
+    """Every tensor of a state that a model leaves behind, by axes and dtype, when two of three rows were selected."""
+    torch.manual_seed(0)
+    config = TwoTowerConfig(**SIZES | {"hybrid_override_pattern": "M*"})
+    model = TwoTowerModel(config, dtype=torch.bfloat16)
+    state = model.prefill(torch.tensor([[5, 6, 7], [8, 9, 0], [4, 0, 0]]), torch.tensor([3, 2, 1])).select([2, 0])
+    axes = {"B": 2, "R": 3, "T": state.longest, "Hkv": config.num_key_value_heads, "D": config.head_dim}
+    axes |= {"C": config.mamba_channels, "width-1": config.conv_kernel - 1, "H": config.hidden_size}
+    axes |= {"heads": config.mamba_num_heads, "head_dim": config.mamba_head_dim, "state": config.ssm_state_size}
+    dtypes = {"int64": torch.int64, "the model's": torch.bfloat16, "float32, or float64": torch.float32}
+    named = [(field, *cells[:2]) for head, cells in table("field").items() for field in re.findall(r"\w+", head)]
+    assert {field for field, *_ in named} == {"lengths", "k", "v", "conv", "ssm", "last_hidden", "index"}
+    for field, layout, dtype in named:
+        value = getattr(state, field)
+        tensors = list(value.values()) if isinstance(value, dict) else [value]
+        assert len(tensors) == 1 and isinstance(value, dict) == (" per " in layout), field
+        assert tensors[0].dtype == dtypes[dtype], field
+        for axis, size in zip(layout.split("`")[1].strip("[]").split(", "), tensors[0].shape, strict=True):
+            assert size == axes[axis] or (axis == "T" and size > axes[axis]), f"{field}: {axis} is {size}"
