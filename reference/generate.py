@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.options.arguments import are_several, integers, real, whole, wholes
-from twotower_kernels.options.remask_policy import HOTTEST, RemaskPolicy
+from twotower_kernels.options.remask_policy import HIGHEST_TEMPERATURE, RemaskPolicy
 from twotower_kernels.reference.model import ContextState, TwoTower
 from twotower_kernels.reference.philox import row_seeds
 from twotower_kernels.reference.remask import remask
@@ -348,8 +348,8 @@ def _new_tokens(max_new_tokens: int) -> int:
 def _sampling(temperature: float, top_k: int, top_p: float, vocab_size: int) -> dict[str, Any]:
     """The arguments of the sampler. Comparisons are written so that NaN fails them."""
     temperature, top_k, top_p = real("temperature", temperature), whole("top_k", top_k), real("top_p", top_p)
-    if not 0 <= temperature <= HOTTEST:
-        raise ValueError(f"temperature must be a number from 0 to {HOTTEST:g}, got {temperature}")
+    if not 0 <= temperature <= HIGHEST_TEMPERATURE:
+        raise ValueError(f"temperature must be a number from 0 to {HIGHEST_TEMPERATURE:g}, got {temperature}")
     if not 0 <= top_k <= vocab_size:
         raise ValueError(f"top_k must be between 0 and the vocabulary size {vocab_size}, got {top_k}")
     if not 0 < top_p <= 1:

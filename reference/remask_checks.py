@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.options.arguments import real, whole, wholes
-from twotower_kernels.options.remask_policy import HOTTEST, RemaskPolicy
+from twotower_kernels.options.remask_policy import HIGHEST_TEMPERATURE, RemaskPolicy
 from twotower_kernels.options.seeds import as_int64
 from twotower_kernels.reference import philox
 
@@ -110,7 +110,7 @@ def check(
     return Arguments(
         step=per_row("step", step, True, 0),
         num_steps=per_row("num_steps", num_steps, True, 1),
-        temperature=per_row("temperature", temperature, False, 0.0, HOTTEST),
+        temperature=per_row("temperature", temperature, False, 0.0, HIGHEST_TEMPERATURE),
         top_k=per_row("top_k", top_k, True, 0),
         top_p=per_row("top_p", top_p, False, 0.0, 1.0),
         seed=_per_row("seed", seed, batch, device, True),

@@ -463,9 +463,9 @@ class RemaskPolicy:
         )
 
 
-HOTTEST = 1e6  # of temperatures
+HIGHEST_TEMPERATURE = 1e6  # of temperatures
 _RANGES = {
-    "temperature_end": (0.0, HOTTEST),
+    "temperature_end": (0.0, HIGHEST_TEMPERATURE),
     "position_penalty": (-1e6, 1e6),
     "gate_slack": (0.0, math.inf),
     "min_t": (0.0, 0.5),
