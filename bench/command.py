@@ -21,7 +21,7 @@ from twotower_kernels.bench.pictures import roofline
 from twotower_kernels.bench.report import Skipped
 from twotower_kernels.bench.shapes import RELEASED, SMALL, Shapes
 from twotower_kernels.bench.timing import NO_GOALS, ORIGINAL, OURS, PYTORCH, Case, Result, cannot_run, measure, said
-from twotower_kernels.cli.flags import integer, number
+from twotower_kernels.options.flags import integer, number
 
 FILES = ("attention", "moe", "linear", "mamba2", "adaln", "remask", "model")
 INTERRUPTED = 130  # the exit code after Ctrl-C

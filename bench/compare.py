@@ -23,7 +23,7 @@ from rich.table import Table
 from twotower_kernels.bench.checkout import ROOT
 from twotower_kernels.bench.command import FILES
 from twotower_kernels.bench.timing import OURS
-from twotower_kernels.cli.flags import integer, number
+from twotower_kernels.options.flags import integer, number
 
 Case = tuple[str, str, str]  # op, shape, dtype
 Medians = Mapping[Case, float]  # seconds
@@ -34,17 +34,17 @@ def git(*arguments: str) -> str:
 
 
 def prepared(commit: str) -> Path:
-    """The commit's own package, compiled, with this checkout's benchmarks."""
+    """The commit's own package, compiled, with this checkout's benchmarks; with its own where it lacks the modules that
+    these import."""
     folder = ROOT / "build" / "compare" / commit
     if not folder.exists():
         git("worktree", "prune")
         git("worktree", "add", "--detach", str(folder), commit)
-    shutil.copytree(ROOT / "bench", folder / "bench", dirs_exist_ok=True)
+    if (folder / "twotower_kernels" / "options" / "flags.py").exists():
+        shutil.copytree(ROOT / "bench", folder / "bench", dirs_exist_ok=True)
     for name in ("bench", "reference"):  # a commit from before they were imported as parts of the package
         if not (folder / "twotower_kernels" / name).exists():
             (folder / "twotower_kernels" / name).symlink_to(Path("..", name))
-    if not (folder / "twotower_kernels" / "flags.py").exists():  # likewise
-        shutil.copy(ROOT / "twotower_kernels" / "flags.py", folder / "twotower_kernels")
     subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, check=True)
     return folder
 

@@ -19,8 +19,8 @@ from twotower_kernels.bench import costs
 from twotower_kernels.bench.configs import CONFIG
 from twotower_kernels.bench.costs import Cost
 from twotower_kernels.bench.machines import Machine
-from twotower_kernels.cli import info
-from twotower_kernels.model.loading import tower_of
+from twotower_kernels.model.layout import tower_of
+from twotower_kernels.model.memory import kv_per_token, state_per_row
 
 FREQUENCIES = 256  # inputs of the time embedding
 
@@ -179,7 +179,7 @@ def predict(
         return Call("remask", costs.remask(batch, length, c.vocab_size), "float32").seconds(machine)
 
     wide = getattr(torch, dtype).itemsize
-    kv, state = info.kv_per_token(c, wide), info.state_per_row(c, wide)
+    kv, state = kv_per_token(c, wide), state_per_row(c, wide)
 
     def sent(length: int) -> float:
         return batch * (length * kv + state) / machine.link if apart else 0.0

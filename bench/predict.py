@@ -17,8 +17,8 @@ import twotower_kernels as tt
 from twotower_kernels.bench.configs import config
 from twotower_kernels.bench.cost_model import Call, Checked, Prediction, check, forward, predict, seconds, total
 from twotower_kernels.bench.machines import MACHINES, Machine, measured
-from twotower_kernels.cli import info
-from twotower_kernels.cli.flags import integer, number
+from twotower_kernels.options.flags import integer, number
+from twotower_kernels.options.units import size
 
 LOCAL = Path(__file__).parent / "results" / "cpu" / "avx512bf16.json"
 
@@ -51,10 +51,10 @@ def facts(p: Prediction, machine: Machine, tokens_per_nfe: Sequence[float]) -> T
     found.add_row("the denoiser as a next-token model", f"{p.batch / p.mock_ar:.1f} tokens per second")
     even = p.break_even
     found.add_row("diffusion is faster from", "never" if even is None else f"{even:.2f} tokens per NFE")
-    for place, size in enumerate(p.memory):
-        fits = "" if size <= machine.memory else ": does not fit"
+    for place, needed in enumerate(p.memory):
+        fits = "" if needed <= machine.memory else ": does not fit"
         device = "weights and context" + ("" if len(p.memory) == 1 else f", {('context', 'denoiser')[place]} tower")
-        found.add_row(device, f"{info.size(size)} of {info.size(int(machine.memory))}{fits}")
+        found.add_row(device, f"{size(needed)} of {size(int(machine.memory))}{fits}")
     return found
 
 

@@ -29,7 +29,7 @@ from twotower_kernels.bench import (
 from twotower_kernels.bench.report import Skipped
 from twotower_kernels.bench.shapes import RELEASED
 from twotower_kernels.bench.timing import OURS, Case, Result, measure
-from twotower_kernels.cli.flags import number
+from twotower_kernels.options.flags import number
 
 BF16 = torch.bfloat16
 

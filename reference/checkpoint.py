@@ -3,7 +3,6 @@
 Only safetensors are read: nothing is unpickled and no code comes from the folder.
 """
 
-import json
 import math
 import warnings
 from collections.abc import Iterator
@@ -14,16 +13,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from twotower_kernels.options.files import named, read_json, shown
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MOST_BYTES = 2**25  # of an index
-LONGEST = 200  # letters of a file's name, or of a key that an error shows
+LONGEST = 200  # letters of a file's name
 MORE_TOKENS = ("mtp.", "backbone.mtp.", "model.mtp.")  # keys of multi-token prediction, which no tower has
-
-
-def named(key: str) -> str:
-    """A key on an error's one line."""
-    return key if key.isprintable() and len(key) <= LONGEST else repr(key)[:LONGEST]
 
 
 def _shards(folder: Path) -> dict[Path, set[str]]:
@@ -39,19 +35,15 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
         if not (folder / SINGLE).is_file():
             raise FileNotFoundError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
         return {folder / SINGLE: set()}
-    if not index.is_file() or index.stat().st_size > MOST_BYTES:
-        raise ValueError(f"{index}: not an index with a weight_map: not a file of at most {MOST_BYTES} bytes")
+    raw = read_json(index, most=MOST_BYTES, otherwise="not an index with a weight_map")
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        pairs = [(str(key), str(name)) for key, name in weight_map.items()]
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        pairs = [(str(key), str(name)) for key, name in raw["weight_map"].items()]
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: not an index with a weight_map: {error!r}") from None
     shards: dict[Path, set[str]] = {}
     for key, name in pairs:
         if Path(name).name != name or name in ("", ".", "..") or "\0" in name or len(name) > LONGEST:
-            raise ValueError(
-                f"{index}: key {named(key)} names {name[:LONGEST]!r}, which is not a file inside the folder"
-            )
+            raise ValueError(f"{index}: key {named(key)} names {shown(name)}, which is not a file inside the folder")
         shards.setdefault(folder / name, set()).add(key)
     missing = [path for path in shards if not path.is_file()]
     if missing and (folder / SINGLE).is_file():

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twotower_kernels.reference import arguments
-from twotower_kernels.reference.arguments import real, whole
+from twotower_kernels.options.arguments import are_several, integers, real, whole, wholes
+from twotower_kernels.options.remask_policy import HIGHEST_TEMPERATURE, RemaskPolicy
 from twotower_kernels.reference.model import ContextState, TwoTower
 from twotower_kernels.reference.philox import row_seeds
 from twotower_kernels.reference.remask import remask
-from twotower_kernels.reference.remask_policy import RemaskPolicy
+from twotower_kernels.reference.remask_schedule import model_time
 
 MODES = ("mask_diffusion", "mock_ar", "ar")
 FINISH = RemaskPolicy(finish=True)  # in the last step of its schedule: every candidate, none of which is the mask
@@ -158,7 +158,7 @@ def generate(
             gets one more, which commits its best tokens everywhere, so it ends in any case and without a mask.
         temperature, top_k, top_p: sampling; temperature 0 is greedy (as 1e-36 is, and less), 1e6 the highest; top_k 0
             and top_p 1 are no filter.
-        mask_token_id: what stands at a place to be filled (mask_diffusion only; the other modes treat it as any token).
+        mask_token_id: what a position to be filled holds (mask_diffusion only; the other modes treat it as any token).
         eos_token_id: a token, or several: a row ends with the first of them among its new tokens.
         seed: the request's seed, or one per row. Row b draws with the key `philox.sequence_seed(seed, b)`, or with its
             own seed as the key. In mask_diffusion the counter holds (token, position in the block, step, index of the
@@ -243,7 +243,7 @@ def _denoise_block(
     for step in range(last_call + 1):
         of_steps = max(num_steps, step + 1)  # past the schedule, every step is the last one
         before = tokens[active]  # [A, S]
-        t = policy.model_time(masked, block_size, step, of_steps)  # [A]
+        t = model_time(policy, masked, block_size, torch.tensor(step), torch.tensor(of_steps))  # [A]
         logits = run.model.denoise(before, state, t)  # [A, S, V]
         result = remask(
             logits,
@@ -326,9 +326,11 @@ def _prompt_rows(prompts: Any, vocab_size: int, device: torch.device) -> list[Te
         raise ValueError("prompts must hold at least one row, got none")
     rows = []
     for b, prompt in enumerate(prompts):
-        row = arguments.tokens(f"prompts[{b}]", prompt)
+        row = integers(f"prompts[{b}]", prompt)
         if row.ndim != 1 or not row.numel():
             raise ValueError(f"prompts[{b}] must hold one token or more in one dimension, got shape {list(row.shape)}")
+        if row.dtype != torch.int64:
+            raise TypeError(f"prompts[{b}]: expected integers, got {row.dtype}")
         wrong = row[(row < 0) | (row >= vocab_size)]
         if len(wrong):
             raise ValueError(f"prompts[{b}] holds token {int(wrong[0])}, outside the vocabulary of {vocab_size}")
@@ -346,8 +348,8 @@ def _new_tokens(max_new_tokens: int) -> int:
 def _sampling(temperature: float, top_k: int, top_p: float, vocab_size: int) -> dict[str, Any]:
     """The arguments of the sampler. Comparisons are written so that NaN fails them."""
     temperature, top_k, top_p = real("temperature", temperature), whole("top_k", top_k), real("top_p", top_p)
-    if not 0 <= temperature <= 1e6:
-        raise ValueError(f"temperature must be a number from 0 to 1e6, got {temperature}")
+    if not 0 <= temperature <= HIGHEST_TEMPERATURE:
+        raise ValueError(f"temperature must be a number from 0 to {HIGHEST_TEMPERATURE:g}, got {temperature}")
     if not 0 <= top_k <= vocab_size:
         raise ValueError(f"top_k must be between 0 and the vocabulary size {vocab_size}, got {top_k}")
     if not 0 < top_p <= 1:
@@ -359,8 +361,7 @@ def _ends(eos_token_id: Any, vocab_size: int) -> list[int]:
     """The tokens with which a row ends."""
     if eos_token_id is None:
         return []
-    several = arguments.are_several(eos_token_id)
-    ends = arguments.wholes("eos_token_id", eos_token_id if several else [eos_token_id])
+    ends = wholes("eos_token_id", eos_token_id if are_several(eos_token_id) else [eos_token_id])
     for token in ends:
         if not 0 <= token < vocab_size:
             raise ValueError(f"eos_token_id must be inside the vocabulary of {vocab_size}, got {token}")

@@ -6,8 +6,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from twotower_kernels.options.config import TwoTowerConfig
 from twotower_kernels.reference.attention import block_attention
-from twotower_kernels.reference.config import TwoTowerConfig
 from twotower_kernels.reference.mamba2 import gated_rms_norm, mamba2_scan
 from twotower_kernels.reference.moe import feed_forward, moe_experts, moe_gate, moe_route
 
@@ -195,8 +195,8 @@ class TimeEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """t `[B]` → `[B, H]`. Rounding is part of the definition: t and 1000·t in the model's dtype, angles wider."""
         dtype = next(self.mlp.parameters()).dtype
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        steps = (t.to(dtype) * 1000).to(wide)
-        exponents = torch.arange(FREQUENCIES, dtype=wide, device=t.device) / FREQUENCIES
+        angle_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        steps = (t.to(dtype) * 1000).to(angle_dtype)
+        exponents = torch.arange(FREQUENCIES, dtype=angle_dtype, device=t.device) / FREQUENCIES
         angles = steps[:, None] * torch.exp(-math.log(10000.0) * exponents)  # [B, 128]
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(dtype))

@@ -124,7 +124,7 @@ def mamba2_scan(
     if states_every < 0:
         raise ValueError(f"states_every: expected 0 or more, got {states_every}")
     width = conv_weight.shape[-1]
-    wide = torch.float64 if xbc.dtype == torch.float64 else torch.float32
+    acc_dtype = torch.float64 if xbc.dtype == torch.float64 else torch.float32
     for name, tensor, shape in (
         ("conv_weight", conv_weight.reshape(conv_weight.shape[0], -1), (channels, width)),
         ("conv_bias", conv_bias, (channels,)),
@@ -153,7 +153,7 @@ def mamba2_scan(
         return state[state_index.long()].to(dtype)
 
     first_conv = seed("conv_state", conv_state, (channels, width - 1), xbc.dtype)
-    state = seed("ssm_state", ssm_state, (heads, head_dim, state_size), wide)
+    state = seed("ssm_state", ssm_state, (heads, head_dim, state_size), acc_dtype)
 
     def zero_outside(m: Tensor) -> Tensor:  # [B, L, ...]: tokens beyond a row's length
         if seq_lens is None:
@@ -165,18 +165,20 @@ def mamba2_scan(
     xbc, dt = zero_outside(xbc), zero_outside(dt)
     columns = torch.cat([first_conv, xbc.transpose(1, 2)], -1)  # [B, C, W-1 + L]
 
-    kernel = conv_weight.reshape(channels, width).to(wide)
-    u = sum((kernel[:, w, None] * columns[..., w : w + length] for w in range(width)), xbc.new_zeros((), dtype=wide))
-    u = u if conv_bias is None else u + conv_bias.to(wide)[:, None]
-    u = F.silu(u.to(xbc.dtype)).to(wide).transpose(1, 2)  # [B, L, C]
+    kernel = conv_weight.reshape(channels, width).to(acc_dtype)
+    u = sum(
+        (kernel[:, w, None] * columns[..., w : w + length] for w in range(width)), xbc.new_zeros((), dtype=acc_dtype)
+    )
+    u = u if conv_bias is None else u + conv_bias.to(acc_dtype)[:, None]
+    u = F.silu(u.to(xbc.dtype)).to(acc_dtype).transpose(1, 2)  # [B, L, C]
     x, b, c = u.split([inner, n_groups * state_size, n_groups * state_size], -1)
     x = x.reshape(batch, length, heads, head_dim)
     b, c = (
         m.reshape(batch, length, n_groups, state_size).repeat_interleave(heads // n_groups, 2) for m in (b, c)
     )  # [B, L, heads, state]
-    delta = F.softplus(dt.to(wide) + dt_bias.to(wide)).clamp(*time_step_limit)
+    delta = F.softplus(dt.to(acc_dtype) + dt_bias.to(acc_dtype)).clamp(*time_step_limit)
     delta = zero_outside(delta)
-    log_decay = -a_log.to(wide).exp() * delta  # [B, L, heads]
+    log_decay = -a_log.to(acc_dtype).exp() * delta  # [B, L, heads]
 
     chunk = states_every or _CHUNK
     chunks = -(-length // chunk)
@@ -188,7 +190,7 @@ def mamba2_scan(
 
     if chunks:
         y, seeds, last = _scan(split(x * delta[..., None]), split(log_decay), split(b), split(c), state)
-        y = y.flatten(1, 2)[:, :length] + d.to(wide)[:, None] * x
+        y = y.flatten(1, 2)[:, :length] + d.to(acc_dtype)[:, None] * x
         after = torch.cat([seeds[:, 1:], last[:, None]], 1)  # [B, chunks, heads, head_dim, state]
     else:
         y, last, after = x, state, state.new_zeros(batch, 0, heads, head_dim, state_size)
@@ -220,10 +222,10 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, *, n_groups: int, eps: 
         raise ValueError(f"weight: expected shape {tuple(y.shape[-1:])}, got {tuple(weight.shape)}")
     if n_groups < 1 or y.shape[-1] % n_groups:
         raise ValueError(f"n_groups: {n_groups} does not divide {y.shape[-1]} channels")
-    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
-    gated = (y.to(wide) * F.silu(z.to(wide))).unflatten(-1, (n_groups, -1))  # [..., groups, D/groups]
+    acc_dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    gated = (y.to(acc_dtype) * F.silu(z.to(acc_dtype))).unflatten(-1, (n_groups, -1))  # [..., groups, D/groups]
     normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
-    return (normed.flatten(-2) * weight.to(wide)).to(y.dtype)
+    return (normed.flatten(-2) * weight.to(acc_dtype)).to(y.dtype)
 
 
 _SCAN: dict[str, dict] = {
@@ -257,9 +259,9 @@ def make_inputs(
     sizes = CASES[op][case] if isinstance(case, str) else case
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: int, wide: bool = False) -> Tensor:
+    def normal(*shape: int, float32: bool = False) -> Tensor:
         values = torch.randn(*shape, generator=generator, dtype=torch.float64)
-        return values.to(device, (torch.float64 if dtype == torch.float64 else torch.float32) if wide else dtype)
+        return values.to(device, (torch.float64 if dtype == torch.float64 else torch.float32) if float32 else dtype)
 
     b, length, groups = sizes["b"], sizes["l"], sizes["groups"]
     if op == "gated_rms_norm":
@@ -274,13 +276,13 @@ def make_inputs(
         dt=normal(b, length, heads),
         conv_weight=normal(channels, width) * 0.5,
         conv_bias=normal(channels) * 0.1,
-        a_log=normal(heads, wide=True).abs().add(0.5).log(),
-        d=normal(heads, wide=True),
-        dt_bias=normal(heads, wide=True) - 2,
+        a_log=normal(heads, float32=True).abs().add(0.5).log(),
+        d=normal(heads, float32=True),
+        dt_bias=normal(heads, float32=True) - 2,
         n_groups=groups,
         head_dim=head_dim,
         conv_state=normal(rows, channels, width - 1) if sizes.get("seeded") else None,
-        ssm_state=normal(rows, heads, head_dim, state, wide=True) if sizes.get("seeded") else None,
+        ssm_state=normal(rows, heads, head_dim, state, float32=True) if sizes.get("seeded") else None,
         state_index=torch.tensor(index, device=device) if index else None,
         seq_lens=torch.tensor(lens, device=device) if lens else None,
         time_step_limit=sizes.get("limit", (0.0, math.inf)),

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from twotower_kernels.options.config import TwoTowerConfig
 from twotower_kernels.reference import checkpoint
 from twotower_kernels.reference.adaln import adaln_norm, gated_residual, rms_norm
 from twotower_kernels.reference.attention import append_kv
-from twotower_kernels.reference.config import TwoTowerConfig
 from twotower_kernels.reference.layers import TimeEmbedder, Tower
 
 # These parameters keep their file's dtype, or a wider one: selection and decay are sensitive to their rounding.
-KEPT_WIDE = ("gate.weight", "e_score_correction_bias", "A_log", "mixer.D", "dt_bias")
+NEVER_NARROWED = ("gate.weight", "e_score_correction_bias", "A_log", "mixer.D", "dt_bias")
 
 BACKBONE = ("backbone.", "model.")  # how the keys of a single tower begin: in files, and in transformers' own modules
 
@@ -162,7 +162,7 @@ class TwoTower(nn.Module):
             raise ValueError(f"{folder}: key {key} has shape {list(tensor.shape)}, expected {list(old.shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{folder}: key {key} has dtype {tensor.dtype}, expected a floating one")
-        if name.endswith(KEPT_WIDE):
+        if name.endswith(NEVER_NARROWED):
             dtype = torch.promote_types(tensor.dtype, dtype)
         # A clone, because a backbone's tensor goes to both towers.
         new = nn.Parameter(tensor.to(dtype).clone(), requires_grad=old.requires_grad)
@@ -171,7 +171,7 @@ class TwoTower(nn.Module):
     def empty_state(self, batch: int) -> ContextState:
         """A state of length 0: legal wherever a state is."""
         c, head = self.config, self.context_lm_head.weight
-        wide = torch.float64 if head.dtype == torch.float64 else torch.float32
+        acc_dtype = torch.float64 if head.dtype == torch.float64 else torch.float32
         attention = [i for i, letter in enumerate(c.hybrid_override_pattern) if letter == "*"]
         mamba = [i for i, letter in enumerate(c.hybrid_override_pattern) if letter == "M"]
         ssm = (batch, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
@@ -180,7 +180,7 @@ class TwoTower(nn.Module):
             k={i: head.new_zeros(batch, 0, c.num_key_value_heads, c.head_dim) for i in attention},
             v={i: head.new_zeros(batch, 0, c.num_key_value_heads, c.head_dim) for i in attention},
             conv={i: head.new_zeros(batch, c.mamba_channels, c.conv_kernel - 1) for i in mamba},
-            ssm={i: head.new_zeros(ssm, dtype=wide) for i in mamba},
+            ssm={i: head.new_zeros(ssm, dtype=acc_dtype) for i in mamba},
             last_hidden=head.new_zeros(batch, c.hidden_size),
             head=head,
         )
@@ -296,13 +296,29 @@ class TwoTower(nn.Module):
         return ids
 
 
+def numbers(config: TwoTowerConfig) -> int:
+    """How many numbers one tower and its head have: counted, so that a file can be asked whether it holds them."""
+    hidden, pattern = config.hidden_size, config.hybrid_override_pattern
+    convolution = config.mamba_channels * (config.conv_kernel + config.use_conv_bias)
+    projections = 2 * config.mamba_inner + config.mamba_channels + config.mamba_num_heads  # of in_proj and out_proj
+    shared = config.moe_shared_expert_intermediate_size if config.n_shared_experts else 0
+    mixers = {
+        "M": projections * hidden + convolution + 3 * config.mamba_num_heads + config.mamba_inner,
+        "*": 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim * hidden,
+        "E": config.n_routed_experts * ((2 * config.moe_intermediate_size + 1) * hidden + 1) + 2 * shared * hidden,
+        "-": 2 * config.intermediate_size * hidden,
+    }
+    layers = sum(pattern.count(letter) * (hidden + mixers[letter]) for letter in set(pattern))
+    return 2 * config.vocab_size * hidden + hidden + layers
+
+
 def _check_count(config: TwoTowerConfig, listed: dict[str, tuple[str, int]], towers: int, folder: Path) -> None:
     """Refuses a config that asks for many times the numbers that the files hold, before any of them is allocated.
 
     Raises:
         ValueError: it does. (What is wrong in particular is said of a model that is about as large as its files.)
     """
-    held, wanted = sum(count for _, count in listed.values()), towers * config.numbers
+    held, wanted = sum(count for _, count in listed.values()), towers * numbers(config)
     if wanted > 8 * held:
         raise ValueError(
             f"{folder}: a config of model_type {config.model_type!r} with vocab_size {config.vocab_size}, hidden_size "

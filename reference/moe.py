@@ -57,7 +57,7 @@ def moe_route(
         correction_bias: `[E]` or None.
         top_k: experts per token, at most E.
         score: "sigmoid" or "softmax".
-        n_group, topk_group: experts lie in `n_group` equal groups, of which `topk_group` are kept.
+        n_group, topk_group: experts lie in `n_group` equal groups, of which `topk_group` are eligible.
         renormalize: divide the chosen scores by their sum.
         scaling: multiplies the weights, after renormalization.
 
@@ -90,9 +90,9 @@ def moe_route(
     if n_group > 1:
         grouped = choice.unflatten(1, (n_group, -1))  # [N, groups, E/groups]
         best_two = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)  # [N, groups]
-        kept = torch.zeros_like(best_two, dtype=torch.bool)
-        kept.scatter_(1, best_two.sort(dim=1, descending=True, stable=True).indices[:, :topk_group], True)
-        choice = grouped.masked_fill(~kept[..., None], 0).flatten(1)
+        best_groups = torch.zeros_like(best_two, dtype=torch.bool)
+        best_groups.scatter_(1, best_two.sort(dim=1, descending=True, stable=True).indices[:, :topk_group], True)
+        choice = grouped.masked_fill(~best_groups[..., None], 0).flatten(1)
     # A stable sort keeps the lower expert first among equals; torch.topk promises no order.
     experts = choice.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     weights = scores.gather(1, experts)
@@ -197,16 +197,16 @@ def moe_experts(
         _check_matrices("shared_up, shared_down", shared_up, shared_down, x, activation)
 
     plan = plan or moe_plan(experts, len(w_up))
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    total = torch.zeros(x.shape, dtype=wide, device=x.device)
+    acc_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    total = torch.zeros(x.shape, dtype=acc_dtype, device=x.device)
     top_k = experts.shape[1]
-    flat_weights = weights.flatten().to(wide)
+    flat_weights = weights.flatten().to(acc_dtype)
     offsets = plan.offsets.tolist()
     for e in range(len(w_up)):
         pairs = plan.pairs[offsets[e] : offsets[e + 1]]
         if len(pairs):
             tokens = pairs // top_k
-            y = feed_forward(x[tokens], w_up[e], w_down[e], activation).to(wide)
+            y = feed_forward(x[tokens], w_up[e], w_down[e], activation).to(acc_dtype)
             total = total.index_add(0, tokens, y * flat_weights[pairs, None])
     out = total.to(x.dtype)
     return (

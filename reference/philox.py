@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twotower_kernels.reference.arguments import are_several, whole, wholes
+from twotower_kernels.options.arguments import are_several
+from twotower_kernels.options.seeds import as_int64, seed_and_index, seeds_given
 
 RANKING = 2**32 - 1  # the order of a random score, and each position's own coin
 POSTERIOR = 2**32 - 2  # whether a position stays a mask under q(x_s | x_t)
@@ -90,32 +91,18 @@ def gumbel(word: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return -torch.log(-torch.log1p(-w))
 
 
-def as_int64(seed: int) -> int:
-    """A 64-bit number, signed or unsigned, as the int64 with the same bits. ValueError outside 64 bits."""
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must fit into 64 bits, got {seed}")
-    return seed - 2**64 if seed >= 2**63 else seed
-
-
 def sequence_seed(seed: int, index: int) -> int:
     """The seed of sequence `index` (0, 1, ...) of a request with `seed`: an int64, so it fits into a tensor of seeds.
 
     One Philox call on the counter (2^32 - 1, 0, index's halves), which no draw of a token uses. A sequence so samples
     the same whatever else is in its batch.
     """
-    seed, index = whole("seed", seed), whole("index", index)
-    if index < 0:
-        raise ValueError(f"index must be 0 or larger, got {index}")
+    seed, index = seed_and_index(seed, index)
     counter = (_WORD, 0, index & _WORD, index >> 32)
-    low, high, _, _ = philox(tuple(torch.tensor(c) for c in counter), _key(torch.tensor(as_int64(seed))))
+    low, high, _, _ = philox(tuple(torch.tensor(c) for c in counter), _key(torch.tensor(seed)))
     return as_int64(int(low) | int(high) << 32)
 
 
 def row_seeds(seed: Any, rows: int) -> list[int]:
     """The seeds of the sequences of a request: from one number, or those that were given, one for each."""
-    if not are_several(seed):
-        return [sequence_seed(seed, index) for index in range(rows)]
-    seeds = wholes("seed", seed, "an integer, or one per row")
-    if len(seeds) != rows:
-        raise ValueError(f"seed must be a number or have one for each of {rows} rows, got {len(seeds)}")
-    return [as_int64(key) for key in seeds]
+    return seeds_given(seed, rows) if are_several(seed) else [sequence_seed(seed, index) for index in range(rows)]

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from twotower_kernels.options.arguments import whole
+from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.reference import philox, remask_checks, remask_schedule
-from twotower_kernels.reference.arguments import whole
-from twotower_kernels.reference.remask_policy import RemaskPolicy
 from twotower_kernels.reference.remask_select import Rows, first_waiting, select
 
 NEAR = 1e-4  # candidates closer than this are decided again with float64 noise
@@ -128,9 +128,9 @@ def _step(
 
     z = _admitted(policy, mask_token_id, logits, a, rho)  # [B, S, V]
     temperature = _temperature(policy, a)  # [B]
-    kept = _filtered(policy, z, temperature, a)
-    candidate = _candidate(policy, mask_token_id, z, kept, temperature, a)
-    confidence, entropy, score = _statistics(policy, mask_token_id, z, kept, candidate, temperature, a)
+    survivors = _filtered(policy, z, temperature, a)
+    candidate = _candidate(policy, mask_token_id, z, survivors, temperature, a)
+    confidence, entropy, score = _statistics(policy, mask_token_id, z, survivors, candidate, temperature, a)
     bad = ~confidence.isfinite()
 
     sent_back = torch.zeros_like(masked)
@@ -141,14 +141,14 @@ def _step(
     if policy.skip_mask_candidates:
         usable = usable & (candidate != mask_token_id)
     if policy.position_penalty:
-        place = torch.arange(tokens.shape[1], device=tokens.device)
-        score = score - policy.position_penalty * (place - first_waiting(waiting)[:, None])
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        score = score - policy.position_penalty * (position - first_waiting(waiting)[:, None])
     drawn = torch.zeros_like(masked)
     if policy.schedule == "coin":
         drawn = a.noise(philox.RANKING) < rho[:, None]
     elif policy.schedule == "posterior":
         assert mask_token_id is not None
-        drawn = a.noise(philox.POSTERIOR) < _posterior(mask_token_id, z, kept, temperature)
+        drawn = a.noise(philox.POSTERIOR) < _posterior(mask_token_id, z, survivors, temperature)
     chosen = _choose(policy, waiting, usable, sent_back, score, confidence, entropy, drawn, masked, a)
 
     after = torch.where(chosen, candidate, tokens.long())
@@ -212,9 +212,9 @@ def _tempered(z: Tensor, temperature: Tensor) -> Tensor:
 
 def _filtered(policy: RemaskPolicy, z: Tensor, temperature: Tensor, a: remask_checks.Arguments) -> Tensor:
     """The tokens that top-k and top-p keep, bool [B, S, V]."""
-    kept = torch.ones_like(z, dtype=torch.bool)
+    survivors = torch.ones_like(z, dtype=torch.bool)
     if not ((a.top_k > 0).any() or (a.top_p < 1).any()):
-        return kept
+        return survivors
     ordered = z.sort(-1, descending=True).values
     k = torch.where((a.top_k > 0) & (a.top_k < z.shape[2]), a.top_k, z.shape[2])  # [B]
     among_k = z >= ordered.gather(2, (k - 1)[:, None, None].expand(*z.shape[:2], 1))
@@ -234,11 +234,11 @@ def _candidate(
     policy: RemaskPolicy,
     mask_token_id: int | None,
     z: Tensor,
-    kept: Tensor,
+    survivors: Tensor,
     temperature: Tensor,
     a: remask_checks.Arguments,
 ) -> Tensor:
-    """The proposals x^, int64 [B, S]: the caller's, or the argmax of z, or of z / T + g over the kept tokens."""
+    """The proposals x^, int64 [B, S]: the caller's, or the argmax of z, or of z / T + g over the surviving tokens."""
     tokens_only = z
     if policy.schedule == "posterior":
         tokens_only = z.index_fill(2, torch.tensor([mask_token_id], device=z.device), -torch.inf)
@@ -247,7 +247,7 @@ def _candidate(
     if policy.renoise and policy.finish:
         sampled = sampled & (a.step < a.num_steps - 1)
     if sampled.any():
-        drawn = _sample(torch.where(kept, tokens_only, -torch.inf), temperature, a)
+        drawn = _sample(torch.where(survivors, tokens_only, -torch.inf), temperature, a)
         t = torch.where(sampled, temperature, 1.0)[:, None].to(z.dtype)  # [B, 1]
         noise_matters = (tokens_only.amax(-1) / t).isfinite()
         candidate = torch.where(sampled[:, None] & noise_matters, drawn, candidate)
@@ -273,7 +273,7 @@ def _statistics(
     policy: RemaskPolicy,
     mask_token_id: int | None,
     z: Tensor,
-    kept: Tensor,
+    survivors: Tensor,
     candidate: Tensor,
     temperature: Tensor,
     a: remask_checks.Arguments,
@@ -281,7 +281,7 @@ def _statistics(
     """Confidence, entropy and score, [B, S] each; NaN where the logits are not usable."""
     x = z
     if policy.statistics == "filtered":
-        x = torch.where(kept, _tempered(z, temperature), -torch.inf)
+        x = torch.where(survivors, _tempered(z, temperature), -torch.inf)
     if policy.schedule == "posterior":
         x = x.index_fill(2, torch.tensor([mask_token_id], device=z.device), -torch.inf)
     if a.confidence_suppress_ids.numel():
@@ -303,9 +303,9 @@ def _statistics(
     return confidence, entropy, score
 
 
-def _posterior(mask_token_id: int, z: Tensor, kept: Tensor, temperature: Tensor) -> Tensor:
+def _posterior(mask_token_id: int, z: Tensor, survivors: Tensor, temperature: Tensor) -> Tensor:
     """The probability that a draw of q(x_s | x_t), tempered and filtered, is a token: [B, S]; 0 or 1 where T = 0."""
-    x = torch.where(kept, _tempered(z, temperature), -torch.inf)
+    x = torch.where(survivors, _tempered(z, temperature), -torch.inf)
     drawn = 1 - torch.softmax(x, -1)[..., mask_token_id]
     best = (z.argmax(-1) != mask_token_id).to(z.dtype)
     return torch.where(temperature[:, None] > 0, drawn, best)
@@ -335,11 +335,11 @@ def _choose(
         return x.repeat_interleave(count)
 
     length = cut(a.valid).sum(1)
-    owes = torch.ones_like(length, dtype=torch.bool)
+    due = torch.ones_like(length, dtype=torch.bool)
     if policy.complete_threshold is not None:
         committed = cut(a.valid & ~masked).sum(1)
         complete = (committed >= policy.complete_threshold * length.double()).reshape(batch, count)
-        owes = torch.cat([torch.ones_like(complete[:, :1]), complete[:, :-1]], dim=1).reshape(-1)
+        due = torch.cat([torch.ones_like(complete[:, :1]), complete[:, :-1]], dim=1).reshape(-1)
     rows = Rows(
         waiting=cut(waiting),
         usable=cut(usable),
@@ -348,7 +348,7 @@ def _choose(
         confidence=cut(confidence),
         entropy=cut(entropy),
         drawn=cut(drawn),
-        owes=owes,
+        due=due,
         bound=each(a.gate_bound),
         initial=None if a.initial is None else each(a.initial),
         length=length,

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twotower_kernels.options.arguments import real, whole, wholes
+from twotower_kernels.options.remask_policy import HIGHEST_TEMPERATURE, RemaskPolicy
+from twotower_kernels.options.seeds import as_int64
 from twotower_kernels.reference import philox
-from twotower_kernels.reference.arguments import real, whole, wholes
-from twotower_kernels.reference.remask_policy import RemaskPolicy
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
@@ -70,20 +71,20 @@ def check(
 ) -> Arguments:
     """The arguments in one form; TypeError or ValueError, naming the argument, where one is not as `remask` says."""
     if not isinstance(policy, RemaskPolicy):
-        raise TypeError(f"policy must be a RemaskPolicy, got {type(policy).__name__}")
+        raise TypeError(f"policy: expected a RemaskPolicy, got {type(policy).__name__}")
     _tensor("logits", logits, FLOATING)
     if logits.ndim != 3 or logits.shape[2] == 0:
-        raise ValueError(f"logits must have shape [B, S, V] with V > 0, got {list(logits.shape)}")
+        raise ValueError(f"logits: expected shape [B, S, V] with V > 0, got {list(logits.shape)}")
     if logits.requires_grad and torch.is_grad_enabled():
-        raise ValueError("logits require grad, but remask is not differentiable: detach them or use torch.no_grad()")
+        raise ValueError("logits: remask is not differentiable; detach them, or use torch.no_grad()")
     batch, block, vocab = logits.shape
     device = logits.device
     _tensor("tokens", tokens, INTEGERS, (batch, block), device)
     if mask_token_id is None:
         if not policy.renoise:
-            raise ValueError("mask_token_id is None, which only a policy with renoise allows")
+            raise ValueError("mask_token_id: expected a token, as only a policy with renoise has no mask, got None")
     elif not 0 <= mask_token_id < vocab:
-        raise ValueError(f"mask_token_id must be in [0, {vocab}), got {mask_token_id}")
+        raise ValueError(f"mask_token_id: expected a token in [0, {vocab - 1}], got {mask_token_id}")
 
     def per_row(name: str, value: Any, is_whole: bool, low: float, high: float = math.inf) -> Tensor:
         return _per_row(name, value, batch, device, is_whole, low, high)
@@ -105,11 +106,11 @@ def check(
         _tensor("rank_noise", rank_noise, FLOATING, (batch, block), device)
         rank_noise = rank_noise.double()
         if not ((rank_noise >= 0) & (rank_noise < 1)).all():
-            raise ValueError("rank_noise must lie in [0, 1), got values outside")
+            raise ValueError("rank_noise: expected numbers in [0, 1), got others")
     return Arguments(
         step=per_row("step", step, True, 0),
         num_steps=per_row("num_steps", num_steps, True, 1),
-        temperature=per_row("temperature", temperature, False, 0.0, 1e6),
+        temperature=per_row("temperature", temperature, False, 0.0, HIGHEST_TEMPERATURE),
         top_k=per_row("top_k", top_k, True, 0),
         top_p=per_row("top_p", top_p, False, 0.0, 1.0),
         seed=_per_row("seed", seed, batch, device, True),
@@ -137,20 +138,20 @@ def _tensor(
     device: torch.device | None = None,
 ) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {value.dtype}")
+        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {value.dtype}")
     if shape is not None and value.shape != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
     if device is not None and value.device != device:
-        raise ValueError(f"{name} must be on {device} like the logits, got {value.device}")
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")
 
 
 def _within(name: str, value: Tensor, low: float, high: float) -> None:
     """ValueError unless every entry is a number in [low, high]."""
     wrong = ~((value >= low) & (value <= high))
     if wrong.any():
-        raise ValueError(f"{name} must be in [{low}, {high}], got {value[wrong][0].item()}")
+        raise ValueError(f"{name}: expected values in [{low:g}, {high:g}], got {value[wrong][0].item()}")
 
 
 def _per_row(
@@ -163,25 +164,25 @@ def _per_row(
     high: float = math.inf,
 ) -> Tensor:
     """A number or a tensor [B] as int64 (is_whole) or float64 [B]."""
-    kind = "an integer" if is_whole else "a number"
+    kind = "an int" if is_whole else "a number"
     if isinstance(value, Tensor):
         allowed = INTEGERS if is_whole else FLOATING + INTEGERS
         if value.dtype not in allowed:
-            raise TypeError(f"{name} must be {kind} or a tensor of them, got a tensor of {value.dtype}")
+            raise TypeError(f"{name}: expected {kind} or a tensor of them, got {value.dtype}")
         if value.shape not in ((), (batch,)):
-            raise ValueError(f"{name} must be {kind} or have shape [{batch}], got {list(value.shape)}")
+            raise ValueError(f"{name}: expected {kind} or shape [{batch}], got {list(value.shape)}")
         if value.device != device and value.ndim:
-            raise ValueError(f"{name} must be on {device} like the logits, got {value.device}")
+            raise ValueError(f"{name}: expected device {device}, got {value.device}")
     else:
         value = (whole if is_whole else real)(name, value, f"{kind} or a tensor of them")
-        value = philox.as_int64(value) if name == "seed" else value
+        value = as_int64(value) if name == "seed" else value
         if is_whole and not -(2**63) <= value < 2**63:
-            raise ValueError(f"{name} must fit into 64 bits, got {value}")
+            raise ValueError(f"{name}: expected a number of 64 bits, got {value}")
     rows = torch.as_tensor(value, dtype=torch.int64 if is_whole else torch.float64, device=device).expand(batch)
     if low > -math.inf or high < math.inf:
         _within(name, rows if batch else torch.as_tensor(value), low, high)
     elif not is_whole and rows.isnan().any():
-        raise ValueError(f"{name} must not be NaN")
+        raise ValueError(f"{name}: expected {kind}, got nan")
     return rows
 
 
@@ -190,14 +191,11 @@ def _ids(name: str, value: Any, vocab: int, device: torch.device) -> Tensor:
     if value is None:
         return torch.zeros(0, dtype=torch.int64, device=device)
     if isinstance(value, Tensor) and value.dtype not in INTEGERS:
-        raise TypeError(f"{name} must hold integers, got {value.dtype}")
+        raise TypeError(f"{name}: expected int64 or int32, got {value.dtype}")
     if not isinstance(value, Tensor):
-        try:
-            value = wholes(name, value)
-        except TypeError:
-            raise TypeError(f"{name} must hold integers, got {value!r}") from None
+        value = wholes(name, value, "a tensor or a sequence of integers")
     ids = torch.as_tensor(value, dtype=torch.int64, device=device)
     if ids.ndim != 1:
-        raise ValueError(f"{name} must be one-dimensional, got shape {list(ids.shape)}")
+        raise ValueError(f"{name}: expected one dimension, got shape {list(ids.shape)}")
     _within(name, ids, 0, vocab - 1)
     return ids

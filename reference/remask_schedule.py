@@ -1,4 +1,4 @@
-"""How many positions a step owes: the noise schedules and the counts made from them, float64 and int64 per row.
+"""How many positions are due in a step: the noise schedules and the counts made from them, float64 and int64 per row.
 
 Products that should be whole numbers are snapped to a multiple of 2^-30 before they are rounded, so that no count hangs
 on the last digit of a cosine or a division.
@@ -7,13 +7,11 @@ on the last digit of a cosine or a division.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from twotower_kernels.reference.remask_policy import RemaskPolicy
+from twotower_kernels.options.remask_policy import RemaskPolicy
 
 
 def times(min_t: float, long_grid: bool, step: Tensor, num_steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,6 +24,17 @@ def times(min_t: float, long_grid: bool, step: Tensor, num_steps: Tensor) -> tup
         t = 1 - i / (n - 1).clamp(min=1)
         return t, (t - 1 / n).clamp(min=0)
     return (n - i + i * min_t) / n, (n - i - 1 + (i + 1) * min_t) / n
+
+
+def model_time(policy: RemaskPolicy, masked: Tensor, block_size: int, step: Tensor, num_steps: Tensor) -> Tensor:
+    """The time that the denoiser is given, float32 in [0, 1] of the broadcast shape: the fraction of the block that is
+    masked for rules that rank, t of the schedule for rules that follow one (`time="schedule"`)."""
+    masked, step, num_steps = torch.broadcast_tensors(masked, step, num_steps)
+    if policy.time == "masked_fraction":
+        t = masked.double() / max(block_size, 1)
+    else:
+        t = times(policy.min_t, policy.long_grid, step, num_steps)[0]
+    return t.float().clamp(0.0, 1.0)
 
 
 def clean_fraction(alpha: str, t: Tensor) -> Tensor:
@@ -53,7 +62,7 @@ def quota(
     """q of the policy's schedule, int64 [R], not yet clamped to what waits. Everything is int64 [R].
 
     waiting: positions that wait now (n); initial: at the start of the block (n0), or None to infer it; length: of the
-    block (S). "coin" and "posterior" owe nothing as a number.
+    block (S). "coin" and "posterior" have none due as a number.
     """
     n, remaining_steps = waiting, (num_steps - step).clamp(min=1)
     if policy.schedule in ("even", "carried", "rounded") and policy.schedule_base == "masks" and initial is None:
@@ -73,8 +82,8 @@ def quota(
         q = spent(policy, initial, step + 1, num_steps) - spent(policy, initial, step, num_steps)
     elif policy.schedule == "noise":
         s = times(policy.min_t, policy.long_grid, step, num_steps)[1]
-        kept = _snapped((1 - clean_fraction(policy.alpha, s)) * length).floor().long()
-        q = n - torch.minimum(kept, n - 1).clamp(min=0)
+        left = _snapped((1 - clean_fraction(policy.alpha, s)) * length).floor().long()
+        q = n - torch.minimum(left, n - 1).clamp(min=0)
     elif policy.schedule == "truncated":
         q = _snapped(n * leave_probability(policy, step, num_steps)).floor().long()
     else:

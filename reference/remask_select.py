@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.reference import remask_schedule
-from twotower_kernels.reference.remask_policy import RemaskPolicy
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Rows:
     confidence: Tensor  # [R, L]
     entropy: Tensor  # [R, L]
     drawn: Tensor  # bool [R, L]: the positions that "coin" and "posterior" choose
-    owes: Tensor  # bool [R]: False where a stretch waits for the one before
+    due: Tensor  # bool [R]: False where a stretch waits for the one before
     bound: Tensor  # [R], of the gate
     initial: Tensor | None  # int64 [R], n0
     length: Tensor  # int64 [R], S
@@ -48,22 +48,22 @@ def select(policy: RemaskPolicy, rows: Rows) -> Tensor:
 
 def first_waiting(waiting: Tensor) -> Tensor:
     """The first position of each row that waits, int64 [R]; the row's length if none does."""
-    place = torch.arange(waiting.shape[1], device=waiting.device)
-    return torch.where(waiting, place, waiting.shape[1]).amin(1) if waiting.shape[1] else waiting.sum(1)
+    position = torch.arange(waiting.shape[1], device=waiting.device)
+    return torch.where(waiting, position, waiting.shape[1]).amin(1) if waiting.shape[1] else waiting.sum(1)
 
 
 def _combine(policy: RemaskPolicy, rows: Rows, gate: Tensor, rank: Tensor) -> Tensor:
     n = rows.waiting.sum(1)  # [R]
     least = policy.min_commits + rows.sent_back.sum(1)
     q = remask_schedule.quota(policy, n, rows.initial, rows.length, rows.step, rows.num_steps)
-    q = torch.where(rows.owes, torch.maximum(q, least), 0)[:, None]  # [R, 1]
+    q = torch.where(rows.due, torch.maximum(q, least), 0)[:, None]  # [R, 1]
     if policy.window:
-        place = torch.arange(rows.waiting.shape[1], device=rank.device)
-        scheduled = rows.usable & (place < first_waiting(rows.waiting)[:, None] + q)
+        position = torch.arange(rows.waiting.shape[1], device=rank.device)
+        scheduled = rows.usable & (position < first_waiting(rows.waiting)[:, None] + q)
     else:
         scheduled = rows.usable & (rank < q)
     if policy.combine == "cap":
-        return (gate & scheduled) | (rows.usable & (rank < torch.where(rows.owes, least, 0)[:, None]))
+        return (gate & scheduled) | (rows.usable & (rank < torch.where(rows.due, least, 0)[:, None]))
     if policy.combine == "union":
         return gate | scheduled
     passed = gate.sum(1, keepdim=True)  # [R, 1]
@@ -115,12 +115,12 @@ def _best_of_runs(usable: Tensor, rank: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor) -> Tensor:
-    """x moved one place to the right along its rows, 0 in front."""
+    """x moved one position to the right along its rows, 0 in front."""
     return torch.nn.functional.pad(x, (1, 0))[:, :-1]
 
 
 def _order(usable: Tensor, score: Tensor) -> Tensor:
-    """Positions of each row, usable ones first, then by score, then by place: int64 [R, L]."""
+    """Positions of each row, usable ones first, then by score, then by position: int64 [R, L]."""
     by_score = torch.argsort(torch.nan_to_num(score, nan=-torch.inf), dim=1, descending=True, stable=True)
     unusable_last = torch.argsort((~usable).gather(1, by_score).int(), dim=1, stable=True)
     return by_score.gather(1, unusable_last)

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from twotower_kernels.reference.config import TwoTowerConfig
+from twotower_kernels.options.config import TwoTowerConfig
 from twotower_kernels.reference.demo_data import Corpus, encode, standard_library, train_tokenizer, windows
 from twotower_kernels.reference.layers import Mamba2, Router
-from twotower_kernels.reference.model import KEPT_WIDE, TwoTower
+from twotower_kernels.reference.model import NEVER_NARROWED, TwoTower
 from twotower_kernels.reference.training import ar_loss, denoise_all_blocks, denoiser_loss, masked_loss, seed_denoiser
 
 BLOCK, MASK = 16, 3
@@ -190,7 +190,7 @@ def run(model: TwoTower, stage: Stage, train: Tensor, held_out: Tensor, folder: 
 def export(model: TwoTower, folder: Path) -> None:
     """Writes the released layout: bfloat16, but router, A_log, D and dt_bias in float32."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {n: p if n.endswith(KEPT_WIDE) else p.bfloat16() for n, p in model.state_dict().items()}
+    weights = {n: p if n.endswith(NEVER_NARROWED) else p.bfloat16() for n, p in model.state_dict().items()}
     save_file({n: w.contiguous() for n, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n", encoding="utf-8")
 

@@ -15,7 +15,7 @@ import twotower_kernels as tt
 from twotower_kernels.bench import cost_model, costs, predict, rivals
 from twotower_kernels.bench.configs import CONFIG, config
 from twotower_kernels.bench.machines import MACHINES, measured
-from twotower_kernels.cli import info
+from twotower_kernels.model.memory import kv_per_token, state_per_row
 
 TINY = replace(
     CONFIG,
@@ -99,7 +99,7 @@ def test_memory_is_that_of_the_tensors():
     states = [*state.conv.values(), *state.ssm.values()]
     kv = [x[:, :7] for x in (*state.k.values(), *state.v.values())]
     bytes_of = [sum(x.numel() * x.element_size() for x in some) for some in (states, kv)]
-    assert bytes_of == [3 * info.state_per_row(TINY, 2), 21 * info.kv_per_token(TINY, 2)]
+    assert bytes_of == [3 * state_per_row(TINY, 2), 21 * kv_per_token(TINY, 2)]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     together = cost_model.predict(TINY, H200, batch=3, context=7).memory
     assert together == (weights + sum(bytes_of),)
@@ -171,7 +171,7 @@ def test_experts_that_a_block_uses_change_nothing_else():
 def test_a_slow_link_shows_in_the_commit_alone():
     near = cost_model.predict(config(), H200, apart=True)
     far = cost_model.predict(config(), replace(H200, link=H200.link / 10), apart=True)
-    sent = 16 * info.kv_per_token(config(), 2) + info.state_per_row(config(), 2)
+    sent = 16 * kv_per_token(config(), 2) + state_per_row(config(), 2)
     assert far.commit - near.commit == pytest.approx(9 * sent / H200.link)
     assert replace(far, commit=0, mock_ar=0) == replace(near, commit=0, mock_ar=0)
 

@@ -12,14 +12,14 @@ from torch import Tensor
 
 import twotower_kernels as tt
 from tests.kernels import test_remask_kernel as cpu_tests
-from tests.kernels.remask_cases import MASK, assert_step_agrees, package, steps
+from tests.kernels.remask_cases import MASK, assert_step_agrees, steps
 from tests.replay_policies import implementation, replay
 from tests.simt.overlay import cuda_kernels
 from tests.specification import test_policies
 from twotower_kernels.cuda import build as cuda
 from twotower_kernels.cuda import remask as cuda_remask
+from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.reference.remask import CASES, make_inputs
-from twotower_kernels.reference.remask_policy import RemaskPolicy
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = [case for case in CASES["remask"] if not case.startswith("released")]
@@ -68,7 +68,7 @@ def test_any_step_of_a_rare_rule(rule: str, inputs: dict[str, Any], layout: int)
     inputs = inputs | {"policy": dataclasses.replace(inputs["policy"], **RARE[rule])}
     with cuda_kernels():
         got = assert_step_agrees(inputs, layout=layout)
-    for a, b in zip(got, package(**inputs), strict=True):
+    for a, b in zip(got, tt.remask(**inputs), strict=True):
         assert a.is_floating_point() or a.equal(b)
 
 
@@ -134,7 +134,7 @@ def test_every_sequence_has_its_own_scratch() -> None:
     with cuda_kernels(), patch.object(cuda_remask, "_LONGEST", 0):
         launch = cuda.launch
         with patch.object(cuda, "launch", spy):
-            package(**make_inputs("remask", "tiny"))
+            tt.remask(**make_inputs("remask", "tiny"))
     assert found[0].shape == (2, 36) and found[0].ne(-1).sum(1).ge(30).all()
 
 
@@ -161,8 +161,8 @@ def test_the_draws_are_the_cpus(seed, offset, step, temperature, spread, dtype, 
     options = dict(mask_token_id=MASK, num_steps=step + 2, step=step, seed=seed, offset=offset, temperature=temperature)
     tokens = torch.full((1, 4), MASK)
     with cuda_kernels():
-        got = package(logits, tokens, policy=policy, **options)
-    want = package(logits, tokens, policy=policy, **options)
+        got = tt.remask(logits, tokens, policy=policy, **options)
+    want = tt.remask(logits, tokens, policy=policy, **options)
     assert got.candidate.equal(want.candidate) and got.tokens.equal(want.tokens)
 
 
@@ -214,10 +214,10 @@ def test_a_row_alone_gets_the_same_bits() -> None:
     case = dict(batch=3, block=4, vocab=9000, num_steps=3, policy=RemaskPolicy.dream("entropy"), seed=torch.arange(3))
     inputs = make_inputs("remask", dict(case, temperature=torch.tensor([0.0, 1.0, 0.7]), top_k=30))
     with cuda_kernels():
-        together = package(**inputs)
+        together = tt.remask(**inputs)
         for b in range(3):
             cut = {k: v[b : b + 1] if isinstance(v, Tensor) else v for k, v in inputs.items()}
-            alone = package(**cut)
+            alone = tt.remask(**cut)
             assert all(x[b].equal(y[0]) for x, y in zip(together, alone, strict=True))
 
 

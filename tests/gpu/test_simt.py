@@ -22,9 +22,9 @@ from tests.simt.executor import SimtError, launch
 from tests.simt.overlay import simulated
 from twotower_kernels.cuda import moe as cuda_moe
 from twotower_kernels.cuda import remask as cuda_remask
+from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.reference import moe
 from twotower_kernels.reference.remask import make_inputs
-from twotower_kernels.reference.remask_policy import RemaskPolicy
 
 # Reverses each block's part of an array through shared memory.
 REVERSE = """

@@ -82,12 +82,18 @@ def test_every_family_is_known_and_tested() -> None:
 
 
 def test_specification_and_kernels_know_nothing_of_each_other() -> None:
+    """They share the options, which know nothing of either."""
     parts = {"reference", "bench"}  # of the package, but rooms of their own
     for path in (ROOT / "reference").rglob("*.py"):
         own = {module for module in modules_imported(path) if module.startswith(("twotower_kernels", "tests"))}
         if path == ROOT / "reference" / "__init__.py":  # imported as `reference`, it hands over to the package's own
             own.discard("twotower_kernels.short_names.shorten")
-        assert all(module.startswith("twotower_kernels.reference") for module in own), name(path)
+        assert all(module.startswith(("twotower_kernels.reference.", "twotower_kernels.options.")) for module in own), (
+            name(path)
+        )
+    for path in (ROOT / "twotower_kernels" / "options").rglob("*.py"):
+        own = {module for module in modules_imported(path) if module.startswith(("twotower_kernels", "tests"))}
+        assert all(module.startswith("twotower_kernels.options.") for module in own), name(path)
     for path in (ROOT / "bench").rglob("*.py"):
         assert "tests" not in imported(path), name(path)
     for path in (ROOT / "twotower_kernels").rglob("*.py"):

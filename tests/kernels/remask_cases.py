@@ -1,7 +1,6 @@
-"""What the tests of the remasking kernel share: the package called with the specification's policies, and random
+"""What the tests of the remasking kernel share: a step of the package beside the specification's, and random
 steps over the whole space of policies, filters, rows and unusable logits."""
 
-import dataclasses
 import math
 from functools import cache, partial
 from typing import Any
@@ -12,21 +11,10 @@ from hypothesis import strategies as st
 import twotower_kernels as tt
 from tests.compare import assert_within_budget, losses, widened
 from tests.kernels.kernel_checks import DTYPES, awkward
+from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.reference.remask import remask
-from twotower_kernels.reference.remask_policy import RemaskPolicy
 
 MASK = 3
-
-
-def as_package(policy: RemaskPolicy) -> tt.RemaskPolicy:
-    return tt.RemaskPolicy(**dataclasses.asdict(policy))
-
-
-def package(logits: torch.Tensor, tokens: torch.Tensor, **options: Any) -> tt.RemaskResult:
-    """`tt.remask`, which also takes the specification's policy."""
-    if isinstance(options.get("policy"), RemaskPolicy):
-        options["policy"] = as_package(options["policy"])
-    return tt.remask(logits, tokens, **options)
 
 
 def assert_step_agrees(inputs: dict[str, Any], *, layout: int = 0) -> tt.RemaskResult:
@@ -38,7 +26,7 @@ def assert_step_agrees(inputs: dict[str, Any], *, layout: int = 0) -> tt.RemaskR
     """
     want, truth = remask(**inputs), remask(**widened(inputs))
     laid_out = {k: awkward(v, layout) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    got = package(**laid_out)
+    got = tt.remask(**laid_out)
     decided = [n for n, result in enumerate(want) if not result.is_floating_point()]
     more_exact = all(got[n].equal(truth[n]) for n in decided)
     options = {name: value for name, value in inputs.items() if name != "logits"}

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 import twotower_kernels as tt
 from tests.gpu_checks import check_draws
 from tests.kernels.kernel_checks import DTYPES, EVERY_ISA, ISAS, awkward, instruction_set
-from tests.kernels.remask_cases import MASK, as_package, assert_step_agrees, package, row_numbers, steps
+from tests.kernels.remask_cases import MASK, assert_step_agrees, row_numbers, steps
+from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.reference import philox
 from twotower_kernels.reference.remask import CASES, make_inputs, remask
-from twotower_kernels.reference.remask_policy import RemaskPolicy
 
 SMALL = [case for case in CASES["remask"] if not case.startswith("released")]
 
@@ -43,10 +43,10 @@ def test_a_vocabulary_of_several_pieces(options: dict[str, Any], isa: str) -> No
 def test_threads_change_no_bit() -> None:
     inputs = make_inputs("remask", dict(batch=2, block=3, vocab=40003, temperature=0.9, seed=1))
     inputs |= {"top_p": torch.tensor([1.0, 0.9])}
-    alone = package(**inputs)
+    alone = tt.remask(**inputs)
     torch.set_num_threads(3)
     try:
-        together = package(**inputs)
+        together = tt.remask(**inputs)
     finally:
         torch.set_num_threads(1)
     assert all(a.equal(b) for a, b in zip(alone, together, strict=True))
@@ -75,13 +75,13 @@ def test_the_draws_are_those_of_the_specification(seed, offset, step, temperatur
     tokens = torch.full((1, 4), MASK)
     options = dict(mask_token_id=MASK, num_steps=step + 2, step=step, seed=seed, offset=offset, temperature=temperature)
     with instruction_set(isa):
-        got = package(logits, tokens, **options)
+        got = tt.remask(logits, tokens, **options)
     assert got.candidate.equal(remask(logits, tokens, **options).candidate)
     flat = torch.zeros(1, 4, 2000)
     numbers = [torch.tensor([x]) for x in (seed, offset, step)]
     words = philox.vocabulary_words(*numbers, 4, 2000).index_fill(2, torch.tensor([MASK]), 2**32)
     with instruction_set(isa):
-        assert package(flat, tokens, **options).candidate.equal(words.argmin(-1))
+        assert tt.remask(flat, tokens, **options).candidate.equal(words.argmin(-1))
 
 
 @pytest.mark.parametrize("alpha", ["linear", "cosine", "exponential", "sine", "cosine_floor"])
@@ -146,7 +146,7 @@ def test_rows_that_are_not_looked_at_are_not_read(policy: RemaskPolicy) -> None:
     )
     inputs = make_inputs("remask", case)
     inputs |= {"editable": torch.rand(3, 6) < 0.8, "valid_lens": torch.tensor([6, 4, 0]), "suppress_ids": [9]}
-    clean = package(**inputs)
+    clean = tt.remask(**inputs)
     looked = inputs["editable"] & (torch.arange(6) < inputs["valid_lens"][:, None])
     if policy not in JUDGES:
         looked &= inputs["tokens"] == MASK
@@ -154,7 +154,7 @@ def test_rows_that_are_not_looked_at_are_not_read(policy: RemaskPolicy) -> None:
     inputs["logits"][~looked] = torch.nan
     inputs["logits"][..., 9] = math.inf
     inputs["logits"][..., MASK] = torch.nan
-    assert all(a.equal(b) for a, b in zip(package(**inputs), clean, strict=True))
+    assert all(a.equal(b) for a, b in zip(tt.remask(**inputs), clean, strict=True))
 
 
 TINY = [5e-324, 1e-50, 1.4e-45, 1e-39, 1e-36, 2e-36, 1e-33, 1e-30]  # as floats 0, subnormal, with an infinite inverse
@@ -189,7 +189,7 @@ def assert_small_temperatures_are_greedy(dtype: torch.dtype) -> None:
     logits[:, 2, -3:-1] = 60.0  # in the last piece
     logits[:, 3] = -torch.inf
     logits[:, 3, 17] = torch.finfo(dtype).max
-    greedy = package(**inputs)
+    greedy = tt.remask(**inputs)
     assert greedy.candidate[:, 2:].eq(torch.tensor([20011 - 3, 17])).all()
     for rows in (TINY, TINY[::-1]):
         got = assert_step_agrees(inputs | {"temperature": torch.tensor(rows, dtype=torch.float64)})
@@ -245,7 +245,7 @@ def test_registration(layout: str, rows: bool) -> None:
 
 def test_compiles_without_a_break() -> None:
     inputs = make_inputs("remask", "sampled")
-    policy = as_package(RemaskPolicy.twotower())
+    policy = tt.RemaskPolicy.twotower()
 
     def call(logits, tokens, step):  # type: ignore[no-untyped-def]
         options = dict(temperature=0.7, seed=3, suppress_ids=[5], step=step, num_steps=8)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.kernels.remask_cases import package
+import twotower_kernels as tt
 from tests.replay_policies import implementation, replay
 from tests.specification import test_policies, test_remask
 
@@ -26,8 +26,8 @@ test_the_op_does_what_the_words_say = test_policies.test_the_op_does_what_the_wo
 @pytest.fixture(scope="module", autouse=True)
 def run_on_the_package() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_remask, "remask", package)
-        patch.setattr(test_policies, "remask", package)
+        patch.setattr(test_remask, "remask", tt.remask)
+        patch.setattr(test_policies, "remask", tt.remask)
         yield
 
 
@@ -37,4 +37,4 @@ def test_recorded_steps_come_out(name: str) -> None:
 
 
 def test_the_package_is_what_runs() -> None:
-    assert test_remask.remask is package and test_policies.remask is package
+    assert test_remask.remask is tt.remask and test_policies.remask is tt.remask

@@ -1,116 +1,14 @@
-"""The package's policies beside the specification's, and every argument that `tt.remask` refuses."""
+"""Every argument that `tt.remask` refuses. (What policies refuse: tests/options.)"""
 
-import dataclasses
-import inspect
 import math
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import twotower_kernels as tt
-from tests.kernels.remask_cases import MASK, policies
-from twotower_kernels.reference.remask_policy import RemaskPolicy
+from tests.kernels.remask_cases import MASK
 
 P = tt.RemaskPolicy
-PRESETS = [name for name in vars(RemaskPolicy) if inspect.ismethod(getattr(RemaskPolicy, name))]
-VARIED: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
-    ("twotower", (0.5,), {}),
-    ("llada", ("margin",), {}),
-    ("threshold", (0.7,), {"strict": True, "score": "neg_entropy"}),
-    ("sdar", (0.6,), {"greedy": True}),
-    *(
-        ("jetengine", (name, 0.4), {"greedy": greedy})
-        for name in ("low_confidence_static", "low_confidence_dynamic", "sequential", "random", "entropy_bounded")
-        for greedy in (False, True)
-    ),
-    ("lmdeploy_static", (), {"sequential": True}),
-    ("llada2", (0.9,), {"min_commits": 2, "edit_threshold": 0.8, "remask_threshold": 0.2}),
-    ("fast_dllm_factor", (0.5,), {"last_free": False}),
-    ("fast_dllm_dream", (0.5,), {}),
-    ("dllm", ("sine", "random"), {}),
-    ("dinfer", (0.8,), {}),
-    ("dinfer_hierarchy", (0.3, None), {"remask_threshold": 0.1}),
-    ("entropy_bound", (0.2,), {}),
-    ("diffusion_gemma", (0.2,), {"t_min": None, "finish": False}),
-    *(("dream", (name,), {"eps": 0.01}) for name in ("maskgit", "margin", "entropy", "origin")),
-    ("leftmost", (0.5,), {}),
-    ("predict_and_noise", ("random", "cosine"), {"min_t": 0.1, "threshold": 0.5, "adaptive": True, "finish": False}),
-    ("posterior", ("cosine_floor",), {"long_grid": True}),
-    ("posterior", (), {"min_t": 1e-3}),
-    ("wedlm", (None,), {"position_penalty": 0.1}),
-    ("wedlm_hf", (0.0,), {}),
-    ("diffulex", (0.8,), {"block_size": 4, "score": "margin", "complete_threshold": 0.9}),
-]
-
-
-def test_fields_and_presets_are_those_of_the_specification() -> None:
-    def fields(policy: type) -> list[Any]:
-        return [(f.name, f.default) for f in dataclasses.fields(policy)]
-
-    assert fields(P) == fields(RemaskPolicy)
-    assert [name for name in vars(P) if inspect.ismethod(getattr(P, name))] == PRESETS
-    for name in PRESETS:
-        assert inspect.signature(getattr(P, name)).parameters.keys() == (
-            inspect.signature(getattr(RemaskPolicy, name)).parameters.keys()
-        )
-    for name, arguments, options in [(name, (), {}) for name in PRESETS] + VARIED:
-        ours, theirs = (getattr(policy, name)(*arguments, **options) for policy in (P, RemaskPolicy))
-        assert dataclasses.asdict(ours) == dataclasses.asdict(theirs), name
-
-
-@given(
-    policy=policies(),
-    step=st.integers(0, 9),
-    steps=st.integers(1, 8),
-    masked=st.integers(0, 12),
-    block=st.integers(0, 12),
-)
-def test_the_time_told_to_the_model(policy, step, steps, masked, block):  # type: ignore[no-untyped-def]
-    ours = P(**dataclasses.asdict(policy))
-    for numbers in (masked, torch.tensor([masked, 1])), (torch.tensor(masked), step):
-        got = ours.model_time(numbers[0], block, torch.as_tensor(step), steps)
-        want = policy.model_time(numbers[0], block, torch.as_tensor(step), steps)
-        assert got.dtype == torch.float32 and torch.equal(got, want)
-    options, bounds = ours.encoded()
-    assert all(isinstance(x, int) for x in options) and all(math.isfinite(x) for x in bounds)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "error", "message"),
-    [
-        ("score", "best", ValueError, "score: expected one of 'confidence', 'margin', .*'leftmost', got 'best'"),
-        ("gate", None, ValueError, "gate: expected one of 'none', 'threshold', 'factor', 'entropy_sum', got None"),
-        ("gate_bound", math.nan, ValueError, r"gate_bound: expected a number in \[-inf, inf\], got nan"),
-        ("gate_bound", "0.8", TypeError, "gate_bound: expected a number, got '0.8'"),
-        ("edit_threshold", True, TypeError, "edit_threshold: expected a number or None, got True"),
-        ("min_t", 0.7, ValueError, r"min_t: expected a number in \[0, 0.5\], got 0.7"),
-        ("min_commits", -1, ValueError, "min_commits: expected 0 or larger, got -1"),
-        ("sub_block", 2.0, TypeError, "sub_block: expected an int, got 2.0"),
-        ("strict", 1, TypeError, "strict: expected True or False, got 1"),
-        ("combine", "cap", ValueError, "combine: expected a gate with 'cap'"),
-        ("complete_threshold", 0.5, ValueError, "sub_block: expected a positive length"),
-    ],
-)
-def test_policies_refuse(field, value, error, message):  # type: ignore[no-untyped-def]
-    with pytest.raises(error, match=message):
-        P(**{field: value})
-
-
-def test_policies_refuse_combinations() -> None:
-    with pytest.raises(ValueError, match="suppress_mask: expected True with the posterior"):
-        dataclasses.replace(P.posterior(), suppress_mask=False)
-    with pytest.raises(ValueError, match="renoise: expected edit_threshold and remask_threshold None"):
-        dataclasses.replace(P.diffusion_gemma(), edit_threshold=0.9)
-    with pytest.raises(ValueError, match=r"strategy: expected one of 'low_confidence_static', .*, got 'beam'"):
-        P.jetengine("beam")
-    with pytest.raises(ValueError, match=r"algorithm: expected one of 'maskgit', .*'origin', got 'x'"):
-        P.dream("x")
-    assert hash(P.twotower(0.8)) == hash(P.twotower())
-
-
 Z, X = torch.zeros(2, 3, 5), torch.full((2, 3), MASK)
 
 

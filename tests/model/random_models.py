@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from twotower_kernels import TwoTowerConfig, TwoTowerModel
-from twotower_kernels.reference.config import TwoTowerConfig as ReferenceConfig
 from twotower_kernels.reference.model import TwoTower
 
 VOCABULARY = 61
@@ -33,7 +32,7 @@ def models(pattern: str, dtype: torch.dtype, **options: Any) -> Models:
     """Weights of the size that training leaves, rounded to `dtype`, in all three."""
     sizes = SIZES | options | {"hybrid_override_pattern": pattern}
     torch.manual_seed(len(pattern))
-    naive = TwoTower(ReferenceConfig(**sizes)).requires_grad_(False)
+    naive = TwoTower(TwoTowerConfig(**sizes)).requires_grad_(False)
     for name, p in naive.named_parameters():
         normal = torch.randn(p.shape)
         if name.endswith("A_log"):

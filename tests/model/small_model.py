@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from twotower_kernels.reference.config import TwoTowerConfig
+from twotower_kernels.options.config import TwoTowerConfig
 from twotower_kernels.reference.model import TwoTower
 
 BOS, EOS, MASK, VOCAB = 1, 2, 3, 24

@@ -27,7 +27,6 @@ from twotower_kernels.options.seeds import philox as philox_of_integers
 from twotower_kernels.options.seeds import sequence_seed
 from twotower_kernels.reference import generate as specification
 from twotower_kernels.reference import philox
-from twotower_kernels.reference.remask_policy import RemaskPolicy as SpecifiedPolicy
 
 
 @functools.cache
@@ -49,9 +48,9 @@ def told(event: Any) -> tuple[Any, ...]:
 def assert_same(prompts: Any, policy: str | None = None, **options: Any) -> None:
     """Both programs generate the same tokens in the same calls for the same reasons, and tell the same story."""
     events, wanted = [], []
-    policies = [getattr(kind, policy)() if policy else None for kind in (RemaskPolicy, SpecifiedPolicy)]
-    got = run(prompts, policy=policies[0], on_step=events.append, **options)
-    want = specification.generate(small_model(), prompts, policy=policies[1], on_step=wanted.append, **options)
+    rule = getattr(RemaskPolicy, policy)() if policy else None
+    got = run(prompts, policy=rule, on_step=events.append, **options)
+    want = specification.generate(small_model(), prompts, policy=rule, on_step=wanted.append, **options)
     for name in ("sequences", "new_tokens"):
         assert [t.tolist() for t in getattr(got, name)] == [t.tolist() for t in getattr(want, name)]
         assert all(t.dtype == torch.int64 for t in getattr(got, name))
@@ -86,8 +85,8 @@ def test_generates_what_is_specified(rows, mode, sampler, block, new, eos, seed,
 
 UNMASKING = [
     name
-    for name in vars(SpecifiedPolicy)
-    if inspect.ismethod(preset := getattr(SpecifiedPolicy, name)) and not preset().renoise
+    for name in vars(RemaskPolicy)
+    if inspect.ismethod(preset := getattr(RemaskPolicy, name)) and not preset().renoise
 ]
 
 

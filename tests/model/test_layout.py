@@ -14,7 +14,7 @@ from tests.paths import ROOT
 from twotower_kernels import TwoTowerConfig, TwoTowerModel
 from twotower_kernels.model import loading, memory
 from twotower_kernels.model.layout import STACKED, Layout
-from twotower_kernels.reference.config import TwoTowerConfig as ReferenceConfig
+from twotower_kernels.reference import model as specification
 
 RELEASED = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 
@@ -46,8 +46,8 @@ def test_the_layout_is_that_of_the_modules(fields: dict[str, Any], towers: str, 
 
 @given(fields=configs())
 def test_the_specification_counts_the_same_numbers(fields: dict[str, Any]) -> None:
-    layout = Layout(TwoTowerConfig(**fields), "context")
-    assert ReferenceConfig(**fields).numbers == layout.numbers("context")
+    config = TwoTowerConfig(**fields)
+    assert specification.numbers(config) == Layout(config, "context").numbers("context")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Requests for text: seeds, ends and logprobs of both programs; prompts, lengths and rows of every integer dtype."""
 
-import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable
@@ -18,7 +17,6 @@ import twotower_kernels as tt
 from tests.model.small_model import MASK, VOCAB, save_small_model, small_model
 from twotower_kernels.model.generate import MODES, StepEvent
 from twotower_kernels.reference import generate as specification
-from twotower_kernels.reference.remask_policy import RemaskPolicy as SpecifiedPolicy
 
 
 @functools.cache
@@ -32,8 +30,6 @@ def by_package(prompts: Any, **options: Any) -> Any:
 
 
 def by_specification(prompts: Any, **options: Any) -> Any:
-    if isinstance(options.get("policy"), tt.RemaskPolicy):
-        options["policy"] = SpecifiedPolicy(**dataclasses.asdict(options["policy"]))
     return specification.generate(small_model(), prompts, **options)
 
 

@@ -16,6 +16,7 @@ from tests.model.small_model import save_small_model, small_model
 from tests.program.command_line import error_of, run
 from twotower_kernels.cli import info
 from twotower_kernels.cuda import build as cuda
+from twotower_kernels.options.units import duration, size
 
 
 @pytest.fixture(scope="module")
@@ -140,14 +141,14 @@ def test_info_without_compiled_kernels(monkeypatch: pytest.MonkeyPatch, capsys: 
     [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_600, "1 MB"), (118e9, "118 GB"), (5e15, "5e+03 TB")],
 )
 def test_sizes_are_readable(number: float, text: str) -> None:
-    assert info.size(int(number)) == text
+    assert size(int(number)) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.000254, "0.254 ms"), (0.9994, "999 ms"), (0.9996, "1 s"), (2.345, "2.35 s")]
 )
 def test_durations_are_readable(seconds: float, text: str) -> None:
-    assert info.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 # --- kernels for GPUs -------------------------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ from torch import nn
 
 from tests.model.small_model import MASK, VOCAB, small_model
 from tests.paths import GOLDEN
+from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.reference import philox
 from twotower_kernels.reference.generate import MODES, GenerateResult, StepEvent, generate
 from twotower_kernels.reference.model import TwoTower
 from twotower_kernels.reference.remask import remask
-from twotower_kernels.reference.remask_policy import RemaskPolicy
 
 
 def with_logits(value: float) -> TwoTower:
@@ -453,7 +453,7 @@ def test_a_broken_model_is_reported(mode: str) -> None:
 
 
 def test_prompts_of_fractions_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"prompts\[0\] must hold integers, got torch.float32"):
+    with pytest.raises(TypeError, match=r"prompts\[0\]: expected integers, got torch.float32"):
         run([[0.5]], max_new_tokens=4)
 
 

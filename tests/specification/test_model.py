@@ -23,7 +23,7 @@ from tests.model.recordings import (
     outputs_of,
 )
 from tests.paths import GOLDEN
-from twotower_kernels.reference.config import TwoTowerConfig
+from twotower_kernels.options.config import TwoTowerConfig
 from twotower_kernels.reference.model import ContextState, TwoTower
 
 

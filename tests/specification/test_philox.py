@@ -105,7 +105,9 @@ def test_sequence_seeds():
     low, high, _, _ = literal((2**32 - 1, 0, 7, 0), (9, 0))
     assert philox.sequence_seed(9, 7) % 2**64 == low | high << 32
     assert philox.sequence_seed(-1, 3) == philox.sequence_seed(2**64 - 1, 3)
-    with pytest.raises(ValueError, match="index must be 0 or larger, got -1"):
+    with pytest.raises(ValueError, match=r"index: expected 0 or more, below 2\^64, got -1"):
         philox.sequence_seed(0, -1)
+    with pytest.raises(ValueError, match=r"index: expected 0 or more, below 2\^64, got 18446744073709551616"):
+        philox.sequence_seed(0, 2**64)
     with pytest.raises(ValueError, match="64 bits, got 18446744073709551616"):
         philox.sequence_seed(2**64, 0)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tests.paths import GOLDEN
 from tests.replay_policies import Case, arguments, implementation, load, policy_of, replay
 from tests.specification import slow_policies
+from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.reference.remask import remask
-from twotower_kernels.reference.remask_policy import RemaskPolicy
 
 CASES = {case.name: case for case in load(GOLDEN / "policies")}
 MASK = 3

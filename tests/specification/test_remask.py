@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.reference import philox
 from twotower_kernels.reference.remask import CASES, make_inputs, remask
-from twotower_kernels.reference.remask_policy import RemaskPolicy
 from twotower_kernels.reference.remask_schedule import infer_initial, quota, spent
 
 MASK = 3

@@ -27,11 +27,12 @@ from tokenizers import Tokenizer
 
 import twotower_kernels
 from twotower_kernels.cli import info
-from twotower_kernels.cli.flags import checked, integer, number
 from twotower_kernels.cli.show import Painter, Printer, costs, fitting, printable, speed, verdict
 from twotower_kernels.model.generate import MODES, GenerateResult, Stream, generate, stream
 from twotower_kernels.model.two_tower import TwoTowerModel
+from twotower_kernels.options.flags import checked, integer, number
 from twotower_kernels.options.generation import MOST_BLOCK
+from twotower_kernels.options.units import size
 
 MASK = 3  # the released model's convention; no file says it
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -443,12 +444,12 @@ def _info(args: argparse.Namespace) -> int:
         _check_folder(args.path, "config.json")
         sizes = info.sizes(args.path)
         for tower, count in sizes.parameters.items():
-            facts[f"{tower} tower"] = f"{count:,} parameters, {info.size(sizes.weights[tower])}"
-        facts["keys and values"] = f"{info.size(sizes.kv_per_token)} per token and row"
-        facts["Mamba-2 state"] = f"{info.size(sizes.state_per_row)} per row"
-        facts["128 K context"] = f"{info.size(sizes.long_context)}, the weights and one row"
+            facts[f"{tower} tower"] = f"{count:,} parameters, {size(sizes.weights[tower])}"
+        facts["keys and values"] = f"{size(sizes.kv_per_token)} per token and row"
+        facts["Mamba-2 state"] = f"{size(sizes.state_per_row)} per row"
+        facts["128 K context"] = f"{size(sizes.long_context)}, the weights and one row"
         if len(sizes.weights) == 2:
-            shares = (f"{tower} tower {info.size(share)}" for tower, share in sizes.long_context_apart.items())
+            shares = (f"{tower} tower {size(share)}" for tower, share in sizes.long_context_apart.items())
             facts["on two devices"] = f"{', '.join(shares)}, the row in each"
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True, style="bold")

@@ -20,8 +20,10 @@ from twotower_kernels.cuda import remask as cuda_remask
 from twotower_kernels.model import checkpoint, loading
 from twotower_kernels.model.layout import tower_of
 from twotower_kernels.model.loading import BACKBONE, MORE_TOKENS
+from twotower_kernels.model.memory import kv_per_token, state_per_row
 from twotower_kernels.ops._library import DIFFERENTIABLE
 from twotower_kernels.options.config import TwoTowerConfig
+from twotower_kernels.options.units import duration, size
 
 LONG_CONTEXT = 128 * 1024  # tokens
 NONE = "none: "
@@ -182,29 +184,3 @@ def sizes(folder: Path) -> Sizes:
         weights[tower] = weights.get(tower, 0) + entry.nbytes
     width = plan.dtype.itemsize
     return Sizes(parameters, weights, kv_per_token(config, width), state_per_row(config, width))
-
-
-def kv_per_token(config: TwoTowerConfig, itemsize: int) -> int:
-    """Bytes of keys and values of one token of one row, at so many bytes per number."""
-    return 2 * config.hybrid_override_pattern.count("*") * config.num_key_value_heads * config.head_dim * itemsize
-
-
-def state_per_row(config: TwoTowerConfig, itemsize: int) -> int:
-    """Bytes of one row's Mamba-2 states, whatever its length: the last inputs of the convolution, and the state itself
-    in float32 or wider."""
-    conv = config.mamba_channels * max(0, config.conv_kernel - 1) * itemsize
-    scan = config.mamba_inner * config.ssm_state_size * max(4, itemsize)
-    return config.hybrid_override_pattern.count("M") * (conv + scan)
-
-
-def duration(seconds: float) -> str:
-    """A duration for a reader: three digits and a unit."""
-    return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
-
-
-def size(number: int) -> str:
-    """Bytes for a reader: three digits and a unit."""
-    value, units = float(number), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"

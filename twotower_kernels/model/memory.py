@@ -1,4 +1,5 @@
-"""How much memory there is: weights that no device could hold are refused, instead of the machine standing still."""
+"""What a model needs of memory, and how much there is: weights that no device could hold are refused, instead of the
+machine standing still."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import resource
 import torch
 
 from twotower_kernels.model.layout import Layout
+from twotower_kernels.options.config import TwoTowerConfig
 
 UNKNOWN = 2**63 - 1  # what an address reaches
 
@@ -24,6 +26,19 @@ def check_room(layout: Layout, dtype: torch.dtype, devices: dict[str, torch.devi
         needed = dtype.itemsize * sum(layout.numbers(tower) for tower in layout.towers if devices[tower] == device)
         if needed > (room := memory(device)):
             raise ValueError(f"{layout} needs {needed} bytes in {dtype}, more than the {room} that {device} has in all")
+
+
+def kv_per_token(config: TwoTowerConfig, itemsize: int) -> int:
+    """Bytes of keys and values of one token of one row, at so many bytes per number."""
+    return 2 * config.hybrid_override_pattern.count("*") * config.num_key_value_heads * config.head_dim * itemsize
+
+
+def state_per_row(config: TwoTowerConfig, itemsize: int) -> int:
+    """Bytes of one row's Mamba-2 states, whatever its length: the last inputs of the convolution, and the state itself
+    in float32 or wider."""
+    conv = config.mamba_channels * max(0, config.conv_kernel - 1) * itemsize
+    scan = config.mamba_inner * config.ssm_state_size * max(4, itemsize)
+    return config.hybrid_override_pattern.count("M") * (conv + scan)
 
 
 def memory(device: torch.device) -> int:

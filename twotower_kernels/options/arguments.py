@@ -41,18 +41,18 @@ def wholes(name: str, value: Any, expected: str = "integers") -> list[Any]:
     """A list of integers as Python's: any sequence, a one-dimensional array or tensor, which the host then reads.
 
     Raises:
-        TypeError: it is none, or one of the elements is no integer, which is said with its place.
+        TypeError: it is none, or one of the elements is no integer, which is said with its index.
     """
     if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1:
         value = value.tolist()
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         raise TypeError(f"{name}: expected {expected}, got {kind_of(value)}")
     found = []
-    for place, element in enumerate(value):
+    for index, element in enumerate(value):
         try:
             found.append(whole(name, element))
         except TypeError:
-            raise TypeError(f"{name}: expected {expected}, got {kind_of(element)} at {place}") from None
+            raise TypeError(f"{name}: expected {expected}, got {kind_of(element)} at {index}") from None
     return found
 
 

@@ -213,11 +213,11 @@ class TwoTowerConfig:
                     raise ValueError(f"config: {name} must be positive for {kind} layers, got {getattr(self, name)}")
 
     def _check_experts(self) -> None:
-        groups, kept = self.n_group, self.topk_group
-        if not 1 <= kept <= groups:
-            raise ValueError(f"config: topk_group {kept} exceeds n_group {groups}, or one is not positive")
+        groups, eligible_groups = self.n_group, self.topk_group
+        if not 1 <= eligible_groups <= groups:
+            raise ValueError(f"config: topk_group {eligible_groups} exceeds n_group {groups}, or one is not positive")
         self._check_multiple("n_routed_experts", of="n_group")
-        eligible = kept * (self.n_routed_experts // groups)
+        eligible = eligible_groups * (self.n_routed_experts // groups)
         if self.num_experts_per_tok > eligible:
             raise ValueError(
                 f"config: num_experts_per_tok {self.num_experts_per_tok} exceeds the {eligible} eligible experts"

@@ -1,6 +1,11 @@
 """The rule of a remasking step as data: a frozen dataclass, its published settings by name, its form for the kernels.
 
-The specification keeps its own copy of these options (`reference/remask_policy.py`), so that the two check each other.
+The specification reads the same class and computes by itself what its fields mean; recorded steps of the original
+systems judge both (`tests/data/golden/policies`).
+
+Sources: Nemotron TwoTower and Megatron's sampler; LLaDA (arXiv:2502.09992), Dream (arXiv:2508.15487), Fast-dLLM
+(arXiv:2505.22618), dInfer (arXiv:2510.08666), SDAR (arXiv:2510.06303), BD3-LM (arXiv:2503.09573), E2D2
+(arXiv:2510.22852), and the code of JetEngine, LMDeploy, dllm, Diffulex, WeDLM, LLaDA2, vLLM and DiffusionGemma.
 """
 
 import dataclasses
@@ -23,7 +28,7 @@ Alpha = Literal["linear", "cosine", "exponential", "sine", "cosine_floor"]
 Combine = Literal["fill", "union", "cap"]
 Time = Literal["masked_fraction", "schedule"]
 
-# The values of a choice, in the order of its enumeration in csrc/cpu/remask.h.
+# The values of a choice, in the order of its enumeration in csrc/common/remask_policy.h.
 CHOICES: dict[str, tuple[str, ...]] = {
     "statistics": get_args(Statistics),
     "score": get_args(Score),
@@ -35,8 +40,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "combine": get_args(Combine),
     "time": get_args(Time),
 }
-# The order of RemaskOptions and RemaskBounds in csrc/cpu/remask.h, which is that of the op's `options` and `bounds`.
-# gate_bound is missing: it is a number per row.
+# The order of the op's `options` and `bounds`, which csrc/common/remask_policy.h repeats. gate_bound is missing:
+# it is a number per row.
 OPTIONS = (
     *("suppress_mask", "skip_mask_candidates", "greedy", "statistics"),
     *("top_p_first", "top_p_tempered", "top_p_keep_crossing"),
@@ -60,16 +65,18 @@ class RemaskPolicy:
 
     Propose:
         suppress_mask: the mask token cannot be a candidate. Otherwise a position that takes it stays a mask.
-        skip_mask_candidates: a position whose candidate is the mask token sits the step out.
+        skip_mask_candidates: a position whose candidate is the mask token sits the step out (dInfer).
         greedy: the candidate is the argmax at any temperature, which then only shapes the statistics.
         statistics: c, margin and H come from the "raw" softmax or the "filtered" one (after temperature, top-k, top-p).
-        top_p_first, top_p_tempered, top_p_keep_crossing: top-p before top-k; nucleus of the tempered distribution;
-            the token that crosses top_p belongs to the nucleus. The best token always does.
+        top_p_first, top_p_tempered, top_p_keep_crossing: top-p before top-k (Dream); nucleus of the tempered
+            distribution (not in WeDLM); the token that crosses top_p belongs to the nucleus (not in BD3-LM). The best
+            token always does.
         temperature_end: the temperature falls linearly from its argument at step 0 towards this at step N; None: no.
 
     Score:
-        score: "confidence", "margin" (p1 - p2), "neg_entropy", "random" (a uniform number), "leftmost".
-        position_penalty: taken off the score per position behind the first one that waits.
+        score: "confidence", "margin" (p1 - p2), "neg_entropy", "random" (a uniform number, or the caller's
+            `rank_noise`), "leftmost".
+        position_penalty: taken off the score per position behind the first one that waits (WeDLM).
 
     Gate, the set G of positions that are good enough by themselves:
         gate: "none"; "threshold" (value > gate_bound); "factor" (the longest run of ranks with
@@ -77,12 +84,12 @@ class RemaskPolicy:
         gate_bound: the bound; `remask`'s argument of this name overrides it.
         strict: whether a value equal to the bound fails ("threshold", "entropy_sum").
         gate_on: the value is the confidence or the score.
-        gate_slack: the threshold is at most the row's best value less this; None: no such limit.
-        factor_last_free: when only the last rank fails, it passes.
+        gate_slack: the threshold is at most the row's best value less this (dInfer); None: no such limit.
+        factor_last_free: when only the last rank fails, it passes (Fast-dLLM).
         entropy_includes_self: whether the sum of rank j ends with H(j) or H(j - 1).
-        run_threshold: the best of each run of adjacent positions that wait passes above this; None: no.
+        run_threshold: the best of each run of adjacent positions that wait passes above this (dInfer); None: no.
 
-    Schedule, the number q of positions this step owes:
+    Schedule, the number q of positions due in this step:
         schedule: "none" 0; "remaining" ceil(n / r); "even" floor(base / N) + [i < base mod N]; "carried" what is
             missing from floor((i + 1) n0 / N); "noise" n - min(floor((1 - a(s)) S), n - 1); "truncated" floor(n rho);
             "rounded" n0 split by rounding l rho to even while l are left, without the zeros; "coin" each position with
@@ -90,10 +97,10 @@ class RemaskPolicy:
             t = 1 - i (1 - min_t) / N, s = t - (1 - min_t) / N, rho = (a(s) - a(t)) / (1 - a(t)).
         schedule_base: base of "even", n0 ("masks") or S ("block"). spread_remainder: its bracket.
         alpha, min_t: the fraction a of clean tokens over time, and the last time. "linear" 1 - t; "cosine"
-            cos(pi t / 2); "exponential" (e^-3t - e^-3) / (1 - e^-3); "sine" 1 - sin(pi t / 2); "cosine_floor"
-            0.999 cos(pi t / 2).
-        long_grid: t = 1 - i / (N - 1), s = max(0, t - 1 / N).
-        warmup: q is 1 while i / N is below this.
+            cos(pi t / 2); "exponential" (e^-3t - e^-3) / (1 - e^-3); "sine" 1 - sin(pi t / 2) (dllm's cosine);
+            "cosine_floor" 0.999 cos(pi t / 2) (BD3-LM's cosine).
+        long_grid: t = 1 - i / (N - 1), s = max(0, t - 1 / N) (BD3-LM).
+        warmup: q is 1 while i / N is below this (0.4 in Megatron's adaptive rule).
         min_commits: q is at least this. finish: the last step (i >= N - 1) commits all that wait.
 
     Combine:
@@ -101,13 +108,14 @@ class RemaskPolicy:
         combine: "fill" (G, and the best others up to q; with window G if it has q, else the window); "union"; "cap"
             (scheduled positions within G, and the best min_commits).
         sub_block: every stretch of this many positions is a row of its own; 0: no stretches.
-        complete_threshold: a stretch owes nothing until this fraction of the one before is committed; None: no.
+        complete_threshold: nothing of a stretch is due until this fraction of the one before is committed; None: no.
 
     Committed tokens:
-        edit_threshold: one with c above this becomes its candidate, if that differs; None: no.
-        remask_threshold: one with c below this waits too, and becomes a mask if not chosen; None: no. That many more
-            are chosen.
-        renoise: all positions wait in every step, and those not chosen become uniform random tokens. No mask is needed.
+        edit_threshold: one with c above this becomes its candidate, if that differs (LLaDA2.1); None: no.
+        remask_threshold: one with c below this waits too, and becomes a mask if not chosen (dInfer); None: no. That
+            many more are chosen.
+        renoise: all positions wait in every step, and those not chosen become uniform random tokens, in the last step
+            with finish their argmax (DiffusionGemma). No mask is needed.
 
     time: see `model_time`.
 
@@ -174,7 +182,7 @@ class RemaskPolicy:
     def model_time(
         self, num_masked: int | Tensor, block_size: int, step: int | Tensor, num_steps: int | Tensor
     ) -> Tensor:
-        """The time the denoiser is told: num_masked / block_size, or t of the schedule (`time="schedule"`).
+        """The time the denoiser is given: num_masked / block_size, or t of the schedule (`time="schedule"`).
 
         Args:
             num_masked, step, num_steps: numbers or integer tensors of any shapes that broadcast.
@@ -214,12 +222,12 @@ class RemaskPolicy:
 
     @classmethod
     def twotower(cls, threshold: float = 0.8) -> "RemaskPolicy":
-        """Nemotron TwoTower: max(1, #{c > threshold}, ceil(n / r)), all in the last step."""
+        """TwoTower, Megatron's confidence_unmasking: max(1, #{c > threshold}, ceil(n / r)), all in the last step."""
         return cls(gate="threshold", gate_bound=threshold)
 
     @classmethod
     def llada(cls, score: Score = "confidence") -> "RemaskPolicy":
-        """LLaDA (arXiv:2502.09992): floor(n0 / N), one more in the first n0 mod N steps; the mask may be proposed."""
+        """LLaDA, Automodel: floor(n0 / N), one more in the first n0 mod N steps; the mask may be proposed."""
         return cls(score=score, schedule="even", suppress_mask=False, min_commits=0, finish=False)
 
     @classmethod
@@ -229,7 +237,7 @@ class RemaskPolicy:
 
     @classmethod
     def threshold(cls, tau: float = 0.9, *, strict: bool = False, score: Score = "confidence") -> "RemaskPolicy":
-        """Fast-dLLM (arXiv:2505.22618): every score >= tau, at least the best one."""
+        """Fast-dLLM, dllm, LMDeploy's dynamic, Automodel: every score >= tau, at least the best one."""
         return cls(
             score=score,
             gate="threshold",
@@ -243,7 +251,7 @@ class RemaskPolicy:
 
     @classmethod
     def sdar(cls, tau: float | None = None, *, greedy: bool = False) -> "RemaskPolicy":
-        """SDAR (arXiv:2510.06303): those with tempered c > tau if they are as many as S's even share, else that share;
+        """SDAR: those with tempered c > tau if they are as many as S's even share, else that share;
         without tau always the share."""
         gate: Gate = "none" if tau is None else "threshold"
         return dataclasses.replace(
@@ -289,7 +297,7 @@ class RemaskPolicy:
         edit_threshold: float | None = None,
         remask_threshold: float | None = None,
     ) -> "RemaskPolicy":
-        """LLaDA2: SDAR's rule; with min_commits LLaDA2.1's, where that number replaces the share."""
+        """LLaDA2, dllm, vLLM: SDAR's rule; with min_commits LLaDA2.1's, where that number replaces the share."""
         return dataclasses.replace(
             cls.sdar(threshold),
             schedule="even" if min_commits is None else "none",
@@ -300,7 +308,7 @@ class RemaskPolicy:
 
     @classmethod
     def fast_dllm_factor(cls, factor: float = 1.0, *, last_free: bool = True) -> "RemaskPolicy":
-        """Fast-dLLM's factor rule: ranks with c >= 1 - factor / (j + 1); with last_free n - 1 of n become n."""
+        """Fast-dLLM (dllm: last_free=False): ranks with c >= 1 - factor / (j + 1); last_free: n - 1 of n become n."""
         return dataclasses.replace(cls.threshold(factor), gate="factor", factor_last_free=last_free)
 
     @classmethod
@@ -315,7 +323,7 @@ class RemaskPolicy:
 
     @classmethod
     def dinfer(cls, tau: float = 0.9) -> "RemaskPolicy":
-        """dInfer (arXiv:2510.08666): c >= min(tau, best c - 1e-5), positions that propose the mask left out."""
+        """dInfer: c >= min(tau, best c - 1e-5), positions that propose the mask left out."""
         return dataclasses.replace(cls.threshold(tau), skip_mask_candidates=True, gate_slack=1e-5)
 
     @classmethod
@@ -353,7 +361,7 @@ class RemaskPolicy:
 
     @classmethod
     def dream(cls, algorithm: str = "maskgit", *, eps: float = 1e-3) -> "RemaskPolicy":
-        """Dream (arXiv:2508.15487): floor(n (1 - s / t)) best by c, "margin" or "entropy"; "origin": a coin each."""
+        """Dream: floor(n (1 - s / t)) best by c, "margin" or "entropy"; "origin": a coin each."""
         scores: dict[str, Score] = {
             "maskgit": "confidence",
             "margin": "margin",
@@ -380,7 +388,7 @@ class RemaskPolicy:
 
     @classmethod
     def first_hitting(cls) -> "RemaskPolicy":
-        """BD3-LM (arXiv:2503.09573), first-hitting sampler: one position, each as likely."""
+        """BD3-LM's first-hitting sampler: one position, each as likely."""
         return cls(score="random", schedule="none", top_p_keep_crossing=False, finish=False)
 
     @classmethod
@@ -394,7 +402,7 @@ class RemaskPolicy:
         adaptive: bool = False,
         finish: bool = True,
     ) -> "RemaskPolicy":
-        """Megatron, E2D2 (arXiv:2510.22852): min(floor((1 - a(s)) S), n - 1) stay, less those with c >= threshold.
+        """Megatron, E2D2: min(floor((1 - a(s)) S), n - 1) stay, less those with c >= threshold.
 
         adaptive: one per step while i / N < 0.4, ceil(n / r) after it.
         """
@@ -455,8 +463,9 @@ class RemaskPolicy:
         )
 
 
+HIGHEST_TEMPERATURE = 1e6  # of temperatures
 _RANGES = {
-    "temperature_end": (0.0, 1e6),
+    "temperature_end": (0.0, HIGHEST_TEMPERATURE),
     "position_penalty": (-1e6, 1e6),
     "gate_slack": (0.0, math.inf),
     "min_t": (0.0, 0.5),

@@ -51,9 +51,7 @@ def sequence_seed(seed: int, index: int) -> int:
     Raises:
         ValueError: a number outside its range. TypeError: no integer.
     """
-    seed, index = as_int64(whole("seed", seed)), whole("index", index)
-    if not 0 <= index < 2**64:
-        raise ValueError(f"index: expected 0 or more, below 2^64, got {index}")
+    seed, index = seed_and_index(seed, index)
     low, high, _, _ = philox((_WORD, 0, index & _WORD, index >> 32), (seed & _WORD, seed >> 32 & _WORD))
     return as_int64(high << 32 | low)
 
@@ -70,8 +68,19 @@ def row_seeds(seed: Any, rows: int) -> list[int]:
     Raises:
         ValueError: a number of more bits, another number of them. TypeError: no integers.
     """
-    if not are_several(seed):
-        return [sequence_seed(seed, row) for row in range(rows)]
+    return seeds_given(seed, rows) if are_several(seed) else [sequence_seed(seed, row) for row in range(rows)]
+
+
+def seed_and_index(seed: Any, index: Any) -> tuple[int, int]:
+    """What `sequence_seed` is called with, checked: an int64, and a number of 64 bits."""
+    seed, index = as_int64(whole("seed", seed)), whole("index", index)
+    if not 0 <= index < 2**64:
+        raise ValueError(f"index: expected 0 or more, below 2^64, got {index}")
+    return seed, index
+
+
+def seeds_given(seed: Any, rows: int) -> list[int]:
+    """The seeds of a request that has one per row, checked: int64 numbers."""
     seeds = wholes("seed", seed, "an integer, or one per row")
     if len(seeds) != rows:
         raise ValueError(f"seed: expected a number, or one for each of {rows} rows, got {len(seeds)}")
