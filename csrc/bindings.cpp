@@ -1,6 +1,7 @@
-// Python's side of the kernels: tensors come as (pointer, dtype, sizes, strides). Of their meaning nothing is checked
-// here, which the operators have done, but what the kernels take without a look, that a tensor has its rank, a known
-// dtype and memory, and that an activation is one. The global interpreter lock is released while a kernel runs.
+// Python's side of the kernels: tensors come as they are (tensors.h), or as (pointer, code of the dtype, sizes,
+// strides). Of their meaning nothing is checked here, which the operators have done, but what the kernels take without
+// a look, that a tensor has its rank, a known dtype and memory, and that an activation is one. The global interpreter
+// lock is released while a kernel runs.
 #include <pybind11/pybind11.h>
 
 #include <cstring>
@@ -14,60 +15,11 @@
 #include "cpu/moe.h"
 #include "cpu/remask.h"
 #include "cpu/threads.h"
-#include "cpu/view.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
-namespace {
-
-template <int Rank>
-struct Ranked : tt::View {};  // of this rank
-template <int Rank>
-struct Optional : Ranked<Rank> {};  // or None
-
-// From (pointer, dtype, sizes, strides). Returns false unless `fields` are that; throws ValueError where a number in it
-// cannot be right.
-bool read_view(tt::View& view, PyObject* fields, int rank) {
-    if (!PyTuple_Check(fields) || PyTuple_GET_SIZE(fields) != 4) return false;
-    PyObject *sizes = PyTuple_GET_ITEM(fields, 2), *strides = PyTuple_GET_ITEM(fields, 3);
-    if (!PyTuple_Check(sizes) || !PyTuple_Check(strides)) return false;
-    const Py_ssize_t dims = PyTuple_GET_SIZE(sizes);
-    if (dims != rank || PyTuple_GET_SIZE(strides) != dims)
-        throw py::value_error("expected a tensor of rank " + std::to_string(rank) + ", got " + std::to_string(dims));
-    view.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(fields, 0));
-    const long code = PyLong_AsLong(PyTuple_GET_ITEM(fields, 1));
-    view.ndim = rank;
-    bool empty = false;
-    for (Py_ssize_t i = 0; i < dims; ++i) {
-        view.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes, i));
-        view.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
-        empty |= view.size[i] == 0;
-        if (view.size[i] < 0) throw py::value_error("expected sizes of 0 or more, got a negative one");
-    }
-    if (PyErr_Occurred()) {  // something other than an integer
-        PyErr_Clear();
-        return false;
-    }
-    if (code < 0 || code > static_cast<long>(tt::DType::boolean))
-        throw py::value_error("expected the code of a dtype, got " + std::to_string(code));
-    if (view.data == nullptr && !empty) throw py::value_error("expected a tensor with memory, got a null pointer");
-    view.dtype = static_cast<tt::DType>(code);
-    return true;
-}
-
-}  // namespace
-
 namespace pybind11::detail {
-template <int Rank>
-struct type_caster<Ranked<Rank>> {
-    PYBIND11_TYPE_CASTER(Ranked<Rank>, const_name("View"));
-    bool load(handle source, bool) { return read_view(value, source.ptr(), Rank); }
-};
-template <int Rank>
-struct type_caster<Optional<Rank>> {
-    PYBIND11_TYPE_CASTER(Optional<Rank>, const_name("View | None"));
-    bool load(handle source, bool) { return source.is_none() || read_view(value, source.ptr(), Rank); }
-};
 template <>
 struct type_caster<tt::Activation> {
     PYBIND11_TYPE_CASTER(tt::Activation, const_name("Activation"));
@@ -87,10 +39,11 @@ struct type_caster<tt::Activation> {
 
 namespace {
 
-using Vector = Ranked<1>;
-using Matrix = Ranked<2>;
-using Cube = Ranked<3>;
-using Tokens = Ranked<4>;  // [B, S, heads, head_dim]
+using tt::Optional;
+using Vector = tt::Ranked<1>;
+using Matrix = tt::Ranked<2>;
+using Cube = tt::Ranked<3>;
+using Tokens = tt::Ranked<4>;  // [B, S, heads, head_dim]
 using Released = py::call_guard<py::gil_scoped_release>;
 
 void bind_adaln(py::module_& m) {
@@ -99,6 +52,15 @@ void bind_adaln(py::module_& m) {
         [](Cube x, Optional<3> y, Optional<2> gate, Optional<1> weight, Optional<2> shift, Optional<2> scale,
            Optional<3> h, Optional<3> normed, double eps, bool norm_first) {
             tt::gated_residual_adaln_norm({x, y, gate, weight, shift, scale, h, normed, eps, norm_first});
+        },
+        Released());
+}
+
+void bind_norm(py::module_& m) {
+    m.def(
+        "rms_norm",
+        [](tt::Rows x, Vector weight, tt::Rows normed, double eps) {
+            tt::gated_residual_adaln_norm({x, {}, {}, weight, {}, {}, {}, normed, eps, false});
         },
         Released());
 }
@@ -252,6 +214,12 @@ void bind_machine(py::module_& m) {
         throw py::value_error("set_isa: expected one of isas(), got " + name);
     });
     m.def("max_threads", &tt::max_threads);
+    m.def("set_dtypes", [](const py::tuple& dtypes) {  // PyTorch's, in the order of DType in cpu/view.h
+        if (dtypes.size() != static_cast<size_t>(tt::DType::boolean) + 1)
+            throw py::value_error("set_dtypes: expected a dtype for each that the kernels know");
+        py::object(dtypes).inc_ref();
+        tt::tensor_names().dtypes = dtypes.ptr();
+    });
 }
 
 }  // namespace
@@ -260,6 +228,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of twotower_kernels; pointers in, nothing out.";
     bind_machine(m);
     bind_adaln(m);
+    bind_norm(m);
     bind_attention(m);
     bind_linear(m);
     bind_moe(m);

@@ -1,6 +1,8 @@
 """The compiled CPU kernels: how a tensor is handed to them, and which instruction set they use."""
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -10,7 +12,6 @@ from torch import Tensor
 
 # The order of DType in csrc/cpu/view.h.
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
-_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 
 @cache
@@ -21,12 +22,38 @@ def kernels() -> ModuleType:
         ImportError: it was not built, or not for this interpreter.
     """
     try:
-        return importlib.import_module("twotower_kernels._C")
+        module = importlib.import_module("twotower_kernels._C")
     except ImportError as error:
         raise ImportError(
             "twotower_kernels._C, the compiled CPU kernels, cannot be imported "
             f"({error}); build it with `python setup.py build_ext --inplace`, or reinstall twotower-kernels"
         ) from error
+    module.set_dtypes(_DTYPES)
+    return module
+
+
+@contextmanager
+def use(instruction_set: str) -> Iterator[None]:
+    """Inside, every kernel runs on this instruction set, to debug or compare: `with tt.cpu.use("avx2"): ...`.
+
+    It holds for all threads of the process. Results differ between sets by rounding.
+
+    Args:
+        instruction_set: one of `cpu.kernels().isas()`, those that this processor has.
+
+    Raises:
+        ValueError: a set that this processor does not have.
+    """
+    module = kernels()
+    if instruction_set not in module.isas():
+        found = ", ".join(module.isas())
+        raise ValueError(f"instruction_set: expected one of {found}, got {instruction_set!r}")
+    before = module.isa()
+    module.set_isa(instruction_set)
+    try:
+        yield
+    finally:
+        module.set_isa(before)
 
 
 def rows_contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -38,16 +65,6 @@ def rows_contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def call(name: str, *arguments: Any) -> Any:
-    """Calls a kernel, which is told of each tensor its pointer, dtype, sizes and strides, and returns its answer, if it
-    has one. Tensors whose last dimension is strided are copied first, so never pass an output of that kind."""
-    copies, told = [], []
-    for a in arguments:
-        if isinstance(a, Tensor):
-            shape, strides = a.shape, a.stride()
-            if strides and strides[-1] != 1 and shape[-1] > 1:
-                a = a.contiguous()
-                strides = a.stride()
-                copies.append(a)  # it must outlive the call
-            a = a.data_ptr(), _CODES[a.dtype], shape, strides
-        told.append(a)
-    return getattr(kernels(), name)(*told)
+    """Calls a kernel and returns its answer, if it has one. It reads of each tensor where it lies, its dtype, sizes and
+    strides. Tensors whose last dimension is strided are copied first, so never pass an output of that kind."""
+    return getattr(kernels(), name)(*arguments)

@@ -124,6 +124,9 @@ def test_instruction_sets_can_be_chosen(isa: str) -> None:
     assert cpu.kernels().isa() == ISAS[-1]
     with pytest.raises(ValueError, match="expected one of isas"):
         cpu.kernels().set_isa("mmx")
+    with pytest.raises(ValueError, match=r"instruction_set: expected one of baseline.*got .mmx."), cpu.use("mmx"):
+        pass
+    assert cpu.kernels().isa() == ISAS[-1]
 
 
 def test_a_set_that_this_machine_lacks_gives_way_to_the_best_below(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,9 +243,8 @@ def test_readme_lists_exactly_the_ops() -> None:
 def test_readme_and_dispatcher_agree() -> None:
     """A backend that the table names for an op is registered for what the op calls, and no other is."""
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("twotower::")}
-    through = {"rms_norm": "adaln_norm"}  # one operator serves both
     for op, cpu_kernel, gpu_kernel, _, _ in rows_of_ops():
-        name = f"twotower::{through.get(op.strip('`'), op.strip('`'))}"
+        name = f"twotower::{op.strip('`')}"
         assert name in registered, name
         for key, cell in (("CPU", cpu_kernel), ("CUDA", gpu_kernel)):
             has = torch._C._dispatch_has_kernel_for_dispatch_key(name, key)

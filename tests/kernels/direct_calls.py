@@ -101,10 +101,10 @@ def _router_calls() -> None:
 
 
 def _other_calls() -> None:
-    for op, module in ((tt.adaln_norm, adaln), (tt.gated_residual, adaln), (tt.gated_residual_adaln_norm, adaln)):
-        for case in module.CASES[op.__name__]:
+    for op in (tt.rms_norm, tt.adaln_norm, tt.gated_residual, tt.gated_residual_adaln_norm):
+        for case in adaln.CASES[op.__name__]:
             if "released" not in case:
-                op(**module.make_inputs(op.__name__, case))
+                op(**adaln.make_inputs(op.__name__, case))
     for dtype, bias in ((torch.float32, None), (torch.bfloat16, torch.randn(5).bfloat16())):
         linear(torch.randn(2, 3, 7).to(dtype), torch.randn(5, 7).to(dtype), bias)
     tt.gated_rms_norm(torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(8), n_groups=2, eps=1e-5)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from tests.compare import as_tuple, assert_results_within_budget, widened
 from twotower_kernels import cpu
+from twotower_kernels.ops._library import CPU
 from twotower_kernels.reference import moe
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -23,15 +25,11 @@ EVERY_ISA = ("baseline", "avx2", "avx512", "avx512bf16")  # of all machines, to 
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
     """Kernels use this instruction set inside, or the best below it that this machine has."""
-    before = cpu.kernels().isa()
     if name in EVERY_ISA and name not in ISAS:
         below = EVERY_ISA[: EVERY_ISA.index(name)]
         name = next((isa for isa in reversed(below) if isa in ISAS), ISAS[0])
-    cpu.kernels().set_isa(name)
-    try:
+    with cpu.use(name):
         yield
-    finally:
-        cpu.kernels().set_isa(before)
 
 
 @contextmanager
@@ -43,7 +41,8 @@ def laid_over(kernels: dict[str, Callable[..., Any]]) -> Iterator[None]:
             warnings.simplefilter("ignore")  # PyTorch says that a kernel is laid over another: so it should be
             for name, kernel in kernels.items():
                 library.impl(name, kernel, "CPU", allow_override=True)
-        yield
+        with patch.dict(CPU, kernels):  # what the autograd kernels call themselves
+            yield
     finally:
         library._destroy()
 

@@ -109,6 +109,7 @@ def _remask(normal: Normal, wide: torch.dtype) -> list[Any]:
 _ROUTE = 2, False, 1, 1, True, 1.0
 
 ARGUMENTS: dict[str, Callable[[Normal, torch.dtype], list[Any]]] = {
+    "rms_norm": lambda normal, wide: [normal(2, 3, 4), normal(4), 1e-5],
     "adaln_norm": lambda normal, wide: [normal(2, 3, 4), normal(4), normal(2, 4), normal(2, 4), 1e-5, False],
     "append_kv": lambda normal, wide: [
         *(normal(2, 6, 1, 4) for _ in range(2)), *(normal(2, 3, 1, 4) for _ in range(2)), torch.tensor([3, 0]),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.direct_calls import operators, recorded
+from tests.kernels.kernel_checks import awkward
 from tests.paths import ROOT
 from twotower_kernels import cpu
 from twotower_kernels.ops import _library
@@ -55,6 +56,8 @@ NOTHING: list[Any] = [*[None] * 9, [], None, [], *[None] * 5]
 
 # Op, arguments, error, message.
 WRONG: list[tuple[str, list[Any], type[Exception], str]] = [
+    ("rms_norm", [zeros(2, 3), zeros(4), 1e-5], ValueError, r"weight: expected \[H\] for x \[..., H\], got \[4\] for"),
+    ("rms_norm", [zeros(2, 3), zeros(3).long(), 1e-5], TypeError, "weight: expected float64"),
     ("adaln_norm", [zeros(1, 2, 3), zeros(4), None, None, 1e-5, False], ValueError, r"weight: expected shape \[3\]"),
     ("adaln_norm", [zeros(1, 2, 3), zeros(3), zeros(1, 3), None, 1e-5, False], ValueError, "expected both or neither"),
     ("gated_residual", [zeros(1, 2, 3), zeros(1, 2, 3), zeros(1, 2)], ValueError, r"gate: expected shape \[1, 3\]"),
@@ -182,6 +185,35 @@ def test_the_bindings_refuse_what_is_no_tensor(changes: dict[str, Any], message:
     cpu.kernels().linear(told(x), told(weight), None, told(out))
     with pytest.raises(ValueError, match=message):
         cpu.kernels().linear(told(x, **changes), told(weight), None, told(out))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (zeros(2), ValueError, "expected a tensor of rank 2, got 1"),
+        (zeros(2, 3).to(torch.complex64), ValueError, "expected a dtype that the kernels know, got torch.complex64"),
+        (7, TypeError, "incompatible function arguments"),
+        ("x", TypeError, "incompatible function arguments"),
+        (None, TypeError, "incompatible function arguments"),
+    ],
+)
+def test_the_bindings_refuse_a_wrong_tensor(wrong: Any, error: type[Exception], message: str) -> None:
+    x, weight, out = zeros(2, 3), zeros(4, 3), zeros(2, 4)
+    cpu.kernels().linear(x, weight, None, out)
+    with pytest.raises(error, match=message):
+        cpu.kernels().linear(wrong, weight, None, out)
+
+
+@pytest.mark.parametrize("shape", [(3,), (0, 3), (2, 0, 3), (2, 2, 3), (2, 1, 2, 3), (5, 0), (1, 2, 3, 4, 2, 3, 3)])
+@pytest.mark.parametrize("layout", [0, 1, 2, 3])
+def test_rows_of_any_rank_are_read(shape: tuple[int, ...], layout: int) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weight, out = torch.arange(1.0, 1 + shape[-1]), torch.empty(shape)
+    cpu.kernels().rms_norm(awkward(x, layout), weight, out, 1e-5)
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    torch.testing.assert_close(out, expected)
+    with pytest.raises(ValueError, match="expected a tensor of rank 1 or more, got 0"):
+        cpu.kernels().rms_norm(torch.tensor(1.0), weight, out, 1e-5)
 
 
 @pytest.mark.parametrize("code", [-1, 3, 2**40])

@@ -13,6 +13,7 @@ from twotower_kernels.ops._transforms import Rule, register_autocast, register_b
 
 _LIBRARY = torch.library.Library("twotower", "DEF")
 
+CPU: dict[str, Callable[..., Any]] = {}  # per op what is registered for CPUs
 CUDA: dict[str, str] = {}  # "module:function" in twotower_kernels, for every op that has a kernel for GPUs
 _CHECKED: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {}  # per op: from a kernel to its entry
 DIFFERENTIABLE: set[str] = set()  # every op that has a gradient; the others raise when one is asked for
@@ -47,7 +48,6 @@ def define(
     arguments = torch._C.parse_schema(schema).arguments
     names = [argument.name for argument in arguments]
     written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
-
     required = [i for i, argument in enumerate(arguments) if str(argument.type) == "Tensor"]
 
     def checked(kernel: Callable[..., Any], in_memory: bool = True) -> Callable[..., Any]:
@@ -63,7 +63,8 @@ def define(
         return entry
 
     _CHECKED[name] = checked
-    _LIBRARY.impl(name, checked(cpu), "CPU")
+    CPU[name] = checked(cpu)
+    _LIBRARY.impl(name, CPU[name], "CPU")
     if backward is not None:
         DIFFERENTIABLE.add(name)
     if cuda is not None:
@@ -71,7 +72,7 @@ def define(
         _LIBRARY.impl(name, lambda *arguments: cuda_kernel(name)(*arguments), "CUDA")
     torch.library.register_fake(f"twotower::{name}", checked(fake, in_memory=False), lib=_LIBRARY)
     op = getattr(getattr(torch.ops.twotower, name.split(".")[0]), name.partition(".")[2] or "default")
-    register_derivatives(_LIBRARY, op, backward, setup_context)
+    register_derivatives(_LIBRARY, op, backward, setup_context, CPU)
     register_batching(_LIBRARY, op)
     register_autocast(_LIBRARY, op, autocast)
     if traced := traced_schema(schema):  # its kernel calls the operator, which checks

@@ -15,6 +15,11 @@ from torch.autograd import forward_ad
 
 Rule = Callable[..., tuple[Any, ...]]  # from an op's arguments to those that it runs on
 
+# The keys of a call on a CPU with nothing between the derivatives and the device: no mode, transform or fake tensor.
+_PLAIN_CPU = (
+    torch._C.DispatchKeySet(torch._C.DispatchKey.CPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)
+).raw_repr()
+
 _AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}  # device to dispatch key
 
 
@@ -31,8 +36,11 @@ def register_derivatives(
     op: torch._ops.OpOverload,
     backward: Callable[..., Any] | None,
     setup_context: Callable[..., None] | None,
+    cpu: dict[str, Callable[..., Any]],
 ) -> None:
     """The op's autograd kernel. Where there is no derivative it raises, as PyTorch would hand out silent zeros.
+
+    Where a CPU's kernel comes next it is taken from `cpu` and called, which saves a second way through the dispatcher.
 
     What `torch.library.register_autograd` makes cannot be used inside torch.func, lets tangents vanish, says nothing of
     an argument that requires grad and gets none, and leaves the versions of what is written as they were.
@@ -40,7 +48,11 @@ def register_derivatives(
     name, arguments = op._schema.name, op._schema.arguments
     written = [n for n, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
 
+    full = _full(op)
+
     def below(keyset: torch._C.DispatchKeySet, inputs: tuple[Any, ...]) -> Any:
+        if keyset.raw_repr() == _PLAIN_CPU:
+            return cpu[full](*inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
@@ -83,7 +95,7 @@ def register_derivatives(
                 torch.autograd.graph.increment_version(inputs[n])  # a backward that has saved it must not use it
         return output
 
-    library.impl(_full(op), kernel, "Autograd", with_keyset=True)
+    library.impl(full, kernel, "Autograd", with_keyset=True)
 
 
 def refuse_tangents(name: str, inputs: tuple[Any, ...]) -> None:

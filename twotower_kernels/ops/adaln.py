@@ -28,10 +28,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     Raises:
         ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.
     """
-    if x.ndim == 0 or weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight: expected [H] for x [..., H], got {list(weight.shape)} for {list(x.shape)}")
-    rows = x.reshape(1, -1, x.shape[-1]) if x.numel() else x.new_empty(1, 0, x.shape[-1])
-    return adaln_norm(rows, weight, eps=eps).reshape(x.shape)
+    refuse_gradients("rms_norm", x=x, weight=weight)
+    return call("rms_norm", x, weight, real("eps", eps))
 
 
 def adaln_norm(
@@ -150,12 +148,17 @@ def _check(
     for name, vector in (("gate", gate), ("shift", shift), ("scale", scale)):
         if vector is not None and vector.shape != of_rows:
             raise ValueError(f"{name}: expected shape {list(of_rows)}, got {list(vector.shape)}")
-    tensors = {
-        "x" if y is None else "residual": x, "y": y, "gate": gate, "weight": weight, "shift": shift, "scale": scale,
-    }  # fmt: skip
-    check_floats(x, **tensors)
+    given = "x" if y is None else "residual"
+    check_floats(x, **{given: x}, y=y, gate=gate, weight=weight, shift=shift, scale=scale)
     if y is not None and y.dtype != x.dtype and torch.promote_types(x.dtype, y.dtype) != x.dtype:
         raise TypeError(f"y: expected {x.dtype} as residual, or a narrower dtype, got {y.dtype}")
+
+
+def _check_rms_norm(x: Tensor, weight: Tensor, eps: object) -> None:
+    shape = x.shape
+    if not shape or weight.shape != shape[-1:]:
+        raise ValueError(f"weight: expected [H] for x [..., H], got {list(weight.shape)} for {list(shape)}")
+    check_floats(x, x=x, weight=weight)
 
 
 def _to(vector: Tensor | None, like: Tensor) -> Tensor | None:
@@ -164,6 +167,12 @@ def _to(vector: Tensor | None, like: Tensor) -> Tensor | None:
 
 def _empty(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    normed = _empty(x)
+    cpu.call("rms_norm", x, weight, normed, eps)
+    return normed
 
 
 def _adaln_norm(
@@ -198,6 +207,13 @@ def _gated_residual_adaln_norm(
     return h, normed
 
 
+define(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    check=_check_rms_norm,
+    cpu=_rms_norm,
+    cuda="triton.adaln:rms_norm",
+    fake=lambda x, *_: _empty(x),
+)
 define(
     "adaln_norm(Tensor x, Tensor weight, Tensor? shift, Tensor? scale, float eps, bool norm_first) -> Tensor",
     check=lambda x, *vectors: _check(x, None, None, *vectors),

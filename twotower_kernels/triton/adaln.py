@@ -106,6 +106,15 @@ def _launch(
         )
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    normed = x.new_empty(x.shape)
+    if x.numel():
+        size = x.shape[-1]
+        rows = x.reshape(1, -1, size)
+        _launch("rms_norm", rows, None, None, weight, None, None, None, normed.view(1, -1, size), eps, False)
+    return normed
+
+
 def adaln_norm(
     x: Tensor, weight: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float, norm_first: bool
 ) -> Tensor:
