@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,8 +41,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower_kernels.triton import launch
 from twotower_kernels.triton.attention_merge import merge_splits
-from twotower_kernels.triton.attention_tuning import WIDEST, splits_for, tuning, unit
+from twotower_kernels.triton.attention_tuning import PEELING, WIDEST, splits_for, tuning, unit
 from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, machine, on_device_of, rows_contiguous
 from twotower_kernels.triton.rows import length_at, row_at
 
@@ -66,41 +68,51 @@ def capped(x, inner, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def logits_of(q, keys, factor, inner, SOFTCAP: tl.constexpr):
-    """Logits [M, N] of queries [M, D] and keys [N, D], natural or of base 2 as `factor` makes them."""
-    return capped(tl.dot(q, tl.trans(keys), input_precision="ieee"), inner, SOFTCAP) * factor
+def products_of(q, keys, inner, SOFTCAP: tl.constexpr):
+    """What `factor` makes logits [M, N] of queries [M, D] and keys [N, D]."""
+    return capped(tl.dot(q, tl.trans(keys), input_precision="ieee"), inner, SOFTCAP)
 
 
 @triton.jit
-def add_keys(x, values, sums, top, total, UNIT: tl.constexpr):
-    """Takes keys of logits x [M, N] and values [N, D] into the softmax so far: sums of values [M, D] and of weights
-    [M], both relative to 2**(top * UNIT)."""
-    above = tl.maximum(top, tl.max(x, 1))
+def add_keys(x, values, sums, top, total, factor, UNIT: tl.constexpr):
+    """Takes keys of logits x * factor [M, N] and values [N, D] into the softmax so far: sums of values [M, D] and of
+    weights [M], both relative to 2**(top * UNIT). factor > 0: so the largest is known before all are multiplied by it,
+    which then takes no instruction of its own."""
+    above = tl.maximum(top, tl.max(x, 1) * factor)
     base = tl.where(above == float("-inf"), 0.0, above)  # no key yet: -inf less -inf would be NaN
     kept = tl.exp2((top - base) * UNIT)
-    weights = tl.exp2((x - base[:, None]) * UNIT)
+    weights = tl.exp2((x * factor - base[:, None]) * UNIT)
     total = total * kept + tl.sum(weights, 1)
     sums = tl.dot(weights.to(values.dtype), values, sums * kept[:, None], input_precision="ieee")
     return sums, above, total
 
 
 @triton.jit
-def places(
-    start, seen, entry, table_page, pages, k_row, k_place, v_row, v_place, PAGE: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Offsets of the keys and of the values of a tile that begins at `start`: within a context row, or among pages."""
-    position = start + tl.arange(0, BLOCK_N)
+def page_and_slot(start, seen, entry, table_page, pages, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, FAR: tl.constexpr):
+    """Where the tile of keys that begins at `start` lies: page and slot of its first key if the others follow there, as
+    they do in dense storage, which is one page; else of each key."""
+    wide: tl.constexpr = tl.int64 if FAR else tl.int32
     if PAGE == 0:
-        place = position.to(tl.int64)
-        return place * k_place, place * v_place
+        return 0, tl.cast(start, wide)
     else:
-        if PAGE % BLOCK_N == 0:  # the tile lies within one page
-            page = tl.load(entry + start // PAGE * table_page)
+        if PAGE % BLOCK_N == 0:
+            position = start
+            page = tl.load(entry + position // PAGE * table_page)
         else:
+            position = start + tl.arange(0, BLOCK_N)
             page = tl.load(entry + position // PAGE * table_page, mask=seen, other=0)
-        page = tl.minimum(tl.maximum(page.to(tl.int64), 0), pages - 1)
-        place = (position % PAGE).to(tl.int64)
-        return page * k_row + place * k_place, page * v_row + place * v_place
+        return tl.minimum(tl.maximum(page.to(tl.int64), 0), pages - 1), tl.cast(position % PAGE, wide)
+
+
+@triton.jit
+def tile_of(base, page, slot, page_stride, slot_stride, column, BLOCK_N: tl.constexpr):
+    """Pointers to a tile [N, columns]. Where its keys follow each other, one address moves from tile to tile; what is
+    added to it for a key stays the same."""
+    if len(slot.shape) == 0:
+        key = tl.arange(0, BLOCK_N).to(slot.dtype)
+        return base + page * page_stride + slot * slot_stride + (key[:, None] * slot_stride + column[None, :])
+    else:
+        return base + ((page * page_stride + slot * slot_stride)[:, None] + column[None, :])
 
 
 @triton.jit
@@ -111,6 +123,17 @@ def within(rows, column, dim: tl.constexpr):
         return rows[:, None]
     else:
         return rows[:, None] & (column < dim)[None, :]
+
+
+@triton.jit
+def load_tile(pointers, rows, column, DIM: tl.constexpr):
+    """The tile, with 0 for the rows that are not there. rows None: all are."""
+    if rows is not None:
+        return tl.load(pointers, mask=within(rows, column, DIM), other=0)
+    elif DIM // column.shape[0] * column.shape[0] == DIM:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(column < DIM)[None, :], other=0)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -159,7 +182,7 @@ def block_attention_kernel(
     table_row,
     table_page,
     tokens_stride,
-    factor,  # from products, or their tanh, to logits; to those of base 2 unless float32, see unit
+    factor,  # from products, or their tanh, to logits; to those of base 2 unless float32, see unit; above 0
     inner,  # from products to the argument of tanh
     CAUSAL: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -170,7 +193,13 @@ def block_attention_kernel(
     DIM: tl.constexpr,  # D
     BLOCK_D: tl.constexpr,  # a power of two, at least D
     BLOCK_V: tl.constexpr,  # columns of values and results of a program: BLOCK_D, or a divisor of it
+    SIGN: tl.constexpr,  # of the factor as it was, -1, 0 or 1: the queries take it
+    FAR: tl.constexpr,  # offsets within a row of the context, a page or a block need 64 bits
+    PEEL: tl.constexpr,  # tiles that lie within all bounds come in a loop of their own, without masks
+    PDL: tl.constexpr,  # the merge may be launched as soon as all programs run: it waits for them by itself
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     rows = length * group
     tiles = tl.cdiv(rows, BLOCK_M)
     PARTS: tl.constexpr = (DIM + BLOCK_V - 1) // BLOCK_V
@@ -203,6 +232,8 @@ def block_attention_kernel(
     at = b * q_batch + token.to(tl.int64) * q_token + q_heads.to(tl.int64) * q_head
     here = real & (low < high)
     queries = tl.load(q + at[:, None] + column[None, :], mask=within(here, column, DIM), other=0)
+    if SIGN != 1:
+        queries *= SIGN
     sums = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -217,33 +248,56 @@ def block_attention_kernel(
             v_past += row * v_row
         else:
             entry += row * table_row
-        for t in range(low, tl.minimum(high, past)):
-            start = (begin // BLOCK_N + t) * BLOCK_N
-            position = start + tl.arange(0, BLOCK_N)
-            seen = (position >= begin) & (position < end)
-            k_at, v_at = places(start, seen, entry, table_page, pages, k_row, k_place, v_row, v_place, PAGE, BLOCK_N)
-            there = within(seen, column, DIM)
-            keys = tl.load(k_past + k_at[:, None] + column[None, :], mask=there, other=0)
-            x = logits_of(queries, keys, factor, inner, SOFTCAP) + tl.where(seen, 0.0, float("-inf"))[None, :]
-            values = tl.load(v_past + v_at[:, None] + mine[None, :], mask=within(seen, mine, DIM), other=0)
-            sums, top, total = add_keys(x, values, sums, top, total, UNIT)
+        # Tiles [whole, rest) lie between begin and end. The first and the last may not: they come by themselves, and no
+        # other is masked.
+        skipped = begin // BLOCK_N
+        whole = tl.cdiv(begin, BLOCK_N) - skipped
+        rest = tl.maximum(end // BLOCK_N - skipped, whole)
+        for CROSSING in tl.static_range(1 - PEEL, 2):
+            if not PEEL:
+                since, until, step = low, tl.minimum(high, past), 1
+            elif CROSSING:
+                since = tl.where(low < whole, low, tl.maximum(low, rest))
+                until, step = tl.minimum(high, past), tl.maximum(rest - since, 1)
+            else:
+                since, until, step = tl.maximum(low, whole), tl.minimum(high, rest), 1
+            for t in range(since, until, step):
+                start = (skipped + t) * BLOCK_N
+                position = start + tl.arange(0, BLOCK_N)
+                seen = (position >= begin) & (position < end)
+                there = seen if CROSSING else None
+                page, slot = page_and_slot(start, seen, entry, table_page, pages, PAGE, BLOCK_N, FAR)
+                keys = load_tile(tile_of(k_past, page, slot, k_row, k_place, column, BLOCK_N), there, column, DIM)
+                x = products_of(queries, keys, inner, SOFTCAP)
+                if CROSSING:
+                    x += tl.where(seen, 0.0, float("-inf"))[None, :]
+                values = load_tile(tile_of(v_past, page, slot, v_row, v_place, mine, BLOCK_N), there, mine, DIM)
+                sums, top, total = add_keys(x, values, sums, top, total, factor, UNIT)
 
     if k is not None:
         k_own = k + b * k_batch + head.to(tl.int64) * k_head
         v_own = v + b * v_batch + head.to(tl.int64) * v_head
-        for t in range(tl.maximum(low, past) - past, high - past):
-            position = t * BLOCK_N + tl.arange(0, BLOCK_N)
-            seen = position < own
-            place = position.to(tl.int64)
-            there = within(seen, column, DIM)
-            keys = tl.load(k_own + place[:, None] * k_token + column[None, :], mask=there, other=0)
-            x = logits_of(queries, keys, factor, inner, SOFTCAP)
-            if CAUSAL:
-                x = tl.where((position[None, :] <= token[:, None]) & seen[None, :], x, float("-inf"))
-            else:
-                x += tl.where(seen, 0.0, float("-inf"))[None, :]
-            values = tl.load(v_own + place[:, None] * v_token + mine[None, :], mask=within(seen, mine, DIM), other=0)
-            sums, top, total = add_keys(x, values, sums, top, total, UNIT)
+        whole = (tl.minimum(own, first // group + 1) if CAUSAL else own) // BLOCK_N  # tiles that every row sees all of
+        for CROSSING in tl.static_range(1 - PEEL, 2):
+            since, until = tl.maximum(low - past, 0), high - past
+            if not CROSSING:
+                until = tl.minimum(until, whole)
+            elif PEEL:
+                since = tl.maximum(since, whole)
+            for t in range(since, until):
+                _, start = page_and_slot(t * BLOCK_N, None, None, 0, 0, 0, BLOCK_N, FAR)
+                position = t * BLOCK_N + tl.arange(0, BLOCK_N)
+                seen = position < own
+                there = seen if CROSSING else None
+                keys = load_tile(tile_of(k_own, 0, start, 0, k_token, column, BLOCK_N), there, column, DIM)
+                x = products_of(queries, keys, inner, SOFTCAP)
+                if CROSSING:
+                    if CAUSAL:
+                        x = tl.where((position[None, :] <= token[:, None]) & seen[None, :], x, float("-inf"))
+                    else:
+                        x += tl.where(seen, 0.0, float("-inf"))[None, :]
+                values = load_tile(tile_of(v_own, 0, start, 0, v_token, mine, BLOCK_N), there, mine, DIM)
+                sums, top, total = add_keys(x, values, sums, top, total, factor, UNIT)
 
     inside = r < rows
     if partial is None:
@@ -287,6 +341,9 @@ def arguments_of(
             capacity = page = 0
     tensors = {"q": q, "k": k, "v": v, "k_context": k_context, "v_context": v_context}
     tensors = {name: rows_contiguous(x) for name, x in tensors.items()}
+    # Whether a row of the context, a page or a block is so long that 32 bits do not hold every offset in it.
+    own_and_past = [x for name, x in tensors.items() if name != "q" and x is not None]
+    far = any(x.shape[1] * x.stride(1) + dim >= 2**31 for x in own_and_past)
     strides = [n for x in (*tensors.values(), out) for n in ((0, 0, 0) if x is None else x.stride()[:3])]
     strides += [0 if x is None else x.stride(0) for x in (context_lens, context_index)]
     strides += (0, 0) if block_table is None else block_table.stride()
@@ -303,8 +360,15 @@ def arguments_of(
         | {"factor": (softcap or scale) * math.log2(math.e) / unit(q.dtype)}
         | {"inner": scale / softcap if softcap else 0.0}
         | {"CAUSAL": causal, "SOFTCAP": softcap > 0, "UNIT": unit(q.dtype), "PAGE": page}
-        | {"DIM": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
+        | {"DIM": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "FAR": far}
     )
+
+
+def forward(given: dict[str, Any], arch: int) -> dict[str, Any]:
+    """What the forward kernel takes: a factor above 0, and its sign by itself."""
+    factor = given["factor"]
+    sign = (factor > 0) - (factor < 0)
+    return given | {"factor": abs(factor) or 1.0, "SIGN": sign, "PEEL": arch in PEELING}
 
 
 def block_attention_out(q: Tensor, k: Tensor | None, *arguments: Any) -> None:
@@ -324,21 +388,23 @@ def block_attention_out(q: Tensor, k: Tensor | None, *arguments: Any) -> None:
     tiles = -(-given["window"] // tune.block_n) + (0 if k is None else -(-length // tune.block_n))
     splits = splits_for(items, tiles, processors)
     partial = stats = None
+    pdl = splits > 1 and launch.PDL and q.is_cuda and arch >= 90
     if splits > 1:
         partial = q.new_empty((splits, batch * length * heads, dim), dtype=torch.float32)
         stats = q.new_empty((2, splits, batch * length * heads), dtype=torch.float32)
     with on_device_of(q):
         block_attention_kernel[(items, splits)](
-            **given,
+            **forward(given, arch),
             out=written[0],
             lse=written[1],
             partial=partial,
             stats=stats,
             splits=splits,
+            PDL=pdl,
             **tune.launch(given["BLOCK_D"]),
         )
         if partial is not None and stats is not None:
-            merge_splits(partial, stats, written[0], written[1], given["kv_heads"], given["UNIT"])
+            merge_splits(partial, stats, written[0], written[1], given["kv_heads"], given["UNIT"], pdl)
     for x, result in zip((out, lse), written, strict=True):
         if result is not x:
             x.copy_(result)
@@ -363,13 +429,18 @@ def context_attention(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 def builds(arch: int) -> Iterator[Build]:
     """What the launchers ask for at head_dim 64, 128 and 256: denoising over a dense and a paged context, commit and
-    prefill, cut into splits and whole. At 512 one kind of tiles serves all numbers of rows."""
+    prefill, cut into splits and whole. At 512 one kind of tiles serves all numbers of rows. At the released size also
+    what they ask for with `launch.PDL`, a context of far strides, and a scale below 0."""
     for dim in (64, 128, 256):
         for dtype in DTYPES:
             yield _build(dtype, dim, 256, arch, causal=False, split=True)
             yield _build(dtype, dim, 256, arch, causal=True, split=False, paged=True)
         yield _build(torch.bfloat16, dim, 16, arch, causal=True, split=True, paged=True)
         yield _build(torch.bfloat16, dim, 65536, arch, causal=True, split=False, context=False)
+    dense = _build(torch.bfloat16, 128, 256, arch, causal=False, split=True)
+    yield replace(dense, constants=dense.constants | {"FAR": True, "SIGN": -1})
+    if arch >= 90:
+        yield replace(dense, constants=dense.constants | {"PDL": True}, needs=(*dense.needs, "griddepcontrol"))
     yield _build(torch.bfloat16, WIDEST, 256, arch, causal=False, split=True)
     for dtype in (torch.bfloat16, torch.float32):
         yield _build(dtype, WIDEST, 256, arch, causal=True, split=False, paged=True)
@@ -388,7 +459,7 @@ def _build(
     types |= {x: "i32" for x in COUNTS + STRIDES} | {"factor": "fp32", "inner": "fp32"}
     constants: dict[str, Any] = {x: None for x in pointers if x not in types}
     constants |= {"CAUSAL": causal, "SOFTCAP": False, "UNIT": unit(dtype), "PAGE": 64 if context and paged else 0}
-    constants |= {"DIM": dim, "BLOCK_D": dim}
+    constants |= {"DIM": dim, "BLOCK_D": dim, "FAR": False, "SIGN": 1, "PEEL": arch in PEELING, "PDL": False}
     constants |= {name: x for name, x in tune.launch(dim).items() if name.startswith("BLOCK")}
     needs = ("wgmma",) if dtype != torch.float32 else ()
     odd = frozenset(COUNTS) | {x for x in STRIDES if x.endswith("_stride") or x.startswith("table")}

@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.triton import attention
-from twotower_kernels.triton.attention import COUNTS, STRIDES, capped, places, within
+from twotower_kernels.triton.attention import COUNTS, STRIDES, capped, page_and_slot, tile_of, within
 from twotower_kernels.triton.attention_tuning import Tuning, gradient_tuning, tuning, unit
 from twotower_kernels.triton.launch import DTYPES, Build, machine, on_device_of, rows_contiguous
 from twotower_kernels.triton.rows import length_at, row_at
@@ -44,8 +44,7 @@ def weights_and_slopes(
     """Weights of the softmax and gradients of products (without the scale), from products q k and grad_out v. Of
     queries and keys either may come first: what belongs to a query's row comes with its axis."""
     bounded = capped(products, inner, SOFTCAP)
-    x = tl.where(seen, bounded * factor, float("-inf"))
-    weights = tl.exp2((x - base) * UNIT) * inverse
+    weights = tl.where(seen, tl.exp2((bounded * factor - base) * UNIT), 0.0) * inverse
     slopes = weights * (towards - delta)
     if SOFTCAP:
         slopes *= 1 - bounded * bounded
@@ -120,6 +119,7 @@ def query_gradient_kernel(
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,  # columns of the gradient that a program sums
+    FAR: tl.constexpr,
 ):
     rows = length * group
     tiles = tl.cdiv(rows, BLOCK_M)
@@ -179,18 +179,21 @@ def query_gradient_kernel(
             start = t * BLOCK_N
             position = start + tl.arange(0, BLOCK_N)
             seen = (position >= begin) & (position < end)
-            k_at, v_at = places(start, seen, entry, table_page, pages, k_row, k_place, v_row, v_place, PAGE, BLOCK_N)
+            page, slot = page_and_slot(start, seen, entry, table_page, pages, PAGE, BLOCK_N, FAR)
             inside = within(seen, column, DIM)
-            keys = settled(tl.load(k_past + k_at[:, None] + column[None, :], mask=inside, other=0))
+            k_at = tile_of(k_past, page, slot, k_row, k_place, column, BLOCK_N)
+            v_at = tile_of(v_past, page, slot, v_row, v_place, column, BLOCK_N)
+            keys = settled(tl.load(k_at, mask=inside, other=0))
             products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-            values = settled(tl.load(v_past + v_at[:, None] + column[None, :], mask=inside, other=0))
+            values = settled(tl.load(v_at, mask=inside, other=0))
             towards = tl.dot(grads, tl.trans(values), input_precision="ieee")
             _, slopes = weights_and_slopes(
                 products, towards, seen[None, :], base[:, None], inverse[:, None], below[:, None],
                 factor, inner, SOFTCAP, UNIT,
             )  # fmt: skip
             if PARTS > 1:
-                keys = tl.load(k_past + k_at[:, None] + mine[None, :], mask=within(seen, mine, DIM), other=0)
+                k_at = tile_of(k_past, page, slot, k_row, k_place, mine, BLOCK_N)
+                keys = tl.load(k_at, mask=within(seen, mine, DIM), other=0)
             gradient = tl.dot(slopes.to(keys.dtype), keys, gradient, input_precision="ieee")
 
     if k is not None:
@@ -201,10 +204,10 @@ def query_gradient_kernel(
         for t in range(0, tl.cdiv(own, BLOCK_N)):
             position = t * BLOCK_N + tl.arange(0, BLOCK_N)
             inside = within(position < own, column, DIM)
-            place = position.to(tl.int64)
-            keys = settled(tl.load(k_own + place[:, None] * k_token + column[None, :], mask=inside, other=0))
+            _, slot = page_and_slot(t * BLOCK_N, None, None, 0, 0, 0, BLOCK_N, FAR)
+            keys = settled(tl.load(tile_of(k_own, 0, slot, 0, k_token, column, BLOCK_N), mask=inside, other=0))
             products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-            values = settled(tl.load(v_own + place[:, None] * v_token + column[None, :], mask=inside, other=0))
+            values = settled(tl.load(tile_of(v_own, 0, slot, 0, v_token, column, BLOCK_N), mask=inside, other=0))
             towards = tl.dot(grads, tl.trans(values), input_precision="ieee")
             seen = (position < own)[None, :]
             if CAUSAL:
@@ -214,7 +217,7 @@ def query_gradient_kernel(
             )
             if PARTS > 1:
                 inside = within(position < own, mine, DIM)
-                keys = tl.load(k_own + place[:, None] * k_token + mine[None, :], mask=inside, other=0)
+                keys = tl.load(tile_of(k_own, 0, slot, 0, k_token, mine, BLOCK_N), mask=inside, other=0)
             gradient = tl.dot(slopes.to(keys.dtype), keys, gradient, input_precision="ieee")
 
     gradient = tl.where(real[:, None], gradient * scale, 0.0)
@@ -340,14 +343,14 @@ def attention_backward(
     sums = q.new_empty((batch * length * heads, dim), dtype=torch.float32)
     stats = q.new_empty((2, batch * length * heads), dtype=torch.float32)
     delta = q.new_empty(batch * length * heads, dtype=torch.float32)
-    forward = tuning(q.dtype, rows, dim, arch)
+    tune = tuning(q.dtype, rows, dim, arch)
     of_queries, of_keys = gradient_tuning(q.dtype, dim, arch)
     depth = given["BLOCK_D"]
     with on_device_of(q):
-        attention.block_attention_kernel[(pairs * -(-rows // forward.block_m) * forward.parts(dim), 1)](
-            **given,
-            **{"out": None, "lse": None, "partial": sums, "stats": stats, "splits": 1},
-            **forward.launch(depth),
+        attention.block_attention_kernel[(pairs * -(-rows // tune.block_m) * tune.parts(dim), 1)](
+            **attention.forward(given, arch),
+            **{"out": None, "lse": None, "partial": sums, "stats": stats, "splits": 1, "PDL": False},
+            **tune.launch(depth),
         )
         given |= {"grad_out": grad_out, "stats": stats, "delta": delta, "scale": scale}
         query_gradient_kernel[(pairs * -(-rows // of_queries.block_m) * of_queries.parts(dim),)](
@@ -384,7 +387,7 @@ def _builds(dtype: torch.dtype, dim: int, arch: int, *, causal: bool, context: b
 
     types |= {"grad_q": name, "sums": "*fp32", "grad_lse": "*fp32"}
     past = {"k_context": name, "v_context": name, "context_lens": "*i64", "context_index": "*i64"}
-    constants |= {"PAGE": 0, "block_table": None} | ({} if context else {x: None for x in past})
+    constants |= {"PAGE": 0, "block_table": None, "FAR": False} | ({} if context else {x: None for x in past})
     yield _build(query_gradient_kernel, types | (past if context else {}), constants, of_queries, dtype)
 
 

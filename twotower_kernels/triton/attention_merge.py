@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,33 +37,40 @@ def merge_splits_kernel(
     SPLITS: tl.constexpr,  # a power of two, at least splits
     DIM: tl.constexpr,
     COLUMNS: tl.constexpr,  # of a row for one program
+    PDL: tl.constexpr,  # launched while the splits are still computed
 ):
-    row = tl.program_id(0).to(tl.int64)
-    rows = tl.num_programs(0).to(tl.int64)
-    pair, r = row // (length * group), row % (length * group)
-    b, head, token = pair // kv_heads, pair % kv_heads * group + r % group, r // group
+    row, rows = tl.program_id(0), tl.num_programs(0)
     split = tl.arange(0, SPLITS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     at = split * rows + row
     there = split < splits
-    total = tl.load(stats + splits * rows + at, mask=there, other=0)
-    there = there & (total != 0)
-    top = tl.load(stats + at, mask=there, other=float("-inf"))
-    above = tl.max(top, 0)
-    weight = tl.exp2((top - tl.where(above == float("-inf"), 0.0, above)) * UNIT)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    # All loads are on their way before one is looked at: also those of splits without a key, which left no sums.
     where = there[:, None] & (column < DIM)[None, :]
     parts = tl.load(partial + at[:, None] * DIM + column[None, :], mask=where, other=0)
+    top = tl.load(stats + at, mask=there, other=float("-inf"))
+    total = tl.load(stats + splits * rows + at, mask=there, other=0)
+    top = tl.where(total != 0, top, float("-inf"))  # NaN is no 0
+    parts = tl.where((total != 0)[:, None], parts, 0.0)
+    above = tl.max(top, 0)
+    weight = tl.exp2((top - tl.where(above == float("-inf"), 0.0, above)) * UNIT)
     total = tl.sum(weight * total, 0)
     total = tl.where(total == 0, 1.0, total)
     result = tl.sum(weight[:, None] * parts, 0) / total
-    to = out + b * out_batch + token * out_token + head * out_head
+    pair, r = row // (length * group), row % (length * group)
+    b, head, token = (pair // kv_heads).to(tl.int64), pair % kv_heads * group + r % group, r // group
+    to = out + b * out_batch + token.to(tl.int64) * out_token + head.to(tl.int64) * out_head
     tl.store(to + column, result.to(out.dtype.element_ty), mask=column < DIM)
     logarithm = above * (UNIT * 0.6931471805599453) + tl.log2(total) * 0.6931471805599453
     tl.store(lse + (b * length + token) * kv_heads * group + head, logarithm, mask=tl.program_id(1) == 0)
 
 
-def merge_splits(partial: Tensor, stats: Tensor, out: Tensor, lse: Tensor, kv_heads: int, unit: float) -> None:
-    """Merges what the splits of the keys have left, into out [B, S, Hq, D] of any strides and lse."""
+def merge_splits(
+    partial: Tensor, stats: Tensor, out: Tensor, lse: Tensor, kv_heads: int, unit: float, pdl: bool = False
+) -> None:
+    """Merges what the splits of the keys have left, into out [B, S, Hq, D] of any strides and lse. pdl: the kernel that
+    leaves it lets this one be launched meanwhile."""
     splits, rows, dim = partial.shape
     parts, columns, warps = _tuning(splits, dim)
     merge_splits_kernel[(rows, triton.cdiv(dim, columns))](
@@ -72,6 +80,8 @@ def merge_splits(partial: Tensor, stats: Tensor, out: Tensor, lse: Tensor, kv_he
         DIM=dim,
         COLUMNS=columns,
         num_warps=warps,
+        PDL=pdl,
+        **({"launch_pdl": True} if pdl else {}),
     )
 
 
@@ -234,16 +244,18 @@ def append_kv(
 
 
 def builds(arch: int) -> Iterator[Build]:
-    """What the launchers ask for in every dtype, at the released head_dim and the widest. The same on every
-    architecture."""
+    """What the launchers ask for in every dtype, at the released head_dim and the widest; with `launch.PDL`, too."""
     for dtype, name in DTYPES.items():
         for dim, splits in ((128, 33), (512, 129)):
             unit = math.log2(math.e) if dtype == torch.float32 else 1.0
             parts, columns, warps = _tuning(splits, dim)
-            constants: dict[str, object] = {"UNIT": unit, "SPLITS": parts, "DIM": dim, "COLUMNS": columns}
+            constants: dict[str, object] = {"UNIT": unit, "SPLITS": parts, "DIM": dim, "COLUMNS": columns, "PDL": False}
             types = {"partial": "*fp32", "stats": "*fp32", "out": f"*{name}", "lse": "*fp32"}
             types |= _integers(merge_splits_kernel, types, constants)
-            yield Build(merge_splits_kernel, types, constants, num_warps=warps, odd=frozenset(COUNTS))
+            merge = Build(merge_splits_kernel, types, constants, num_warps=warps, odd=frozenset(COUNTS))
+            yield merge
+            if arch >= 90:
+                yield replace(merge, constants=constants | {"PDL": True}, needs=("griddepcontrol",))
 
             constants = {"BLOCK_ROWS": 2048 // dim, "BLOCK_D": dim}
             types = {x: f"*{name}" for x in ("out_a", "out_b", "out")} | {x: "*fp32" for x in ("lse_a", "lse_b", "lse")}
