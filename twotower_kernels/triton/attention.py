@@ -438,9 +438,9 @@ def builds(arch: int) -> Iterator[Build]:
         yield _build(torch.bfloat16, dim, 16, arch, causal=True, split=True, paged=True)
         yield _build(torch.bfloat16, dim, 65536, arch, causal=True, split=False, context=False)
     dense = _build(torch.bfloat16, 128, 256, arch, causal=False, split=True)
-    yield replace(dense, constants=dense.constants | {"FAR": True, "SIGN": -1})
+    yield replace(dense, constants={**dense.constants, "FAR": True, "SIGN": -1})
     if arch >= 90:
-        yield replace(dense, constants=dense.constants | {"PDL": True}, needs=(*dense.needs, "griddepcontrol"))
+        yield replace(dense, constants={**dense.constants, "PDL": True}, needs=(*dense.needs, "griddepcontrol"))
     yield _build(torch.bfloat16, WIDEST, 256, arch, causal=False, split=True)
     for dtype in (torch.bfloat16, torch.float32):
         yield _build(dtype, WIDEST, 256, arch, causal=True, split=False, paged=True)
