@@ -47,31 +47,11 @@ from twotower_kernels.triton.rows import length_at, row_at
 
 COUNTS = ("length", "kv_heads", "group", "capacity", "context_rows", "pages", "window", "splits")
 # Of tensors: b batch, cb row of the context or page, t token (kct: among those of a row or page), h head, last 1.
-TENSOR_STRIDES = [
-    f"stride_{x}"
-    for x in [
-        "qb",
-        "qt",
-        "qh",
-        "kb",
-        "kt",
-        "kh",
-        "vb",
-        "vt",
-        "vh",
-        "kcb",
-        "kct",
-        "kch",
-        "vcb",
-        "vct",
-        "vch",
-        "ob",
-        "ot",
-        "oh",
-    ]
-]
-INDEX_STRIDES = tuple(f"stride_{x}" for x in ["context_lens", "context_index", "table_row", "table_page", "block_lens"])
-STRIDES = (*TENSOR_STRIDES, *INDEX_STRIDES)
+TENSORS = ("qb", "qt", "qh", "kb", "kt", "kh", "vb", "vt", "vh")
+CONTEXT_AND_OUT = ("kcb", "kct", "kch", "vcb", "vct", "vch", "ob", "ot", "oh")
+INDICES = ("context_lens", "context_index", "table_row", "table_page", "block_lens")
+INDEX_STRIDES = tuple(f"stride_{x}" for x in INDICES)
+STRIDES = (*(f"stride_{x}" for x in (*TENSORS, *CONTEXT_AND_OUT)), *INDEX_STRIDES)
 
 
 @triton.jit
