@@ -44,7 +44,7 @@ def tuning(dtype: torch.dtype, query_rows: int, dim: int, arch: int) -> Tuning:
         return Tuning(32, 16 if dim > 256 and least else 32, 8, 1)
     if dim <= 128:
         if query_rows > 64:
-            if arch == 80 and dim > 64:  # 64 keys under a causal mask spill registers
+            if not large and dim > 64:  # 64 keys under a causal mask spill registers
                 return Tuning(128, 32, 8, 3)
             return Tuning(128, 64, 8, 3 if large else 2)
         return Tuning(64, 64, 4, 3) if large else Tuning(64, 32, 4, 2)
@@ -64,7 +64,8 @@ def gradient_tuning(dtype: torch.dtype, dim: int, arch: int) -> tuple[Tuning, Tu
     least = not large and arch != 80
     if dtype == torch.float32:
         if dim <= 256:
-            return Tuning(16, 16, 4, 1), Tuning(16, 32 if dim <= 128 else 16, 8, 1)
+            warps = 8 if arch == 120 and dim <= 64 else 4  # four spill some there
+            return Tuning(16, 16, warps, 1), Tuning(16, 32 if dim <= 128 else 16, 8, 1)
         tune = Tuning(16, 16, 16, 1) if least else Tuning(16, 16, 8, 1, columns=512)
         return tune, tune
     if dim <= 128:
