@@ -15,9 +15,13 @@ from tests.gpu.device_arithmetic import approximated, device_arithmetic, tensor_
 from tests.gpu.test_attention_gradient_triton import GRADIENTS, gradients
 from tests.gpu.triton_checks import DTYPES, triton_kernels
 from tests.kernels.kernel_checks import assert_op_within_budget, relative_errors
+from tests.kernels.remask_cases import assert_step_agrees
 from tests.kernels.test_attention_kernel import assert_agrees
 from tests.kernels.test_mamba2_kernel import check, scan
-from twotower_kernels.reference import adaln, attention, mamba2, moe
+from tests.kernels.test_moe_kernel import test_only_scores_within_four_ulp_may_change_places as check_router
+from tests.simt.overlay import cuda_kernels
+from twotower_kernels.reference import adaln, attention, mamba2, moe, remask
+from twotower_kernels.triton.mamba2_chunk import exponential, silu, softplus
 
 F32, BF16, F16 = DTYPES
 
@@ -124,13 +128,46 @@ def test_the_scan_is_as_accurate_as_plain_float32() -> None:
     assert max(relative_errors(scan, mamba2.mamba2_scan, make, 4)) < 1.5
 
 
-def test_steps_decays_and_float32_activations_ask_no_approximate_function() -> None:
-    inputs = mamba2.make_inputs("mamba2_scan", "unseeded") | dict(return_states=True)
+@triton.jit
+def own_functions_kernel(x, out, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    value = tl.load(x + i)
+    tl.store(out + i, exponential(value))
+    tl.store(out + SIZE + i, softplus(value))
+    tl.store(out + 2 * SIZE + i, silu(value))
+
+
+@pytest.mark.parametrize("most", [1e-3, 1.0, 20.0, 87.0])
+def test_functions_of_its_own(most: float) -> None:
+    """e^x and log(1 + e^x) have the same bits however the device's functions err, and SiLU errs by little more."""
+    x = torch.linspace(-most, most, 4096)
     results = []
     for seed in range(2):
+        out = torch.empty(3, 4096)
         with triton_kernels(), device_arithmetic(seed):
-            results.append(scan(**inputs))
-    assert all(map(torch.equal, *results))
+            own_functions_kernel[(1,)](x, out, SIZE=4096)
+        results.append(out)
+    y = x.double()
+    exact = torch.stack([y.exp(), y.exp().log1p(), y * y.sigmoid()])
+    unit = torch.from_numpy(np.spacing(exact.float().abs().numpy())).double()
+    for out in results:
+        off = (out.double() - exact).abs() / unit
+        assert (off.max(1).values < torch.tensor([1.0, 2.5, 3.5])).all() and (off.square().mean(1).sqrt() < 0.8).all()
+    assert torch.equal(results[0][:2], results[1][:2])
+
+
+def test_the_ends_of_the_exponential() -> None:
+    x = torch.tensor(
+        [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 88.3, 89.0, 1e30, -87.3, -88.0, -1e30, 1.0, *[0.0] * 4]
+    )
+    out = torch.empty(3, 16)
+    with triton_kernels():
+        own_functions_kernel[(1,)](x, out, SIZE=16)
+    normal = (x > -87.5) & (x < 88.4)
+    torch.testing.assert_close(out[0, normal], x[normal].exp(), rtol=1e-6, atol=0)
+    big = torch.finfo(torch.float32).max
+    assert out[0, ~normal].nan_to_num(7.0, big).tolist() == [big, 0, 7, big, big, 0, 0]
+    assert out[1, 2] == torch.inf and out[1, 3] == 0 and out[1, 4].isnan() and out[2, 2] == torch.inf
 
 
 @pytest.mark.usefixtures("on_a_device")
@@ -181,3 +218,17 @@ def test_attention_gradient(case: str, dtype: torch.dtype) -> None:
     naive, exact = (gradients(attention.block_attention, x) for x in (inputs, widened(inputs)))
     for name, *three in zip("qkv", gradients(tt.block_attention, inputs), naive, exact, strict=True):
         assert_within_budget(*three, what=f"gradient of {name}")
+
+
+# --- CUDA C++ -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["odd", "sampled_filtered", "dream", "posterior_filtered"])
+def test_remask(case: str) -> None:
+    with cuda_kernels(build="approximate"):
+        assert_step_agrees(remask.make_inputs("remask", case, dtype=F32))
+
+
+def test_router() -> None:
+    with cuda_kernels(build="approximate"):
+        check_router()

@@ -17,15 +17,11 @@ Tensor cores multiply factors of 16 bits, and what is float32 (states, decays) l
 factor is bfloat16, they multiply it by three bfloat16 numbers whose sum the first one is. Other dtypes multiply states
 and decays in float32, without tensor cores.
 
-Predicted for an H200 (4.3 TB/s, 132 SMs), bfloat16, 64 heads of 64, state 128, 8 groups; nothing is measured yet.
-B = 1, L = 16: 2.1 MB of state, 0.2 MB of tokens read and 0.13 MB written, 0.6 us at full speed. One launch of 128
-programs, each a chain of two loads, six products and a dozen barriers: 4 to 5 us. B = 64: 155 MB, 36 us at full speed;
-every head convolves B and C anew, 4096 exponentials and as many quotients: 45 to 60 us.
-B = 1, L = 4096: the states of 64 chunks written and read, 62 us, and 50 MB of tokens three times, 35 us: 120 to 150 us.
 Tried, by compiling for all GPUs: convolving x before the loop over the state, so that all loads are under way at once,
-spills registers with 32 tokens and more; so do whole heads with 64 tokens where factors stay in registers (sm_80,
-sm_120), and half the state at a time. Eight channels to a thread read their taps one by one, 110 scattered loads of two
-bytes in a denoising step; two channels take half as many loads of a quarter of the cache lines.
+spills registers with 32 tokens and more (with 16 and half heads it is done); so do whole heads with 64 tokens where
+factors stay in registers (sm_80, sm_120), and half the state at a time. Loading the state first puts the change of its
+layout, and a barrier, before the taps' loads. Eight channels to a thread read their taps one by one, 110 scattered
+loads of two bytes in a denoising step; two channels take half as many loads of a quarter of the cache lines.
 """
 
 from __future__ import annotations
@@ -170,6 +166,7 @@ def mamba2_states_kernel(
         # Of the tokens after each: sums of their own, since differences of running sums would cancel.
         _, later = steps(dt, time + 1, t + 1 < count, dt_token, dt_bias, a_log, head, dt_min, dt_max)
         kept = step * exponential(tl.cumsum(later, 0, reverse=True))
+        decay = exponential(tl.sum(log_decay))
         x = tl.load(
             u + time[None, :] * channels + (head * DIM + p)[:, None], mask=(p < DIM)[:, None] & there[None, :], other=0
         )
@@ -179,7 +176,7 @@ def mamba2_states_kernel(
             other=0,
         )
         added = product(x.to(tl.float32) * kept[None, :], inputs, tl.zeros((ROWS, DEPTH), tl.float32))
-        state = exponential(tl.sum(log_decay)) * state + added
+        state = decay * state + added
         if ssm_out is not None and ((chunk + 1) % block_chunks == 0 or chunk + 1 == all_chunks):
             blocks = (all_chunks + block_chunks - 1) // block_chunks
             tl.store(ssm_out + (b * blocks + chunk // block_chunks) * size + at, state, mask=here)
@@ -242,6 +239,7 @@ def mamba2_scan_kernel(
 ):
     # Where registers suffice, nothing is loaded from afar behind a barrier.
     AT_ONCE: tl.constexpr = TOKENS == 16 and ROWS <= 32 and DEPTH >= STATE
+    STEPS_FIRST: tl.constexpr = TOKENS == 16 and xbc.dtype.element_ty != tl.float32
     parts: tl.constexpr = (DIM + ROWS - 1) // ROWS
     part = tl.program_id(0) % parts
     head = tl.program_id(0) // parts % heads
@@ -263,8 +261,9 @@ def mamba2_scan_kernel(
         if AT_ONCE:
             fetch_state(ssm_state, ssm_dim, p, DIM, STATE, DEPTH)
 
-    if AT_ONCE:
+    if STEPS_FIRST:
         step, log_decay = steps(dt + b * dt_batch, time, real, dt_token, dt_bias, a_log, head, dt_min, dt_max)
+    if AT_ONCE:
         x = activated(
             xbc, conv_weight, conv_bias, conv_state, time, real, head * DIM + p, p < DIM, xbc_token, weight_row,
             conv_channel, WIDTH,
@@ -289,16 +288,17 @@ def mamba2_scan_kernel(
             total = product(outputs, seed.to(tl.float32), total)
         scores = product(outputs, tl.trans(inputs), scores)
 
-    if not AT_ONCE:
+    if not STEPS_FIRST:  # behind the loop, whose registers they would take
         step, log_decay = steps(dt + b * dt_batch, time, real, dt_token, dt_bias, a_log, head, dt_min, dt_max)
-        x = activated(
-            xbc, conv_weight, conv_bias, conv_state, time, real, head * DIM + p, p < DIM, xbc_token, weight_row,
-            conv_channel, WIDTH,
-        )  # fmt: skip
     skip = tl.load(d + head).to(tl.float32)
     # [t, u]: of the tokens after u up to t. Sums of their own, since differences of running sums would cancel.
     between = tl.cumsum(tl.where(t[:, None] > t[None, :], log_decay[:, None], 0), 0)
     mixing = tl.where(t[:, None] >= t[None, :], scores * exponential(between) * step[None, :], 0)
+    if not AT_ONCE:
+        x = activated(
+            xbc, conv_weight, conv_bias, conv_state, time, real, head * DIM + p, p < DIM, xbc_token, weight_row,
+            conv_channel, WIDTH,
+        )  # fmt: skip
     # An x that is not finite must not reach the tokens before it: their 0 would make NaN of it.
     wide = x.to(tl.float32)
     finite = wide - wide == 0

@@ -53,10 +53,11 @@ def activated(
 
 @triton.jit
 def exponential(x):
-    """e^x within an ulp or so up to x = 88, infinity beyond; 0 where it would be subnormal. NaN stays NaN.
+    """e^x within an ulp or so, infinity from x = 88.4, 0 where it would be subnormal. NaN stays NaN.
 
     x is split into n log 2 + r with |r| <= log(2) / 2: log 2 in two parts, the first short, so that n times it is
-    exact. 2^n is put together from its exponent."""
+    exact. 2^n is put together from its exponent: at n = -127 it is 0, at 128 infinity."""
+    x = tl.where(x < -88.0, -88.0, tl.where(x > 89.0, 89.0, x))
     nearest = x * 1.4426950408889634 + 12582912.0  # the sum's last bits hold the nearest integer
     n = nearest - 12582912.0
     r = (x - n * 0.693359375) - n * -2.12194440054690583e-4
@@ -66,8 +67,7 @@ def exponential(x):
     series = series * r + 1 / 6
     series = series * r + 0.5
     power = ((nearest.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
-    result = (series * (r * r) + r + 1) * power
-    return tl.where(x < -87.3, 0.0, tl.where(x > 88, float("inf"), result))
+    return (series * (r * r) + r + 1) * power
 
 
 @triton.jit
