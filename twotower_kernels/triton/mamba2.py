@@ -239,6 +239,7 @@ def mamba2_scan_kernel(
 ):
     # Where registers suffice, nothing is loaded from afar behind a barrier.
     AT_ONCE: tl.constexpr = TOKENS == 16 and ROWS <= 32 and DEPTH >= STATE
+    X_BEHIND_DECAYS: tl.constexpr = not AT_ONCE and (TOKENS < 64 or ROWS != 32)  # as registers suffice
     STEPS_FIRST: tl.constexpr = TOKENS == 16 and xbc.dtype.element_ty != tl.float32
     parts: tl.constexpr = (DIM + ROWS - 1) // ROWS
     part = tl.program_id(0) % parts
@@ -290,11 +291,16 @@ def mamba2_scan_kernel(
 
     if not STEPS_FIRST:  # behind the loop, whose registers they would take
         step, log_decay = steps(dt + b * dt_batch, time, real, dt_token, dt_bias, a_log, head, dt_min, dt_max)
+    if not AT_ONCE and not X_BEHIND_DECAYS:
+        x = activated(
+            xbc, conv_weight, conv_bias, conv_state, time, real, head * DIM + p, p < DIM, xbc_token, weight_row,
+            conv_channel, WIDTH,
+        )  # fmt: skip
     skip = tl.load(d + head).to(tl.float32)
     # [t, u]: of the tokens after u up to t. Sums of their own, since differences of running sums would cancel.
     between = tl.cumsum(tl.where(t[:, None] > t[None, :], log_decay[:, None], 0), 0)
     mixing = tl.where(t[:, None] >= t[None, :], scores * exponential(between) * step[None, :], 0)
-    if not AT_ONCE:
+    if X_BEHIND_DECAYS:
         x = activated(
             xbc, conv_weight, conv_bias, conv_state, time, real, head * DIM + p, p < DIM, xbc_token, weight_row,
             conv_channel, WIDTH,
