@@ -17,15 +17,11 @@ Tensor cores multiply factors of 16 bits, and what is float32 (states, decays) l
 factor is bfloat16, they multiply it by three bfloat16 numbers whose sum the first one is. Other dtypes multiply states
 and decays in float32, without tensor cores.
 
-Predicted for an H200 (4.3 TB/s, 132 SMs), bfloat16, 64 heads of 64, state 128, 8 groups; nothing is measured yet.
-B = 1, L = 16: 2.1 MB of state, 0.2 MB of tokens read and 0.13 MB written, 0.6 us at full speed. One launch of 128
-programs, each a chain of two loads, six products and a dozen barriers: 4 to 5 us. B = 64: 155 MB, 36 us at full speed;
-every head convolves B and C anew, 4096 exponentials and as many quotients: 45 to 60 us.
-B = 1, L = 4096: the states of 64 chunks written and read, 62 us, and 50 MB of tokens three times, 35 us: 120 to 150 us.
 Tried, by compiling for all GPUs: convolving x before the loop over the state, so that all loads are under way at once,
-spills registers with 32 tokens and more; so do whole heads with 64 tokens where factors stay in registers (sm_80,
-sm_120), and half the state at a time. Eight channels to a thread read their taps one by one, 110 scattered loads of two
-bytes in a denoising step; two channels take half as many loads of a quarter of the cache lines.
+spills registers with 32 tokens and more (with 16 and half heads it is done); so do whole heads with 64 tokens where
+factors stay in registers (sm_80, sm_120), and half the state at a time. Loading the state first puts the change of its
+layout, and a barrier, before the taps' loads. Eight channels to a thread read their taps one by one, 110 scattered
+loads of two bytes in a denoising step; two channels take half as many loads of a quarter of the cache lines.
 """
 
 from __future__ import annotations
@@ -41,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, machine, on_device_of, rows_contiguous
-from twotower_kernels.triton.mamba2_chunk import activated, bounds, product, steps
+from twotower_kernels.triton.mamba2_chunk import activated, bounds, exponential, product, steps
 from twotower_kernels.triton.rows import length_at, row_at
 
 TILE = (32, 128)  # tokens and channels of a program of the convolution
@@ -169,7 +165,8 @@ def mamba2_states_kernel(
         step, log_decay = steps(dt, time, there, dt_token, dt_bias, a_log, head, dt_min, dt_max)
         # Of the tokens after each: sums of their own, since differences of running sums would cancel.
         _, later = steps(dt, time + 1, t + 1 < count, dt_token, dt_bias, a_log, head, dt_min, dt_max)
-        kept = step * tl.exp(tl.cumsum(later, 0, reverse=True))
+        kept = step * exponential(tl.cumsum(later, 0, reverse=True))
+        decay = exponential(tl.sum(log_decay))
         x = tl.load(
             u + time[None, :] * channels + (head * DIM + p)[:, None], mask=(p < DIM)[:, None] & there[None, :], other=0
         )
@@ -179,11 +176,22 @@ def mamba2_states_kernel(
             other=0,
         )
         added = product(x.to(tl.float32) * kept[None, :], inputs, tl.zeros((ROWS, DEPTH), tl.float32))
-        state = tl.exp(tl.sum(log_decay)) * state + added
+        state = decay * state + added
         if ssm_out is not None and ((chunk + 1) % block_chunks == 0 or chunk + 1 == all_chunks):
             blocks = (all_chunks + block_chunks - 1) // block_chunks
             tl.store(ssm_out + (b * blocks + chunk // block_chunks) * size + at, state, mask=here)
     tl.store(seeds + (b * (chunks + 1) + chunks) * size + at, state, mask=here)
+
+
+@triton.jit
+def fetch_state(ssm_state, ssm_dim, p, DIM: tl.constexpr, STATE: tl.constexpr, DEPTH: tl.constexpr):
+    """Rows p of a head's state into the L2. The compiler puts their loads behind the convolution's sums, where they
+    would wait for the memory anew. So one number of every 32 bytes is read beforehand, and used by nobody; the barrier
+    keeps it there."""
+    n = 8 * tl.arange(0, DEPTH // 8)
+    here = (p < DIM)[None, :] & (n < STATE)[:, None]
+    tl.load(ssm_state + p.to(tl.int64)[None, :] * ssm_dim + n[:, None], mask=here, volatile=True)
+    tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -229,6 +237,10 @@ def mamba2_scan_kernel(
     ROWS: tl.constexpr,  # of head_dim
     DEPTH: tl.constexpr,  # of the state at a time
 ):
+    # Where registers suffice, nothing is loaded from afar behind a barrier.
+    AT_ONCE: tl.constexpr = TOKENS == 16 and ROWS <= 32 and DEPTH >= STATE
+    X_BEHIND_DECAYS: tl.constexpr = not AT_ONCE and (TOKENS < 64 or ROWS != 32)  # as registers suffice
+    STEPS_FIRST: tl.constexpr = TOKENS == 16 and xbc.dtype.element_ty != tl.float32
     parts: tl.constexpr = (DIM + ROWS - 1) // ROWS
     part = tl.program_id(0) % parts
     head = tl.program_id(0) // parts % heads
@@ -247,9 +259,16 @@ def mamba2_scan_kernel(
     if ssm_state is not None:
         ssm_state += row_at(state_index, b, 1, state_rows) * ssm_row
         ssm_state += pair % chunks * tl.cast(ssm_slot, tl.int64) + head.to(tl.int64) * ssm_head
+        if AT_ONCE:
+            fetch_state(ssm_state, ssm_dim, p, DIM, STATE, DEPTH)
 
-    step, log_decay = steps(dt + b * dt_batch, time, real, dt_token, dt_bias, a_log, head, dt_min, dt_max)
-    skip = tl.load(d + head).to(tl.float32)
+    if STEPS_FIRST:
+        step, log_decay = steps(dt + b * dt_batch, time, real, dt_token, dt_bias, a_log, head, dt_min, dt_max)
+    if AT_ONCE:
+        x = activated(
+            xbc, conv_weight, conv_bias, conv_state, time, real, head * DIM + p, p < DIM, xbc_token, weight_row,
+            conv_channel, WIDTH,
+        )  # fmt: skip
     scores = tl.zeros((TOKENS, TOKENS), tl.float32)
     total = tl.zeros((TOKENS, ROWS), tl.float32)
     for k in range(0, STATE, DEPTH):
@@ -270,17 +289,26 @@ def mamba2_scan_kernel(
             total = product(outputs, seed.to(tl.float32), total)
         scores = product(outputs, tl.trans(inputs), scores)
 
+    if not STEPS_FIRST:  # behind the loop, whose registers they would take
+        step, log_decay = steps(dt + b * dt_batch, time, real, dt_token, dt_bias, a_log, head, dt_min, dt_max)
+    if not AT_ONCE and not X_BEHIND_DECAYS:
+        x = activated(
+            xbc, conv_weight, conv_bias, conv_state, time, real, head * DIM + p, p < DIM, xbc_token, weight_row,
+            conv_channel, WIDTH,
+        )  # fmt: skip
+    skip = tl.load(d + head).to(tl.float32)
     # [t, u]: of the tokens after u up to t. Sums of their own, since differences of running sums would cancel.
     between = tl.cumsum(tl.where(t[:, None] > t[None, :], log_decay[:, None], 0), 0)
-    mixing = tl.where(t[:, None] >= t[None, :], scores * tl.exp(between) * step[None, :], 0)
-    x = activated(
-        xbc, conv_weight, conv_bias, conv_state, time, real, head * DIM + p, p < DIM, xbc_token, weight_row,
-        conv_channel, WIDTH,
-    )  # fmt: skip
+    mixing = tl.where(t[:, None] >= t[None, :], scores * exponential(between) * step[None, :], 0)
+    if X_BEHIND_DECAYS:
+        x = activated(
+            xbc, conv_weight, conv_bias, conv_state, time, real, head * DIM + p, p < DIM, xbc_token, weight_row,
+            conv_channel, WIDTH,
+        )  # fmt: skip
     # An x that is not finite must not reach the tokens before it: their 0 would make NaN of it.
     wide = x.to(tl.float32)
     finite = wide - wide == 0
-    total *= tl.exp(tl.cumsum(log_decay, 0))[:, None]
+    total *= exponential(tl.cumsum(log_decay, 0))[:, None]
     total = product(mixing, tl.where(finite, x, 0), total) + skip * wide
     spoiled = tl.cumsum(tl.where(finite, 0, 1), 0) > 0
     total = tl.where(spoiled, float("nan"), total)
