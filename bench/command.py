@@ -15,12 +15,24 @@ from rich.console import Console
 from rich.progress import Progress
 
 from twotower_kernels import cpu
-from twotower_kernels.bench import ceilings, peers, report
-from twotower_kernels.bench.ceilings import Ceilings
-from twotower_kernels.bench.pictures import roofline
-from twotower_kernels.bench.report import Skipped
-from twotower_kernels.bench.shapes import RELEASED, SMALL, Shapes
-from twotower_kernels.bench.timing import NO_GOALS, ORIGINAL, OURS, PYTORCH, Case, Result, cannot_run, measure, said
+from twotower_kernels.bench.baselines import peers
+from twotower_kernels.bench.measure import ceilings
+from twotower_kernels.bench.measure.ceilings import Ceilings
+from twotower_kernels.bench.measure.timing import (
+    NO_GOALS,
+    ORIGINAL,
+    OURS,
+    PYTORCH,
+    Case,
+    Result,
+    cannot_run,
+    measure,
+    said,
+)
+from twotower_kernels.bench.pictures.operations import roofline
+from twotower_kernels.bench.report import tables as report
+from twotower_kernels.bench.report.tables import Skipped
+from twotower_kernels.bench.sizes.shapes import RELEASED, SMALL, Shapes
 from twotower_kernels.cli.flags import integer, number
 
 FILES = ("attention", "moe", "linear", "mamba2", "adaln", "remask", "model")
@@ -65,7 +77,7 @@ def wanted(program: str, kinds: Sequence[str]) -> bool:
 
 def cases(family: str, options: argparse.Namespace, shapes: Shapes) -> Iterator[Case]:
     """Those that were asked for; goals are the released model's."""
-    module = importlib.import_module(f"twotower_kernels.bench.bench_{family}")
+    module = importlib.import_module(f"twotower_kernels.bench.cases.{family}")
     for case in module.cases(options.device, shapes, options.batch, options.context):
         programs = {**case.programs, **peers.of(case.op, case.inputs, options.device)}
         programs = {name: call for name, call in programs.items() if wanted(name, options.rivals or ["all"])}

@@ -20,9 +20,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from twotower_kernels.bench.checkout import ROOT
 from twotower_kernels.bench.command import FILES
-from twotower_kernels.bench.timing import OURS
+from twotower_kernels.bench.measure.timing import OURS
+from twotower_kernels.bench.report.checkout import ROOT
 from twotower_kernels.cli.flags import integer, number
 
 Case = tuple[str, str, str]  # op, shape, dtype

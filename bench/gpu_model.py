@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 import twotower_kernels as tt
-from twotower_kernels.bench import ceilings, report
-from twotower_kernels.bench.bench_model import BLOCK, random_model, random_state
-from twotower_kernels.bench.ceilings import Ceilings
-from twotower_kernels.bench.configs import RELEASED, config
-from twotower_kernels.bench.cost_model import forward, total, weights
-from twotower_kernels.bench.gpu_clock import median
+from twotower_kernels.bench.cases.model import BLOCK, random_model, random_state
+from twotower_kernels.bench.costs.cost_model import forward, total, weights
+from twotower_kernels.bench.measure import ceilings
+from twotower_kernels.bench.measure.ceilings import Ceilings
+from twotower_kernels.bench.measure.gpu_clock import median
+from twotower_kernels.bench.report import tables as report
+from twotower_kernels.bench.sizes.configs import RELEASED, config
 from twotower_kernels.model import layers
 from twotower_kernels.model.capture import CapturedModel
 from twotower_kernels.model.state import logits

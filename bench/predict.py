@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 import twotower_kernels as tt
-from twotower_kernels.bench.configs import config
-from twotower_kernels.bench.cost_model import Call, Checked, Prediction, check, forward, predict, seconds, total
-from twotower_kernels.bench.machines import MACHINES, Machine, measured
+from twotower_kernels.bench.costs.cost_model import Call, Checked, Prediction, check, forward, predict, seconds, total
+from twotower_kernels.bench.costs.machines import MACHINES, Machine, measured
+from twotower_kernels.bench.sizes.configs import config
 from twotower_kernels.cli import info
 from twotower_kernels.cli.flags import integer, number
 

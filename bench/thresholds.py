@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import twotower_kernels as tt
-from twotower_kernels.bench.bench_model import BLOCK
+from twotower_kernels.bench.cases.model import BLOCK
 from twotower_kernels.reference.demo_data import encode, standard_library, windows
 from twotower_kernels.reference.demo_report import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, distinct, nll_of_continuations
 

@@ -12,25 +12,15 @@ import torch
 import twotower_kernels as tt
 from tests.paths import ROOT
 from tests.program.command_line import run
-from twotower_kernels.bench import (
-    bench_adaln,
-    bench_attention,
-    bench_linear,
-    bench_mamba2,
-    bench_moe,
-    bench_remask,
-    ceilings,
-    command,
-)
-from twotower_kernels.bench.report import others
-from twotower_kernels.bench.shapes import RELEASED, SMALL, Shapes
-from twotower_kernels.bench.timing import ORIGINAL, OURS, PYTORCH, Case, measure
+from twotower_kernels.bench import command
+from twotower_kernels.bench.cases import adaln, attention, linear, mamba2, moe, remask
+from twotower_kernels.bench.measure import ceilings
+from twotower_kernels.bench.measure.timing import ORIGINAL, OURS, PYTORCH, Case, measure
+from twotower_kernels.bench.report.tables import others
+from twotower_kernels.bench.sizes.shapes import RELEASED, SMALL, Shapes
 
 LIMITS = ceilings.Ceilings(read=50, copy=60, fp64=80, fp32=200, fp16=3, bf16=400, launch=1e-5)
-FAMILIES = dict(
-    attention=bench_attention, moe=bench_moe, linear=bench_linear, mamba2=bench_mamba2, adaln=bench_adaln,
-    remask=bench_remask,
-)  # fmt: skip
+FAMILIES = dict(attention=attention, moe=moe, linear=linear, mamba2=mamba2, adaln=adaln, remask=remask)
 # Of LLaDA-8B's kind: names of its own, and neither Mamba-2 layers nor experts.
 DENSE = dict(d_model=96, n_heads=6, n_kv_heads=3, vocab_size=500, mlp_hidden_size=200, mask_token_id=3, head_dim=None)
 
@@ -41,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without to
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without measuring this machine's ceilings, and without compiling rivals."""
     monkeypatch.setattr(ceilings, "measure", lambda device: LIMITS)
-    monkeypatch.setattr(bench_remask, "compiled_best_of", bench_remask.best_of)
+    monkeypatch.setattr(remask, "compiled_best_of", remask.best_of)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
@@ -85,7 +75,7 @@ def test_a_saved_run_says_what_was_measured(tmp_path: Path) -> None:
 
 def test_without_choices_the_cases_are_the_usual_ones() -> None:
     """By default: goals too, which the command drops at other shapes."""
-    found = list(bench_attention.cases(shapes=SMALL))
+    found = list(attention.cases(shapes=SMALL))
     assert [case.sizes.get("context") for case in found] == [8192, 32768, 8192, 1024, 256, None, None]
     assert found[0].goals == (15, 4, 0.75)
     options = command.parser().parse_args(["--rivals", "none"])
@@ -104,7 +94,7 @@ def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_conte
 
 
 def small_case() -> Case:
-    return bench_attention.over_context(1, 40, torch.float32, "cpu", shapes=SMALL)
+    return attention.over_context(1, 40, torch.float32, "cpu", shapes=SMALL)
 
 
 def test_a_kernel_of_ones_own_is_checked_and_timed() -> None:
@@ -140,7 +130,7 @@ def test_an_interruption_loses_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_command_goes_on_after_a_wrong_kernel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench_adaln.rivals, "eager_adaln_norm", lambda x, *_, **__: -x)
+    monkeypatch.setattr(adaln.rivals, "eager_adaln_norm", lambda x, *_, **__: -x)
     run = saved(tmp_path, "--op", "adaln", "--shapes", "small", "--batch", "2", code=1)
     assert len(run["results"]) == 3 and ORIGINAL not in run["results"][0]["seconds"]
     assert run["skipped"][0]["program"] == ORIGINAL and "disagrees, relative error" in run["skipped"][0]["reason"]
@@ -230,7 +220,7 @@ def test_the_released_sizes_are_those_of_the_released_file(tmp_path: Path) -> No
 def test_other_names_and_convolutions(tmp_path: Path) -> None:
     found, _ = Shapes.from_file(written(tmp_path, dict(num_experts=32, num_experts_per_tok=4, mamba_d_conv=3)))
     assert (found.n_routed_experts, found.num_experts_per_tok, found.conv_kernel) == (32, 4, 3)
-    case = bench_mamba2.scan(1, 16, True, "cpu", shapes=replace(SMALL, conv_kernel=3))
+    case = mamba2.scan(1, 16, True, "cpu", shapes=replace(SMALL, conv_kernel=3))
     assert measure(case, seconds=0).wrong == {}
 
 

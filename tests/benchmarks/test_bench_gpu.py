@@ -16,9 +16,10 @@ from tests.gpu.gpu_stand_in import gpu_stand_in
 from tests.gpu.test_capture import Recorder
 from tests.model.random_models import SIZES
 from twotower_kernels import TwoTowerConfig
-from twotower_kernels.bench import ceilings, command, gpu_clock, gpu_model, gpu_smoke
-from twotower_kernels.bench.bench_remask import best_of
-from twotower_kernels.bench.timing import ORIGINAL, OURS
+from twotower_kernels.bench import command, gpu_model, gpu_smoke
+from twotower_kernels.bench.cases.remask import best_of
+from twotower_kernels.bench.measure import ceilings, gpu_clock
+from twotower_kernels.bench.measure.timing import ORIGINAL, OURS
 from twotower_kernels.cuda import build as cuda
 
 FAMILIES = gpu_smoke.FAMILIES
@@ -33,7 +34,7 @@ def cases_of(family: str) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "measure", lambda device: replace(LIMITS, device=device))
-    monkeypatch.setattr("twotower_kernels.bench.bench_remask.compiled_best_of", best_of)
+    monkeypatch.setattr("twotower_kernels.bench.cases.remask.compiled_best_of", best_of)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import twotower_kernels as tt
-from twotower_kernels.bench import cost_model, costs, predict, rivals
-from twotower_kernels.bench.configs import CONFIG, config
-from twotower_kernels.bench.machines import MACHINES, measured
+from twotower_kernels.bench import predict
+from twotower_kernels.bench.baselines import pytorch as rivals
+from twotower_kernels.bench.costs import cost_model, costs
+from twotower_kernels.bench.costs.machines import MACHINES, measured
+from twotower_kernels.bench.sizes.configs import CONFIG, config
 from twotower_kernels.cli import info
 
 TINY = replace(

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from twotower_kernels.bench import pictures, report, shares, sweeps
-from twotower_kernels.bench.ceilings import Ceilings
-from twotower_kernels.bench.costs import Cost
-from twotower_kernels.bench.drawing import spoken
-from twotower_kernels.bench.pictures_of_text import speed, step_shares, trace
-from twotower_kernels.bench.pictures_of_text import thresholds as thresholds_picture
-from twotower_kernels.bench.timing import ORIGINAL, OURS, Case, measure
+from twotower_kernels.bench import sweeps
+from twotower_kernels.bench.costs.costs import Cost
+from twotower_kernels.bench.measure import shares
+from twotower_kernels.bench.measure.ceilings import Ceilings
+from twotower_kernels.bench.measure.timing import ORIGINAL, OURS, Case, measure
+from twotower_kernels.bench.pictures import operations as pictures
+from twotower_kernels.bench.pictures.drawing import spoken
+from twotower_kernels.bench.pictures.text import speed, step_shares, trace
+from twotower_kernels.bench.pictures.text import thresholds as thresholds_picture
+from twotower_kernels.bench.report import tables as report
 
 MACHINE = {
     "processor": "a processor",

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 import twotower_kernels as tt
-from twotower_kernels.bench import rivals
-from twotower_kernels.bench.ceilings import Ceilings
-from twotower_kernels.bench.configs import CONFIG
-from twotower_kernels.bench.cost_model import forward, total
-from twotower_kernels.bench.shapes import RELEASED, Shapes
-from twotower_kernels.bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals
+from twotower_kernels.bench.baselines import pytorch as rivals
+from twotower_kernels.bench.costs.cost_model import forward, total
+from twotower_kernels.bench.measure.ceilings import Ceilings
+from twotower_kernels.bench.measure.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals
+from twotower_kernels.bench.sizes.configs import CONFIG
+from twotower_kernels.bench.sizes.shapes import RELEASED, Shapes
 from twotower_kernels.model import layers
 from twotower_kernels.model import state as states
 from twotower_kernels.model import two_tower as wiring

@@ -1,4 +1,4 @@
-"""Where the time of a denoiser step goes: seconds per operation, at the seam where `bench_model` exchanges them."""
+"""Where the time of a denoiser step goes: seconds per operation, where `bench.cases.model` exchanges them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 import twotower_kernels as tt
-from twotower_kernels.bench import rivals
-from twotower_kernels.bench.bench_model import BLOCK, CONFIG, operations, random_model, random_state
+from twotower_kernels.bench.baselines import pytorch as rivals
+from twotower_kernels.bench.cases.model import BLOCK, CONFIG, operations, random_model, random_state
 from twotower_kernels.ops.linear import linear
 from twotower_kernels.ops.moe import moe_router
 

@@ -1,7 +1,7 @@
 """What a TwoTower costs before anyone runs it; `python -m bench.predict` prints it.
 
-A pass through a tower is a list of operations (bench/costs.py). Each takes as long as its bytes need at the speed of
-memory or its FLOPs at the speed of matrix products, whichever is longer, and a launch; nothing overlaps, and nothing
+A pass through a tower is a list of operations (bench/costs/costs.py). Each takes as long as its bytes need at the speed
+of memory or its FLOPs at the speed of matrix products, whichever is longer, and a launch; nothing overlaps, and nothing
 stays in a cache from one operation to the next. docs/cost_model.md compares this with measurements.
 """
 
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 import twotower_kernels as tt
-from twotower_kernels.bench import costs
-from twotower_kernels.bench.configs import CONFIG
-from twotower_kernels.bench.costs import Cost
-from twotower_kernels.bench.machines import Machine
+from twotower_kernels.bench.costs import costs
+from twotower_kernels.bench.costs.costs import Cost
+from twotower_kernels.bench.costs.machines import Machine
+from twotower_kernels.bench.sizes.configs import CONFIG
 from twotower_kernels.cli import info
 from twotower_kernels.model.loading import tower_of
 
