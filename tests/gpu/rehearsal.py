@@ -30,9 +30,10 @@ from tests import gpu_checks
 from tests.gpu.gpu_stand_in import gpu_stand_in
 from tests.gpu.launch_kernels import NoDriver
 from tests.kernels.kernel_checks import laid_over
+from twotower_kernels.bench import gpu_model
 from twotower_kernels.bench.measure import ceilings
-from twotower_kernels.bench.sizes import configs
 from twotower_kernels.cuda import build as cuda
+from twotower_kernels.model import capture
 from twotower_kernels.ops import _library
 from twotower_kernels.reference import attention, moe, remask
 
@@ -103,8 +104,8 @@ def small_enough() -> None:
     attention.CASES["block_attention"]["released_128k"]["context"] = 8192
     moe.CASES["moe_experts"]["released"]["e"] = 16
     remask.CASES["remask"]["released_b64"]["batch"] = 2
-    whole = configs.config
-    configs.config = lambda pattern="": replace(whole("ME*"), vocab_size=1024, n_routed_experts=16)
+    whole = gpu_model.config
+    gpu_model.config = lambda pattern="": replace(whole("ME*"), vocab_size=1024, n_routed_experts=16)
     limits = ceilings.Ceilings(read=50, copy=60, fp64=80, fp32=200, fp16=3, bf16=400, launch=1e-5, device="cuda")
     ceilings.measure = lambda device="cpu": limits
 
@@ -125,6 +126,7 @@ def main(arguments: Sequence[str]) -> None:
             record = stack.enter_context(gpu_stand_in(memory=2**40))
             if hasattr(program, "cuda_graph"):
                 stack.enter_context(mock.patch.object(program, "cuda_graph", record))
+            stack.enter_context(mock.patch.object(capture, "CudaGraphs", lambda: record))
             stack.enter_context(mock.patch.object(gpu_checks, "HANGS", 600.0))  # on cores that others share
             stack.enter_context(compiled_only())
             code = program.main()
