@@ -1,4 +1,4 @@
-"""The benchmark: every operation beside its rivals, checked and timed in one run (docs/benchmarking.md)."""
+"""The benchmark: every operation beside its baselines, checked and timed in one run (docs/benchmarking.md)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from twotower_kernels.bench.measure.timing import (
     said,
 )
 from twotower_kernels.bench.pictures.operations import roofline
-from twotower_kernels.bench.report import tables as report
+from twotower_kernels.bench.report import tables
 from twotower_kernels.bench.report.tables import Skipped
 from twotower_kernels.bench.sizes.shapes import RELEASED, SMALL, Shapes
 from twotower_kernels.cli.flags import integer, number
@@ -72,7 +72,7 @@ def parser(prog: str = "python -m bench") -> argparse.ArgumentParser:
 
 
 def wanted(program: str, kinds: Sequence[str]) -> bool:
-    """Whether a program is ours or a rival of one of these kinds."""
+    """Whether a program is ours or a baseline of one of these kinds."""
     kind = "original" if program == ORIGINAL else "best" if program.startswith(PYTORCH) else "peers"
     return program == OURS or "all" in kinds or kind in kinds
 
@@ -133,8 +133,8 @@ def measured(
                         return results, skipped, LOST
                 else:
                     results.append(result)
-                    skipped += report.not_timed(result)
-                    console.print("  ".join(report.cells(result, limits)))
+                    skipped += tables.not_timed(result)
+                    console.print("  ".join(tables.cells(result, limits)))
                 keep(results, skipped)
                 case = None  # and its tensors, before those of the next are drawn
                 gc.collect()
@@ -161,26 +161,26 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
         if missing:
             console.print(f"{options.shapes} lacks {', '.join(missing)}: as in the released model")
     limits = ceilings.measure(options.device)
-    console.print(report.heading(limits))
+    console.print(tables.heading(limits))
     name = options.name or (cpu.kernels().isa() if options.device == "cpu" else "ops")
 
     def keep(results: list[Result], skipped: list[Skipped]) -> None:
         """What was measured, even if this process does not come to its end."""
         if options.save:
-            report.save(results, limits, options.save, name, skipped)
+            tables.save(results, limits, options.save, name, skipped)
 
     results, skipped, code = measured(options, shapes, limits, console, keep)
     if code not in (INTERRUPTED, LOST):
         limits = limits.better_of(ceilings.measure(options.device))  # what else the machine does changes
-    console.print(report.heading(limits))
-    for rows in (report.rows(results, limits), report.others(results), report.left_out(skipped)):
+    console.print(tables.heading(limits))
+    for rows in (tables.rows(results, limits), tables.others(results), tables.left_out(skipped)):
         if len(rows) > 1:
-            console.print(report.table(rows))
+            console.print(tables.table(rows))
     wrong = [f"{r.case.op}, {r.case.shape}: {', '.join(r.wrong)}" for r in results if r.wrong]
     for names in wrong:
         console.print(f"{names}: wrong", style="bold red")
     if options.save:
-        run = report.save(results, limits, options.save, name, skipped)
+        run = tables.save(results, limits, options.save, name, skipped)
         if problem := picture(run, options.save / f"{name}.png"):
             console.print(problem)
     return code or int(bool(wrong))

@@ -30,7 +30,7 @@ from twotower_kernels.bench import thresholds
 from twotower_kernels.bench.cases.model import BLOCK, CONFIG, random_model, random_state
 from twotower_kernels.bench.measure import shares
 from twotower_kernels.bench.measure.watched import generated
-from twotower_kernels.bench.report import tables as report
+from twotower_kernels.bench.report import tables
 from twotower_kernels.bench.report.generation import markdown
 from twotower_kernels.bench.report.tables import about
 from twotower_kernels.bench.thresholds import held_out
@@ -55,7 +55,7 @@ def shipped(contexts: tuple[int, ...] = (1024, 4096, 16384, 32768), new: int = 1
     """The shipped model over batches and contexts. Every row has a process of its own: memory that one has freed, an
     allocator may keep, and it would count for the next."""
     fresh = multiprocessing.get_context("forkserver")
-    slow = (f"twotower_kernels.bench.{name}" for name in ("measure.watched", "thresholds", "report.generation"))
+    slow = (f"twotower_kernels.bench.{name}" for name in ("measure.watched", "thresholds", "tables.generation"))
     fresh.set_forkserver_preload(list(slow))  # imported once
     for batch in BATCHES:
         for context in (context for context in contexts if batch * context <= MOST):
@@ -111,7 +111,7 @@ def main() -> None:
         "shares": lambda: list(shares.over_context()),
         "thresholds": thresholds.measure,
     }
-    run: dict[str, Any] = {"machine": report.machine("cpu")}
+    run: dict[str, Any] = {"machine": tables.machine("cpu")}
     print(about(run))
     for name in options.part or PARTS:
         start = time.perf_counter()

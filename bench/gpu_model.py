@@ -28,7 +28,7 @@ from twotower_kernels.bench.measure.device import LOST, lost
 from twotower_kernels.bench.measure.gpu_clock import median
 from twotower_kernels.bench.measure.switches import ways
 from twotower_kernels.bench.measure.timing import said
-from twotower_kernels.bench.report import tables as report
+from twotower_kernels.bench.report import tables
 from twotower_kernels.bench.sizes.configs import RELEASED, config
 from twotower_kernels.model import layers
 from twotower_kernels.model.capture import CapturedModel
@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     limits = ceilings.measure("cuda")
-    print(report.heading(limits), flush=True)
+    print(tables.heading(limits), flush=True)
     torch.cuda.empty_cache()  # the ceilings' buffers: the model fits by less than they take
     free, _ = torch.cuda.mem_get_info()
     c = config(largest(free))
@@ -206,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
             entries.append(measured.entry(limits))
             print(measured.line(limits), flush=True)
             if options.save:
-                whole = {"machine": report.machine("cuda"), "ceilings": vars(limits)}
+                whole = {"machine": tables.machine("cuda"), "ceilings": vars(limits)}
                 whole |= {"layers": c.hybrid_override_pattern, "results": entries}
                 options.save.mkdir(parents=True, exist_ok=True)
                 (options.save / "model.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")

@@ -90,8 +90,8 @@ def call(family: str, op: str, case: str, device: str) -> float:
     if "policy" in inputs:
         ours = inputs | {"policy": tt.RemaskPolicy(**dataclasses.asdict(inputs["policy"]))}
     got = _results(getattr(tt, op), ours)
-    wide = {name: _in_float32(value) for name, value in inputs.items()}
-    expected = _results(getattr(reference, op), wide)
+    in_float32 = {name: _in_float32(value) for name, value in inputs.items()}
+    expected = _results(getattr(reference, op), in_float32)
     return max(difference(g, e.to(g.dtype)) for g, e in zip(got, expected, strict=True))
 
 

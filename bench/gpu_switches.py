@@ -132,8 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             for row in compared(name, program, check, found, options.seconds):
                 rows.append(row)
-                shipped = shipped or row.get("seconds")  # what is shipped comes first
                 print(said(row, shipped), flush=True)
+                shipped = shipped or row.get("seconds")  # what is shipped comes first
         except Exception as error:  # as it is shipped, or while it was timed
             rows.append({"program": name, "way": "", "wrong": timing.said(error)})
             print(said(rows[-1], None), flush=True)

@@ -1,7 +1,7 @@
-"""Time over one size at a time, ours and the rivals': `python -m bench.sweeps --save bench/results/cpu`.
+"""Time over one size at a time, ours and the baselines': `python -m bench.sweeps --save bench/results/cpu`.
 
 Attention and a whole denoiser step over the context; attention, adaLN and the experts over the batch; remasking over
-the vocabulary. The cases are those of `bench.cases`, checked and timed as ever. A rival whose call takes more than a
+the vocabulary. The cases are those of `bench.cases`, checked and timed as ever. A baseline whose call takes more than a
 second is left out of its point, and the saved run says so.
 """
 
@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from twotower_kernels.bench.baselines import pytorch as rivals
+from twotower_kernels.bench.baselines import pytorch
 from twotower_kernels.bench.cases import adaln, attention, moe, remask
 from twotower_kernels.bench.cases.model import random_model, step, widened
 from twotower_kernels.bench.measure import ceilings
 from twotower_kernels.bench.measure.timing import OURS, Case, Result, measure
-from twotower_kernels.bench.report import tables as report
+from twotower_kernels.bench.report import tables
 from twotower_kernels.bench.report.tables import Skipped
 from twotower_kernels.bench.sizes.shapes import RELEASED
 from twotower_kernels.cli.flags import number
@@ -36,15 +36,15 @@ def over_context(device: str) -> Iterator[Case]:
         return  # bench/gpu_model.py measures a step on a GPU
     torch.manual_seed(0)
     model = random_model(BF16, "denoiser")
-    wide = widened(model)
+    float32_copy = widened(model)
     for context in (1024, 8192, 32768, 131072):
-        yield step(model, 1, context, wide=wide)
+        yield step(model, 1, context, float32_copy=float32_copy)
 
 
 def over_batch(device: str) -> Iterator[Case]:
     for batch in (1, 2, 4, 8, 16, 32, 64):
         yield attention.over_context(batch, 1024, BF16, device)
-    norm = "adaln_norm", rivals.eager_adaln_norm, rivals.best_adaln_norm
+    norm = "adaln_norm", pytorch.eager_adaln_norm, pytorch.best_adaln_norm
     for batch in (1, 2, 4, 8, 16, 32, 64):
         yield adaln.case(*norm, batch, BF16, device)
     weights = moe.Weights(device)
@@ -69,7 +69,7 @@ SWEEPS: dict[str, Callable[[str], Iterator[Case]]] = {
 
 
 def affordable(case: Case, limit: float = 1.0) -> tuple[Case, list[Skipped]]:
-    """The case without the rivals whose call takes more than so many seconds, and these."""
+    """The case without the baselines whose call takes more than so many seconds, and these."""
     slow = []
     for name, call in case.programs.items():
         if name == OURS:
@@ -98,7 +98,7 @@ def main() -> int:
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write FOLDER/sweeps.json")
     options = parser.parse_args()
     limits = ceilings.measure(options.device)
-    print(report.heading(limits), flush=True)
+    print(tables.heading(limits), flush=True)
     found: list[tuple[str, Result]] = []
     skipped: list[Skipped] = []
     for sweep in options.sweep or SWEEPS:
@@ -106,16 +106,16 @@ def main() -> int:
             case, slow = affordable(each)
             result = measure(case, options.seconds, options.device)
             found.append((sweep, result))
-            left = [*slow, *report.not_timed(result)]
+            left = [*slow, *tables.not_timed(result)]
             skipped += left
             said = "; ".join(f"{s.program}: {s.reason}" for s in left)
-            print(sweep, *report.cells(result, limits)[:7], said, flush=True)
+            print(sweep, *tables.cells(result, limits)[:7], said, flush=True)
             del each, case
             gc.collect()
     limits = limits.better_of(ceilings.measure(options.device))
     if options.save:
-        entries = [{"sweep": sweep, **report.entry(result, limits)} for sweep, result in found]
-        report.write(entries, limits, options.save / "sweeps.json", skipped)
+        entries = [{"sweep": sweep, **tables.entry(result, limits)} for sweep, result in found]
+        tables.write(entries, limits, options.save / "sweeps.json", skipped)
     return 1 if any(result.wrong for _, result in found) else 0
 
 

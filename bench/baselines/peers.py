@@ -1,4 +1,4 @@
-"""Rivals that nobody here wrote: modules of transformers, mamba_ssm's programs, kernels of PyTorch and others.
+"""Baselines that nobody here wrote: modules of transformers, mamba_ssm's programs, kernels of PyTorch and others.
 
 A function here takes an operation's arguments and returns a program without arguments, so that a module is made once
 and holds the case's own tensors. That happens when the program is first called: what is not installed raises

@@ -23,7 +23,7 @@ def peak(ceilings: dict[str, float], dtype: str) -> float | None:
 
 
 def roofline(run: dict[str, Any], path: Path) -> Figure:
-    """GFLOP/s over FLOPs per byte, one panel per dtype: ours filled, the fastest rival of the same case hollow.
+    """GFLOP/s over FLOPs per byte, one panel per dtype: ours filled, the fastest baseline of the same case hollow.
 
     Cases whose bytes or FLOPs were not counted, or whose dtype has no measured ceiling, are left out.
 
@@ -53,17 +53,17 @@ def roofline(run: dict[str, Any], path: Path) -> Figure:
             n = ops.index(result["op"])
             style = dict(marker=MARKERS[n % len(MARKERS)], color=f"C{n % 10}", markersize=5, linestyle="none")
             x, seconds = result["flops"] / result["bytes"], result["seconds"]
-            ours, rival = result["flops"] / seconds[OURS]["median"] / 1e9, fastest(seconds)
+            ours, baseline = result["flops"] / seconds[OURS]["median"] / 1e9, fastest(seconds)
             (drawn,) = axis.plot([x], [ours], label=result["op"], **style)
             keys.setdefault(result["op"], drawn)
-            if rival is not None:
-                reached = result["flops"] / rival / 1e9
-                (drawn,) = axis.plot([x], [reached], label="best rival", fillstyle="none", **style)
+            if baseline is not None:
+                reached = result["flops"] / baseline / 1e9
+                (drawn,) = axis.plot([x], [reached], label="best baseline", fillstyle="none", **style)
                 axis.plot([x, x], [reached, ours], color=f"C{n % 10}", linewidth=0.5, label="_")
         axis.set(xscale="log", yscale="log", xlabel="FLOPs per byte", xlim=ends)
         plain(axis.xaxis, subs=(1,))
         plain(axis.yaxis)
-    axes[0].set_ylabel("GFLOP/s (filled: ours, hollow: best rival)")
+    axes[0].set_ylabel("GFLOP/s (filled: ours, hollow: best baseline)")
     return finish(figure, run, path, keys.values(), per_row=3)
 
 

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without to
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without measuring this machine's ceilings, and without compiling rivals."""
+    """Without measuring this machine's ceilings, and without compiling baselines."""
     monkeypatch.setattr(ceilings, "measure", lambda device: LIMITS)
     monkeypatch.setattr(remask, "compiled_best_of", remask.best_of)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
@@ -49,7 +49,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_rival_agrees_at_small_shapes(family: str, tmp_path: Path) -> None:
+def test_every_baseline_agrees_at_small_shapes(family: str, tmp_path: Path) -> None:
     run = saved(tmp_path, "--op", family, "--shapes", "small", "--batch", "2", "--context", "40")
     assert run["results"]
     for result in run["results"]:
@@ -59,7 +59,7 @@ def test_every_rival_agrees_at_small_shapes(family: str, tmp_path: Path) -> None
 
 
 def test_a_saved_run_says_what_was_measured(tmp_path: Path) -> None:
-    run = saved(tmp_path, "--op", "attention", "--shapes", "small", "--context", "40", "--rivals", "original")
+    run = saved(tmp_path, "--op", "attention", "--shapes", "small", "--context", "40", "--baselines", "original")
     assert {"processor", "threads", "clocks", "torch", "gpu", "commit", "date"} <= set(run["machine"])
     assert run["ceilings"] == vars(LIMITS)
     result = run["results"][0]
@@ -78,7 +78,8 @@ def test_without_choices_the_cases_are_the_usual_ones() -> None:
     found = list(attention.cases(shapes=SMALL))
     assert [case.sizes.get("context") for case in found] == [8192, 32768, 8192, 1024, 256, None, None]
     assert found[0].goals == (15, 4, 0.75)
-    options = command.parser().parse_args(["--rivals", "none"])
+    assert command.parser().parse_args(["--rivals", "none"]).baselines == ["none"]  # its name of before
+    options = command.parser().parse_args(["--baselines", "none"])
     assert all(set(case.programs) == {OURS} for case in command.cases("adaln", options, SMALL))
     assert not any(any(case.goals) for case in command.cases("adaln", options, SMALL))
     assert any(any(case.goals) for case in command.cases("adaln", options, RELEASED))
@@ -130,7 +131,7 @@ def test_an_interruption_loses_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_command_goes_on_after_a_wrong_kernel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(adaln.rivals, "eager_adaln_norm", lambda x, *_, **__: -x)
+    monkeypatch.setattr(adaln.pytorch, "eager_adaln_norm", lambda x, *_, **__: -x)
     run = saved(tmp_path, "--op", "adaln", "--shapes", "small", "--batch", "2", code=1)
     assert len(run["results"]) == 3 and ORIGINAL not in run["results"][0]["seconds"]
     assert run["skipped"][0]["program"] == ORIGINAL and "disagrees, relative error" in run["skipped"][0]["reason"]
@@ -179,7 +180,9 @@ def test_the_best_pytorch_is_the_original_style_where_that_is_faster() -> None:
 def test_too_little_memory_skips_the_family(tmp_path: Path) -> None:
     """What PyTorch raises on a CPU, of the weights of more experts than any machine holds."""
     (tmp_path / "config.json").write_text(json.dumps(dict(num_local_experts=10**12)), encoding="utf-8")
-    run = saved(tmp_path, "--op", "moe", "--op", "adaln", "--shapes", str(tmp_path / "config.json"), "--rivals", "none")
+    run = saved(
+        tmp_path, "--op", "moe", "--op", "adaln", "--shapes", str(tmp_path / "config.json"), "--baselines", "none"
+    )
     assert run["skipped"][0]["op"] == "moe" and "memory" in run["skipped"][0]["reason"]
     assert run["results"][0]["op"] == "adaln_norm"
 
@@ -252,7 +255,7 @@ def test_a_bad_file_is_named(content: Any, said: str, tmp_path: Path, capsys: py
         (["--context", str(2**63)], "--context: expected an integer from 1 to 16777216, got '9223372036854775808'"),
         (["--seconds", "nan"], "--seconds: expected a finite number, 0 or more, at most 3600, got 'nan'"),
         (["--seconds", "1e400"], "--seconds: expected a finite number, 0 or more, at most 3600, got '1e400'"),
-        (["--rivals", "mine"], "invalid choice: 'mine'"),
+        (["--baselines", "mine"], "invalid choice: 'mine'"),
         (["--device", "cuda"], "expected a GPU, PyTorch sees none"),
     ],
 )
@@ -263,7 +266,7 @@ def test_a_bad_option_is_named(arguments: list[str], said: str, capsys: pytest.C
 def test_twotower_bench_is_the_same_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("bench", "--help") == 0
     out = capsys.readouterr().out
-    assert out.startswith("usage: twotower bench ") and "--rivals" in out
+    assert out.startswith("usage: twotower bench ") and "--baselines" in out
     assert run("bench", "--batch", "0") == 2
     assert "expected an integer from 1" in capsys.readouterr().err
 
