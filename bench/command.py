@@ -1,11 +1,11 @@
-"""The benchmark: every operation beside its rivals, checked and timed in one run (docs/benchmarking.md)."""
+"""The benchmark: every operation beside its baselines, checked and timed in one run (docs/benchmarking.md)."""
 
 from __future__ import annotations
 
 import argparse
 import gc
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,30 @@ from rich.console import Console
 from rich.progress import Progress
 
 from twotower_kernels import cpu
-from twotower_kernels.bench import ceilings, peers, report
-from twotower_kernels.bench.ceilings import Ceilings
-from twotower_kernels.bench.pictures import roofline
-from twotower_kernels.bench.report import Skipped
-from twotower_kernels.bench.shapes import RELEASED, SMALL, Shapes
-from twotower_kernels.bench.timing import NO_GOALS, ORIGINAL, OURS, PYTORCH, Case, Result, cannot_run, measure, said
+from twotower_kernels.bench.baselines import peers
+from twotower_kernels.bench.measure import ceilings
+from twotower_kernels.bench.measure.ceilings import Ceilings
+from twotower_kernels.bench.measure.device import LOST, lost
+from twotower_kernels.bench.measure.timing import (
+    NO_GOALS,
+    ORIGINAL,
+    OURS,
+    PYTORCH,
+    Case,
+    Result,
+    cannot_run,
+    measure,
+    said,
+)
+from twotower_kernels.bench.pictures.operations import roofline
+from twotower_kernels.bench.report import tables
+from twotower_kernels.bench.report.tables import Skipped
+from twotower_kernels.bench.sizes.shapes import RELEASED, SMALL, Shapes
 from twotower_kernels.options.flags import integer, number
 
 FILES = ("attention", "moe", "linear", "mamba2", "adaln", "remask", "model")
 INTERRUPTED = 130  # the exit code after Ctrl-C
-RIVALS = ("all", "none", "original", "best", "peers")
+BASELINES = ("all", "none", "original", "best", "peers")
 
 
 def parser(prog: str = "python -m bench") -> argparse.ArgumentParser:
@@ -43,9 +56,10 @@ def parser(prog: str = "python -m bench") -> argparse.ArgumentParser:
             f"--{name}", action="append", type=integer(1, most), metavar="N", help=f"{what}; may be given again"
         )
     found.add_argument(
-        "--rivals",
+        "--baselines",
+        "--rivals",  # its name of before
         action="append",
-        choices=RIVALS,
+        choices=BASELINES,
         help="which programs stand beside ours: original style, best PyTorch, peers (what others wrote), all "
         "(default) or none, and so without checks; may be given again",
     )
@@ -58,17 +72,17 @@ def parser(prog: str = "python -m bench") -> argparse.ArgumentParser:
 
 
 def wanted(program: str, kinds: Sequence[str]) -> bool:
-    """Whether a program is ours or a rival of one of these kinds."""
+    """Whether a program is ours or a baseline of one of these kinds."""
     kind = "original" if program == ORIGINAL else "best" if program.startswith(PYTORCH) else "peers"
     return program == OURS or "all" in kinds or kind in kinds
 
 
 def cases(family: str, options: argparse.Namespace, shapes: Shapes) -> Iterator[Case]:
     """Those that were asked for; goals are the released model's."""
-    module = importlib.import_module(f"twotower_kernels.bench.bench_{family}")
+    module = importlib.import_module(f"twotower_kernels.bench.cases.{family}")
     for case in module.cases(options.device, shapes, options.batch, options.context):
         programs = {**case.programs, **peers.of(case.op, case.inputs, options.device)}
-        programs = {name: call for name, call in programs.items() if wanted(name, options.rivals or ["all"])}
+        programs = {name: call for name, call in programs.items() if wanted(name, options.baselines or ["all"])}
         yield replace(case, programs=programs, goals=case.goals if shapes == RELEASED else NO_GOALS)
 
 
@@ -82,10 +96,15 @@ def picture(run: dict[str, Any], path: Path) -> str | None:
 
 
 def measured(
-    options: argparse.Namespace, shapes: Shapes, limits: Ceilings, console: Console
+    options: argparse.Namespace,
+    shapes: Shapes,
+    limits: Ceilings,
+    console: Console,
+    keep: Callable[[list[Result], list[Skipped]], None],
 ) -> tuple[list[Result], list[Skipped], int]:
     """Every case that was asked for: results, programs that were not timed, and the exit code: 1 if our own program
-    failed."""
+    failed, LOST if the GPU went with it, and what was asked for behind it was not measured. `keep` is told after every
+    case what there is until then."""
     results, skipped, code = [], [], 0
     families = options.op or FILES
     # Drawn between two cases alone: a bar that moves by itself takes time from what is measured.
@@ -108,10 +127,15 @@ def measured(
                 except Exception as error:  # of whatever kind: what was measured until then is not thrown away
                     skipped.append(Skipped(op, shape, OURS, said(error)))
                     code = code if cannot_run(error) else 1
+                    if lost(options.device):
+                        left = families[families.index(family) + 1 :]
+                        skipped += [Skipped(name, "", OURS, "the GPU was lost to this process before") for name in left]
+                        return results, skipped, LOST
                 else:
                     results.append(result)
-                    skipped += report.not_timed(result)
-                    console.print("  ".join(report.cells(result, limits)))
+                    skipped += tables.not_timed(result)
+                    console.print("  ".join(tables.cells(result, limits)))
+                keep(results, skipped)
                 case = None  # and its tensors, before those of the next are drawn
                 gc.collect()
             bar.advance(task)
@@ -120,7 +144,7 @@ def measured(
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") -> int:
     """Runs the command line (default: the process's own). Returns 1 if a program fails or disagrees, 130 if it is
-    interrupted, which loses nothing that was measured, else 0."""
+    interrupted and 77 if a GPU is lost to it, neither of which loses anything that was measured, else 0."""
     reader = parser(prog)
     options = reader.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -137,20 +161,26 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
         if missing:
             console.print(f"{options.shapes} lacks {', '.join(missing)}: as in the released model")
     limits = ceilings.measure(options.device)
-    console.print(report.heading(limits))
-    results, skipped, code = measured(options, shapes, limits, console)
-    if code != INTERRUPTED:
+    console.print(tables.heading(limits))
+    name = options.name or (cpu.kernels().isa() if options.device == "cpu" else "ops")
+
+    def keep(results: list[Result], skipped: list[Skipped]) -> None:
+        """What was measured, even if this process does not come to its end."""
+        if options.save:
+            tables.save(results, limits, options.save, name, skipped)
+
+    results, skipped, code = measured(options, shapes, limits, console, keep)
+    if code not in (INTERRUPTED, LOST):
         limits = limits.better_of(ceilings.measure(options.device))  # what else the machine does changes
-    console.print(report.heading(limits))
-    for rows in (report.rows(results, limits), report.others(results), report.left_out(skipped)):
+    console.print(tables.heading(limits))
+    for rows in (tables.rows(results, limits), tables.others(results), tables.left_out(skipped)):
         if len(rows) > 1:
-            console.print(report.table(rows))
+            console.print(tables.table(rows))
     wrong = [f"{r.case.op}, {r.case.shape}: {', '.join(r.wrong)}" for r in results if r.wrong]
     for names in wrong:
         console.print(f"{names}: wrong", style="bold red")
     if options.save:
-        name = options.name or (cpu.kernels().isa() if options.device == "cpu" else "ops")
-        run = report.save(results, limits, options.save, name, skipped)
+        run = tables.save(results, limits, options.save, name, skipped)
         if problem := picture(run, options.save / f"{name}.png"):
             console.print(problem)
     return code or int(bool(wrong))

@@ -20,9 +20,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from twotower_kernels.bench.checkout import ROOT
 from twotower_kernels.bench.command import FILES
-from twotower_kernels.bench.timing import OURS
+from twotower_kernels.bench.measure.timing import OURS
+from twotower_kernels.bench.report.checkout import ROOT
 from twotower_kernels.options.flags import integer, number
 
 Case = tuple[str, str, str]  # op, shape, dtype
@@ -34,17 +34,16 @@ def git(*arguments: str) -> str:
 
 
 def prepared(commit: str) -> Path:
-    """The commit's own package, compiled, with this checkout's benchmarks; with its own where it lacks the modules that
-    these import."""
+    """The commit's own package, compiled, with this checkout's benchmarks where they fit."""
     folder = ROOT / "build" / "compare" / commit
     if not folder.exists():
         git("worktree", "prune")
         git("worktree", "add", "--detach", str(folder), commit)
     if (folder / "twotower_kernels" / "options" / "flags.py").exists():
-        shutil.copytree(ROOT / "bench", folder / "bench", dirs_exist_ok=True)
-    for name in ("bench", "reference"):  # a commit from before they were imported as parts of the package
-        if not (folder / "twotower_kernels" / name).exists():
-            (folder / "twotower_kernels" / name).symlink_to(Path("..", name))
+        shutil.rmtree(folder / "bench")
+        shutil.copytree(ROOT / "bench", folder / "bench")
+    else:  # its modules lie where these benchmarks do not look for them; its own measure the same
+        print(f"{commit}: older than this layout of the package, and timed by its own benchmarks", file=sys.stderr)
     subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, check=True)
     return folder
 
@@ -52,6 +51,7 @@ def prepared(commit: str) -> Path:
 def medians(folder: Path, ops: Sequence[str], seconds: float) -> Medians:
     """One round of a commit's operations, in a process of its own."""
     options = [option for op in ops for option in ("--op", op)]
+    # --rivals is the flag's oldest name, which older commits know.
     command = [sys.executable, "-m", "twotower_kernels.bench", "--rivals", "none", "--seconds", str(seconds)]
     command += ["--save", "build", "--name", "round"]
     environment, path = {**os.environ, "PYTHONPATH": str(folder)}, folder / "build" / "round.json"

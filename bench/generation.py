@@ -4,10 +4,10 @@ Four parts, each of which can be asked for alone (`--part`):
 
 * `shipped`: the shipped model in its three modes, over batches and contexts: seconds of prefill, tokens per second
   after the first block, tokens per model call (NFE), memory.
-* `random`: the same of the mid-size random model of `bench_model`, from a state of random contents, because a prefill
-  of 16 × 32768 tokens takes minutes on a CPU and what a context says does not change what it costs. Its steps and
+* `random`: the same of the mid-size random model of `bench.cases.model`, from a state of random contents: a prefill of
+  16 × 32768 tokens takes minutes on a CPU, and what a context says does not change what it costs. Its steps and
   commits are measured while it generates; tokens per second at 1, 2 and 4 tokens per NFE follow from them.
-* `shares`: where the time of a denoiser step goes (`bench.shares`).
+* `shares`: where the time of a denoiser step goes (`bench.measure.shares`).
 * `thresholds`: what the un-masking threshold buys and costs, and the trace of one text (`bench.thresholds`).
 """
 
@@ -26,12 +26,14 @@ import torch
 from torch import Tensor
 
 import twotower_kernels as tt
-from twotower_kernels.bench import report, shares, thresholds
-from twotower_kernels.bench.bench_model import BLOCK, CONFIG, random_model, random_state
-from twotower_kernels.bench.generation_report import markdown
-from twotower_kernels.bench.report import about
+from twotower_kernels.bench import thresholds
+from twotower_kernels.bench.cases.model import BLOCK, CONFIG, random_model, random_state
+from twotower_kernels.bench.measure import shares
+from twotower_kernels.bench.measure.watched import generated
+from twotower_kernels.bench.report import tables
+from twotower_kernels.bench.report.generation import markdown
+from twotower_kernels.bench.report.tables import about
 from twotower_kernels.bench.thresholds import held_out
-from twotower_kernels.bench.watched import generated
 from twotower_kernels.model.generate import MODES
 from twotower_kernels.reference.demo_data import windows
 
@@ -53,7 +55,7 @@ def shipped(contexts: tuple[int, ...] = (1024, 4096, 16384, 32768), new: int = 1
     """The shipped model over batches and contexts. Every row has a process of its own: memory that one has freed, an
     allocator may keep, and it would count for the next."""
     fresh = multiprocessing.get_context("forkserver")
-    slow = (f"twotower_kernels.bench.{name}" for name in ("watched", "thresholds", "generation_report"))
+    slow = (f"twotower_kernels.bench.{name}" for name in ("measure.watched", "thresholds", "tables.generation"))
     fresh.set_forkserver_preload(list(slow))  # imported once
     for batch in BATCHES:
         for context in (context for context in contexts if batch * context <= MOST):
@@ -109,7 +111,7 @@ def main() -> None:
         "shares": lambda: list(shares.over_context()),
         "thresholds": thresholds.measure,
     }
-    run: dict[str, Any] = {"machine": report.machine("cpu")}
+    run: dict[str, Any] = {"machine": tables.machine("cpu")}
     print(about(run))
     for name in options.part or PARTS:
         start = time.perf_counter()

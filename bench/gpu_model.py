@@ -20,12 +20,16 @@ import torch
 from torch import Tensor
 
 import twotower_kernels as tt
-from twotower_kernels.bench import ceilings, report
-from twotower_kernels.bench.bench_model import BLOCK, random_model, random_state
-from twotower_kernels.bench.ceilings import Ceilings
-from twotower_kernels.bench.configs import RELEASED, config
-from twotower_kernels.bench.cost_model import forward, total, weights
-from twotower_kernels.bench.gpu_clock import median
+from twotower_kernels.bench.cases.model import BLOCK, random_model, random_state
+from twotower_kernels.bench.costs.cost_model import forward, total, weights
+from twotower_kernels.bench.measure import ceilings
+from twotower_kernels.bench.measure.ceilings import Ceilings
+from twotower_kernels.bench.measure.device import LOST, lost
+from twotower_kernels.bench.measure.gpu_clock import median
+from twotower_kernels.bench.measure.switches import ways
+from twotower_kernels.bench.measure.timing import said
+from twotower_kernels.bench.report import tables
+from twotower_kernels.bench.sizes.configs import RELEASED, config
 from twotower_kernels.model import layers
 from twotower_kernels.model.capture import CapturedModel
 from twotower_kernels.model.state import logits
@@ -67,6 +71,31 @@ def experts_hit(call: Callable[[], Any]) -> float:
     return statistics.mean(len(experts.unique()) for experts in found) if found else 0.0
 
 
+def step_by_way(
+    model: tt.TwoTowerModel, step: Callable[[CapturedModel], Tensor], plain: Tensor
+) -> dict[str, float | str]:
+    """Seconds of a step with every value of the constants in `measure.switches`, or what is wrong with it; nothing,
+    where there are none to compare."""
+    found: dict[str, float | str] = {}
+    for way in ways()[1:]:
+        graphs = CapturedModel(model)
+        try:
+            with way.taken():
+                for _ in range(2):  # the second call records
+                    replayed = step(graphs)
+            assert replayed.equal(plain) or not way.same_bits, "other bits than as shipped"
+            found[way.name] = median(lambda graphs=graphs: step(graphs))
+        except Exception as error:
+            found[way.name] = said(error)
+            if lost():
+                break
+    return found
+
+
+def _milliseconds(found: float | str) -> str:
+    return f"WRONG: {found}" if isinstance(found, str) else f"{found * 1e3:.2f} ms"
+
+
 class Measured:
     """A model's three kinds of pass at one batch and context: seconds, and the least bytes that each must move."""
 
@@ -85,6 +114,7 @@ class Measured:
         assert replayed.equal(plain), "a replayed step differs from the model's"
         self.step = median(lambda: captured.denoise(ids, state, t))
         self.moved = total(forward(c, "denoiser", batch, BLOCK, context, hit=self.hit)).bytes
+        self.by_way = step_by_way(model, lambda graphs: graphs.denoise(ids, state, t), plain)
         states = [state]
 
         def commit(ids: Tensor) -> Tensor:
@@ -112,6 +142,7 @@ class Measured:
             "batch": self.batch,
             "context": self.context,
             "step seconds": self.step,
+            "step seconds by way": self.by_way,
             "bytes": self.moved,
             "floor seconds": self.moved / read,
             "experts hit per layer": self.hit,
@@ -133,7 +164,7 @@ class Measured:
             f"({self.hit:.0f} experts hit); commit {self.commit * 1e3:.2f} ms; "
             f"AR {self.ar_step * 1e3:.2f} ms = {self.ar_step / ar:.2f} × its {self.ar_moved / 1e9:.1f} GB; "
             f"tokens/s: AR {self.batch / self.ar_step:.0f}, {rates}"
-        )
+        ) + "".join(f"\n    step, {way}: {_milliseconds(found)}" for way, found in self.by_way.items())
 
 
 def size(text: str) -> tuple[int, int]:
@@ -142,7 +173,8 @@ def size(text: str) -> tuple[int, int]:
     return batch, context
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
+    """Returns how many sizes failed; LOST if one took the GPU with it, and so those behind it."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_model", description=__doc__)
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write FOLDER/model.json, anew after every line")
     parser.add_argument(
@@ -154,24 +186,32 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     limits = ceilings.measure("cuda")
-    print(report.heading(limits), flush=True)
+    print(tables.heading(limits), flush=True)
     torch.cuda.empty_cache()  # the ceilings' buffers: the model fits by less than they take
     free, _ = torch.cuda.mem_get_info()
     c = config(largest(free))
     model = random_model(torch.bfloat16, "both", c, device="cuda")
     print(f"{len(c.hybrid_override_pattern)} of {len(RELEASED)} layers, {sum(weights(c).values()) / 1e9:.1f} GB")
-    entries = []
+    entries, failed = [], 0
     with torch.inference_mode():
         for batch, context in options.size or SIZES:
-            measured = Measured(model, batch, context)
+            try:
+                measured = Measured(model, batch, context)
+            except Exception as error:  # too little memory for one size is no reason to leave out the next
+                print(f"FAILED B {batch}, context {context}: {said(error)}", flush=True)
+                failed += 1
+                if lost():
+                    return LOST
+                continue
             entries.append(measured.entry(limits))
             print(measured.line(limits), flush=True)
             if options.save:
-                whole = {"machine": report.machine("cuda"), "ceilings": vars(limits)}
+                whole = {"machine": tables.machine("cuda"), "ceilings": vars(limits)}
                 whole |= {"layers": c.hybrid_override_pattern, "results": entries}
                 options.save.mkdir(parents=True, exist_ok=True)
                 (options.save / "model.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

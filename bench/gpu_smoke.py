@@ -2,8 +2,9 @@
 
 Says what is installed, compiles every CUDA C++ kernel in processes side by side, and calls each operation once at the
 released model's sizes in bfloat16, beside the specification in float32 on the same GPU. Every call stands for itself: a
-kernel that fails takes nothing with it but its own line. How exact results are is `tests.gpu_checks`' to judge; here an
-error of a twentieth of the result's norm is a mistake, and less is rounding.
+kernel that fails takes nothing with it but its own line: if it takes the GPU from this process, another one goes on
+behind it. How exact results are is checked by `tests.gpu_checks`; here an error of a twentieth of the result's norm is
+a mistake, and less is rounding.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 import twotower_kernels as tt
+from twotower_kernels.bench.measure.device import lost
 from twotower_kernels.cuda import build as cuda
 
 FAMILIES = ("adaln", "attention", "mamba2", "moe", "remask")
@@ -88,8 +90,8 @@ def call(family: str, op: str, case: str, device: str) -> float:
     if "policy" in inputs:
         ours = inputs | {"policy": tt.RemaskPolicy(**dataclasses.asdict(inputs["policy"]))}
     got = _results(getattr(tt, op), ours)
-    wide = {name: _in_float32(value) for name, value in inputs.items()}
-    expected = _results(getattr(reference, op), wide)
+    in_float32 = {name: _in_float32(value) for name, value in inputs.items()}
+    expected = _results(getattr(reference, op), in_float32)
     return max(difference(g, e.to(g.dtype)) for g, e in zip(got, expected, strict=True))
 
 
@@ -101,37 +103,53 @@ def cases() -> Iterator[tuple[str, str, str]]:
             yield from ((family, op, case) for case in named if case.startswith("released"))
 
 
+def check_device() -> None:
+    if not torch.cuda.is_available():
+        sys.exit("expected a CUDA device, found none")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns how many things failed, 125 at most."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_smoke", description="Does anything run on this GPU?")
     parser.add_argument("--only", action="append", default=[], help="operations of this name; may be given again")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="leave out what comes before, builds too")
+    parser.add_argument("--failed", type=int, default=0, metavar="N", help="things that failed before")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        sys.exit("expected a CUDA device, found none")
-    for line in versions():
-        print(line, flush=True)
-    failed, start = 0, time.perf_counter()
-    with ProcessPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        wanted = [] if options.only else builds()
-        for said in pool.map(compiled, wanted, [cuda.architecture(0)] * len(wanted)):
-            if said is not None:
-                failed += 1
-                print(f"FAILED {said}", flush=True)
-    print(f"{len(wanted)} CUDA C++ builds in {time.perf_counter() - start:.1f} s", flush=True)
-    for family, op, case in cases():
-        if options.only and op not in options.only:
+    failed = options.failed
+    if options.first == 0:
+        # Forked before this process has anything to do with the GPU, which a child of it could not use.
+        with ProcessPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            pool.submit(int).result()
+            check_device()
+            for line in versions():
+                print(line, flush=True)
+            start, wanted = time.perf_counter(), [] if options.only else builds()
+            for said in pool.map(compiled, wanted, [cuda.architecture(0)] * len(wanted)):
+                if said is not None:
+                    failed += 1
+                    print(f"FAILED {said}", flush=True)
+        print(f"{len(wanted)} CUDA C++ builds in {time.perf_counter() - start:.1f} s", flush=True)
+    check_device()
+    for number, (family, op, case) in enumerate(cases()):
+        if number < options.first or (options.only and op not in options.only):
             continue
+        print(f"{op}, {case}: ", end="", flush=True)  # named before it can hang
         start = time.perf_counter()
         try:
             off = call(family, op, case, "cuda")
             torch.cuda.synchronize()
         except Exception as error:
             failed += 1
-            print(f"FAILED {op}, {case}: {type(error).__name__}: {error}", flush=True)
+            print(f"FAILED, {type(error).__name__}: {error}", flush=True)
+            if lost():
+                print("the GPU is lost to this process; another one goes on", flush=True)
+                only = [word for op in options.only for word in ("--only", op)]
+                again = ["-m", "twotower_kernels.bench.gpu_smoke", "--first", str(number + 1), "--failed", str(failed)]
+                os.execv(sys.executable, [sys.executable, *again, *only])
             continue
         failed += off > TOLERANCE
-        word = "WRONG " if off > TOLERANCE else ""
-        print(f"{word}{op}, {case}: off by {off:.2g}, first call {time.perf_counter() - start:.1f} s", flush=True)
+        word = "WRONG, " if off > TOLERANCE else ""
+        print(f"{word}off by {off:.2g}, first call {time.perf_counter() - start:.1f} s", flush=True)
     return min(failed, 125)
 
 

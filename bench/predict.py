@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 import twotower_kernels as tt
-from twotower_kernels.bench.configs import config
-from twotower_kernels.bench.cost_model import Call, Checked, Prediction, check, forward, predict, seconds, total
-from twotower_kernels.bench.machines import MACHINES, Machine, measured
+from twotower_kernels.bench.costs.cost_model import Call, Checked, Prediction, check, forward, predict, seconds, total
+from twotower_kernels.bench.costs.machines import MACHINES, Machine, measured
+from twotower_kernels.bench.sizes.configs import config
 from twotower_kernels.options.flags import integer, number
 from twotower_kernels.options.units import size
 
@@ -51,9 +51,9 @@ def facts(p: Prediction, machine: Machine, tokens_per_nfe: Sequence[float]) -> T
     found.add_row("the denoiser as a next-token model", f"{p.batch / p.mock_ar:.1f} tokens per second")
     even = p.break_even
     found.add_row("diffusion is faster from", "never" if even is None else f"{even:.2f} tokens per NFE")
-    for place, needed in enumerate(p.memory):
+    for tower, needed in enumerate(p.memory):
         fits = "" if needed <= machine.memory else ": does not fit"
-        device = "weights and context" + ("" if len(p.memory) == 1 else f", {('context', 'denoiser')[place]} tower")
+        device = "weights and context" + ("" if len(p.memory) == 1 else f", {('context', 'denoiser')[tower]} tower")
         found.add_row(device, f"{size(needed)} of {size(int(machine.memory))}{fits}")
     return found
 

@@ -1,7 +1,7 @@
-"""Time over one size at a time, ours and the rivals': `python -m bench.sweeps --save bench/results/cpu`.
+"""Time over one size at a time, ours and the baselines': `python -m bench.sweeps --save bench/results/cpu`.
 
 Attention and a whole denoiser step over the context; attention, adaLN and the experts over the batch; remasking over
-the vocabulary. The cases are those of `bench_<family>`, checked and timed as ever. A rival whose call takes more than a
+the vocabulary. The cases are those of `bench.cases`, checked and timed as ever. A baseline whose call takes more than a
 second is left out of its point, and the saved run says so.
 """
 
@@ -16,19 +16,14 @@ from pathlib import Path
 
 import torch
 
-from twotower_kernels.bench import (
-    bench_adaln,
-    bench_attention,
-    bench_model,
-    bench_moe,
-    bench_remask,
-    ceilings,
-    report,
-    rivals,
-)
-from twotower_kernels.bench.report import Skipped
-from twotower_kernels.bench.shapes import RELEASED
-from twotower_kernels.bench.timing import OURS, Case, Result, measure
+from twotower_kernels.bench.baselines import pytorch
+from twotower_kernels.bench.cases import adaln, attention, moe, remask
+from twotower_kernels.bench.cases.model import random_model, step, widened
+from twotower_kernels.bench.measure import ceilings
+from twotower_kernels.bench.measure.timing import OURS, Case, Result, measure
+from twotower_kernels.bench.report import tables
+from twotower_kernels.bench.report.tables import Skipped
+from twotower_kernels.bench.sizes.shapes import RELEASED
 from twotower_kernels.options.flags import number
 
 BF16 = torch.bfloat16
@@ -36,25 +31,25 @@ BF16 = torch.bfloat16
 
 def over_context(device: str) -> Iterator[Case]:
     for context in (256, 1024, 2048, 4096, 8192, 16384, 32768):
-        yield bench_attention.over_context(1, context, BF16, device)
+        yield attention.over_context(1, context, BF16, device)
     if device != "cpu":
         return  # bench/gpu_model.py measures a step on a GPU
     torch.manual_seed(0)
-    model = bench_model.random_model(BF16, "denoiser")
-    wide = bench_model.widened(model)
+    model = random_model(BF16, "denoiser")
+    float32_copy = widened(model)
     for context in (1024, 8192, 32768, 131072):
-        yield bench_model.step(model, 1, context, wide=wide)
+        yield step(model, 1, context, float32_copy=float32_copy)
 
 
 def over_batch(device: str) -> Iterator[Case]:
     for batch in (1, 2, 4, 8, 16, 32, 64):
-        yield bench_attention.over_context(batch, 1024, BF16, device)
-    norm = "adaln_norm", rivals.eager_adaln_norm, rivals.best_adaln_norm
+        yield attention.over_context(batch, 1024, BF16, device)
+    norm = "adaln_norm", pytorch.eager_adaln_norm, pytorch.best_adaln_norm
     for batch in (1, 2, 4, 8, 16, 32, 64):
-        yield bench_adaln.case(*norm, batch, BF16, device)
-    weights = bench_moe.Weights(device)
+        yield adaln.case(*norm, batch, BF16, device)
+    weights = moe.Weights(device)
     for batch in (1, 4, 16, 64):
-        case = bench_moe.experts(weights, batch * RELEASED.block_size)
+        case = moe.experts(weights, batch * RELEASED.block_size)
         yield replace(case, sizes={"batch": batch, **case.sizes})
 
 
@@ -62,7 +57,7 @@ def over_vocabulary(device: str) -> Iterator[Case]:
     for temperature in (0.0, 1.0):
         for thousands in (8, 32, 128, 256):
             shapes = replace(RELEASED, vocab_size=thousands * 1024)
-            yield bench_remask.case(1, temperature, torch.float32, device, shapes=shapes)
+            yield remask.case(1, temperature, torch.float32, device, shapes=shapes)
 
 
 # By the size that each varies: the name of it in the cases' sizes.
@@ -74,7 +69,7 @@ SWEEPS: dict[str, Callable[[str], Iterator[Case]]] = {
 
 
 def affordable(case: Case, limit: float = 1.0) -> tuple[Case, list[Skipped]]:
-    """The case without the rivals whose call takes more than so many seconds, and these."""
+    """The case without the baselines whose call takes more than so many seconds, and these."""
     slow = []
     for name, call in case.programs.items():
         if name == OURS:
@@ -103,7 +98,7 @@ def main() -> int:
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write FOLDER/sweeps.json")
     options = parser.parse_args()
     limits = ceilings.measure(options.device)
-    print(report.heading(limits), flush=True)
+    print(tables.heading(limits), flush=True)
     found: list[tuple[str, Result]] = []
     skipped: list[Skipped] = []
     for sweep in options.sweep or SWEEPS:
@@ -111,16 +106,16 @@ def main() -> int:
             case, slow = affordable(each)
             result = measure(case, options.seconds, options.device)
             found.append((sweep, result))
-            left = [*slow, *report.not_timed(result)]
+            left = [*slow, *tables.not_timed(result)]
             skipped += left
             said = "; ".join(f"{s.program}: {s.reason}" for s in left)
-            print(sweep, *report.cells(result, limits)[:7], said, flush=True)
+            print(sweep, *tables.cells(result, limits)[:7], said, flush=True)
             del each, case
             gc.collect()
     limits = limits.better_of(ceilings.measure(options.device))
     if options.save:
-        entries = [{"sweep": sweep, **report.entry(result, limits)} for sweep, result in found]
-        report.write(entries, limits, options.save / "sweeps.json", skipped)
+        entries = [{"sweep": sweep, **tables.entry(result, limits)} for sweep, result in found]
+        tables.write(entries, limits, options.save / "sweeps.json", skipped)
     return 1 if any(result.wrong for _, result in found) else 0
 
 

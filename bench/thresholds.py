@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import twotower_kernels as tt
-from twotower_kernels.bench.bench_model import BLOCK
+from twotower_kernels.bench.cases.model import BLOCK
 from twotower_kernels.reference.demo_data import encode, standard_library, windows
 from twotower_kernels.reference.demo_report import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, distinct, nll_of_continuations
 
@@ -35,11 +35,11 @@ def held_out() -> Tensor:
 
 
 def sweep(
-    model: tt.TwoTowerModel, judge: tt.TwoTowerModel, prompts: Tensor, new: int, values: Sequence[float] = THRESHOLDS
+    model: tt.TwoTowerModel, scorer: tt.TwoTowerModel, prompts: Tensor, new: int, values: Sequence[float] = THRESHOLDS
 ) -> list[dict[str, Any]]:
     """Greedy generation in mode `ar`, whose threshold is None, then in mask diffusion over the thresholds.
 
-    `judge` gives the likelihood. Tokens per second count everything that a request costs, prefill included.
+    `scorer` gives the likelihood. Tokens per second count everything that a request costs, prefill included.
     """
     rows = []
     model.generate(prompts, max_new_tokens=BLOCK)  # to warm up
@@ -53,7 +53,7 @@ def sweep(
                 "threshold": threshold,
                 "tokens per NFE": result.tokens_per_nfe,
                 "tokens per second": tokens / result.seconds,
-                "nats per token": nll_of_continuations(judge, result.sequences),
+                "nats per token": nll_of_continuations(scorer, result.sequences),
                 "distinct 4-grams": distinct(result.sequences),
             }
         )
@@ -85,7 +85,7 @@ def trace(model: tt.TwoTowerModel, prompt: Tensor, new: int, threshold: float = 
 def measure() -> dict[str, Any]:
     """The sweep, the real text's figures, and the trace with its text."""
     model = tt.TwoTowerModel.from_pretrained(tt.demo_path())
-    judge = tt.TwoTowerModel.from_pretrained(tt.demo_path(), dtype=torch.float32)
+    scorer = tt.TwoTowerModel.from_pretrained(tt.demo_path(), dtype=torch.float32)
     real = windows(held_out(), PROMPT_TOKENS + NEW_TOKENS, PROMPTS, torch.Generator().manual_seed(11))
     prompts, words = real[:, :PROMPT_TOKENS], tokenizer()
     traced = trace(model, prompts[0], 3 * BLOCK)
@@ -94,10 +94,10 @@ def measure() -> dict[str, Any]:
         "prompt tokens": PROMPT_TOKENS,
         "new tokens": NEW_TOKENS,
         "real text": {
-            "nats per token": nll_of_continuations(judge, list(real)),
+            "nats per token": nll_of_continuations(scorer, list(real)),
             "distinct 4-grams": distinct(list(real)),
         },
-        "sweep": sweep(model, judge, prompts, NEW_TOKENS),
+        "sweep": sweep(model, scorer, prompts, NEW_TOKENS),
         "trace": {
             "prompt": words.decode(prompts[0].tolist()),
             "text": [words.decode([token], skip_special_tokens=False) for token in traced["token"]],

@@ -3,6 +3,9 @@
 Every operation that has a GPU kernel, on every case of its specification, in every dtype: within the error budget
 against float64, bit for bit the same twice, and on the device bit for bit the same when replayed from a CUDA graph. The
 model too: recorded tensors and texts, and a text through recorded graphs. Needs neither pytest nor hypothesis.
+
+With `--jobs`, processes share the checks. One that hangs, crashes, or takes the GPU from its process costs its own
+result alone: another process goes on behind it.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ import dataclasses
 import importlib
 import itertools
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twotower_kernels.bench.measure.device import LOST, lost
 from twotower_kernels.model.capture import cuda_graph
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,6 +38,8 @@ FAMILIES = ("adaln", "attention", "mamba2", "moe", "remask")
 RELEASED = "released"  # in the names of cases at the released model's sizes
 THROUGH_GRAPHS = "through graphs"
 EAGER = False  # nothing is recorded
+HANGS = 80.0  # seconds without a word, after which a process is ended
+INTERRUPTED = 130
 
 
 Operation = Callable[..., Any]
@@ -202,8 +210,12 @@ def of_part(number: int, parts: int, labels: Sequence[str]) -> list[str]:
     return large[number::few] if number < few else small[number - few :: parts - few]
 
 
-def run(device: str, only: Sequence[str], number: int, parts: int) -> int:
-    """Runs a part of the checks, and prints what fails. Returns how many did."""
+def run(device: str, only: Sequence[str], number: int, parts: int, first: int = 0, announced: bool = False) -> int:
+    """Runs a part of the checks, without those before the first, and prints what fails. Returns 0, or 1 if one did,
+    INTERRUPTED, or LOST: then those behind the last one that began need another process.
+
+    announced: says of each check that it begins, and its number in the part.
+    """
     from tests.gpu.triton_checks import triton_kernels
 
     passed, failed, start = 0, 0, time.perf_counter()
@@ -212,7 +224,11 @@ def run(device: str, only: Sequence[str], number: int, parts: int) -> int:
     if EAGER:
         wanted = [label for label in wanted if THROUGH_GRAPHS not in label]
     with triton_kernels() if device == "cpu" else nullcontext():
-        for label in of_part(number, parts, wanted):
+        for index, label in enumerate(of_part(number, parts, wanted)):
+            if index < first:
+                continue
+            if announced:
+                print(f"begins {index} {label}", flush=True)
             try:
                 found[label]()
                 passed += 1
@@ -223,25 +239,60 @@ def run(device: str, only: Sequence[str], number: int, parts: int) -> int:
                 print(f"FAILED {label}: {type(error).__name__}: {error}")
                 if not isinstance(error, AssertionError):
                     traceback.print_exc(limit=-3)
+                if lost(device):
+                    return LOST
+            except KeyboardInterrupt:
+                print(f"interrupted in {label}")
+                return INTERRUPTED
     print(f"part {number} of {parts}: {passed} passed, {failed} failed in {time.perf_counter() - start:.0f} s")
-    return failed
+    return int(failed > 0)
+
+
+def ended(command: Sequence[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Runs a process, printing what it says but for what it begins. Its exit code, negative if a signal ended it, and
+    what began last: number and label. A process that says nothing for long is ended."""
+    began = ""
+    child = subprocess.Popen(
+        command, env=environment, text=True, bufsize=1, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert child.stdout is not None
+    while True:
+        timer = threading.Timer(HANGS, child.kill)
+        timer.start()
+        line = child.stdout.readline()
+        timer.cancel()
+        if not line:
+            return child.wait(), began
+        if line.startswith("begins "):
+            began = line.removeprefix("begins ").rstrip()
+        else:
+            print(line, end="", flush=True)
+
+
+def part_in_processes(number: int, parts: int, arguments: Sequence[str]) -> int:
+    """A part of the checks in a process, and behind one that ends it, in another. Returns how many did not end well."""
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parts))}
+    command = [sys.executable, "-m", "tests.gpu_checks", "--part", str(number), str(parts), *arguments]
+    first, failed = 0, 0
+    while True:
+        code, began = ended([*command, "--first", str(first)], os.environ | threads)
+        failed += code != 0
+        if code in (0, 1, INTERRUPTED, -signal.SIGINT):
+            return failed
+        if not began:
+            print(f"FAILED part {number} of {parts}: its process ended with {code} before it began", flush=True)
+            return failed
+        index, label = began.split(" ", 1)
+        why = "the GPU is lost to its process" if code == LOST else f"its process ended with {code}"
+        print(f"FAILED {label}: {why}, or said nothing for {HANGS:.0f} s; another one goes on", flush=True)
+        first = int(index) + 1
 
 
 def in_processes(jobs: int, arguments: Sequence[str]) -> int:
     """The checks in so many processes: most of their time goes into compiling kernels. Returns how many failed to end
     well."""
-
-    def child(number: int) -> int:
-        command = [sys.executable, "-m", "tests.gpu_checks", "--part", str(number), str(jobs), *arguments]
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-        done = subprocess.run(
-            command, env=os.environ | threads, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        print(done.stdout, end="", flush=True)
-        return int(done.returncode != 0)
-
     with ThreadPoolExecutor(jobs) as pool:
-        return sum(pool.map(child, range(jobs)))
+        return sum(pool.map(lambda number: part_in_processes(number, jobs, arguments), range(jobs)))
 
 
 def main() -> None:
@@ -251,6 +302,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="record no graphs, for runs under a checker of memory")
     parser.add_argument("--jobs", type=int, default=1, help="processes to share the checks (default: 1)")
     parser.add_argument("--part", nargs=2, type=int, metavar=("I", "N"), help="one such process's share")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="leave out those of the share before this")
     options = parser.parse_args()
     global EAGER
     EAGER = options.eager
@@ -263,7 +315,8 @@ def main() -> None:
         given += [f"--only={part}" for part in options.only]
         sys.exit(bool(in_processes(options.jobs, given)))
     number, parts = options.part or (0, 1)
-    sys.exit(bool(run("cpu" if options.interpret else "cuda", options.only, number, parts)))
+    device = "cpu" if options.interpret else "cuda"
+    sys.exit(run(device, options.only, number, parts, options.first, announced=options.part is not None))
 
 
 if __name__ == "__main__":

@@ -12,25 +12,15 @@ import torch
 import twotower_kernels as tt
 from tests.paths import ROOT
 from tests.program.command_line import run
-from twotower_kernels.bench import (
-    bench_adaln,
-    bench_attention,
-    bench_linear,
-    bench_mamba2,
-    bench_moe,
-    bench_remask,
-    ceilings,
-    command,
-)
-from twotower_kernels.bench.report import others
-from twotower_kernels.bench.shapes import RELEASED, SMALL, Shapes
-from twotower_kernels.bench.timing import ORIGINAL, OURS, PYTORCH, Case, measure
+from twotower_kernels.bench import command
+from twotower_kernels.bench.cases import adaln, attention, linear, mamba2, moe, remask
+from twotower_kernels.bench.measure import ceilings
+from twotower_kernels.bench.measure.timing import ORIGINAL, OURS, PYTORCH, Case, measure
+from twotower_kernels.bench.report.tables import others
+from twotower_kernels.bench.sizes.shapes import RELEASED, SMALL, Shapes
 
 LIMITS = ceilings.Ceilings(read=50, copy=60, fp64=80, fp32=200, fp16=3, bf16=400, launch=1e-5)
-FAMILIES = dict(
-    attention=bench_attention, moe=bench_moe, linear=bench_linear, mamba2=bench_mamba2, adaln=bench_adaln,
-    remask=bench_remask,
-)  # fmt: skip
+FAMILIES = dict(attention=attention, moe=moe, linear=linear, mamba2=mamba2, adaln=adaln, remask=remask)
 # Of LLaDA-8B's kind: names of its own, and neither Mamba-2 layers nor experts.
 DENSE = dict(d_model=96, n_heads=6, n_kv_heads=3, vocab_size=500, mlp_hidden_size=200, mask_token_id=3, head_dim=None)
 
@@ -39,9 +29,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without to
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without measuring this machine's ceilings, and without compiling rivals."""
+    """Without measuring this machine's ceilings, and without compiling baselines."""
     monkeypatch.setattr(ceilings, "measure", lambda device: LIMITS)
-    monkeypatch.setattr(bench_remask, "compiled_best_of", bench_remask.best_of)
+    monkeypatch.setattr(remask, "compiled_best_of", remask.best_of)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
@@ -59,7 +49,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_rival_agrees_at_small_shapes(family: str, tmp_path: Path) -> None:
+def test_every_baseline_agrees_at_small_shapes(family: str, tmp_path: Path) -> None:
     run = saved(tmp_path, "--op", family, "--shapes", "small", "--batch", "2", "--context", "40")
     assert run["results"]
     for result in run["results"]:
@@ -69,7 +59,7 @@ def test_every_rival_agrees_at_small_shapes(family: str, tmp_path: Path) -> None
 
 
 def test_a_saved_run_says_what_was_measured(tmp_path: Path) -> None:
-    run = saved(tmp_path, "--op", "attention", "--shapes", "small", "--context", "40", "--rivals", "original")
+    run = saved(tmp_path, "--op", "attention", "--shapes", "small", "--context", "40", "--baselines", "original")
     assert {"processor", "threads", "clocks", "torch", "gpu", "commit", "date"} <= set(run["machine"])
     assert run["ceilings"] == vars(LIMITS)
     result = run["results"][0]
@@ -85,10 +75,11 @@ def test_a_saved_run_says_what_was_measured(tmp_path: Path) -> None:
 
 def test_without_choices_the_cases_are_the_usual_ones() -> None:
     """By default: goals too, which the command drops at other shapes."""
-    found = list(bench_attention.cases(shapes=SMALL))
+    found = list(attention.cases(shapes=SMALL))
     assert [case.sizes.get("context") for case in found] == [8192, 32768, 8192, 1024, 256, None, None]
     assert found[0].goals == (15, 4, 0.75)
-    options = command.parser().parse_args(["--rivals", "none"])
+    assert command.parser().parse_args(["--rivals", "none"]).baselines == ["none"]  # its name of before
+    options = command.parser().parse_args(["--baselines", "none"])
     assert all(set(case.programs) == {OURS} for case in command.cases("adaln", options, SMALL))
     assert not any(any(case.goals) for case in command.cases("adaln", options, SMALL))
     assert any(any(case.goals) for case in command.cases("adaln", options, RELEASED))
@@ -104,7 +95,7 @@ def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_conte
 
 
 def small_case() -> Case:
-    return bench_attention.over_context(1, 40, torch.float32, "cpu", shapes=SMALL)
+    return attention.over_context(1, 40, torch.float32, "cpu", shapes=SMALL)
 
 
 def test_a_kernel_of_ones_own_is_checked_and_timed() -> None:
@@ -140,7 +131,7 @@ def test_an_interruption_loses_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_command_goes_on_after_a_wrong_kernel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench_adaln.rivals, "eager_adaln_norm", lambda x, *_, **__: -x)
+    monkeypatch.setattr(adaln.pytorch, "eager_adaln_norm", lambda x, *_, **__: -x)
     run = saved(tmp_path, "--op", "adaln", "--shapes", "small", "--batch", "2", code=1)
     assert len(run["results"]) == 3 and ORIGINAL not in run["results"][0]["seconds"]
     assert run["skipped"][0]["program"] == ORIGINAL and "disagrees, relative error" in run["skipped"][0]["reason"]
@@ -189,7 +180,9 @@ def test_the_best_pytorch_is_the_original_style_where_that_is_faster() -> None:
 def test_too_little_memory_skips_the_family(tmp_path: Path) -> None:
     """What PyTorch raises on a CPU, of the weights of more experts than any machine holds."""
     (tmp_path / "config.json").write_text(json.dumps(dict(num_local_experts=10**12)), encoding="utf-8")
-    run = saved(tmp_path, "--op", "moe", "--op", "adaln", "--shapes", str(tmp_path / "config.json"), "--rivals", "none")
+    run = saved(
+        tmp_path, "--op", "moe", "--op", "adaln", "--shapes", str(tmp_path / "config.json"), "--baselines", "none"
+    )
     assert run["skipped"][0]["op"] == "moe" and "memory" in run["skipped"][0]["reason"]
     assert run["results"][0]["op"] == "adaln_norm"
 
@@ -230,7 +223,7 @@ def test_the_released_sizes_are_those_of_the_released_file(tmp_path: Path) -> No
 def test_other_names_and_convolutions(tmp_path: Path) -> None:
     found, _ = Shapes.from_file(written(tmp_path, dict(num_experts=32, num_experts_per_tok=4, mamba_d_conv=3)))
     assert (found.n_routed_experts, found.num_experts_per_tok, found.conv_kernel) == (32, 4, 3)
-    case = bench_mamba2.scan(1, 16, True, "cpu", shapes=replace(SMALL, conv_kernel=3))
+    case = mamba2.scan(1, 16, True, "cpu", shapes=replace(SMALL, conv_kernel=3))
     assert measure(case, seconds=0).wrong == {}
 
 
@@ -262,7 +255,7 @@ def test_a_bad_file_is_named(content: Any, said: str, tmp_path: Path, capsys: py
         (["--context", str(2**63)], "--context: expected an integer from 1 to 16777216, got '9223372036854775808'"),
         (["--seconds", "nan"], "--seconds: expected a finite number, 0 or more, at most 3600, got 'nan'"),
         (["--seconds", "1e400"], "--seconds: expected a finite number, 0 or more, at most 3600, got '1e400'"),
-        (["--rivals", "mine"], "invalid choice: 'mine'"),
+        (["--baselines", "mine"], "invalid choice: 'mine'"),
         (["--device", "cuda"], "expected a GPU, PyTorch sees none"),
     ],
 )
@@ -273,7 +266,7 @@ def test_a_bad_option_is_named(arguments: list[str], said: str, capsys: pytest.C
 def test_twotower_bench_is_the_same_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("bench", "--help") == 0
     out = capsys.readouterr().out
-    assert out.startswith("usage: twotower bench ") and "--rivals" in out
+    assert out.startswith("usage: twotower bench ") and "--baselines" in out
     assert run("bench", "--batch", "0") == 2
     assert "expected an integer from 1" in capsys.readouterr().err
 

@@ -7,8 +7,9 @@ import torch
 
 import twotower_kernels as tt
 from tests.benchmarks.test_pictures import saved
-from twotower_kernels.bench import generation, shares, thresholds, watched
-from twotower_kernels.bench.generation_report import markdown
+from twotower_kernels.bench import generation, thresholds
+from twotower_kernels.bench.measure import shares, watched
+from twotower_kernels.bench.report.generation import markdown
 
 CONFIG = tt.TwoTowerConfig(
     vocab_size=64,

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import twotower_kernels as tt
-from twotower_kernels.bench import cost_model, costs, predict, rivals
-from twotower_kernels.bench.configs import CONFIG, config
-from twotower_kernels.bench.machines import MACHINES, measured
+from twotower_kernels.bench import predict
+from twotower_kernels.bench.baselines import pytorch
+from twotower_kernels.bench.costs import cost_model, costs
+from twotower_kernels.bench.costs.machines import MACHINES, measured
+from twotower_kernels.bench.sizes.configs import CONFIG, config
 from twotower_kernels.model.memory import kv_per_token, state_per_row
 
 TINY = replace(
@@ -48,7 +50,7 @@ def test_attention_computes_what_pytorch_counts(causal):
     b, s, t, heads, kv, d = 2, 6, 10, 4, 2, 8
     q, k, v = (torch.randn(b, s, n, d) for n in (heads, kv, kv))
     context = torch.randn(2, b, t, kv, d)
-    found = counted(lambda: rivals.eager_attention(q, k, v, *context))
+    found = counted(lambda: pytorch.eager_attention(q, k, v, *context))
     assert costs.block_attention(b, s, t, heads, kv, d).flops == found
     pairs = sum(t + 1 + i for i in range(s))  # PyTorch's program computes masked scores too
     assert costs.causal_attention(b, s, t, heads, kv, d).flops == found * pairs // (s * (t + s))
@@ -57,12 +59,12 @@ def test_attention_computes_what_pytorch_counts(causal):
 def test_linear_router_and_experts_compute_what_pytorch_counts():
     n, h, e, k, i, j = 5, 16, 8, 2, 12, 20
     x, gate = torch.randn(n, h), torch.randn(e, h)
-    assert costs.linear(n, h, 24).flops == counted(lambda: rivals.linear(x, torch.randn(24, h)))
-    assert costs.moe_router(n, h, e).flops == counted(lambda: rivals.moe_gate(x, gate))
-    weights, chosen = rivals.best_moe_route(rivals.moe_gate(x, gate), torch.zeros(e), top_k=k)
+    assert costs.linear(n, h, 24).flops == counted(lambda: pytorch.linear(x, torch.randn(24, h)))
+    assert costs.moe_router(n, h, e).flops == counted(lambda: pytorch.moe_gate(x, gate))
+    weights, chosen = pytorch.best_moe_route(pytorch.moe_gate(x, gate), torch.zeros(e), top_k=k)
     matrices = torch.randn(e, i, h), torch.randn(e, h, i)
     shared = dict(shared_up=torch.randn(j, h), shared_down=torch.randn(h, j))
-    found = counted(lambda: rivals.best_experts(x, *matrices, weights, chosen, **shared))
+    found = counted(lambda: pytorch.best_experts(x, *matrices, weights, chosen, **shared))
     assert costs.moe_experts(n, h, i, k, e, j).flops == found
 
 

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from twotower_kernels.bench import pictures, report, shares, sweeps
-from twotower_kernels.bench.ceilings import Ceilings
-from twotower_kernels.bench.costs import Cost
-from twotower_kernels.bench.drawing import spoken
-from twotower_kernels.bench.pictures_of_text import speed, step_shares, trace
-from twotower_kernels.bench.pictures_of_text import thresholds as thresholds_picture
-from twotower_kernels.bench.timing import ORIGINAL, OURS, Case, measure
+from twotower_kernels.bench import sweeps
+from twotower_kernels.bench.costs.costs import Cost
+from twotower_kernels.bench.measure import shares
+from twotower_kernels.bench.measure.ceilings import Ceilings
+from twotower_kernels.bench.measure.timing import ORIGINAL, OURS, Case, measure
+from twotower_kernels.bench.pictures import operations as pictures
+from twotower_kernels.bench.pictures.drawing import spoken
+from twotower_kernels.bench.pictures.text import speed, step_shares, trace
+from twotower_kernels.bench.pictures.text import thresholds as thresholds_picture
+from twotower_kernels.bench.report import tables
 
 MACHINE = {
     "processor": "a processor",
@@ -65,7 +68,7 @@ def test_roofline_shows_rates_under_the_measured_roof(tmp_path: Path) -> None:
     figure = pictures.roofline(run, tmp_path / "roofline.png")
     (axis,) = figure.axes
     assert near(drawn(axis, "a"), [(2, 2), (50, 50)])
-    assert near(drawn(axis, "best rival"), [(2, 1)]), "the fastest of the rivals"
+    assert near(drawn(axis, "best baseline"), [(2, 1)]), "the fastest of the baselines"
     roof = dict(zip(*axis.get_lines()[0].get_data(), strict=True))
     assert roof[10.0] == 100 and roof[max(roof)] == 100 and roof[1.0] == 10, "float32's peak, at ten bytes a second"
     footer = figure.get_supxlabel()
@@ -161,7 +164,7 @@ def slow() -> torch.Tensor:
     return torch.ones(1)
 
 
-def test_a_slow_rival_is_left_out_of_its_point_and_named() -> None:
+def test_a_slow_baseline_is_left_out_of_its_point_and_named() -> None:
     programs = {OURS: slow, ORIGINAL: slow, "PyTorch: it": lambda: torch.ones(1)}
     case = Case("op", "a shape", torch.float32, programs, lambda ours, theirs: None, Cost(0, 0))
     kept, left_out = sweeps.affordable(case, limit=0.01)
@@ -174,7 +177,7 @@ def test_a_sweep_is_saved_with_its_sizes_and_can_be_drawn(tmp_path: Path) -> Non
     limits, entries = Ceilings(10, 10, 50, 100, 100, 100, 1e-5), []
     for case in itertools.islice(sweeps.over_context("cpu"), 2):
         ours = replace(case, programs={OURS: case.programs[OURS]})
-        entries.append({"sweep": "context", **report.entry(measure(ours, seconds=0), limits)})
+        entries.append({"sweep": "context", **tables.entry(measure(ours, seconds=0), limits)})
     assert [entry["sizes"]["context"] for entry in entries] == [256, 1024]
     (axis,) = pictures.over(saved(*entries), "context", tmp_path / "over.png").axes
     medians = [entry["seconds"][OURS]["median"] * 1e3 for entry in entries]

@@ -18,7 +18,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from tests.gpu.test_capture import Recorder
-from twotower_kernels.bench import gpu_clock, gpu_model, peers, timing
+from twotower_kernels.bench import gpu_model
+from twotower_kernels.bench.baselines import peers
+from twotower_kernels.bench.measure import gpu_clock, timing
 from twotower_kernels.model.capture import CapturedModel
 
 

@@ -3,8 +3,11 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from tests.gpu.test_capture import Recorder
 from tests.gpu_checks import check, check_case, check_router, of_part
 from tests.paths import ROOT
 from twotower_kernels.bench import command
+from twotower_kernels.bench.measure.device import LOST
 
 
 @pytest.mark.parametrize("case", ["tiny", "odd", "sampled_filtered", "llada"])
@@ -64,14 +68,63 @@ def test_every_check_is_in_one_part() -> None:
     assert of_part(3, 4, ["adaln", "model, compiled"]) == ["model, compiled", "adaln"]
 
 
-def test_a_process_that_fails_is_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        number = command[command.index("--part") + 1]
-        return subprocess.CompletedProcess(command, int(number == "1"), stdout=f"said {number} {command[-1]}\n")
+PART = """#!/bin/sh
+# -m tests.gpu_checks --part NUMBER PARTS ARGUMENTS... --first N
+number=$4
+for last; do :; done
+first=$last
+say() { if [ "$1" -ge "$first" ]; then echo "begins $1 check-$1"; else return 1; fi; }
+say 0 && echo "said $number $6 in 0"
+say 1 && case $number in 1) exit 77 ;; 2) kill -SEGV $$ ;; 3) exec sleep 60 ;; esac
+say 2 && echo "said $number $6 in 2"
+[ "$number" != 4 ]
+"""
 
-    monkeypatch.setattr(subprocess, "run", run)
-    assert gpu_checks.in_processes(3, ["--only=tiny"]) == 1
-    assert sorted(capsys.readouterr().out.splitlines()) == [f"said {n} --only=tiny" for n in range(3)]
+
+def test_what_ends_a_process_costs_its_own_check_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A GPU that is lost, a crash, a check that says nothing any more; and one that only fails."""
+    python = tmp_path / "python"
+    python.write_text(PART)
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(gpu_checks, "HANGS", 2.0)
+    assert gpu_checks.in_processes(5, ["--only=tiny"]) == 4
+    lines = capsys.readouterr().out.splitlines()
+    said = [f"said {n} --only=tiny in {check}" for n in range(5) for check in (0, 2)]
+    assert sorted(line for line in lines if line.startswith("said")) == said
+    failed = sorted(line.split(", or")[0] for line in lines if line.startswith("FAILED check-1: "))
+    assert failed == [
+        "FAILED check-1: its process ended with -11",
+        "FAILED check-1: its process ended with -9",
+        "FAILED check-1: the GPU is lost to its process",
+    ]
+    assert not any("check-0" in line or "check-2" in line for line in lines)
+
+
+def test_a_lost_gpu_ends_a_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """And an assertion that fails does not; with a first check, those before it are left out."""
+    done: list[str] = []
+
+    def check(name: str, error: type[BaseException] | None = None) -> tuple[str, Any]:
+        def call() -> None:
+            done.append(name)
+            if error:
+                raise error(name)
+
+        return name, call
+
+    found = [check("a"), check("b", AssertionError), check("c", RuntimeError), check("d")]
+    monkeypatch.setattr(gpu_checks, "tasks", lambda device: iter(found))
+    monkeypatch.setattr(gpu_checks, "lost", lambda device: done[-1] == "c")
+    assert gpu_checks.run("cuda", [], 0, 1, announced=True) == LOST and done == ["a", "b", "c"]
+    out = capsys.readouterr().out
+    assert "begins 2 c\n" in out and "FAILED b: AssertionError" in out and "FAILED c: RuntimeError" in out
+    assert gpu_checks.run("cuda", [], 0, 1, first=3) == 0 and done[-1] == "d"
+    found.append(check("e", KeyboardInterrupt))
+    assert gpu_checks.run("cuda", ["e"], 0, 1) == gpu_checks.INTERRUPTED
+    assert "interrupted in e" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode", gpu_model_checks.generation.MODES)
@@ -94,7 +147,13 @@ def test_the_models_checks_run() -> None:
 PYTHON = """#!/bin/sh
 echo "python $*" >>"$CALLS"
 case "$*" in
-    *"$SLEEPS"*) sleep 60 ;;
+    *"$SLEEPS"*)
+        echo "sleeping in $2"
+        for folder; do [ "$previous" = --save ] && kept="$folder"; previous="$folder"; done
+        trap 'echo "saved in time" >"${kept:-/dev/null}/interrupted.json"; exit 130' INT
+        sleep 60 &
+        wait $!
+        ;;
     *"$FAILS"*) echo "failing" && exit 1 ;;
 esac
 while [ $# -gt 1 ]; do
@@ -126,26 +185,62 @@ echo "profiled $*"
 """
 
 
-def gpu_script(
-    folder: Path, part: str, fails: str = "nothing", sleeps: str = "nothing"
-) -> tuple[int, list[str], dict[str, str]]:
-    """Exit code, calls of Python, and the archive's files of bench/gpu.sh with programs that only tell."""
+def prepared(folder: Path, fails: str = "nothing", sleeps: str = "nothing", limit: int = 60) -> dict[str, str]:
+    """The environment of bench/gpu.sh with programs that only tell."""
     programs = {"python": PYTHON, "compute-sanitizer": SANITIZER, "ncu": PROFILER, "timeout": TIMEOUT}
     for name, text in programs.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     environment = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": str(folder / "python"), "FAILS": fails}
-    environment |= {"CALLS": str(folder / "calls"), "SLEEPS": sleeps, "LIMIT": "2" if sleeps != "nothing" else "60"}
-    environment |= {"OUT": str(folder / "out"), "JOBS": "16"}
+    environment |= {"CALLS": str(folder / "calls"), "SLEEPS": sleeps, "LIMIT": str(limit)}
+    (folder / "temporary").mkdir()
+    return os.environ | environment | {"OUT": str(folder / "out"), "JOBS": "16", "TMPDIR": str(folder / "temporary")}
+
+
+def packed(folder: Path) -> dict[str, str]:
+    """The archive's files; nothing else is in its folder, nor left behind elsewhere."""
+    path = folder / "out" / "gpu.tar.gz"
+    if not path.exists():
+        return {}
+    with tarfile.open(path) as archive:
+        found = {Path(member.name).name: archive.extractfile(member) for member in archive if member.isfile()}
+        texts = {name: file.read().decode() for name, file in found.items() if file is not None}
+    assert list(path.parent.iterdir()) == [path] and not list((folder / "temporary").iterdir())
+    return texts
+
+
+def gpu_script(
+    folder: Path, part: str, fails: str = "nothing", sleeps: str = "nothing"
+) -> tuple[int, list[str], dict[str, str]]:
+    """Exit code, calls of Python, and the archive's files of bench/gpu.sh."""
+    environment = prepared(folder, fails, sleeps, limit=60 if sleeps == "nothing" else 2)
     call = ["sh", str(ROOT / "bench" / "gpu.sh"), part]
-    done = subprocess.run(call, env=os.environ | environment, capture_output=True, text=True, timeout=90)
-    calls, packed, texts = folder / "calls", folder / "out" / "gpu.tar.gz", {}
-    if packed.exists():
-        with tarfile.open(packed) as archive:
-            found = {Path(member.name).name: archive.extractfile(member) for member in archive if member.isfile()}
-            texts = {name: file.read().decode() for name, file in found.items() if file is not None}
-        assert list(packed.parent.iterdir()) == [packed]
-    return done.returncode, calls.read_text().splitlines() if calls.exists() else [], texts
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=90)
+    calls = folder / "calls"
+    return done.returncode, calls.read_text().splitlines() if calls.exists() else [], packed(folder)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("whole_group", [False, True], ids=["script", "group"])
+def test_an_interrupted_script_leaves_what_there_is(kind: signal.Signals, whole_group: bool, tmp_path: Path) -> None:
+    """In the middle of its third part, what runs is told to come to its end, writes what it has, and is packed."""
+    call = ["sh", str(ROOT / "bench" / "gpu.sh"), "all"]
+    environment = prepared(tmp_path, sleeps="bench.gpu_model")
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        script = subprocess.Popen(call, env=environment, stdout=file, stderr=file, start_new_session=True)
+    until = time.monotonic() + 60
+    while "sleeping in" not in log.read_text():
+        assert time.monotonic() < until and script.poll() is None, log.read_text()
+        time.sleep(0.05)
+    time.sleep(0.3)  # for the trap behind that line
+    (os.killpg if whole_group else os.kill)(script.pid, kind)
+    assert script.wait(30) == 128 + kind
+    files = packed(tmp_path)
+    assert {"smoke.log", "tests.log", "model.log", "setup.log"} <= set(files) and "ops.log" not in files
+    assert files["interrupted.json"] == "saved in time\n" and "sleeping in" in files["model.log"]
+    summary = files["summary.txt"].splitlines()
+    assert [line.split(":")[0] for line in summary] == ["smoke", "tests", "interrupted", "model"]
 
 
 def test_the_script_does_all_in_one_call(tmp_path: Path) -> None:
@@ -154,20 +249,22 @@ def test_the_script_does_all_in_one_call(tmp_path: Path) -> None:
     assert code == 0
     assert {"setup.log", "summary.txt", "result.json", "smoke.log", "attention.log"} <= set(files)
     names = [line.split(":")[0] for line in files["summary.txt"].splitlines()]
-    assert names == ["smoke", "tests", "model", "ops", "attention"]
+    assert names == ["smoke", "tests", "model", "ops", "attention", "switches"]
     assert any("tests.gpu_checks --jobs 16" in call for call in calls)
     families = [family for call in calls for family in re.findall(r"--op (\w+)", call)]
     assert sorted([*families, "model"]) == sorted(command.FILES)
     assert {path: path.stat().st_mtime_ns for path in (ROOT / "bench" / "results").rglob("*")} == before
 
 
-@pytest.mark.parametrize("fails", ["setup.py", "bench.gpu_smoke", "tests.gpu_checks", "bench.gpu_model", "--op moe"])
+@pytest.mark.parametrize(
+    "fails", ["setup.py", "bench.gpu_smoke", "tests.gpu_checks", "bench.gpu_model", "--op moe", "bench.gpu_switches"]
+)
 def test_the_script_goes_on_after_a_failure(fails: str, tmp_path: Path) -> None:
     """And says so, except of the CPU's kernels, which nothing here needs."""
     code, calls, files = gpu_script(tmp_path, "all", fails)
-    assert code == (fails != "setup.py") and len(calls) == 6
+    assert code == (fails != "setup.py") and len(calls) == 7
     assert "failing" in "".join(files.values())
-    assert len(files["summary.txt"].splitlines()) == 5
+    assert len(files["summary.txt"].splitlines()) == 6
 
 
 def test_the_script_interrupts_what_hangs_and_keeps_the_rest(tmp_path: Path) -> None:

@@ -10,7 +10,11 @@ from tests.paths import ROOT
 
 OTHERS = {"foreign"}  # imports what others wrote, which takes long or is not installed
 STEMS = {
-    folder: sorted({path.stem for path in (ROOT / folder).glob("*.py")} - OTHERS - {"__init__", "__main__"})
+    folder: sorted(
+        ".".join(path.relative_to(ROOT / folder).with_suffix("").parts)
+        for path in (ROOT / folder).rglob("*.py")
+        if path.stem not in OTHERS | {"__init__", "__main__"}
+    )
     for folder in ("reference", "bench")
 }
 
@@ -49,7 +53,7 @@ print("the same")
     assert done.stdout == "the same\n", done.stderr
 
 
-@pytest.mark.parametrize("module", ["bench", "bench.compare", "reference.train_demo"])
+@pytest.mark.parametrize("module", ["bench", "bench.compare", "bench.pictures", "reference.train_demo"])
 def test_a_module_runs_as_a_program(module: str) -> None:
     done = python("-m", module, "--help")
     assert done.returncode == 0, done.stderr

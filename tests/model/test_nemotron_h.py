@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.compare import assert_within_budget
 from twotower_kernels import TwoTowerModel
-from twotower_kernels.bench.foreign import nemotron_h
+from twotower_kernels.bench.baselines.foreign import nemotron_h
 from twotower_kernels.reference.model import ContextState, TwoTower
 
 VOCABULARY, CHUNK = 97, 8

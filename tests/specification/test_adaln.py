@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.compare import assert_within_budget, widened
-from twotower_kernels.bench.foreign import nemotron_h
+from twotower_kernels.bench.baselines.foreign import nemotron_h
 from twotower_kernels.reference.adaln import (
     CASES,
     ORDERS,

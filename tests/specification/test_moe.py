@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.compare import assert_within_budget, widened
-from twotower_kernels.bench.foreign import nemotron_h
+from twotower_kernels.bench.baselines.foreign import nemotron_h
 from twotower_kernels.reference.moe import ACTIVATIONS, CASES, make_inputs, moe_experts, moe_gate, moe_plan, moe_route
 
 OPS: dict[str, Any] = dict(moe_gate=moe_gate, moe_route=moe_route, moe_plan=moe_plan, moe_experts=moe_experts)

@@ -1,4 +1,4 @@
-"""Rivals that nobody here wrote: modules of transformers, mamba_ssm's programs, kernels of PyTorch and others.
+"""Baselines that nobody here wrote: modules of transformers, mamba_ssm's programs, kernels of PyTorch and others.
 
 A function here takes an operation's arguments and returns a program without arguments, so that a module is made once
 and holds the case's own tensors. That happens when the program is first called: what is not installed raises
@@ -136,7 +136,7 @@ def mamba_ssm_scan(**inputs: Any) -> Program:
 
 def mamba_ssm_minimal(**inputs: Any) -> Program:
     """Mamba-2's listing 1 (arXiv 2405.21060), as mamba_ssm keeps it, in chunks of 64 tokens where they divide them."""
-    from twotower_kernels.bench.foreign import mamba_ssm  # imported without its CUDA extension
+    from twotower_kernels.bench.baselines.foreign import mamba_ssm  # imported without its CUDA extension
 
     a = SimpleNamespace(**inputs)
     chunk = a.xbc.shape[1] if a.xbc.shape[1] % 64 else 64

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from twotower_kernels.bench.ceilings import Ceilings
-from twotower_kernels.bench.clock import Timing, interleaved
-from twotower_kernels.bench.costs import Cost, arithmetic
-from twotower_kernels.bench.gpu_clock import on_gpu
+from twotower_kernels.bench.costs.costs import Cost, arithmetic
+from twotower_kernels.bench.measure.ceilings import Ceilings
+from twotower_kernels.bench.measure.clock import Timing, interleaved
+from twotower_kernels.bench.measure.gpu_clock import on_gpu
 
 # The names of programs: ours, code as the models' authors write it, candidates for "the best PyTorch", and any others.
 OURS, ORIGINAL, PYTORCH = "twotower_kernels", "original style", "PyTorch:"

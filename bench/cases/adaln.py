@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 import twotower_kernels as tt
-from twotower_kernels.bench import costs, rivals
-from twotower_kernels.bench.shapes import RELEASED, Shapes
-from twotower_kernels.bench.timing import NO_GOALS, ORIGINAL, OURS, Case, close
+from twotower_kernels.bench.baselines import pytorch
+from twotower_kernels.bench.costs import costs
+from twotower_kernels.bench.measure.timing import NO_GOALS, ORIGINAL, OURS, Case, close
+from twotower_kernels.bench.sizes.shapes import RELEASED, Shapes
 from twotower_kernels.reference import adaln
 
 
@@ -45,8 +46,8 @@ def cases(
     batches: Sequence[int] | None = None,
     contexts: Sequence[int] | None = None,
 ) -> Iterator[Case]:
-    norm = "adaln_norm", rivals.eager_adaln_norm, rivals.best_adaln_norm
-    both = "gated_residual_adaln_norm", rivals.eager_residual_norm, rivals.best_residual_norm
+    norm = "adaln_norm", pytorch.eager_adaln_norm, pytorch.best_adaln_norm
+    both = "gated_residual_adaln_norm", pytorch.eager_residual_norm, pytorch.best_residual_norm
     for batch in batches or ((1, 16) if device == "cpu" else (1, 4, 16, 64)):
         yield case(*norm, batch, torch.bfloat16, device, shapes)
         yield case(*both, batch, torch.bfloat16, device, shapes)

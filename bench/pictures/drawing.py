@@ -8,8 +8,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from twotower_kernels.bench.report import about
-from twotower_kernels.bench.timing import ORIGINAL, OURS
+from twotower_kernels.bench.measure.timing import ORIGINAL, OURS
+from twotower_kernels.bench.report.tables import about
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

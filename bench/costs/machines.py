@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from twotower_kernels.bench.ceilings import Ceilings
+from twotower_kernels.bench.measure.ceilings import Ceilings
 from twotower_kernels.options.config import DTYPES
 
 # What kernels reach of the vendors' figures: assumptions, until one of these machines was measured.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import twotower_kernels as tt
-from twotower_kernels.bench import costs
-from twotower_kernels.bench.shapes import RELEASED, Shapes
-from twotower_kernels.bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals
+from twotower_kernels.bench.costs import costs
+from twotower_kernels.bench.measure.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals
+from twotower_kernels.bench.sizes.shapes import RELEASED, Shapes
 from twotower_kernels.reference import remask as specification
 
 THRESHOLD = 0.8

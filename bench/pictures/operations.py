@@ -1,16 +1,13 @@
-"""Every picture, from saved measurements alone: `python -m bench.pictures [RESULTS_FOLDER] [OUT_FOLDER]`."""
+"""The pictures of operations: their rates under the measured roof, and their time over a size."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twotower_kernels.bench.drawing import BEST, PROGRAMS, fastest, finish, page, plain, spoken
-from twotower_kernels.bench.pictures_of_text import speed, step_shares, thresholds, trace
-from twotower_kernels.bench.timing import ORIGINAL, OURS
+from twotower_kernels.bench.measure.timing import ORIGINAL, OURS
+from twotower_kernels.bench.pictures.drawing import BEST, PROGRAMS, fastest, finish, page, plain, spoken
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +23,7 @@ def peak(ceilings: dict[str, float], dtype: str) -> float | None:
 
 
 def roofline(run: dict[str, Any], path: Path) -> Figure:
-    """GFLOP/s over FLOPs per byte, one panel per dtype: ours filled, the fastest rival of the same case hollow.
+    """GFLOP/s over FLOPs per byte, one panel per dtype: ours filled, the fastest baseline of the same case hollow.
 
     Cases whose bytes or FLOPs were not counted, or whose dtype has no measured ceiling, are left out.
 
@@ -56,17 +53,17 @@ def roofline(run: dict[str, Any], path: Path) -> Figure:
             n = ops.index(result["op"])
             style = dict(marker=MARKERS[n % len(MARKERS)], color=f"C{n % 10}", markersize=5, linestyle="none")
             x, seconds = result["flops"] / result["bytes"], result["seconds"]
-            ours, rival = result["flops"] / seconds[OURS]["median"] / 1e9, fastest(seconds)
+            ours, baseline = result["flops"] / seconds[OURS]["median"] / 1e9, fastest(seconds)
             (drawn,) = axis.plot([x], [ours], label=result["op"], **style)
             keys.setdefault(result["op"], drawn)
-            if rival is not None:
-                reached = result["flops"] / rival / 1e9
-                (drawn,) = axis.plot([x], [reached], label="best rival", fillstyle="none", **style)
+            if baseline is not None:
+                reached = result["flops"] / baseline / 1e9
+                (drawn,) = axis.plot([x], [reached], label="best baseline", fillstyle="none", **style)
                 axis.plot([x, x], [reached, ours], color=f"C{n % 10}", linewidth=0.5, label="_")
         axis.set(xscale="log", yscale="log", xlabel="FLOPs per byte", xlim=ends)
         plain(axis.xaxis, subs=(1,))
         plain(axis.yaxis)
-    axes[0].set_ylabel("GFLOP/s (filled: ours, hollow: best rival)")
+    axes[0].set_ylabel("GFLOP/s (filled: ours, hollow: best baseline)")
     return finish(figure, run, path, keys.values(), per_row=3)
 
 
@@ -114,31 +111,3 @@ def over(run: dict[str, Any], size: str, path: Path) -> Figure:
         axis.set_xticks([], minor=True)
     axes[0].set_ylabel("ms, median")
     return finish(figure, run, path, keys.values())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.pictures", description="Draws every picture.")
-    parser.add_argument("results", type=Path, nargs="?", default="bench/results/cpu", help="folder with saved runs")
-    parser.add_argument("out", type=Path, nargs="?", default="docs/pictures", help="folder for the PNG files")
-    options = parser.parse_args()
-
-    def saved(name: str) -> dict[str, Any]:
-        path = options.results / f"{name}.json"
-        if not path.is_file():
-            raise SystemExit(f"{path}: expected a saved run, found none; `make bench` measures")
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    sweeps, text = saved("sweeps"), saved("generation")
-    try:
-        roofline(saved(sweeps["machine"]["instruction set"]), options.out / "roofline.png")
-    except ImportError as error:
-        raise SystemExit(str(error)) from None
-    for size in ("context", "batch", "vocabulary"):
-        over(sweeps, size, options.out / f"over_{size}.png")
-    for draw in (step_shares, speed, trace, thresholds):
-        draw(text, options.out / f"{draw.__name__}.png")
-    print(f"{options.out}: {', '.join(sorted(path.name for path in options.out.glob('*.png')))}")
-
-
-if __name__ == "__main__":
-    main()

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from twotower_kernels.bench import costs
-from twotower_kernels.bench.shapes import RELEASED, Shapes
-from twotower_kernels.bench.timing import ORIGINAL, OURS, Case, close
+from twotower_kernels.bench.costs import costs
+from twotower_kernels.bench.measure.timing import ORIGINAL, OURS, Case, close
+from twotower_kernels.bench.sizes.shapes import RELEASED, Shapes
 from twotower_kernels.ops.linear import linear
 
 

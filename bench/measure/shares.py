@@ -1,4 +1,4 @@
-"""Where the time of a denoiser step goes: seconds per operation, at the seam where `bench_model` exchanges them."""
+"""Where the time of a denoiser step goes: seconds per operation, where `bench.cases.model` exchanges them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 import twotower_kernels as tt
-from twotower_kernels.bench import rivals
-from twotower_kernels.bench.bench_model import BLOCK, CONFIG, operations, random_model, random_state
+from twotower_kernels.bench.baselines import pytorch
+from twotower_kernels.bench.cases.model import BLOCK, CONFIG, operations, random_model, random_state
 from twotower_kernels.ops.linear import linear
 from twotower_kernels.ops.moe import moe_router
 
-# The operations that a step is made of: those that the rivals replace, here the package's own.
+# The operations that a step is made of: those that the baselines replace, here the package's own.
 INNER = {"linear": linear, "moe_router": moe_router}
-OPERATIONS = {name: INNER.get(name) or getattr(tt, name) for name in rivals.BEST}
+OPERATIONS = {name: INNER.get(name) or getattr(tt, name) for name in pytorch.BEST}
 NORMS = ("adaln_norm", "gated_residual_adaln_norm", "gated_rms_norm")
 OTHER = "other"  # embedding, splits and activations between the operations, and Python
 

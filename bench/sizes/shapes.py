@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from twotower_kernels.bench.configs import config
+from twotower_kernels.bench.sizes.configs import config
 from twotower_kernels.options.config import MOST_BYTES
 from twotower_kernels.options.files import read_json, shown
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from twotower_kernels.bench.clock import Timing, timing_of
+from twotower_kernels.bench.measure.clock import Timing, timing_of
 from twotower_kernels.model.capture import Recorder, cuda_graph
 
 CALLS = 32  # of a program in its graph, at most

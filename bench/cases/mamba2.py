@@ -8,9 +8,10 @@ from functools import partial
 import torch
 
 import twotower_kernels as tt
-from twotower_kernels.bench import costs, rivals
-from twotower_kernels.bench.shapes import RELEASED, Shapes
-from twotower_kernels.bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals, close
+from twotower_kernels.bench.baselines import pytorch
+from twotower_kernels.bench.costs import costs
+from twotower_kernels.bench.measure.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals, close
+from twotower_kernels.bench.sizes.shapes import RELEASED, Shapes
 from twotower_kernels.reference import mamba2
 
 
@@ -28,8 +29,8 @@ def scan(
     inputs["return_states"] = states
     programs = {
         OURS: partial(tt.mamba2_scan, **inputs),
-        ORIGINAL: partial(rivals.eager_scan, **inputs),
-        "PyTorch: closed form": partial(rivals.best_scan, **inputs),
+        ORIGINAL: partial(pytorch.eager_scan, **inputs),
+        "PyTorch: closed form": partial(pytorch.best_scan, **inputs),
     }
     sizes = {f"mamba_{name}" if "head" in name else name: value for name, value in layer.items()}
     return Case(
@@ -51,8 +52,8 @@ def norm(batch: int, device: str, goals: Goals = NO_GOALS, shapes: Shapes = RELE
     inputs = mamba2.make_inputs("gated_rms_norm", given, dtype=torch.bfloat16, device=device)
     programs = {
         OURS: partial(tt.gated_rms_norm, **inputs),
-        ORIGINAL: partial(rivals.eager_gated_rms_norm, **inputs),
-        "PyTorch: rms_norm": partial(rivals.best_gated_rms_norm, **inputs),
+        ORIGINAL: partial(pytorch.eager_gated_rms_norm, **inputs),
+        "PyTorch: rms_norm": partial(pytorch.best_gated_rms_norm, **inputs),
     }
     return Case(
         "gated_rms_norm",

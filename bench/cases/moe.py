@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 import twotower_kernels as tt
-from twotower_kernels.bench import costs, rivals
-from twotower_kernels.bench.shapes import RELEASED, Shapes
-from twotower_kernels.bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals, close
+from twotower_kernels.bench.baselines import pytorch
+from twotower_kernels.bench.costs import costs
+from twotower_kernels.bench.measure.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals, close
+from twotower_kernels.bench.sizes.shapes import RELEASED, Shapes
 from twotower_kernels.reference import moe
 
 
@@ -37,8 +38,8 @@ def router(n: int, device: str, shapes: Shapes = RELEASED) -> Case:
     inputs |= dict(correction_bias=torch.zeros(e, device=device), top_k=top_k, scaling=2.5)
     programs = {
         OURS: partial(routed(tt.moe_route, tt.moe_gate), **inputs),
-        ORIGINAL: partial(routed(rivals.eager_moe_route, rivals.moe_gate), **inputs),
-        "PyTorch: topk": partial(routed(rivals.best_moe_route, rivals.moe_gate), **inputs),
+        ORIGINAL: partial(routed(pytorch.eager_moe_route, pytorch.moe_gate), **inputs),
+        "PyTorch: topk": partial(routed(pytorch.best_moe_route, pytorch.moe_gate), **inputs),
     }
 
     def same(ours: Any, theirs: Any) -> None:
@@ -86,8 +87,8 @@ def experts(w: Weights, n: int, goals: Goals = NO_GOALS) -> Case:
     inputs = dict(x=x, w_up=w.up, w_down=w.down, weights=weights, experts=chosen, **w.shared)
     programs = {
         OURS: partial(tt.moe_experts, **inputs),
-        ORIGINAL: partial(rivals.eager_experts, **inputs),
-        "PyTorch: experts in use": partial(rivals.best_experts, **inputs),
+        ORIGINAL: partial(pytorch.eager_experts, **inputs),
+        "PyTorch: experts in use": partial(pytorch.best_experts, **inputs),
     }
     hit = len(chosen.unique())
     sizes = dict(rows=n, hidden=h, experts=e, experts_hit=hit, top_k=top_k, intermediate=i, shared_intermediate=shared)

@@ -8,9 +8,10 @@ from functools import partial
 import torch
 
 import twotower_kernels as tt
-from twotower_kernels.bench import costs, rivals
-from twotower_kernels.bench.shapes import RELEASED, Shapes
-from twotower_kernels.bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals, close
+from twotower_kernels.bench.baselines import pytorch
+from twotower_kernels.bench.costs import costs
+from twotower_kernels.bench.measure.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals, close
+from twotower_kernels.bench.sizes.shapes import RELEASED, Shapes
 from twotower_kernels.reference import attention
 
 
@@ -33,12 +34,12 @@ def over_context(
     k, v = (torch.cat([inputs[f"{name}_context"], inputs[name]], 1) for name in "kv")
     programs = {
         OURS: partial(tt.block_attention, **inputs),
-        ORIGINAL: partial(rivals.eager_attention, **inputs),
-        "PyTorch: SDPA, grouped": partial(rivals.grouped_attention, q, k, v),
-        "PyTorch: SDPA, packed": partial(rivals.packed_attention, q, k, v),
+        ORIGINAL: partial(pytorch.eager_attention, **inputs),
+        "PyTorch: SDPA, grouped": partial(pytorch.grouped_attention, q, k, v),
+        "PyTorch: SDPA, packed": partial(pytorch.packed_attention, q, k, v),
     }
     if device != "cpu":
-        programs["PyTorch: SDPA, expanded"] = partial(rivals.expanded_attention, q, k, v)
+        programs["PyTorch: SDPA, expanded"] = partial(pytorch.expanded_attention, q, k, v)
     return Case(
         "block_attention",
         f"B {batch}, S {shapes.block_size}, context {context}",
@@ -58,7 +59,7 @@ def prefill(length: int, dtype: torch.dtype, device: str, shapes: Shapes = RELEA
     q, k, v = (inputs[name] for name in "qkv")
     programs = {
         OURS: partial(tt.block_attention, **inputs),
-        "PyTorch: SDPA, causal": partial(rivals.grouped_attention, q, k, v, causal=True),
+        "PyTorch: SDPA, causal": partial(pytorch.grouped_attention, q, k, v, causal=True),
     }
     return Case(
         "block_attention",

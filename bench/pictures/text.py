@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twotower_kernels.bench.drawing import finish, page, spoken
-from twotower_kernels.bench.shares import NORMS, OTHER
+from twotower_kernels.bench.measure.shares import NORMS, OTHER
+from twotower_kernels.bench.pictures.drawing import finish, page, spoken
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

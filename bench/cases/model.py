@@ -1,7 +1,7 @@
 """A denoiser step, a prefill and the cost over the context, of a mid-size model with random weights.
 
-The rivals run the same modules with the same weights, and only the operations are exchanged, so that the figures differ
-by the operations alone.
+The baselines run the same modules with the same weights, and only the operations are exchanged, so that the figures
+differ by the operations alone.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 import twotower_kernels as tt
-from twotower_kernels.bench import rivals
-from twotower_kernels.bench.ceilings import Ceilings
-from twotower_kernels.bench.configs import CONFIG
-from twotower_kernels.bench.cost_model import forward, total
-from twotower_kernels.bench.shapes import RELEASED, Shapes
-from twotower_kernels.bench.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals
+from twotower_kernels.bench.baselines import pytorch
+from twotower_kernels.bench.costs.cost_model import forward, total
+from twotower_kernels.bench.measure.ceilings import Ceilings
+from twotower_kernels.bench.measure.timing import NO_GOALS, ORIGINAL, OURS, Case, Goals
+from twotower_kernels.bench.sizes.configs import CONFIG
+from twotower_kernels.bench.sizes.shapes import RELEASED, Shapes
 from twotower_kernels.model import layers
 from twotower_kernels.model import state as states
 from twotower_kernels.model import two_tower as wiring
@@ -62,9 +62,9 @@ def random_model(
 
 def widened(model: tt.TwoTowerModel) -> tt.TwoTowerModel:
     """The same model in float32."""
-    wide = tt.TwoTowerModel(CONFIG, dtype=torch.float32, towers=model.towers)
-    wide.load_state_dict(model.state_dict())
-    return wide
+    float32_copy = tt.TwoTowerModel(CONFIG, dtype=torch.float32, towers=model.towers)
+    float32_copy.load_state_dict(model.state_dict())
+    return float32_copy
 
 
 def random_state(model: tt.TwoTowerModel, batch: int, context: int) -> tt.ContextState:
@@ -111,17 +111,17 @@ def step(
     batch: int,
     context: int,
     goals: Goals = NO_GOALS,
-    rivalled: bool = True,
-    wide: tt.TwoTowerModel | None = None,
+    compared: bool = True,
+    float32_copy: tt.TwoTowerModel | None = None,
 ) -> Case:
-    """`wide`: the same model in float32, where this one is not."""
+    """`float32_copy`: the same model in float32, where this one is not."""
     dtype = next(model.parameters()).dtype
     ids = torch.randint(CONFIG.vocab_size, (batch, BLOCK))
     state, t = random_state(model, batch, context), torch.linspace(0.25, 1, batch)
     check = same
-    if wide is not None:
+    if float32_copy is not None:
         k, v, conv = ({i: x.float() for i, x in part.items()} for part in (state.k, state.v, state.conv))
-        check = as_near(wide.denoise(ids, state.replaced(k=k, v=v, conv=conv), t))
+        check = as_near(float32_copy.denoise(ids, state.replaced(k=k, v=v, conv=conv), t))
 
     def run(plain: dict[str, Any]) -> Callable[[], Tensor]:
         def call() -> Tensor:
@@ -131,8 +131,8 @@ def step(
         return call
 
     programs = {OURS: run({})}
-    if rivalled:
-        programs |= {ORIGINAL: run(rivals.ORIGINAL), "PyTorch: best operations": run(rivals.BEST)}
+    if compared:
+        programs |= {ORIGINAL: run(pytorch.ORIGINAL), "PyTorch: best operations": run(pytorch.BEST)}
     calls = forward(CONFIG, "denoiser", batch, BLOCK, context, dtype=str(dtype).removeprefix("torch."))
     cost, attention = total(calls), total([call for call in calls if call.op == "attention"])
     shape = f"B {batch}, S {BLOCK}, context {context}"
@@ -164,7 +164,7 @@ def prefill(dtype: torch.dtype, tokens: int, goals: Goals) -> Case:
         return call
 
     cost = total(forward(CONFIG, "context", 1, tokens, 0, dtype=str(dtype).removeprefix("torch.")))
-    programs = {OURS: run({}), ORIGINAL: run(rivals.ORIGINAL), "PyTorch: best operations": run(rivals.BEST)}
+    programs = {OURS: run({}), ORIGINAL: run(pytorch.ORIGINAL), "PyTorch: best operations": run(pytorch.BEST)}
     sizes = dict(batch=1, length=tokens)
     return Case("prefill", f"{tokens} tokens", dtype, programs, check, cost, goals, sizes=sizes)
 
@@ -186,18 +186,18 @@ def cases(
         raise NotImplementedError("this model's sizes are its own, whatever the shapes")
     torch.manual_seed(0)
     model = random_model(torch.bfloat16, "denoiser")
-    wide = widened(model)
+    float32_copy = widened(model)
     if batches or contexts:
         for batch in batches or (1,):
             for context in contexts or (8192,):
-                yield step(model, batch, context, wide=wide)
+                yield step(model, batch, context, float32_copy=float32_copy)
         return
-    yield step(wide, 1, 8192)
-    yield step(model, 1, 8192, (6, 2, 1 / 1.6), wide=wide)
-    del wide
-    yield step(model, 4, 8192, rivalled=False)
+    yield step(float32_copy, 1, 8192)
+    yield step(model, 1, 8192, (6, 2, 1 / 1.6), float32_copy=float32_copy)
+    del float32_copy
+    yield step(model, 4, 8192, compared=False)
     for context in (1024, 8192, 32768, 131072):
-        yield step(model, 1, context, rivalled=False)
+        yield step(model, 1, context, compared=False)
     del model
     # PyTorch's bfloat16 products take minutes where the processor has none.
-    yield prefill(torch.float32 if rivals.widen() else torch.bfloat16, 4096, (3, 1.2, None))
+    yield prefill(torch.float32 if pytorch.widen() else torch.bfloat16, 4096, (3, 1.2, None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from twotower_kernels.bench.report import about
+from twotower_kernels.bench.report.tables import about
 from twotower_kernels.reference.demo_report import table
 
 

@@ -18,9 +18,9 @@ from rich.table import Table
 
 import twotower_kernels as tt
 from twotower_kernels import cpu
-from twotower_kernels.bench.ceilings import Ceilings
-from twotower_kernels.bench.checkout import ROOT
-from twotower_kernels.bench.timing import ORIGINAL, OURS, Result
+from twotower_kernels.bench.measure.ceilings import Ceilings
+from twotower_kernels.bench.measure.timing import ORIGINAL, OURS, Result
+from twotower_kernels.bench.report.checkout import ROOT
 
 HEADER = ("op", "shape", "dtype", "µs", "spread", "vs original", "vs best PyTorch", "of ceiling", "GB/s", "GFLOP/s")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import twotower_kernels as tt
-from twotower_kernels.bench import gpu_clock
+from twotower_kernels.bench.measure import gpu_clock
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _eager_rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (weight.float() * wide).to(x.dtype)
+    u = x.float()
+    u = u * torch.rsqrt(u.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight.float() * u).to(x.dtype)
 
 
 def _best_rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -167,7 +167,7 @@ def best_attention(
 
 
 def _projected(
-    xbc: Tensor, dt: Tensor, weight: Tensor, bias: Tensor, dt_bias: Tensor, *, wide: bool = False, **options: Any
+    xbc: Tensor, dt: Tensor, weight: Tensor, bias: Tensor, dt_bias: Tensor, *, in_float32: bool = False, **options: Any
 ) -> Any:
     """x [B, L, heads, head_dim], B and C [B, L, heads, state], Δ [B, L, heads], in float32; the last inputs."""
     past, groups, head_dim = options.get("conv_state"), options["n_groups"], options["head_dim"]
@@ -175,7 +175,7 @@ def _projected(
     width = weight.shape[-1]
     columns = F.pad(columns, (width - 1, 0)) if past is None else torch.cat([past, columns], -1)
     inputs, weight = columns, weight.view(-1, 1, width)
-    if wide:
+    if in_float32:
         inputs, weight, bias = inputs.float(), weight.float(), bias.float()
     u = F.silu(F.conv1d(inputs, weight, bias, groups=xbc.shape[-1]).to(xbc.dtype)).transpose(1, 2).float()
     heads = dt.shape[-1]
@@ -224,8 +224,8 @@ def best_scan(
     **options: Any,
 ) -> Any:
     """The closed form over chunks of 64 tokens, as batched matrix products."""
-    wide = widen() and xbc.device.type == "cpu"
-    *parts, last = _projected(xbc, dt, conv_weight, conv_bias, dt_bias, wide=wide, **options)
+    in_float32 = widen() and xbc.device.type == "cpu"
+    *parts, last = _projected(xbc, dt, conv_weight, conv_bias, dt_bias, in_float32=in_float32, **options)
     x, b, c, delta = (m.transpose(1, 2) for m in parts)  # heads before tokens
     state, chunk, ys = options.get("ssm_state"), 64, []
     state = x.new_zeros(*x.shape[:2], x.shape[-1], b.shape[-1]) if state is None else state

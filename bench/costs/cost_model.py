@@ -1,7 +1,7 @@
 """What a TwoTower costs before anyone runs it; `python -m bench.predict` prints it.
 
-A pass through a tower is a list of operations (bench/costs.py). Each takes as long as its bytes need at the speed of
-memory or its FLOPs at the speed of matrix products, whichever is longer, and a launch; nothing overlaps, and nothing
+A pass through a tower is a list of operations (bench/costs/costs.py). Each takes as long as its bytes need at the speed
+of memory or its FLOPs at the speed of matrix products, whichever is longer, and a launch; nothing overlaps, and nothing
 stays in a cache from one operation to the next. docs/cost_model.md compares this with measurements.
 """
 
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 import twotower_kernels as tt
-from twotower_kernels.bench import costs
-from twotower_kernels.bench.configs import CONFIG
-from twotower_kernels.bench.costs import Cost
-from twotower_kernels.bench.machines import Machine
+from twotower_kernels.bench.costs import costs
+from twotower_kernels.bench.costs.costs import Cost
+from twotower_kernels.bench.costs.machines import Machine
+from twotower_kernels.bench.sizes.configs import CONFIG
 from twotower_kernels.model.layout import tower_of
 from twotower_kernels.model.memory import kv_per_token, state_per_row
 
@@ -58,7 +58,7 @@ def forward(
     """
     if tower not in ("denoiser", "context"):
         raise ValueError(f"tower: expected 'denoiser' or 'context', got {tower!r}")
-    wide, rows, h = getattr(torch, dtype).itemsize, batch * length, c.hidden_size
+    itemsize, rows, h = getattr(torch, dtype).itemsize, batch * length, c.hidden_size
     denoiser = tower == "denoiser"
     calls: list[Call] = []
 
@@ -66,30 +66,30 @@ def forward(
         calls.append(Call(op, cost, costs.arithmetic(op, dtype)))
 
     def product(inputs: int, outputs: int, count: int = rows) -> None:
-        add("linear", costs.linear(count, inputs, outputs, wide))
+        add("linear", costs.linear(count, inputs, outputs, itemsize))
 
     for letter in c.hybrid_override_pattern:
-        add("adaln", costs.gated_residual_adaln_norm(rows, h, wide))
+        add("adaln", costs.gated_residual_adaln_norm(rows, h, itemsize))
         if letter == "M":
             scan = batch, length, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size, c.n_groups, c.conv_kernel
             product(h, c.mamba_inner + c.mamba_channels + c.mamba_num_heads)
-            add("mamba2_scan", costs.mamba2_scan(*scan, context > 0, not denoiser, wide))
-            add("gated_rms_norm", costs.gated_rms_norm(rows, c.mamba_inner, wide))
+            add("mamba2_scan", costs.mamba2_scan(*scan, context > 0, not denoiser, itemsize))
+            add("gated_rms_norm", costs.gated_rms_norm(rows, c.mamba_inner, itemsize))
             product(c.mamba_inner, h)
         elif letter == "*":
-            sizes = batch, length, context, c.num_attention_heads, c.num_key_value_heads, c.head_dim, wide
+            sizes = batch, length, context, c.num_attention_heads, c.num_key_value_heads, c.head_dim, itemsize
             for some in (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads):
                 product(h, some * c.head_dim)
             add("attention", costs.block_attention(*sizes) if denoiser else costs.causal_attention(*sizes))
             if not denoiser:
-                add("append_kv", costs.append_kv(batch, length, c.num_key_value_heads, c.head_dim, wide))
+                add("append_kv", costs.append_kv(batch, length, c.num_key_value_heads, c.head_dim, itemsize))
             product(c.num_attention_heads * c.head_dim, h)
         elif letter == "E":
             e, k = c.n_routed_experts, c.num_experts_per_tok
             shared = c.moe_shared_expert_intermediate_size if c.n_shared_experts else 0
             some_hit = costs.experts_hit(e, k, rows) if hit is None else hit
-            add("moe_router", costs.moe_router(rows, h, e, wide))
-            experts = costs.moe_experts(rows, h, c.moe_intermediate_size, k, some_hit, shared, itemsize=wide)
+            add("moe_router", costs.moe_router(rows, h, e, itemsize))
+            experts = costs.moe_experts(rows, h, c.moe_intermediate_size, k, some_hit, shared, itemsize=itemsize)
             add("moe_experts", experts)
         else:
             product(h, c.intermediate_size)
@@ -99,8 +99,8 @@ def forward(
             product(inputs, outputs, batch)
     positions = (length if denoiser else 0) if heads is None else heads
     if positions:
-        add("adaln", costs.adaln_norm(batch * positions, h, wide))
-        add("lm_head", costs.linear(batch * positions, h, c.vocab_size, wide))
+        add("adaln", costs.adaln_norm(batch * positions, h, itemsize))
+        add("lm_head", costs.linear(batch * positions, h, c.vocab_size, itemsize))
     return calls
 
 
@@ -178,8 +178,8 @@ def predict(
     def chosen(length: int) -> float:
         return Call("remask", costs.remask(batch, length, c.vocab_size), "float32").seconds(machine)
 
-    wide = getattr(torch, dtype).itemsize
-    kv, state = kv_per_token(c, wide), state_per_row(c, wide)
+    itemsize = getattr(torch, dtype).itemsize
+    kv, state = kv_per_token(c, itemsize), state_per_row(c, itemsize)
 
     def sent(length: int) -> float:
         return batch * (length * kv + state) / machine.link if apart else 0.0

@@ -1,0 +1,1 @@
+"""What operations must move and compute, what machines allow, and what a model therefore costs."""

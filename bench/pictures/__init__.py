@@ -1,0 +1,1 @@
+"""Pictures, drawn from saved runs alone: `python -m bench.pictures`."""

@@ -1,0 +1,1 @@
+"""The sizes of the models that are measured and reckoned with."""
