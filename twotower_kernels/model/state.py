@@ -11,18 +11,26 @@ commit sends it the new tokens' keys and values and the Mamba-2 states; what it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
 
+from twotower_kernels.model.cache import Cache, KVCache, MambaCache
 from twotower_kernels.model.inference import inference
 from twotower_kernels.ops import append_kv
 from twotower_kernels.ops.linear import linear
 from twotower_kernels.options.arguments import Integers, integers, readable, whole
 
 _SPARE = 64  # tokens of room to spare at least
+
+
+class Memory:
+    """Stands for tensors that several states may read. It is the same object as long as they are the same tensors, so
+    that comparing two states' memory costs one comparison."""
 
 
 @dataclass(eq=False, repr=False)
@@ -38,6 +46,7 @@ class ContextState:
     index: `[B]` int64, the storage row of each row; None: its own, R = B.
     longest: at least the longest length, known without asking the device.
     mirror: the same context on the denoiser's device; None: it is this one's.
+    kv_memory, mamba_memory: the identity of the tensors of `k` and `v`, and of those of `conv` and `ssm`.
     """
 
     lengths: Tensor
@@ -50,6 +59,8 @@ class ContextState:
     index: Tensor | None
     longest: int
     mirror: ContextState | None = None
+    kv_memory: Memory = field(default_factory=Memory)
+    mamba_memory: Memory = field(default_factory=Memory)
 
     def __getattr__(self, name: str) -> Any:  # reached only by what is not there: everything, once consumed
         if name.startswith("__") or self.__dict__:
@@ -136,6 +147,23 @@ class ContextState:
         """This context where the denoiser reads it."""
         return self.mirror or self
 
+    def read_by(self, layer: int) -> Cache:
+        """What a layer of the denoiser reads."""
+        if layer in self.conv:
+            return MambaCache(self.conv[layer], self.ssm[layer], self.index)
+        if layer in self.k:
+            return KVCache(self.k[layer], self.v[layer], self.lengths, self.index)
+        return None
+
+    def extended_by(self, layer: int, block_lens: Tensor | None) -> Cache:
+        """What a layer of the context tower reads, and where it leaves a block of which so many tokens count."""
+        if layer in self.conv:
+            return MambaCache(self.conv[layer], self.ssm[layer], None, block_lens, return_state=True)
+        if layer in self.k:
+            append = partial(self.append, layer, lengths=block_lens)
+            return KVCache(self.k[layer], self.v[layer], self.lengths, None, block_lens, True, append)
+        return None
+
     def append(self, layer: int, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         """Writes a block's keys and values `[B, S, Hkv, D]` behind those of an attention layer, and in the mirror.
 
@@ -177,7 +205,18 @@ class ContextState:
 
     def replaced(self, **changed: Any) -> ContextState:
         """Another state with some fields changed, which shares the storage of this one."""
+        if "k" in changed or "v" in changed:
+            changed["kv_memory"] = Memory()
+        if "conv" in changed or "ssm" in changed:
+            changed["mamba_memory"] = Memory()
         return ContextState(**{f.name: getattr(self, f.name) for f in fields(self)} | changed)
+
+    def reads_alone(self) -> bool:
+        """Whether no other state reads these tensors of `conv` and `ssm`. If none does, their memory is a new one."""
+        reference = ref(self.mamba_memory)
+        del self.mamba_memory
+        self.mamba_memory = reference() or Memory()  # alive, if another state holds it
+        return reference() is None
 
     def consume(self) -> None:
         """Makes any later use an error: its storage now belongs to the state that commit returned."""
