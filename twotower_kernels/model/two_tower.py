@@ -203,10 +203,11 @@ class TwoTowerModel(nn.Module):
         batch, size = block_ids.shape
         if lengths is not None:
             lengths = self._checked_lengths(lengths, batch, size)
-        new = state.replaced()
         if size:
             old = state.room_for(size)
             new = old.advanced(size, lengths, read(block_ids, old, lengths))
+        else:
+            new = state.replaced()
         state.consume()
         return new
 
