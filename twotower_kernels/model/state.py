@@ -82,12 +82,10 @@ class ContextState:
         Raises:
             ValueError: a row has no token yet. RuntimeError: the state of a model without context tower.
         """
-        if self.head is None:
-            raise RuntimeError("state.logits: expected a model with a context tower, got one with the denoiser alone")
-        if not torch.compiler.is_compiling() and bool((self.lengths == 0).any()):  # a trace cannot look
-            lengths = self.lengths.tolist()
+        if self.head is not None and not torch.compiler.is_compiling() and bool((self.lengths == 0).any()):
+            lengths = self.lengths.tolist()  # a trace cannot look
             raise ValueError(f"state.logits: expected at least one token in every row, got lengths {lengths}")
-        return logits(self._rows(self.last_hidden), self.head)
+        return self.next_logits()
 
     def select(self, rows: Integers) -> ContextState:
         """Some rows, in the order given, repeated where repeated. Nothing of the context is copied until a commit.
@@ -141,6 +139,12 @@ class ContextState:
         return found
 
     # --- for the model ----------------------------------------------------------------------------------------------
+
+    def next_logits(self) -> Tensor:
+        """`logits`, without asking the device whether every row has a token."""
+        if self.head is None:
+            raise RuntimeError("state.logits: expected a model with a context tower, got one with the denoiser alone")
+        return logits(self._rows(self.last_hidden), self.head)
 
     @property
     def for_denoiser(self) -> ContextState:
