@@ -56,17 +56,17 @@ def check_text_through_graphs(mode: str, device: str, record: Recorder | None = 
     """A ragged batch whose rows end at different times: event for event what the model writes call by call."""
     model = models("MEM*E-", torch.float32).ours.to(device)
     options: dict[str, Any] = dict(mode=mode, max_new_tokens=40, block_size=4, eos_token_id=19, temperature=1.2, seed=5)
-    told = []
+    seen = []
     for through in (True, False):
         with (
             patch.object(generation, "_records", lambda device, through=through: through),
             patch.object(generation, "CapturedModel", partial(CapturedModel, record=record)),
         ):
             events = generation.stream(model, [[5], [6, 7, 8], [9, 10]], **options)
-            told.append(
+            seen.append(
                 [[x.tolist() if isinstance(x, Tensor) else x for x in vars(event).values()] for event in events]
             )
-    assert told[0] == told[1]
+    assert seen[0] == seen[1]
 
 
 def check_compilation(device: str) -> None:

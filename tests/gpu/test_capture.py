@@ -126,14 +126,14 @@ def test_recorded_commits_leave_the_same_context() -> None:
     captured = CapturedModel(model, record)
     with torch.inference_mode():
         mine, theirs = (model.prefill(random_ids(3, 20), [20, 3, 11]) for _ in range(2))
-        kept: list[tuple[ContextState, ContextState]] = []
+        held: list[tuple[ContextState, ContextState]] = []
         for block in range(40):
             ids = random_ids(mine.batch_size, 1 if block % 3 else 4, seed=block)
-            kept.append((mine.fork(1), theirs.fork(1)) if block % 7 == 0 else kept[-1])
+            held.append((mine.fork(1), theirs.fork(1)) if block % 7 == 0 else held[-1])
             mine, theirs = captured.commit(ids, mine), model.commit(ids, theirs)
             if block == 30:
                 mine, theirs = mine.select([2, 0]), theirs.select([2, 0])
-        for one, other in [*kept, (mine, theirs)]:
+        for one, other in [*held, (mine, theirs)]:
             assert torch.equal(one.logits, other.logits)
             ids = random_ids(one.batch_size, 4)
             assert torch.equal(model.denoise(ids, one, 0.5), model.denoise(ids, other, 0.5))
@@ -181,10 +181,10 @@ def test_a_fork_that_is_held_is_not_overwritten() -> None:
     for block in range(3):
         state = captured.commit(random_ids(2, 4, seed=block), state)
     fork = state.fork(1)
-    places = [state.ssm[0].data_ptr(), *(fork.ssm[0].data_ptr() for _ in range(2))]
+    addresses = [state.ssm[0].data_ptr(), *(fork.ssm[0].data_ptr() for _ in range(2))]
     before = model.denoise(random_ids(2, 4), fork, 0.5)
     state = captured.commit(random_ids(2, 4, seed=3), state)
-    assert places[0] == places[1] == state.ssm[0].data_ptr() != fork.ssm[0].data_ptr()
+    assert addresses[0] == addresses[1] == state.ssm[0].data_ptr() != fork.ssm[0].data_ptr()
     assert torch.equal(model.denoise(random_ids(2, 4), fork, 0.5), before)
     held = fork.ssm[0].data_ptr()
     state = captured.commit(random_ids(2, 4, seed=4), state)

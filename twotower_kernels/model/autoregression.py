@@ -23,7 +23,8 @@ def autoregress(request: Request, with_denoiser: bool) -> Generator[StepEvent, N
     if not max_new_tokens:
         return
     prompts, lengths = request.padded()
-    rows, seeds = list(range(len(request.prompts))), request.seeds  # [R] those still generating, in the state's order
+    # [R] those still generating, in the state's order
+    request_rows, seeds = list(range(len(request.prompts))), request.seeds
     last = prompts.gather(1, lengths[:, None] - 1)  # [R, 1]
     if with_denoiser:  # it reads the last token itself, so the context stops before it
         state = request.model.prefill(prompts[:, :-1], lengths - 1)
@@ -34,15 +35,15 @@ def autoregress(request: Request, with_denoiser: bool) -> Generator[StepEvent, N
         mask = torch.zeros_like(last)  # a block of one mask, whatever its number
         result = remask(logits, mask, mask_token_id=0, policy=PROPOSE, seed=seeds, offset=position, **sampling)
         token = result.candidate  # [R, 1]
-        seen = request.look(rows, result.num_masked, token, result.confidence)
+        seen = request.look(request_rows, result.num_masked, token, result.confidence)
         logprobs = None if request.logprobs is None else log_probabilities(logits, token)
-        yield request.finish_block(position, 1, rows, token, logprobs)
+        yield request.finish_block(position, 1, request_rows, token, logprobs)
         going = indices([not end for _, end in seen])
         if position + 1 == max_new_tokens or not going:
             return
-        if len(going) < len(rows):
+        if len(going) < len(request_rows):
             index = on_device(going, seeds.device)
             state, seeds, last, token = state.select(index), seeds[index], last[index], token[index]
-            rows = [rows[i] for i in going]
+            request_rows = [request_rows[i] for i in going]
         state = request.commit(last if with_denoiser else token, state)
         last = token

@@ -5,9 +5,10 @@ for them: a denoising step, a commit, an autoregressive token. One graph serves 
 and values), whatever the rows' lengths: these are read on the device. Keys and values are read and written where they
 lie, so a graph is recorded anew when their storage moves, that is when it grows.
 
-Mamba-2's states, 2 MB a layer and row, lie in one place too, `_States`: every graph reads them there, and a commit's
-graph ends by writing the new ones there. So between two calls nothing of a context is copied, and the host's part of a
-call does not grow with the number of layers: it sends ids, times, and of a new state its lengths and index.
+Mamba-2's states, 2 MB a layer and row, lie in one set of tensors, too, `_States`: every graph reads them there, and a
+commit's graph ends by writing the new ones there, with one copy on the device. So between two calls nothing of a
+context is copied, and the host's part of a call does not grow with the number of layers: it sends ids, times, and of a
+new state its lengths and index.
 
 A call runs as it is when it comes for the first time, which compiles kernels and sets libraries up, and is recorded
 when it comes again: a shape that comes once is not worth a recording.
@@ -103,7 +104,7 @@ class CapturedModel:
         return self._states.lend(last_hidden)
 
     def _read_in_place(self, block_ids: Tensor, state: ContextState, t: None) -> Tensor:
-        """`read_block`, as it is recorded: with the new states in the place of the old ones."""
+        """`read_block`, as it is recorded: with the new states written over the old ones."""
         read = self._model.read_block(block_ids, state, None)
         _copy_all(state.conv, read.conv)
         _copy_all(state.ssm, read.ssm)
@@ -144,7 +145,7 @@ class _Key(NamedTuple):
 
 
 class _States:
-    """The one place where recordings read Mamba-2's states, and where those of a commit write them.
+    """The tensors from which recordings read Mamba-2's states, and to which those of a commit write them.
 
     A state that comes from elsewhere is copied into it once. The state that a recorded commit returns has no tensors of
     its own, but these; so have its forks and selections. Before they are overwritten, who still reads them gets copies:

@@ -22,23 +22,25 @@ def diffuse(request: Request) -> Generator[StepEvent, None, None]:
     if not num_blocks:
         return
     state = request.model.prefill(*request.padded())
-    rows, seeds = list(range(len(request.prompts))), request.seeds  # [R] those still generating, in the state's order
+    # [R] those still generating, in the state's order
+    request_rows, seeds = list(range(len(request.prompts))), request.seeds
     for block in range(num_blocks):
-        tokens, logprobs, steps, ended = yield from _denoise_block(request, state, rows, seeds, block)
-        yield request.finish_block(block, steps, rows, tokens, logprobs)
+        tokens, logprobs, steps, ended = yield from _denoise_block(request, state, request_rows, seeds, block)
+        yield request.finish_block(block, steps, request_rows, tokens, logprobs)
         if block + 1 == num_blocks or all(ended):
             return  # the last block is read by nobody: the context need not grow
         if any(ended):
             keep = indices([not end for end in ended])
             index = on_device(keep, seeds.device)
-            state, seeds, tokens, rows = state.select(index), seeds[index], tokens[index], [rows[i] for i in keep]
+            state, seeds, tokens = state.select(index), seeds[index], tokens[index]
+            request_rows = [request_rows[i] for i in keep]
         state = request.commit(tokens, state)
 
 
 def _denoise_block(
     request: Request,
     state: ContextState,
-    rows: list[int],
+    request_rows: list[int],
     seeds: Tensor,
     block: int,
 ) -> Generator[StepEvent, None, tuple[Tensor, Tensor | None, int, list[bool]]]:
@@ -47,12 +49,12 @@ def _denoise_block(
     options, device = request.options, seeds.device
     block_size, num_steps, policy = options.block_size, options.steps_per_block, options.unmasking
     mask_token_id = request.mask_token_id
-    tokens = torch.full((len(rows), block_size), mask_token_id, device=device)
+    tokens = torch.full((len(request_rows), block_size), mask_token_id, device=device)
     logprobs = None if request.logprobs is None else torch.full(tokens.shape, torch.nan, device=device)
-    ended = [False] * len(rows)
+    ended = [False] * len(request_rows)
     # [A] those that still hold masks, for the host and for the device
-    active, active_rows = list(range(len(rows))), torch.arange(len(rows), device=device)
-    masked = torch.full((len(rows),), block_size, device=device)  # [A]
+    active, active_rows = list(range(len(request_rows))), torch.arange(len(request_rows), device=device)
+    masked = torch.full((len(request_rows),), block_size, device=device)  # [A]
     last_call = max(num_steps, block_size)
     for step in range(last_call + 1):
         of_steps = max(num_steps, step + 1)  # past the schedule, every step is the last one
@@ -79,7 +81,7 @@ def _denoise_block(
             written = torch.where(result.tokens == mask_token_id, torch.nan, written)
             logprobs[active_rows] = written
         masked = result.num_masked
-        of_request = [rows[i] for i in active]
+        of_request = [request_rows[i] for i in active]
         seen = request.look(of_request, masked, result.tokens, result.confidence)
         yield request.step(block, step, of_request, before, result.tokens, [masks for masks, _ in seen], written)
         for i, (_, end) in zip(active, seen, strict=True):

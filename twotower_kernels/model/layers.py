@@ -21,7 +21,7 @@ from twotower_kernels.options.config import TwoTowerConfig
 
 # Selection and decay are sensitive to rounding: these parameters are never narrower than in their file, nor than
 # float32 where there is no file.
-KEPT_WIDE = ("gate.weight", "e_score_correction_bias", "A_log", "mixer.D", "dt_bias")
+NEVER_NARROWED = ("gate.weight", "e_score_correction_bias", "A_log", "mixer.D", "dt_bias")
 FREQUENCIES = 128  # of the time embedding: as many cosines, then as many sines
 
 Factory = dict[str, Any]  # device and dtype of new parameters
@@ -30,7 +30,7 @@ FROM_ZEROS = (None, None, None, None, False)  # the fields of a MambaCache where
 NO_CONTEXT = (None, None, None, None, None, True, None)  # of a KVCache there
 
 
-def _wide(factory: Factory) -> Factory:
+def _at_least_float32(factory: Factory) -> Factory:
     return factory | {"dtype": torch.promote_types(factory["dtype"], torch.float32)}
 
 
@@ -167,10 +167,10 @@ class Mamba2(nn.Module):
         self.conv1d = Conv1d(
             channels, channels, config.conv_kernel, groups=channels, bias=config.use_conv_bias, **factory
         )
-        wide = _wide(factory)
-        self.A_log = nn.Parameter(torch.empty(heads, **wide))
-        self.D = nn.Parameter(torch.empty(heads, **wide))
-        self.dt_bias = nn.Parameter(torch.empty(heads, **wide))
+        precise = _at_least_float32(factory)
+        self.A_log = nn.Parameter(torch.empty(heads, **precise))
+        self.D = nn.Parameter(torch.empty(heads, **precise))
+        self.dt_bias = nn.Parameter(torch.empty(heads, **precise))
         self.norm = Norm(config.mamba_inner, factory)
         self.out_proj = Linear(config.mamba_inner, config.hidden_size, **factory)
 
@@ -255,9 +255,9 @@ class Router(nn.Module):
     def __init__(self, config: TwoTowerConfig, factory: Factory) -> None:
         super().__init__()
         self.config = config
-        wide, experts = _wide(factory), config.n_routed_experts
-        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size, **wide))
-        self.e_score_correction_bias = nn.Parameter(torch.empty(experts, **wide))
+        precise, experts = _at_least_float32(factory), config.n_routed_experts
+        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size, **precise))
+        self.e_score_correction_bias = nn.Parameter(torch.empty(experts, **precise))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, MoePlan]:
         """x `[N, H]` to weights and experts, each `[N, top_k]`, and the plan that sorts tokens by expert."""
@@ -354,8 +354,8 @@ class TimeEmbedder(nn.Module):
         are rounded to the dtype of the weights again.
         """
         dtype = next(self.mlp.parameters()).dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        time = (t.to(dtype) * 1000).to(wide)  # [B]
-        i = torch.arange(FREQUENCIES, dtype=wide, device=t.device)
+        angle_dtype = torch.promote_types(dtype, torch.float32)
+        time = (t.to(dtype) * 1000).to(angle_dtype)  # [B]
+        i = torch.arange(FREQUENCIES, dtype=angle_dtype, device=t.device)
         angles = time[:, None] * torch.exp(i / FREQUENCIES * -math.log(10000.0))  # [B, 128]
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))

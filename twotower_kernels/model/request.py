@@ -16,11 +16,14 @@ from twotower_kernels.options.generation import GenerationConfig
 
 @dataclass
 class Request:
-    """The request as the three modes see it: checked arguments, and what the rows have got so far."""
+    """The request as the three modes see it: checked arguments, and what its B rows have got so far.
+
+    The loops work on some of its rows, R; `request_rows` says which, as indices in the request.
+    """
 
     model: Towers
     options: GenerationConfig
-    prompts: list[Tensor]  # per row, 1-D int64
+    prompts: list[Tensor]  # per row of the request, 1-D int64
     ends: Tensor  # [n] int64, the tokens with which a row ends
     seeds: Tensor  # [B] int64, Philox keys
     nfe: list[int]  # per row
@@ -40,18 +43,20 @@ class Request:
         lengths = torch.tensor([len(row) for row in self.prompts], device=self.seeds.device)
         return torch.nn.utils.rnn.pad_sequence(self.prompts, batch_first=True), lengths
 
-    def look(self, rows: list[int], num_masked: Tensor, tokens: Tensor, confidence: Tensor) -> list[tuple[int, bool]]:
+    def look(
+        self, request_rows: list[int], num_masked: Tensor, tokens: Tensor, confidence: Tensor
+    ) -> list[tuple[int, bool]]:
         """Counts a model call of these rows, and makes the host's one read of it: per row, the masks left [R] and
         whether its block [R, S] holds an EOS.
 
         Remasking marks a position without usable logits by a confidence [R, S] of NaN, and leaves it alone for ever.
         """
-        for row in rows:
+        for row in request_rows:
             self.nfe[row] += 1
         left = torch.where(confidence.isnan().any(dim=1), -1, num_masked)
         ended = (tokens[..., None] == self.ends).flatten(1).any(dim=1)
         seen = torch.stack([left.long(), ended.long()], dim=1).tolist()
-        for row, (masks, _) in zip(rows, seen, strict=True):
+        for row, (masks, _) in zip(request_rows, seen, strict=True):
             if masks < 0:
                 raise FloatingPointError(f"logits: expected finite numbers, got NaN or infinity in row {row}")
         return [(masks, bool(end)) for masks, end in seen]
@@ -60,29 +65,31 @@ class Request:
         self,
         block: int,
         step: int,
-        rows: list[int],
+        request_rows: list[int],
         before: Tensor,
         after: Tensor,
         masks: list[int],
         logprobs: Tensor | None,
     ) -> StepEvent:
         """The event of an un-masking step."""
-        nfe = torch.tensor([self.nfe[row] for row in rows])
-        return StepEvent(block, step, False, torch.tensor(rows), before, after, torch.tensor(masks), nfe, logprobs)
+        nfe = torch.tensor([self.nfe[row] for row in request_rows])
+        return StepEvent(
+            block, step, False, torch.tensor(request_rows), before, after, torch.tensor(masks), nfe, logprobs
+        )
 
     def finish_block(
-        self, block: int, steps: int, rows: list[int], tokens: Tensor, logprobs: Tensor | None
+        self, block: int, steps: int, request_rows: list[int], tokens: Tensor, logprobs: Tensor | None
     ) -> StepEvent:
         """Hands a finished block [R, S] to its rows. The observer gets a copy, to do with as he likes."""
-        for row, new in zip(rows, tokens, strict=True):
+        for row, new in zip(request_rows, tokens, strict=True):
             self.blocks[row].append(new)
         if self.logprobs is not None and logprobs is not None:
-            for row, of_new in zip(rows, logprobs, strict=True):
+            for row, of_new in zip(request_rows, logprobs, strict=True):
                 self.logprobs[row].append(of_new)
             logprobs = logprobs.clone()
-        shown, nfe = tokens.clone(), torch.tensor([self.nfe[row] for row in rows])
-        none = torch.zeros(len(rows), dtype=torch.int64)
-        return StepEvent(block, steps, True, torch.tensor(rows), shown, shown, none, nfe, logprobs)
+        shown, nfe = tokens.clone(), torch.tensor([self.nfe[row] for row in request_rows])
+        none = torch.zeros(len(request_rows), dtype=torch.int64)
+        return StepEvent(block, steps, True, torch.tensor(request_rows), shown, shown, none, nfe, logprobs)
 
     def cut(self, row: int) -> tuple[Tensor, str]:
         """A row's new tokens, at most `max_new_tokens`, up to and including the first EOS."""
@@ -114,6 +121,6 @@ def indices(flags: list[bool]) -> list[int]:
     return [i for i, flag in enumerate(flags) if flag]
 
 
-def on_device(batch_rows: list[int], device: torch.device) -> Tensor:
+def on_device(row_index: list[int], device: torch.device) -> Tensor:
     """Indices of rows, for the device. Only where some leave the batch: each is a copy to it."""
-    return torch.tensor(batch_rows, dtype=torch.int64, device=device)
+    return torch.tensor(row_index, dtype=torch.int64, device=device)

@@ -104,12 +104,12 @@ class ContextState:
     def _selected(self, rows: Tensor) -> ContextState:
         """`select`, of rows that are there."""
         rows = rows.to(self.lengths.device)
-        own = torch.arange(self.batch_size, device=rows.device) if self.index is None else self.index
+        storage_rows = torch.arange(self.batch_size, device=rows.device) if self.index is None else self.index
         if self.mirror is None:
-            return self.replaced(lengths=self.lengths[rows], index=own[rows])
+            return self.replaced(lengths=self.lengths[rows], index=storage_rows[rows])
         if rows.dtype == torch.bool:
             rows = rows.nonzero()[:, 0]  # counted on one device alone
-        return self.replaced(lengths=self.lengths[rows], index=own[rows], mirror=self.mirror._selected(rows))
+        return self.replaced(lengths=self.lengths[rows], index=storage_rows[rows], mirror=self.mirror._selected(rows))
 
     def fork(self, n: int) -> ContextState:
         """n copies of every row, next to each other: n continuations of each context. The original stays usable.
@@ -144,7 +144,7 @@ class ContextState:
         """`logits`, without asking the device whether every row has a token."""
         if self.head is None:
             raise RuntimeError("state.logits: expected a model with a context tower, got one with the denoiser alone")
-        return logits(self._rows(self.last_hidden), self.head)
+        return logits(self._gathered(self.last_hidden), self.head)
 
     @property
     def for_denoiser(self) -> ContextState:
@@ -239,15 +239,16 @@ class ContextState:
         return self.replaced(
             k={i: moved(k) for i, k in self.k.items()},
             v={i: moved(v) for i, v in self.v.items()},
-            conv={i: self._rows(conv) for i, conv in self.conv.items()},
-            ssm={i: self._rows(ssm) for i, ssm in self.ssm.items()},
-            last_hidden=self._rows(self.last_hidden),
+            conv={i: self._gathered(conv) for i, conv in self.conv.items()},
+            ssm={i: self._gathered(ssm) for i, ssm in self.ssm.items()},
+            last_hidden=self._gathered(self.last_hidden),
             index=None,
             longest=longest,
             mirror=self.mirror and self.mirror._moved(longest, needed),
         )
 
-    def _rows(self, storage: Tensor) -> Tensor:
+    def _gathered(self, storage: Tensor) -> Tensor:
+        """[R, ...] to [B, ...]: the storage row of each row."""
         return storage if self.index is None else storage.index_select(0, self.index)
 
 

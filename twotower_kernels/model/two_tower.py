@@ -105,7 +105,7 @@ class TwoTowerModel(nn.Module):
     ) -> TwoTowerModel:
         """Loads a folder with `config.json` and safetensors in the released layout, one file or shards.
 
-        Every weight goes from its file straight to its place on the device, in its dtype; nothing is held twice.
+        Every weight goes from its file straight to its parameter on the device, in its dtype; nothing is held twice.
         A single-tower checkpoint of the backbone (`backbone.*`, `lm_head.weight`), as transformers saves it, fills both
         towers. The time conditioning that it lacks is set to none: `denoise` then gives the same for every t. Layers
         for multi-token prediction are passed over with a warning (docs/checkpoints.md).
@@ -197,7 +197,7 @@ class TwoTowerModel(nn.Module):
         state: ContextState,
         lengths: Integers | None = None,
     ) -> ContextState:
-        """`commit`, with `read` in the place of `read_block`."""
+        """`commit`, with `read` instead of `read_block`."""
         self._need("context")
         block_ids = self._checked_ids("block_ids", block_ids, self.device, state)
         batch, size = block_ids.shape
@@ -243,7 +243,7 @@ class TwoTowerModel(nn.Module):
         return self._empty_state(batch, head).replaced(head=head, mirror=mirror)
 
     def _empty_state(self, batch: int, like: Tensor) -> ContextState:
-        c, wide = self.config, torch.promote_types(like.dtype, torch.float32)
+        c, state_dtype = self.config, torch.promote_types(like.dtype, torch.float32)
         kv = (batch, 0, c.num_key_value_heads, c.head_dim)
         ssm = (batch, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
         return ContextState(
@@ -251,7 +251,7 @@ class TwoTowerModel(nn.Module):
             k={i: like.new_empty(kv) for i in c.layers("*")},
             v={i: like.new_empty(kv) for i in c.layers("*")},
             conv={i: like.new_zeros(batch, c.mamba_channels, c.conv_kernel - 1) for i in c.layers("M")},
-            ssm={i: like.new_zeros(ssm, dtype=wide) for i in c.layers("M")},
+            ssm={i: like.new_zeros(ssm, dtype=state_dtype) for i in c.layers("M")},
             last_hidden=like.new_zeros(batch, c.hidden_size),
             head=None,
             index=None,
