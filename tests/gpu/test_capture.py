@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.model.random_models import models, random_ids
 from twotower_kernels import TwoTowerModel
-from twotower_kernels.model import two_tower
+from twotower_kernels.model import capture, generate, two_tower
 from twotower_kernels.model.capture import CapturedModel, CudaGraphs
 from twotower_kernels.model.state import ContextState
 
@@ -189,6 +190,38 @@ def test_a_fork_that_is_held_is_not_overwritten() -> None:
     held = fork.ssm[0].data_ptr()
     state = captured.commit(random_ids(2, 4, seed=4), state)
     assert fork.ssm[0].data_ptr() == held, "once is enough"
+
+
+def test_half_of_a_state_is_not_overwritten_either() -> None:
+    """Who replaces `conv` alone goes on reading `ssm` where it was."""
+    model = small()
+    captured = CapturedModel(model, Recorder())
+    state = model.prefill(random_ids(2, 5))
+    for block in range(3):
+        state = captured.commit(random_ids(2, 4, seed=block), state)
+    other = state.replaced(conv={i: tensor.clone() for i, tensor in state.conv.items()})
+    before = model.denoise(random_ids(2, 4), other, 0.5)
+    captured.commit(random_ids(2, 4, seed=3), state)
+    assert torch.equal(model.denoise(random_ids(2, 4), other, 0.5), before)
+
+
+@pytest.mark.parametrize("mode", generate.MODES)
+def test_a_generation_moves_no_state(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commits consume the last state that reads what they overwrite, while rows end and selections come and go."""
+    model, record, moved = small(), Recorder(), 0
+    move = capture._States._move_readers
+
+    def watched(states: capture._States) -> None:
+        nonlocal moved
+        moved += states._read_by is not None and states._read_by() is not None
+        move(states)
+
+    monkeypatch.setattr(capture._States, "_move_readers", watched)
+    monkeypatch.setattr(generate, "_records", lambda device: True)
+    monkeypatch.setattr(generate, "CapturedModel", partial(CapturedModel, record=record))
+    options: dict[str, Any] = dict(mode=mode, max_new_tokens=40, block_size=4, temperature=1.2, seed=5)
+    list(generate.stream(model, [[5], [6, 7, 8], [9, 10]], eos_token_id=19, **options))
+    assert record.recordings > 1 and not moved
 
 
 class Failing(Recorder):

@@ -147,9 +147,9 @@ class _Key(NamedTuple):
 class _States:
     """The tensors from which recordings read Mamba-2's states, and to which those of a commit write them.
 
-    A state that comes from elsewhere is copied into it once. The state that a recorded commit returns has no tensors of
-    its own, but these; so have its forks and selections. Before they are overwritten, who still reads them gets copies:
-    in `generate` nobody does, as a commit there consumes the last state that reads them.
+    A state that comes from elsewhere is copied into them once. The state that a recorded commit returns has no tensors
+    of its own, but these; so have its forks and selections. Before they are overwritten, who still reads them gets
+    copies: in `generate` nobody does, as a commit there consumes the last state that reads them.
     """
 
     def __init__(self, like: ContextState) -> None:
@@ -177,7 +177,7 @@ class _States:
             self._move_readers()
 
     def lend(self, last_hidden: Tensor) -> BlockRead:
-        """What a commit has left here, for the state that it returns. `note_reader` must be told of that one."""
+        """What a commit has left here, for the state that it returns; `note_reader` must be called with that one."""
         self._held = self._read_by = None
         self._lent = dict(self.conv), dict(self.ssm)
         return BlockRead(*self._lent, last_hidden)

@@ -30,7 +30,14 @@ _SPARE = 64  # tokens of room to spare at least
 
 class Memory:
     """Stands for tensors that several states may read. It is the same object as long as they are the same tensors, so
-    that comparing two states' memory costs one comparison."""
+    that comparing two states' memory costs one comparison, and it is alive as long as a state reads them.
+
+    Args:
+        some_of: the memory that some of these tensors are of, and that is therefore alive as well.
+    """
+
+    def __init__(self, some_of: Memory | None = None) -> None:
+        self.some_of = some_of
 
 
 @dataclass(eq=False, repr=False)
@@ -212,7 +219,8 @@ class ContextState:
         if "k" in changed or "v" in changed:
             changed["kv_memory"] = Memory()
         if "conv" in changed or "ssm" in changed:
-            changed["mamba_memory"] = Memory()
+            both = "conv" in changed and "ssm" in changed
+            changed["mamba_memory"] = Memory(None if both else self.mamba_memory)
         return ContextState(**{f.name: getattr(self, f.name) for f in fields(self)} | changed)
 
     def reads_alone(self) -> bool:
