@@ -58,13 +58,6 @@ def test_the_released_shape_is_accepted(config_class: Config) -> None:
     assert [pattern.count(letter) for letter in "ME*-"] == [23, 23, 6, 0]
 
 
-def test_the_mask_token_is_read_where_it_is_written() -> None:
-    """Released files do not say it."""
-    assert "mask_token_id" not in RAW
-    read = package.TwoTowerConfig.from_dict
-    assert [read(changed(**said)).mask_token_id for said in ({}, {"mask_token_id": 9})] == [3, 9]
-
-
 def test_unknown_fields_are_ignored(config_class: Config) -> None:
     assert config_class.from_dict(changed(transformers_version="9.9")) == config_class.from_dict(RAW)
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import json
 import math
 import sys
 import tempfile
@@ -428,6 +429,16 @@ def test_what_only_blocks_read_matters_to_them_alone() -> None:
 
 def test_the_highest_temperature_is_the_samplers() -> None:
     assert REAL["temperature"].high == generation.HIGHEST_TEMPERATURE
+
+
+def test_the_mask_token_is_read_where_it_is_written() -> None:
+    """Released files do not say it."""
+    raw = json.loads((GOLDEN / "tiny" / "config.json").read_text(encoding="utf-8"))
+    assert "mask_token_id" not in raw
+    said: list[dict[str, Any]] = [{}, {"mask_token_id": None}, {"mask_token_id": 9}]
+    assert [TwoTowerConfig.from_dict(raw | fields).mask_token_id for fields in said] == [3, 3, 9]
+    with pytest.raises(ValueError, match="mask_token_id must be an integer of 32 bits, got 'three'"):
+        TwoTowerConfig.from_dict(raw | {"mask_token_id": "three"})
 
 
 def test_the_mask_token_is_the_models() -> None:
