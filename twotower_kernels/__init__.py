@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from twotower_kernels.model.generate import GenerateResult, StepEvent, Stream
-from twotower_kernels.model.state import ContextState
-from twotower_kernels.model.two_tower import TwoTowerModel
+from twotower_kernels.model import ContextState, GenerateResult, StepEvent, Stream, TwoTowerModel
 from twotower_kernels.ops import (
     MoePlan,
     adaln_norm,
@@ -24,6 +22,7 @@ from twotower_kernels.ops import (
 )
 from twotower_kernels.ops.remask import RemaskResult, remask
 from twotower_kernels.options.config import TwoTowerConfig
+from twotower_kernels.options.generation import GenerationConfig
 from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.options.seeds import sequence_seed
 
@@ -31,6 +30,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "ContextState",
     "GenerateResult",
+    "GenerationConfig",
     "MoePlan",
     "RemaskPolicy",
     "RemaskResult",

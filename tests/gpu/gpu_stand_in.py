@@ -84,7 +84,7 @@ def gpu_stand_in(memory: int = 2**30) -> Iterator[Recorder]:
         mock.patch.multiple(torch.cuda, **cuda),
         mock.patch.object(torch, "Generator", _Generator),
         mock.patch.object(peers, "ON_GPU", {}),  # kernels that need a real one
-        mock.patch.object(timing, "on_gpu", partial(gpu_clock.on_gpu, device="cpu", record=record)),
+        mock.patch.object(timing, "on_gpu", partial(gpu_clock.on_gpu, device="cpu", record=record.of_its_own)),
         mock.patch.object(gpu_model, "CapturedModel", partial(CapturedModel, record=record)),
         _OnCpu(),
     ):

@@ -21,7 +21,7 @@ PRESETS = [name for name in vars(RemaskPolicy) if inspect.ismethod(getattr(Remas
 @pytest.fixture(autouse=True)
 def without_values(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Here tensors are a device's: on a CPU the model looks at ids and lengths for a better message."""
-    monkeypatch.setattr(model, "_readable", lambda tensor: False)
+    monkeypatch.setattr(model, "readable", lambda tensor: False)
     with FakeTensorMode():
         yield
 

@@ -1,8 +1,10 @@
 """The package's generation: the specification's, token for token and event for event; and what a stream promises."""
 
 import copy
+import dataclasses
 import functools
 import inspect
+import json
 import math
 import sys
 import tempfile
@@ -11,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,9 +22,13 @@ from hypothesis import strategies as st
 from tests.model import recordings
 from tests.model.small_model import MASK, VOCAB, save_small_model, small_model
 from tests.paths import GOLDEN
-from twotower_kernels.model import generate as package
+from twotower_kernels.model import autoregression, diffusion, request, state
 from twotower_kernels.model.generate import MODES, GenerateResult, StepEvent, generate, stream
 from twotower_kernels.model.two_tower import TwoTowerModel
+from twotower_kernels.ops.remask_checks import REAL
+from twotower_kernels.options import generation
+from twotower_kernels.options.config import TwoTowerConfig
+from twotower_kernels.options.generation import GenerationConfig
 from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.options.seeds import philox as philox_of_integers
 from twotower_kernels.options.seeds import sequence_seed
@@ -117,6 +124,8 @@ def test_prompts_may_be_a_tensor_or_rows_of_any_kind() -> None:
 
 def test_the_arguments_are_those_of_the_specification() -> None:
     wanted = {name: p.default for name, p in inspect.signature(specification.generate).parameters.items()}
+    assert TwoTowerConfig(1, 1, "-", intermediate_size=1).mask_token_id == wanted["mask_token_id"]
+    wanted["mask_token_id"] = None  # the config's
     assert {name: p.default for name, p in inspect.signature(generate).parameters.items()} == wanted
     del wanted["on_step"]
     assert {name: p.default for name, p in inspect.signature(stream).parameters.items()} == wanted
@@ -165,6 +174,7 @@ def test_rows_that_are_done_cost_nothing(mode: str, ends: bool) -> None:
     assert sum(model.committed) == sum((math.ceil(len(new) / block) - 1) * block for new in result.new_tokens)
 
 
+LOOPS = {Path(module.__file__) for module in (autoregression, diffusion, request, state)}
 READS = ("tolist", "item", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 
 
@@ -178,7 +188,7 @@ def test_a_step_is_read_once_by_the_host(mode: str, monkeypatch: pytest.MonkeyPa
 
         def read(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             frame = sys._getframe(1)
-            if frame.f_code.co_filename == package.__file__:
+            if Path(frame.f_code.co_filename) in LOOPS:
                 reads[frame.f_code.co_name] += 1
             return original(self, *args, **kwargs)
 
@@ -189,6 +199,7 @@ def test_a_step_is_read_once_by_the_host(mode: str, monkeypatch: pytest.MonkeyPa
     rows = [[5], [6, 7, 8], [9, 10]]
     events = list(stream(package_model(), rows, mode=mode, max_new_tokens=12, block_size=4))
     steps = sum(not event.committed for event in events) if mode == "mask_diffusion" else len(events)
+    assert reads.pop("room_for") <= 2, "before storage is moved"
     assert reads == {"look": steps}
     assert steps > 3
 
@@ -374,3 +385,70 @@ def test_a_block_larger_than_trained_is_warned_about(recwarn: Any) -> None:
         with pytest.warns(UserWarning, match="block_size 8 is larger than the 4") as warned:
             call(model, [[5]], max_new_tokens=4, block_size=8)
         assert [warning.filename for warning in warned] == [__file__]
+
+
+# --- the options as one value ----------------------------------------------------------------------------------------
+
+
+def test_the_options_are_the_arguments() -> None:
+    """Of `stream`, by name and default."""
+    arguments = {name: p.default for name, p in inspect.signature(stream).parameters.items()}
+    fields = {
+        f.name: inspect.Parameter.empty if f.default is dataclasses.MISSING else f.default
+        for f in dataclasses.fields(GenerationConfig)
+    }
+    del arguments["model"], arguments["prompts"]
+    assert fields == arguments
+
+
+def test_the_options_are_a_value() -> None:
+    numbers = dict(max_new_tokens=torch.tensor(5), top_k=np.int64(2), temperature=1, seed=[1, np.int32(2)])
+    one = GenerationConfig(**numbers, eos_token_id=torch.tensor([4, 7]))  # type: ignore[arg-type]
+    other = GenerationConfig(max_new_tokens=5, top_k=2, temperature=1.0, seed=(1, 2), eos_token_id=[4, 7])
+    assert one == other and hash(one) == hash(other)
+    assert (one.ends, GenerationConfig(max_new_tokens=1).ends) == ((4, 7), ())
+    assert one.sampling == {"temperature": 1.0, "top_k": 2, "top_p": 1.0}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.top_k = 3  # type: ignore[misc]
+
+
+def test_the_rule_is_the_policy_or_the_threshold() -> None:
+    by_threshold = GenerationConfig(max_new_tokens=1, confidence_threshold=0.25).unmasking
+    assert by_threshold == RemaskPolicy.twotower(threshold=0.25)
+    assert GenerationConfig(max_new_tokens=1, policy=RemaskPolicy.dream()).unmasking == RemaskPolicy.dream()
+
+
+def test_what_only_blocks_read_matters_to_them_alone() -> None:
+    wrong: dict[str, Any] = dict(max_new_tokens=1, block_size=0, steps_per_block=-1, mask_token_id="none")
+    model = package_model().config
+    assert [GenerationConfig(mode=mode, **wrong).for_model(model).mode for mode in MODES[1:]] == ["mock_ar", "ar"]
+    with pytest.raises((TypeError, ValueError)):
+        GenerationConfig(**wrong)
+
+
+def test_the_highest_temperature_is_the_samplers() -> None:
+    assert REAL["temperature"].high == generation.HIGHEST_TEMPERATURE
+
+
+def test_the_mask_token_is_read_where_it_is_written() -> None:
+    """Released files do not say it."""
+    raw = json.loads((GOLDEN / "tiny" / "config.json").read_text(encoding="utf-8"))
+    assert "mask_token_id" not in raw
+    said: list[dict[str, Any]] = [{}, {"mask_token_id": None}, {"mask_token_id": 9}]
+    assert [TwoTowerConfig.from_dict(raw | fields).mask_token_id for fields in said] == [3, 3, 9]
+    with pytest.raises(ValueError, match="mask_token_id must be an integer of 32 bits, got 'three'"):
+        TwoTowerConfig.from_dict(raw | {"mask_token_id": "three"})
+
+
+def test_the_mask_token_is_the_models() -> None:
+    """Unless another one is asked for."""
+    model = Watched()
+    model.config = dataclasses.replace(model.config, mask_token_id=5)
+    for asked, mask in ((None, 5), (MASK, MASK)):
+        events = list(stream(model, [[6, 7]], max_new_tokens=4, block_size=4, mask_token_id=asked))
+        assert events[0].before.tolist() == [[mask] * 4]
+    released = GenerationConfig(max_new_tokens=1).for_model(package_model().config)
+    assert released.mask_token_id == 3
+    model.config = dataclasses.replace(model.config, mask_token_id=VOCAB)
+    with pytest.raises(ValueError, match=f"mask_token_id: .* {VOCAB}"):
+        stream(model, [[6, 7]], max_new_tokens=4)

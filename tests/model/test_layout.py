@@ -34,14 +34,14 @@ def test_the_layout_is_that_of_the_modules(fields: dict[str, Any], towers: str, 
     """Keys, their number, shapes, and the count of all numbers; what the other tower has is no key here."""
     config = TwoTowerConfig(**fields)
     model = TwoTowerModel(config, device="meta", towers=towers)
-    places, layout = loading.places(model, stacked=stacked), Layout(config, towers, stacked=stacked)
-    assert set(layout) == set(places) and len(layout) == len(places)
-    assert {key: layout.shape(key) for key in layout} == {key: place.shape for key, place in places.items()}
+    targets, layout = loading.targets(model, stacked=stacked), Layout(config, towers, stacked=stacked)
+    assert set(layout) == set(targets) and len(layout) == len(targets)
+    assert {key: layout.shape(key) for key in layout} == {key: target.shape for key, target in targets.items()}
     numbers = sum(layout.numbers(tower) for tower in layout.towers)
     assert numbers == sum(p.numel() for p in model.parameters())
-    others = {key for key in Layout(config, stacked=stacked) if key not in places}
+    others = {key for key in Layout(config, stacked=stacked) if key not in targets}
     assert all(layout.shape(key) is None for key in others)
-    assert len(Layout(config, stacked=stacked)) == len(places) + len(others)
+    assert len(Layout(config, stacked=stacked)) == len(targets) + len(others)
 
 
 @given(fields=configs())

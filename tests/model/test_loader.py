@@ -63,7 +63,7 @@ def test_experts_are_stacked_and_shown_one_by_one(folder: Path) -> None:
     for i in range(8):
         assert state[UP.format(i)].data_ptr() == experts.up[i].data_ptr()
     assert state["scale_shift_tables.3"].data_ptr() == model.scale_shift_tables.tables[3].data_ptr()
-    assert set(state) == set(loading.places(model))
+    assert set(state) == set(loading.targets(model))
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -14,6 +14,7 @@ from tests.model.agreement import assert_agreement
 from tests.model.random_models import models, random_ids, with_wide_residual
 from tests.paths import GOLDEN
 from twotower_kernels import ContextState, TwoTowerModel
+from twotower_kernels.model.cache import KVCache, MambaCache
 from twotower_kernels.reference.generate import generate
 from twotower_kernels.reference.layers import Layer
 
@@ -56,13 +57,14 @@ def mixed(layer: Any, x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ..
         conv, ssm = states[0].to(dtype), states[1].to(torch.promote_types(dtype, torch.float32))
         if theirs:
             return layer.mixer(x, conv, ssm, LENGTHS)
-        return layer.mixer(x, conv, ssm, lengths=LENGTHS, return_states=True)
+        y, state = layer.mixer(x, MambaCache(conv, ssm, block_lens=LENGTHS, return_state=True))
+        return (y, *state)
     if layer.letter == "*":
         k, v, seen = states[0].to(dtype), states[1].to(dtype), torch.tensor([7, 0, 4])
         if theirs:
             return (layer.mixer(x, k, v, seen, None, LENGTHS, True)[0],)
-        return (layer.mixer(x, (k, v, seen), lengths=LENGTHS, causal=True),)
-    return (layer.mixer(x),)
+        return layer.mixer(x, KVCache(k, v, seen, block_lens=LENGTHS, causal=True))[:1]
+    return (layer.mixer(x),) if theirs else layer.mixer(x)[:1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -225,8 +227,10 @@ def test_the_denoiser_compiles_as_one_graph() -> None:
 
 
 def test_generation_has_the_specifications_signature() -> None:
-    """Defaults included."""
+    """Defaults included; but the mask token is the config's, which is the specification's by default."""
     wanted = {name: p.default for name, p in inspect.signature(generate).parameters.items()}
+    assert wanted["mask_token_id"] == models("-", torch.float32).ours.config.mask_token_id
+    wanted["mask_token_id"] = None
     assert {name: p.default for name, p in inspect.signature(TwoTowerModel.generate).parameters.items()} == wanted
     del wanted["on_step"]
     assert {name: p.default for name, p in inspect.signature(TwoTowerModel.stream).parameters.items()} == wanted

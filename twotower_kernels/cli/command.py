@@ -34,7 +34,6 @@ from twotower_kernels.options.flags import checked, integer, number
 from twotower_kernels.options.generation import MOST_BLOCK
 from twotower_kernels.options.units import size
 
-MASK = 3  # the released model's convention; no file says it
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 INTERRUPTED = 130  # 128 + SIGINT
 MOST_BYTES = 2**28  # of prompts
@@ -371,12 +370,11 @@ def _generate(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
-        mask_token_id=MASK,
         eos_token_id=model.config.eos_token_id,
         seed=args.seed,
     )
     console, ends = Console(highlight=False), model.config.eos_token_id
-    painter = Painter(console, tokenizer, prompts, mask_token_id=MASK, eos_token_id=ends)
+    painter = Painter(console, tokenizer, prompts, mask_token_id=model.config.mask_token_id, eos_token_id=ends)
     printer = Printer(tokenizer, prompts, max_new_tokens=args.max_new_tokens, eos_token_id=ends)
     finished = _watch(events, None if args.json else painter if console.is_terminal else printer)
     result = events.result()
@@ -414,10 +412,11 @@ def _demo(args: argparse.Namespace) -> int:
     model, tokenizer = _load(args)
     ids = _ids(model, tokenizer, prompts)
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-    options |= {"seed": args.seed, "eos_token_id": model.config.eos_token_id, "mask_token_id": MASK}
+    ends, mask = model.config.eos_token_id, model.config.mask_token_id
+    options |= {"seed": args.seed, "eos_token_id": ends}
     block_size = model.config.block_size or 16
     console = Console(highlight=False)
-    painter = Painter(console, tokenizer, prompts, mask_token_id=MASK, eos_token_id=model.config.eos_token_id)
+    painter = Painter(console, tokenizer, prompts, mask_token_id=mask, eos_token_id=ends)
 
     generate(model, ids, block_size=block_size, **options | {"max_new_tokens": 1})  # first calls are slow: not timed
     generate(model, ids, mode="ar", **options | {"max_new_tokens": 1})

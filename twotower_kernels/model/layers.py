@@ -1,38 +1,36 @@
 """The modules of one tower: which parameters there are, under the checkpoint's names, and each mixer's arithmetic.
 
-Mixers take normalised activations `[B, S, H]` and give `[B, S, H]`. The norms and residuals between them belong to the
-model, which fuses them.
+A mixer is `forward(x, cache) -> (y, state)`: normalised activations `[B, S, H]` to `[B, S, H]`, and, from Mamba-2 where
+the cache asks for it, the state after the block. The norms and residuals between mixers belong to the model, which
+fuses them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from twotower_kernels.ops import (
-    block_attention,
-    gated_rms_norm,
-    mamba2_scan,
-    moe_experts,
-)
+from twotower_kernels.model.cache import Cache, KVCache, MambaCache, MambaState
+from twotower_kernels.ops import block_attention, gated_rms_norm, mamba2_scan, moe_experts
 from twotower_kernels.ops.linear import linear
 from twotower_kernels.ops.moe import MoePlan, moe_router
 from twotower_kernels.options.config import TwoTowerConfig
 
 # Selection and decay are sensitive to rounding: these parameters are never narrower than in their file, nor than
 # float32 where there is no file.
-KEPT_WIDE = ("gate.weight", "e_score_correction_bias", "A_log", "mixer.D", "dt_bias")
+NEVER_NARROWED = ("gate.weight", "e_score_correction_bias", "A_log", "mixer.D", "dt_bias")
 FREQUENCIES = 128  # of the time embedding: as many cosines, then as many sines
 
 Factory = dict[str, Any]  # device and dtype of new parameters
-Context = tuple[Tensor, Tensor, Tensor]  # k and v [R, T, Hkv, D], lengths [B]
+Mixed = tuple[Tensor, MambaState | None]  # what every mixer gives
+FROM_ZEROS = (None, None, None, None, False)  # the fields of a MambaCache where a text begins
+NO_CONTEXT = (None, None, None, None, None, True, None)  # of a KVCache there
 
 
-def _wide(factory: Factory) -> Factory:
+def _at_least_float32(factory: Factory) -> Factory:
     return factory | {"dtype": torch.promote_types(factory["dtype"], torch.float32)}
 
 
@@ -169,24 +167,17 @@ class Mamba2(nn.Module):
         self.conv1d = Conv1d(
             channels, channels, config.conv_kernel, groups=channels, bias=config.use_conv_bias, **factory
         )
-        wide = _wide(factory)
-        self.A_log = nn.Parameter(torch.empty(heads, **wide))
-        self.D = nn.Parameter(torch.empty(heads, **wide))
-        self.dt_bias = nn.Parameter(torch.empty(heads, **wide))
+        precise = _at_least_float32(factory)
+        self.A_log = nn.Parameter(torch.empty(heads, **precise))
+        self.D = nn.Parameter(torch.empty(heads, **precise))
+        self.dt_bias = nn.Parameter(torch.empty(heads, **precise))
         self.norm = Norm(config.mamba_inner, factory)
         self.out_proj = Linear(config.mamba_inner, config.hidden_size, **factory)
 
-    def forward(
-        self,
-        x: Tensor,
-        conv_state: Tensor | None = None,
-        ssm_state: Tensor | None = None,
-        index: Tensor | None = None,
-        lengths: Tensor | None = None,
-        return_states: bool = False,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """y, and with `return_states` the states after each row's `lengths` tokens. No states: from the beginning."""
+    def forward(self, x: Tensor, cache: MambaCache | None = None) -> Mixed:
+        """y, and the state after the block where the cache asks for it. No cache: from the beginning."""
         c = self.config
+        conv, ssm, index, block_lens, return_state = FROM_ZEROS if cache is None else cache
         # z [B, S, inner], xbc [B, S, channels], dt [B, S, heads]: slices of one product, read where they lie.
         z, xbc, dt = self.in_proj(x).split([c.mamba_inner, c.mamba_channels, c.mamba_num_heads], -1)
         scanned: Any = mamba2_scan(
@@ -199,16 +190,16 @@ class Mamba2(nn.Module):
             self.dt_bias,
             n_groups=c.n_groups,
             head_dim=c.mamba_head_dim,
-            conv_state=conv_state,
-            ssm_state=ssm_state,
+            conv_state=conv,
+            ssm_state=ssm,
             state_index=index,
-            seq_lens=lengths,
+            seq_lens=block_lens,
             time_step_limit=c.time_step_limit,
-            return_states=return_states,
+            return_states=return_state,
         )
-        y, conv_state, ssm_state = scanned if return_states else (scanned, None, None)
+        y, state = (scanned[0], MambaState(*scanned[1:])) if return_state else (scanned, None)
         y = gated_rms_norm(y, z, self.norm.weight, n_groups=c.n_groups, eps=c.layer_norm_epsilon)
-        return self.out_proj(y), conv_state, ssm_state
+        return self.out_proj(y), state
 
 
 class Attention(nn.Module):
@@ -224,20 +215,12 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, keys, **factory)
         self.o_proj = Linear(queries, config.hidden_size, **factory)
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Context | None = None,
-        index: Tensor | None = None,
-        lengths: Tensor | None = None,
-        causal: bool = False,
-        append: Callable[[Tensor, Tensor], None] | None = None,
-    ) -> Tensor:
-        """y; the block's own keys and values `[B, S, Hkv, D]` are handed to `append`."""
-        k_context, v_context, context_lens = context or (None, None, None)
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Mixed:
+        """y; the block's own keys and values go to the cache's `append`. No cache: causal, from the beginning."""
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))  # [B, S, Hq, D]
         k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))  # [B, S, Hkv, D]
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        k_context, v_context, context_lens, index, block_lens, causal, append = NO_CONTEXT if cache is None else cache
         y: Any = block_attention(
             q,
             k,
@@ -246,12 +229,12 @@ class Attention(nn.Module):
             v_context,
             context_lens=context_lens,
             context_index=index,
-            block_lens=lengths,
+            block_lens=block_lens,
             causal=causal,
         )
         if append is not None:
             append(k, v)
-        return self.o_proj(y.flatten(2))
+        return self.o_proj(y.flatten(2)), None
 
 
 class MLP(nn.Module):
@@ -262,8 +245,8 @@ class MLP(nn.Module):
         self.up_proj = Linear(hidden, intermediate, **factory)
         self.down_proj = Linear(intermediate, hidden, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.up_proj(x).relu_().square_())
+    def forward(self, x: Tensor, cache: Cache = None) -> Mixed:
+        return self.down_proj(self.up_proj(x).relu_().square_()), None
 
 
 class Router(nn.Module):
@@ -272,9 +255,9 @@ class Router(nn.Module):
     def __init__(self, config: TwoTowerConfig, factory: Factory) -> None:
         super().__init__()
         self.config = config
-        wide, experts = _wide(factory), config.n_routed_experts
-        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size, **wide))
-        self.e_score_correction_bias = nn.Parameter(torch.empty(experts, **wide))
+        precise, experts = _at_least_float32(factory), config.n_routed_experts
+        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size, **precise))
+        self.e_score_correction_bias = nn.Parameter(torch.empty(experts, **precise))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, MoePlan]:
         """x `[N, H]` to weights and experts, each `[N, top_k]`, and the plan that sorts tokens by expert."""
@@ -306,7 +289,7 @@ class MoE(nn.Module):
         shared = config.moe_shared_expert_intermediate_size
         self.shared_experts: Any = MLP(hidden, shared, factory) if config.n_shared_experts else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache = None) -> Mixed:
         tokens = x.flatten(0, 1)  # [B·S, H]
         weights, experts, plan = self.gate(tokens)
         shared = self.shared_experts
@@ -320,7 +303,7 @@ class MoE(nn.Module):
             shared_up=None if shared is None else shared.up_proj.weight,
             shared_down=None if shared is None else shared.down_proj.weight,
         )
-        return y.view(x.shape)
+        return y.view(x.shape), None
 
 
 class Layer(nn.Module):
@@ -371,8 +354,8 @@ class TimeEmbedder(nn.Module):
         are rounded to the dtype of the weights again.
         """
         dtype = next(self.mlp.parameters()).dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        time = (t.to(dtype) * 1000).to(wide)  # [B]
-        i = torch.arange(FREQUENCIES, dtype=wide, device=t.device)
+        angle_dtype = torch.promote_types(dtype, torch.float32)
+        time = (t.to(dtype) * 1000).to(angle_dtype)  # [B]
+        i = torch.arange(FREQUENCIES, dtype=angle_dtype, device=t.device)
         angles = time[:, None] * torch.exp(i / FREQUENCIES * -math.log(10000.0))  # [B, 128]
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))

@@ -1,4 +1,4 @@
-"""From a checkpoint's files into a model's parameters: key by key, each straight to its place, dtype and device."""
+"""From a checkpoint's files into a model's parameters: key by key, each straight to its dtype and device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from twotower_kernels.model import checkpoint
 from twotower_kernels.model.checkpoint import Entry
-from twotower_kernels.model.layers import KEPT_WIDE, Stacked
+from twotower_kernels.model.layers import NEVER_NARROWED, Stacked
 from twotower_kernels.model.layout import STACKED, Layout, tower_of
 from twotower_kernels.options.config import TwoTowerConfig
 from twotower_kernels.options.files import named, shown
@@ -26,7 +26,7 @@ BACKBONE = ("backbone.", "model.")  # how keys of a single tower begin: in files
 MORE_TOKENS = ("mtp.", "backbone.mtp.", "model.mtp.")  # keys of layers that predict further tokens, which no tower has
 
 
-class Place(NamedTuple):
+class Target(NamedTuple):
     """Where a key's tensor goes: a parameter, or a piece of a stacked one."""
 
     module: nn.Module
@@ -65,8 +65,8 @@ def weight_dtype(config: TwoTowerConfig, dtype: torch.dtype | None, listed: Iter
     return dtype
 
 
-def places(model: nn.Module, *, stacked: bool = False) -> dict[str, Place]:
-    """Per key of the released layout, its place in the model: the keys of `model.state_dict()`.
+def targets(model: nn.Module, *, stacked: bool = False) -> dict[str, Target]:
+    """Per key of the released layout, what holds it in the model: the keys of `model.state_dict()`.
 
     stacked: a layer's experts under two keys, as in `Layout`.
     """
@@ -74,12 +74,12 @@ def places(model: nn.Module, *, stacked: bool = False) -> dict[str, Place]:
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not isinstance(module, Stacked):
-                found[f"{prefix}.{name}"] = Place(module, name, None)
+                found[f"{prefix}.{name}"] = Target(module, name, None)
             elif stacked and (whole := f"{prefix}.{name}_proj").endswith(STACKED):
-                found[whole] = Place(module, name, None)
+                found[whole] = Target(module, name, None)
             else:
                 for i in range(len(parameter)):
-                    found[f"{prefix}.{module.pieces[name].format(i)}"] = Place(module, name, i)
+                    found[f"{prefix}.{module.pieces[name].format(i)}"] = Target(module, name, i)
     return found
 
 
@@ -123,15 +123,15 @@ def fill(
     Raises:
         ValueError: a file that changed since it was listed.
     """
-    open_places = places(model, stacked=plan.layout.stacked)
+    open_targets = targets(model, stacked=plan.layout.stacked)
     total = sum(entry.nbytes for entry in plan.sources)
     watched = total > LARGE and sys.stderr.isatty() if progress is None else progress
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {name}", disable=not watched) as bar:
         for entry, tensor in checkpoint.tensors(plan.sources):
             for key in plan.sources[entry]:
-                _put(open_places.pop(key), key, tensor, plan.dtype, devices[tower_of(key)])
+                _put(open_targets.pop(key), key, tensor, plan.dtype, devices[tower_of(key)])
             bar.update(entry.nbytes)
-    _leave_unconditioned(open_places, devices["denoiser"])
+    _leave_unconditioned(open_targets, devices["denoiser"])
 
 
 def _sources(
@@ -171,23 +171,23 @@ def _filled_by(key: str, backbone: bool) -> list[str]:
     return [key]
 
 
-def _put(place: Place, key: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    """Copies a tensor to its place, making the parameter real when its first piece comes."""
-    parameter = getattr(place.module, place.name)
+def _put(target: Target, key: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """Copies a tensor to its parameter, which is made real when its first piece comes."""
+    parameter = getattr(target.module, target.name)
     if parameter.is_meta:
-        if key.endswith(KEPT_WIDE):
+        if key.endswith(NEVER_NARROWED):
             dtype = torch.promote_types(dtype, tensor.dtype)
         parameter = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
-        setattr(place.module, place.name, parameter)
-    (parameter if place.piece is None else parameter[place.piece]).copy_(tensor)
+        setattr(target.module, target.name, parameter)
+    (parameter if target.piece is None else parameter[target.piece]).copy_(tensor)
 
 
-def _leave_unconditioned(open_places: dict[str, Place], device: torch.device) -> None:
+def _leave_unconditioned(open_targets: dict[str, Target], device: torch.device) -> None:
     """What a backbone's checkpoint leaves open becomes no conditioning: shift 0, scale 0, gate 1, whatever the time."""
-    for place in open_places.values():
-        parameter = getattr(place.module, place.name)
+    for target in open_targets.values():
+        parameter = getattr(target.module, target.name)
         if parameter.is_meta:
             parameter = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
-            setattr(place.module, place.name, nn.Parameter(parameter, requires_grad=False))
-        if isinstance(place.module, Stacked):
-            parameter[place.piece, 2] = 1  # rows: shift, scale, gate
+            setattr(target.module, target.name, nn.Parameter(parameter, requires_grad=False))
+        if isinstance(target.module, Stacked):
+            parameter[target.piece, 2] = 1  # rows: shift, scale, gate

@@ -11,18 +11,33 @@ commit sends it the new tokens' keys and values and the Mamba-2 states; what it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
 
+from twotower_kernels.model.cache import Cache, KVCache, MambaCache
 from twotower_kernels.model.inference import inference
 from twotower_kernels.ops import append_kv
 from twotower_kernels.ops.linear import linear
 from twotower_kernels.options.arguments import Integers, integers, readable, whole
 
 _SPARE = 64  # tokens of room to spare at least
+
+
+class Memory:
+    """Stands for tensors that several states may read. It is the same object as long as they are the same tensors, so
+    that comparing two states' memory costs one comparison, and it is alive as long as a state reads them.
+
+    Args:
+        some_of: the memory that some of these tensors are of, and that is therefore alive as well.
+    """
+
+    def __init__(self, some_of: Memory | None = None) -> None:
+        self.some_of = some_of
 
 
 @dataclass(eq=False, repr=False)
@@ -38,6 +53,7 @@ class ContextState:
     index: `[B]` int64, the storage row of each row; None: its own, R = B.
     longest: at least the longest length, known without asking the device.
     mirror: the same context on the denoiser's device; None: it is this one's.
+    kv_memory, mamba_memory: the identity of the tensors of `k` and `v`, and of those of `conv` and `ssm`.
     """
 
     lengths: Tensor
@@ -50,6 +66,8 @@ class ContextState:
     index: Tensor | None
     longest: int
     mirror: ContextState | None = None
+    kv_memory: Memory = field(default_factory=Memory)
+    mamba_memory: Memory = field(default_factory=Memory)
 
     def __getattr__(self, name: str) -> Any:  # reached only by what is not there: everything, once consumed
         if name.startswith("__") or self.__dict__:
@@ -71,12 +89,10 @@ class ContextState:
         Raises:
             ValueError: a row has no token yet. RuntimeError: the state of a model without context tower.
         """
-        if self.head is None:
-            raise RuntimeError("state.logits: expected a model with a context tower, got one with the denoiser alone")
-        if not torch.compiler.is_compiling() and bool((self.lengths == 0).any()):  # a trace cannot look
-            lengths = self.lengths.tolist()
+        if self.head is not None and not torch.compiler.is_compiling() and bool((self.lengths == 0).any()):
+            lengths = self.lengths.tolist()  # a trace cannot look
             raise ValueError(f"state.logits: expected at least one token in every row, got lengths {lengths}")
-        return logits(self._rows(self.last_hidden), self.head)
+        return self.next_logits()
 
     def select(self, rows: Integers) -> ContextState:
         """Some rows, in the order given, repeated where repeated. Nothing of the context is copied until a commit.
@@ -95,12 +111,12 @@ class ContextState:
     def _selected(self, rows: Tensor) -> ContextState:
         """`select`, of rows that are there."""
         rows = rows.to(self.lengths.device)
-        own = torch.arange(self.batch_size, device=rows.device) if self.index is None else self.index
+        storage_rows = torch.arange(self.batch_size, device=rows.device) if self.index is None else self.index
         if self.mirror is None:
-            return self.replaced(lengths=self.lengths[rows], index=own[rows])
+            return self.replaced(lengths=self.lengths[rows], index=storage_rows[rows])
         if rows.dtype == torch.bool:
             rows = rows.nonzero()[:, 0]  # counted on one device alone
-        return self.replaced(lengths=self.lengths[rows], index=own[rows], mirror=self.mirror._selected(rows))
+        return self.replaced(lengths=self.lengths[rows], index=storage_rows[rows], mirror=self.mirror._selected(rows))
 
     def fork(self, n: int) -> ContextState:
         """n copies of every row, next to each other: n continuations of each context. The original stays usable.
@@ -131,10 +147,33 @@ class ContextState:
 
     # --- for the model ----------------------------------------------------------------------------------------------
 
+    def next_logits(self) -> Tensor:
+        """`logits`, without asking the device whether every row has a token."""
+        if self.head is None:
+            raise RuntimeError("state.logits: expected a model with a context tower, got one with the denoiser alone")
+        return logits(self._gathered(self.last_hidden), self.head)
+
     @property
     def for_denoiser(self) -> ContextState:
         """This context where the denoiser reads it."""
         return self.mirror or self
+
+    def read_by(self, layer: int) -> Cache:
+        """What a layer of the denoiser reads."""
+        if layer in self.conv:
+            return MambaCache(self.conv[layer], self.ssm[layer], self.index)
+        if layer in self.k:
+            return KVCache(self.k[layer], self.v[layer], self.lengths, self.index)
+        return None
+
+    def extended_by(self, layer: int, block_lens: Tensor | None) -> Cache:
+        """What a layer of the context tower reads, and where it leaves a block of which so many tokens count."""
+        if layer in self.conv:
+            return MambaCache(self.conv[layer], self.ssm[layer], None, block_lens, return_state=True)
+        if layer in self.k:
+            append = partial(self.append, layer, lengths=block_lens)
+            return KVCache(self.k[layer], self.v[layer], self.lengths, None, block_lens, True, append)
+        return None
 
     def append(self, layer: int, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         """Writes a block's keys and values `[B, S, Hkv, D]` behind those of an attention layer, and in the mirror.
@@ -177,7 +216,19 @@ class ContextState:
 
     def replaced(self, **changed: Any) -> ContextState:
         """Another state with some fields changed, which shares the storage of this one."""
+        if "k" in changed or "v" in changed:
+            changed["kv_memory"] = Memory()
+        if "conv" in changed or "ssm" in changed:
+            both = "conv" in changed and "ssm" in changed
+            changed["mamba_memory"] = Memory(None if both else self.mamba_memory)
         return ContextState(**{f.name: getattr(self, f.name) for f in fields(self)} | changed)
+
+    def reads_alone(self) -> bool:
+        """Whether no other state reads these tensors of `conv` and `ssm`. If none does, their memory is a new one."""
+        reference = ref(self.mamba_memory)
+        del self.mamba_memory
+        self.mamba_memory = reference() or Memory()  # alive, if another state holds it
+        return reference() is None
 
     def consume(self) -> None:
         """Makes any later use an error: its storage now belongs to the state that commit returned."""
@@ -196,15 +247,16 @@ class ContextState:
         return self.replaced(
             k={i: moved(k) for i, k in self.k.items()},
             v={i: moved(v) for i, v in self.v.items()},
-            conv={i: self._rows(conv) for i, conv in self.conv.items()},
-            ssm={i: self._rows(ssm) for i, ssm in self.ssm.items()},
-            last_hidden=self._rows(self.last_hidden),
+            conv={i: self._gathered(conv) for i, conv in self.conv.items()},
+            ssm={i: self._gathered(ssm) for i, ssm in self.ssm.items()},
+            last_hidden=self._gathered(self.last_hidden),
             index=None,
             longest=longest,
             mirror=self.mirror and self.mirror._moved(longest, needed),
         )
 
-    def _rows(self, storage: Tensor) -> Tensor:
+    def _gathered(self, storage: Tensor) -> Tensor:
+        """[R, ...] to [B, ...]: the storage row of each row."""
         return storage if self.index is None else storage.index_select(0, self.index)
 
 

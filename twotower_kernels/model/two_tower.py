@@ -22,15 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from twotower_kernels.model import checkpoint, loading
+from twotower_kernels.model.cache import Cache, MambaState
 from twotower_kernels.model.generate import generate, stream
 from twotower_kernels.model.inference import inference
-from twotower_kernels.model.layers import Factory, Layer, Linear, Stacked, TimeEmbedder, Tower, draw_weights
+from twotower_kernels.model.layers import Factory, Linear, Stacked, TimeEmbedder, Tower, draw_weights
 from twotower_kernels.model.layout import Layout
 from twotower_kernels.model.memory import check_room
-from twotower_kernels.model.state import BlockRead, ContextState, logits
+from twotower_kernels.model.ranges import in_range, profiled
+from twotower_kernels.model.state import BlockRead, ContextState, Memory, logits
 from twotower_kernels.ops import adaln_norm, gated_residual_adaln_norm
-from twotower_kernels.options.arguments import Integers, integers, real, whole
-from twotower_kernels.options.arguments import readable as _readable
+from twotower_kernels.options.arguments import Integers, integers, readable, real, whole
 from twotower_kernels.options.config import TwoTowerConfig
 
 TOWERS = ("both", "context", "denoiser")
@@ -104,7 +105,7 @@ class TwoTowerModel(nn.Module):
     ) -> TwoTowerModel:
         """Loads a folder with `config.json` and safetensors in the released layout, one file or shards.
 
-        Every weight goes from its file straight to its place on the device, in its dtype; nothing is held twice.
+        Every weight goes from its file straight to its parameter on the device, in its dtype; nothing is held twice.
         A single-tower checkpoint of the backbone (`backbone.*`, `lm_head.weight`), as transformers saves it, fills both
         towers. The time conditioning that it lacks is set to none: `denoise` then gives the same for every t. Layers
         for multi-token prediction are passed over with a warning (docs/checkpoints.md).
@@ -158,12 +159,8 @@ class TwoTowerModel(nn.Module):
         self._need("context")
         input_ids = self._checked_ids("input_ids", input_ids, self.device)
 
-        def mix(i: int, layer: Layer, x: Tensor) -> Tensor:
-            if layer.letter == "M":
-                return layer.mixer(x)[0]
-            return layer.mixer(x, causal=True) if layer.letter == "*" else layer.mixer(x)
-
-        return logits(self._run(self.context_tower, input_ids, mix), self.context_lm_head.weight)
+        hidden, _ = self._run("context_tower", input_ids, lambda layer: None)
+        return logits(hidden, self.context_lm_head.weight)
 
     def prefill(self, input_ids: Integers, lengths: Integers | None = None) -> ContextState:
         """The state after prompts `[B, S]`, of which row b has its first `lengths[b]` tokens (all, if None).
@@ -200,16 +197,17 @@ class TwoTowerModel(nn.Module):
         state: ContextState,
         lengths: Integers | None = None,
     ) -> ContextState:
-        """`commit`, with `read` in the place of `read_block`."""
+        """`commit`, with `read` instead of `read_block`."""
         self._need("context")
         block_ids = self._checked_ids("block_ids", block_ids, self.device, state)
         batch, size = block_ids.shape
         if lengths is not None:
             lengths = self._checked_lengths(lengths, batch, size)
-        new = state.replaced()
         if size:
             old = state.room_for(size)
             new = old.advanced(size, lengths, read(block_ids, old, lengths))
+        else:
+            new = state.replaced()
         state.consume()
         return new
 
@@ -218,25 +216,14 @@ class TwoTowerModel(nn.Module):
 
         Keys and values are appended to the state, which has room for them; nothing else of it is written.
         """
-        conv: dict[int, Tensor] = {}
-        ssm: dict[int, Tensor] = {}
-
-        def mix(i: int, layer: Layer, x: Tensor) -> Tensor:
-            if layer.letter == "M":
-                y, conv[i], ssm[i] = layer.mixer(x, state.conv[i], state.ssm[i], lengths=lengths, return_states=True)
-                return y
-            if layer.letter == "*":
-                context = state.k[i], state.v[i], state.lengths
-                append = partial(state.append, i, lengths=lengths)
-                return layer.mixer(x, context, lengths=lengths, causal=True, append=append)
-            return layer.mixer(x)
-
-        hidden = self._run(self.context_tower, block_ids, mix)  # [B, S, H]
+        # hidden [B, S, H]; states: of every Mamba-2 layer
+        hidden, states = self._run("context_tower", block_ids, partial(state.extended_by, block_lens=lengths))
         if lengths is None:
             last = hidden[:, -1].clone()  # a copy, so as not to keep all of `hidden`
         else:
             newest = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
             last = torch.where(lengths[:, None] > 0, hidden.gather(1, newest)[:, 0], state.last_hidden)
+        conv, ssm = ({i: state[part] for i, state in states.items()} for part in (0, 1))
         return BlockRead(conv, ssm, last)
 
     @inference
@@ -256,7 +243,7 @@ class TwoTowerModel(nn.Module):
         return self._empty_state(batch, head).replaced(head=head, mirror=mirror)
 
     def _empty_state(self, batch: int, like: Tensor) -> ContextState:
-        c, wide = self.config, torch.promote_types(like.dtype, torch.float32)
+        c, state_dtype = self.config, torch.promote_types(like.dtype, torch.float32)
         kv = (batch, 0, c.num_key_value_heads, c.head_dim)
         ssm = (batch, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
         return ContextState(
@@ -264,11 +251,13 @@ class TwoTowerModel(nn.Module):
             k={i: like.new_empty(kv) for i in c.layers("*")},
             v={i: like.new_empty(kv) for i in c.layers("*")},
             conv={i: like.new_zeros(batch, c.mamba_channels, c.conv_kernel - 1) for i in c.layers("M")},
-            ssm={i: like.new_zeros(ssm, dtype=wide) for i in c.layers("M")},
+            ssm={i: like.new_zeros(ssm, dtype=state_dtype) for i in c.layers("M")},
             last_hidden=like.new_zeros(batch, c.hidden_size),
             head=None,
             index=None,
             longest=0,
+            kv_memory=Memory(),  # which a trace does not make by itself
+            mamba_memory=Memory(),
         )
 
     # --- the denoiser -----------------------------------------------------------------------------------------------
@@ -292,16 +281,8 @@ class TwoTowerModel(nn.Module):
         """
         self._need("denoiser")
         block_ids = self._checked_ids("block_ids", block_ids, self.denoiser_device, state)
-        state = state.for_denoiser
-
-        def mix(i: int, layer: Layer, x: Tensor) -> Tensor:
-            if layer.letter == "M":
-                return layer.mixer(x, state.conv[i], state.ssm[i], state.index)[0]
-            if layer.letter == "*":
-                return layer.mixer(x, (state.k[i], state.v[i], state.lengths), state.index)
-            return layer.mixer(x)
-
-        hidden = self._run(self.denoiser_tower, block_ids, mix, self._modulation(t, block_ids))
+        modulation = self._modulation(t, block_ids)
+        hidden, _ = self._run("denoiser_tower", block_ids, state.for_denoiser.read_by, modulation)
         return logits(hidden, self.lm_head.weight)
 
     def _modulation(self, t: Tensor | float | None, ids: Tensor) -> list[Modulation] | None:
@@ -317,12 +298,12 @@ class TwoTowerModel(nn.Module):
             t = torch.zeros(batch, dtype=torch.float64, device=ids.device).add(number)
         elif (t.ndim and t.shape != (batch,)) or not t.is_floating_point():
             raise ValueError(f"t: expected floating numbers, one or [{batch}], got {t.dtype} {list(t.shape)}")
-        elif _readable(t) and not bool(((t >= 0) & (t <= 1)).all()):
+        elif readable(t) and not bool(((t >= 0) & (t <= 1)).all()):
             raise ValueError(f"t: expected numbers in [0, 1], got {t.tolist()}")
         self._check_device("t", t)
         shared = self.t_block(self.t_embedder(t.to(ids.device).expand(batch))).unflatten(-1, (3, -1))  # [B, 3, H]
         modulation = self.scale_shift_tables.tables[:, None] + shared  # [layers, B, 3, H]
-        return [(layer[:, 0], layer[:, 1], layer[:, 2]) for layer in modulation]
+        return list(zip(*(part.unbind() for part in modulation.unbind(2)), strict=True))
 
     # --- generation -------------------------------------------------------------------------------------------------
 
@@ -333,28 +314,48 @@ class TwoTowerModel(nn.Module):
 
     def _run(
         self,
-        tower: Tower,
+        tower: str,
         ids: Tensor,
-        mix: Callable[[int, Layer, Tensor], Tensor],
+        cache: Callable[[int], Cache],
         modulation: list[Modulation] | None = None,
-    ) -> Tensor:
-        """The residual stream through a tower: `[B, S, H]` after the last norm. `mix` calls a layer's mixer."""
+    ) -> tuple[Tensor, dict[int, MambaState]]:
+        """The residual stream through a tower: `[B, S, H]` after the last norm, and the states that layers leave."""
+        if not profiled():
+            return self._pass(tower, False, ids, cache, modulation)
+        return in_range(tower, self._pass)(tower, True, ids, cache, modulation)
+
+    def _pass(
+        self,
+        name: str,
+        with_ranges: bool,
+        ids: Tensor,
+        cache: Callable[[int], Cache],
+        modulation: list[Modulation] | None,
+    ) -> tuple[Tensor, dict[int, MambaState]]:
+        """`_run`, with a range for each mixer or without."""
+        tower: Tower = getattr(self, name)
         eps, dtype = self.config.layer_norm_epsilon, tower.embeddings.weight.dtype
         layers = list(tower.layers)
         each: list[Modulation] = [(None, None, None)] * len(layers) if modulation is None else modulation
         # Per norm: weight, shift, scale, order. The last one is never modulated.
         norms = [(layer.norm.weight, *m[:2], layer.order) for layer, m in zip(layers, each, strict=True)]
         norms.append((tower.norm_f.weight, None, None, "modulate_norm"))
+        states: dict[int, MambaState] = {}
         h = tower.embeddings(ids)
         if self.config.residual_in_fp32:
             h = h.to(torch.promote_types(dtype, torch.float32))
         weight, shift, scale, order = norms[0]
         x = adaln_norm(h, weight, shift, scale, eps=eps, order=order)
         for i, layer in enumerate(layers):
-            y = mix(i, layer, x.to(dtype))
+            mixer = layer.mixer
+            if with_ranges:
+                mixer = in_range(f"{name}.layers.{i}.mixer {type(mixer).__name__}", mixer)
+            y, state = mixer(x.to(dtype), cache(i))
+            if state is not None:
+                states[i] = state
             weight, shift, scale, order = norms[i + 1]
             h, x = gated_residual_adaln_norm(h, y, each[i][2], weight, shift, scale, eps=eps, order=order)
-        return x.to(dtype)
+        return x.to(dtype), states
 
     def _need(self, tower: str) -> None:
         if self.towers not in ("both", tower):
@@ -374,7 +375,7 @@ class TwoTowerModel(nn.Module):
             raise ValueError(f"{name}: expected {state.batch_size} rows as the state has, got {ids.shape[0]}")
         self._check_device(name, ids)
         vocabulary = self.config.vocab_size
-        if _readable(ids) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        if readable(ids) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             row, column = ((ids < 0) | (ids >= vocabulary)).nonzero()[0].tolist()
             raise ValueError(
                 f"{name}: token {int(ids[row, column])} at row {row}, position {column} is outside the vocabulary "
@@ -386,7 +387,7 @@ class TwoTowerModel(nn.Module):
         lengths = integers("lengths", lengths)
         if lengths.shape != (batch,) or lengths.dtype != torch.int64:
             raise ValueError(f"lengths: expected [{batch}] integers, got {lengths.dtype} {list(lengths.shape)}")
-        if _readable(lengths) and bool(((lengths < 0) | (lengths > size)).any()):
+        if readable(lengths) and bool(((lengths < 0) | (lengths > size)).any()):
             raise ValueError(f"lengths: expected [{batch}] values in 0..{size}, got {lengths.tolist()}")
         return lengths.to(self.device)
 

@@ -107,6 +107,7 @@ class TwoTowerConfig:
             checkpoint's weights are stored in; float32 without one.
         eos_token_id: the token that ends a text, or all that do.
         residual_in_fp32: keep the residual stream in float32 between layers of a narrower model.
+        mask_token_id: the token that stands for one still to be written. Released files do not say it; theirs is 3.
         block_size: the block that the denoiser was trained on, where known.
         model_type: the family that the file says it is of; for a reader.
 
@@ -144,6 +145,7 @@ class TwoTowerConfig:
     bos_token_id: int = 1
     eos_token_id: int | tuple[int, ...] = 2
     pad_token_id: int = 0
+    mask_token_id: int = 3
     block_size: int | None = None
     model_type: str = "nemotron_h"
 

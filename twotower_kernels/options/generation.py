@@ -1,4 +1,4 @@
-"""What a request for text is checked for before the model is called."""
+"""What is asked of a generation: its options as one value, checked before a model is called; and its prompts."""
 
 from __future__ import annotations
 
@@ -6,33 +6,142 @@ import math
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from twotower_kernels.ops.remask_checks import REAL
 from twotower_kernels.options.arguments import Integers, are_several, integers, real, whole, wholes
+from twotower_kernels.options.config import TwoTowerConfig
 from twotower_kernels.options.remask_policy import RemaskPolicy
 
-if TYPE_CHECKING:
-    from twotower_kernels.model.two_tower import TwoTowerModel
-
+MODES = ("mask_diffusion", "mock_ar", "ar")
 MOST_BLOCK = 2**16  # tokens; a block is denoised whole, its logits over the vocabulary too
 MOST_STEPS = 2**31 - 1
-
+HIGHEST_TEMPERATURE = 1e6  # that the sampler takes
 
 Prompts = Tensor | np.ndarray | Sequence[Integers]
 
 
-class Blocks(NamedTuple):
-    """What only mask_diffusion reads."""
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """The options of `TwoTowerModel.generate` and `stream`, whose keyword arguments explain them. Immutable.
 
-    size: int
-    steps: int
-    mask_token_id: int
-    policy: RemaskPolicy
+    Numbers become Python's, tokens that end a row a tuple of them, and so do seeds of rows. What only mask_diffusion
+    reads is checked in that mode alone. What depends on a model is checked by `for_model`.
+
+    Raises:
+        ValueError: an option out of its range, a policy that needs no masks (renoise).
+        TypeError: a number that is none.
+    """
+
+    mode: str = "mask_diffusion"
+    max_new_tokens: int
+    block_size: int = 16
+    steps_per_block: int = 16
+    confidence_threshold: float = 0.8
+    policy: RemaskPolicy | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    mask_token_id: int | None = None  # None: the model's
+    eos_token_id: int | Integers | None = None
+    seed: int | Integers = 0
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
+        checked = self._of_every_mode() | (self._of_blocks() if self.mode == "mask_diffusion" else {})
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def _of_every_mode(self) -> dict[str, Any]:
+        """What all modes read, as Python's numbers. Comparisons are written so that NaN fails them."""
+        count, top_k = whole("max_new_tokens", self.max_new_tokens), whole("top_k", self.top_k)
+        temperature, top_p = real("temperature", self.temperature), real("top_p", self.top_p)
+        if count < 0:
+            raise ValueError(f"max_new_tokens: expected 0 or more, got {count}")
+        if not 0 <= temperature <= HIGHEST_TEMPERATURE:
+            raise ValueError(f"temperature: expected a number from 0 to {HIGHEST_TEMPERATURE:g}, got {temperature}")
+        if top_k < 0:
+            raise ValueError(f"top_k: expected 0 to the vocabulary size, got {top_k}")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p: expected a number above 0 and at most 1, got {top_p}")
+        checked = {"max_new_tokens": count, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        return checked | {"eos_token_id": self._ends(), "seed": self._seed()}
+
+    def _ends(self) -> tuple[int, ...]:
+        if self.eos_token_id is None:
+            return ()
+        given: Any = self.eos_token_id
+        return tuple(wholes("eos_token_id", given if are_several(given) else [given], "None, a token or tokens"))
+
+    def _seed(self) -> int | tuple[int, ...]:
+        if are_several(self.seed):
+            return tuple(wholes("seed", self.seed, "an integer, or one per row"))
+        return whole("seed", self.seed)
+
+    def _of_blocks(self) -> dict[str, Any]:
+        """What only mask_diffusion reads."""
+        size, steps = whole("block_size", self.block_size), whole("steps_per_block", self.steps_per_block)
+        threshold = real("confidence_threshold", self.confidence_threshold)
+        mask = None if self.mask_token_id is None else whole("mask_token_id", self.mask_token_id)
+        if not 1 <= size <= MOST_BLOCK:
+            raise ValueError(f"block_size: expected 1 to {MOST_BLOCK}, got {size}")
+        if not 1 <= steps <= MOST_STEPS:
+            raise ValueError(f"steps_per_block: expected 1 to {MOST_STEPS}, got {steps}")
+        if self.policy is not None and self.policy.renoise:
+            raise ValueError("policy: expected one that un-masks, got renoise, which has no mask token")
+        if math.isnan(threshold):
+            raise ValueError(f"confidence_threshold: expected a number, got {threshold}")
+        checked = {"block_size": size, "steps_per_block": steps, "confidence_threshold": threshold}
+        return checked | {"mask_token_id": mask}
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens with which a row ends."""
+        found: Any = self.eos_token_id
+        return found
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampler's arguments, by name."""
+        return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+
+    @property
+    def unmasking(self) -> RemaskPolicy:
+        """The rule of mask_diffusion: the policy that was given, or the TwoTower rule with its threshold."""
+        return self.policy or RemaskPolicy.twotower(threshold=self.confidence_threshold)
+
+    def for_model(self, model: TwoTowerConfig) -> GenerationConfig:
+        """These options for a model of this shape: with its mask token, unless another one is given.
+
+        Warns of a block larger than the model was trained with.
+
+        Raises:
+            ValueError: tokens that are not in its vocabulary, or a top_k larger than that.
+        """
+        vocabulary, trained = model.vocab_size, model.block_size
+        if self.top_k > vocabulary:
+            raise ValueError(f"top_k: expected 0 to the vocabulary size {vocabulary}, got {self.top_k}")
+        for token in self.ends:
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"eos_token_id: expected tokens of a vocabulary of {vocabulary}, got {token}")
+        if self.mode != "mask_diffusion":
+            return self
+        mask = model.mask_token_id if self.mask_token_id is None else self.mask_token_id
+        if not 0 <= mask < vocabulary:
+            raise ValueError(f"mask_token_id: expected a token of a vocabulary of {vocabulary}, got {mask}")
+        if trained is not None and self.block_size > trained:
+            warnings.warn(
+                f"block_size {self.block_size} is larger than the {trained} the model was trained with: sampling may "
+                "collapse",
+                stacklevel=_frames_inside() + 1,
+            )
+        return replace(self, mask_token_id=mask)
 
 
 def prompt_rows(prompts: Prompts, vocab_size: int, device: torch.device) -> list[Tensor]:
@@ -55,74 +164,10 @@ def prompt_rows(prompts: Prompts, vocab_size: int, device: torch.device) -> list
     return rows
 
 
-def new_tokens(max_new_tokens: int) -> int:
-    """How many tokens a row may get."""
-    count = whole("max_new_tokens", max_new_tokens)
-    if count < 0:
-        raise ValueError(f"max_new_tokens: expected 0 or more, got {count}")
-    return count
-
-
-def sampling(temperature: float, top_k: int, top_p: float, vocab_size: int) -> dict[str, Any]:
-    """The arguments of the sampler, by name. Comparisons are written so that NaN fails them."""
-    temperature, top_k, top_p = real("temperature", temperature), whole("top_k", top_k), real("top_p", top_p)
-    hottest = REAL["temperature"].high
-    if not 0 <= temperature <= hottest:
-        raise ValueError(f"temperature: expected a number from 0 to {hottest:g}, got {temperature}")
-    if not 0 <= top_k <= vocab_size:
-        raise ValueError(f"top_k: expected 0 to the vocabulary size {vocab_size}, got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number above 0 and at most 1, got {top_p}")
-    return {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-
-
-def end_tokens(eos_token_id: int | Integers | None, vocab_size: int) -> list[int]:
-    """The tokens with which a row ends."""
-    if eos_token_id is None:
-        return []
-    if not are_several(eos_token_id):
-        eos_token_id = [eos_token_id]
-    found = wholes("eos_token_id", eos_token_id, "None, a token or tokens")
-    for token in found:
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"eos_token_id: expected tokens of a vocabulary of {vocab_size}, got {token}")
-    return found
-
-
-def blocks(
-    model: TwoTowerModel,
-    block_size: int,
-    steps_per_block: int,
-    confidence_threshold: float,
-    mask_token_id: int,
-    policy: RemaskPolicy | None,
-) -> Blocks:
-    """The arguments that only mask_diffusion reads."""
-    vocab_size, trained = model.config.vocab_size, model.config.block_size
-    block_size, steps = whole("block_size", block_size), whole("steps_per_block", steps_per_block)
-    threshold = real("confidence_threshold", confidence_threshold)
-    mask = whole("mask_token_id", mask_token_id)
-    if not 1 <= block_size <= MOST_BLOCK:
-        raise ValueError(f"block_size: expected 1 to {MOST_BLOCK}, got {block_size}")
-    if not 1 <= steps <= MOST_STEPS:
-        raise ValueError(f"steps_per_block: expected 1 to {MOST_STEPS}, got {steps}")
-    if policy is not None and policy.renoise:
-        raise ValueError("policy: expected one that un-masks, got renoise, which has no mask token")
-    if math.isnan(threshold):
-        raise ValueError(f"confidence_threshold: expected a number, got {threshold}")
-    if not 0 <= mask < vocab_size:
-        raise ValueError(f"mask_token_id: expected a token of a vocabulary of {vocab_size}, got {mask}")
-    if trained is not None and block_size > trained:
-        warnings.warn(
-            f"block_size {block_size} is larger than the {trained} the model was trained with: sampling may collapse",
-            stacklevel=_frames_inside() + 1,
-        )
-    return Blocks(block_size, steps, mask, policy or RemaskPolicy.twotower(threshold=threshold))
-
-
 def _frames_inside() -> int:
     """How many of the innermost frames are this package's, this function's left out: a warning is for its caller."""
+    package = __name__.partition(".")[0]
     frame, count = sys._getframe(1), 0
-    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == package:
         frame, count = frame.f_back, count + 1
     return count

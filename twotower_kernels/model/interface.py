@@ -1,0 +1,41 @@
+"""What recording and generation ask of a model. `TwoTowerModel` has it; they need not know that class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from twotower_kernels.model.state import BlockRead, ContextState
+from twotower_kernels.options.arguments import Integers
+from twotower_kernels.options.config import TwoTowerConfig
+
+
+class Towers(Protocol):
+    """The two towers, and how a context travels from one to the other."""
+
+    config: TwoTowerConfig
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def denoiser_device(self) -> torch.device: ...
+
+    def prefill(self, input_ids: Integers, lengths: Integers | None = None) -> ContextState: ...
+
+    def denoise(self, block_ids: Integers, state: ContextState, t: Tensor | float | None = None) -> Tensor: ...
+
+    def commit(self, block_ids: Integers, state: ContextState, lengths: Integers | None = None) -> ContextState: ...
+
+    def commit_by(
+        self,
+        read: Callable[[Tensor, ContextState, Any], BlockRead],
+        block_ids: Integers,
+        state: ContextState,
+        lengths: Integers | None = None,
+    ) -> ContextState: ...
+
+    def read_block(self, block_ids: Tensor, state: ContextState, lengths: Tensor | None) -> BlockRead: ...

@@ -1,0 +1,45 @@
+"""What a generation tells: an event for everything that happens, and a result at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """What just happened to R rows of the request: one un-masking step, or one block finished.
+
+    In the autoregressive modes a block is one token and only finished blocks are reported. The finished blocks of a
+    row, one after the other, are its new tokens before the cut at `max_new_tokens` and after the first EOS.
+
+    What the host knows (rows, num_masked, nfe) is on the CPU, tokens are where the model draws them.
+    """
+
+    block: int  # index of the block (autoregressive modes: of the new token)
+    step: int  # index of the un-masking step inside the block; for a finished block, the steps it took at most
+    committed: bool  # the block is finished (otherwise: a step inside it)
+    rows: Tensor  # [R] int64, index of each row in the request
+    before: Tensor  # [R, S] int64, the tokens the model read (finished block: the same as after)
+    after: Tensor  # [R, S] int64
+    num_masked: Tensor  # [R] int64, masks left in `after`
+    nfe: Tensor  # [R] int64, model calls this row has cost so far
+    logprobs: Tensor | None = None  # [R, S] float32, where they were asked for: those of `after`, NaN for masks
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """The generated text of B prompts and what it cost."""
+
+    sequences: list[Tensor]  # per row, 1-D int64: prompt + new tokens, cut after the EOS, which is kept
+    new_tokens: list[Tensor]  # per row, 1-D int64: the new tokens alone
+    nfe: list[int]  # per row: denoiser calls while the row had masks (ar: context-tower predictions)
+    finish_reason: list[str]  # per row: "eos", "length", or "interrupted" if the stream was left before its end
+    seconds: float  # spent generating, prefill included; what an observer does with the events is not counted
+    logprobs: list[Tensor] | None = None  # per row, where they were asked for, 1-D float32: one per new token
+
+    @property
+    def tokens_per_nfe(self) -> float:
+        """New tokens per model call over the whole batch; 0 when nothing was generated."""
+        return sum(map(len, self.new_tokens)) / max(1, sum(self.nfe))
