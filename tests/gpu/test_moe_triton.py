@@ -13,6 +13,7 @@ from tests.gpu.triton_checks import DTYPES, triton_kernels
 from tests.kernels.kernel_checks import assert_op_within_budget
 from tests.kernels.test_moe_experts_kernel import PLAN, SHARED, SMALL
 from twotower_kernels.reference import moe
+from twotower_kernels.triton import launch
 from twotower_kernels.triton import moe as kernels
 
 
@@ -189,6 +190,40 @@ def test_released_tiles() -> None:
     def released(tokens: int, arch: int = 90) -> kernels.Tuning:
         return kernels.tuning(torch.bfloat16, 6 * tokens, 128, False, True, arch)
 
-    assert released(16) == kernels.Tuning(rows=64, tokens=16, depth=64, warps=4, stages=6)
+    assert released(16) == kernels.Tuning(rows=64, tokens=16, depth=128, warps=4, stages=3)
     assert released(16, 120) == kernels.Tuning(rows=64, tokens=16, depth=64, warps=4, stages=4)
     assert [released(tokens).tokens for tokens in (1, 340, 342, 1024, 2048, 8192)] == [16, 16, 32, 64, 128, 128]
+
+
+@pytest.mark.parametrize("stream", kernels.STREAMS)
+@pytest.mark.parametrize("tokens", [16, 32])
+def test_every_way_to_stream_weights(stream: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three stages and a part of one, along both inner dimensions, the shared expert's being longer."""
+    monkeypatch.setattr(kernels, "STREAM", stream)
+    sizes = dict(n=tokens, e=2, top_k=2, h=416, i=400, shared=480)
+    tile = kernels.tuning(torch.bfloat16, tokens * 2, 2, False, True, 90)
+    assert (tile.depth, tile.stages, tile.tokens) == (*kernels.STREAMS[stream], tokens)
+    close_to_reference(sizes, torch.bfloat16)
+
+
+def test_three_programs_of_narrow_tiles_fit_a_processor() -> None:
+    """227 KB of shared memory, of which every program takes 1 KB beside its own."""
+    tile = kernels.tuning(torch.bfloat16, 96, 128, False, True, 90)
+    stage = 2 * tile.depth * (tile.rows + tile.tokens)
+    assert 227 * 1024 // (tile.stages * stage + 1024) == 3
+
+
+def test_kernels_overlap_on_hopper_and_later_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, too, they do not: it has no kernel before."""
+    monkeypatch.setattr(launch, "PDL", True)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert kernels.overlaps(gpu, torch.bfloat16, 90) and kernels.overlaps(gpu, torch.float16, 120)
+    assert not kernels.overlaps(gpu, torch.bfloat16, 80) and not kernels.overlaps(cpu, torch.bfloat16, 90)
+    assert not kernels.overlaps(gpu, torch.float32, 90)
+    close_to_reference(dict(n=16, e=2, top_k=2, h=64, i=64, shared=64), torch.bfloat16)
+    monkeypatch.setattr(launch, "PDL", False)
+    assert not kernels.overlaps(gpu, torch.bfloat16, 90)
+    for arch, kinds in ((80, {False}), (90, {False, True}), (120, {False, True})):
+        builds = list(kernels.builds(arch))
+        for kernel in (kernels.up_kernel, kernels.down_kernel, kernels.combine_kernel):
+            assert {build.constants["PDL"] for build in builds if build.kernel is kernel} == kinds

@@ -43,8 +43,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower_kernels.triton import launch
 from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, machine, on_device_of, rows_contiguous
 
+AHEAD = tl.constexpr(512)  # numbers of each row of `down` that are asked for before `hidden` is there
 RELU2 = tl.constexpr(0)
 SILU = tl.constexpr(1)
 GELU = tl.constexpr(2)
@@ -52,17 +54,45 @@ ACTIVATIONS = {"relu2": RELU2.value, "silu_gated": SILU.value, "gelu_gated": GEL
 
 
 @triton.jit
-def _tile(offsets, index, experts, pairs, TOKENS: tl.constexpr, EXPERTS: tl.constexpr):
+def _tile(offsets, index, experts, pairs, TOKENS: tl.constexpr, EXPERTS: tl.constexpr, CACHE: tl.constexpr):
     """Expert, first and last + 1 pair of a tile, in the plan's order; no pair if there is no such tile."""
     e = tl.arange(0, EXPERTS)
-    begin = tl.load(offsets + e, mask=e < experts, other=0)
-    end = tl.load(offsets + 1 + e, mask=e < experts, other=0)
+    begin = tl.load(offsets + e, mask=e < experts, other=0, cache_modifier=CACHE)
+    end = tl.load(offsets + 1 + e, mask=e < experts, other=0, cache_modifier=CACHE)
     tiles = ((end - begin + TOKENS - 1) // TOKENS).to(tl.int32)
     expert = tl.sum((tl.cumsum(tiles) <= index).to(tl.int32))
     before = tl.sum(tl.where(e < expert, tiles, 0))
-    first = tl.load(offsets + expert, mask=expert < experts, other=0) + (index - before) * TOKENS
-    last = tl.load(offsets + expert + 1, mask=expert < experts, other=0)
+    first = tl.load(offsets + expert, mask=expert < experts, other=0, cache_modifier=CACHE)
+    first += (index - before) * TOKENS
+    last = tl.load(offsets + expert + 1, mask=expert < experts, other=0, cache_modifier=CACHE)
     return expert.to(tl.int64), tl.maximum(first, 0), tl.minimum(last, pairs)
+
+
+@triton.jit
+def _prefetch(matrix, first, rows, stride, size, ROWS: tl.constexpr):
+    """Asks for the first `size` numbers of ROWS rows from the L2, which nothing waits for. Addresses and sizes are
+    divisible by 16; a thread has half a row."""
+    half = tl.arange(0, 2 * ROWS)
+    row = tl.minimum(first + half // 2, rows - 1)
+    at = matrix + row * stride + (half % 2) * (size // 2)
+    bytes = size // 2 * (matrix.dtype.element_ty.primitive_bitwidth // 8)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; // $0",
+        "=r,l,r",
+        [at.to(tl.int64), bytes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _after_the_kernel_before():
+    """With programmatic dependent launch: waits until the kernel before has ended, and lets the next one begin. Writes
+    come after this, and reads of all that a kernel has just written: what a kernel reads sooner was written before the
+    kernel before it began to wait, in its turn."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -103,6 +133,7 @@ def up_kernel(
     DEPTH: tl.constexpr,
     WHOLE: tl.constexpr,  # DEPTH divides H
     EXPERTS: tl.constexpr,  # a power of two, at least E
+    PDL: tl.constexpr,  # programmatic dependent launch; numbers and addresses are divisible by 16
 ):
     T = x.dtype.element_ty
     lane = tl.arange(0, TOKENS)
@@ -110,6 +141,14 @@ def up_kernel(
     all_pairs = n * top_k
     program = tl.program_id(0)
     shared_programs = shared_tiles * tl.cdiv(j, ROWS)
+    if PDL:
+        # The shared expert's weights, whole, while the router is at work.
+        if program < tl.cdiv(j, ROWS):
+            long_row = tl.cast(shared_row, tl.int64)
+            _prefetch(shared_up, program * ROWS, j, long_row, h, ROWS)
+            if ACTIVATION != RELU2:
+                _prefetch(shared_up + j * long_row, program * ROWS, j, long_row, h, ROWS)
+        _after_the_kernel_before()
     if program < shared_programs:
         column = program % tl.cdiv(j, ROWS)
         first = (program // tl.cdiv(j, ROWS)).to(tl.int64) * TOKENS
@@ -123,7 +162,7 @@ def up_kernel(
     else:
         column = (program - shared_programs) % tl.cdiv(i, ROWS)
         index = (program - shared_programs) // tl.cdiv(i, ROWS)
-        expert, first, last = _tile(offsets, index, experts, all_pairs, TOKENS, EXPERTS)
+        expert, first, last = _tile(offsets, index, experts, all_pairs, TOKENS, EXPERTS, "")
         place = tl.minimum(first + lane, last - 1)
         token = tl.load(pairs + place, mask=place >= 0, other=0) // top_k
         token = tl.minimum(tl.maximum(token, 0), tokens - 1)
@@ -184,8 +223,10 @@ def down_kernel(
     DEPTH: tl.constexpr,
     WHOLE: tl.constexpr,  # DEPTH divides I and J
     EXPERTS: tl.constexpr,  # a power of two, at least E
+    PDL: tl.constexpr,  # programmatic dependent launch; numbers and addresses are divisible by 16
 ):
     T = hidden.dtype.element_ty
+    CACHE: tl.constexpr = ".cg" if PDL else ""  # this kernel may begin where an older plan is in the L1
     lane = tl.arange(0, TOKENS)
     n = tl.cast(tokens, tl.int64)  # not tokens.to: Triton makes an argument that is 1 a Python number
     all_pairs = n * top_k
@@ -202,14 +243,18 @@ def down_kernel(
         size = tl.cast(j, tl.int32)
         source = hidden + all_pairs * i
     else:
-        expert, first, last = _tile(offsets, index - shared_tiles, experts, all_pairs, TOKENS, EXPERTS)
+        expert, first, last = _tile(offsets, index - shared_tiles, experts, all_pairs, TOKENS, EXPERTS, CACHE)
         place = tl.minimum(first + lane, last - 1)
-        line = tl.load(pairs + place, mask=place >= 0, other=0)
+        line = tl.load(pairs + place, mask=place >= 0, other=0, cache_modifier=CACHE)
         line = tl.minimum(tl.maximum(line, 0), all_pairs - 1)
         w = down + expert * down_expert
         stride = tl.cast(down_row, tl.int64)
         size = tl.cast(i, tl.int32)
         source = hidden
+    if PDL:
+        if first < last:
+            _prefetch(w, column * ROWS, h, stride, tl.minimum(size, AHEAD), ROWS)
+        _after_the_kernel_before()
     if first >= last:
         return
     row = column * ROWS + tl.arange(0, ROWS)
@@ -243,13 +288,16 @@ def combine_kernel(
     SHARED: tl.constexpr,
     CHOICES: tl.constexpr,  # a power of two, at least k
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,  # programmatic dependent launch
 ):
     T = out.dtype.element_ty
+    CACHE: tl.constexpr = ".cg" if PDL else ""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < h
     choice = tl.arange(0, CHOICES)
-    expert = tl.load(chosen + token * chosen_token + choice, mask=choice < top_k, other=0).to(tl.int64)
+    expert = tl.load(chosen + token * chosen_token + choice, mask=choice < top_k, other=0, cache_modifier=CACHE)
+    expert = expert.to(tl.int64)
     known = (expert >= 0) & (expert < experts)
     # Ascending experts, and ascending choices of the same; an expert that does not exist comes last, as NaN.
     key = tl.where(known, expert, experts) * top_k + choice
@@ -257,6 +305,8 @@ def combine_kernel(
     none = tl.cast(experts, tl.int64) * top_k
     total = tl.zeros((BLOCK,), tl.float32)
     at = tl.full((), -1, tl.int64)
+    if PDL:
+        _after_the_kernel_before()
     for _ in range(top_k):
         at = tl.min(tl.where(key > at, key, 0x7FFFFFFFFFFFFFFF))
         place = at % top_k
@@ -280,6 +330,13 @@ class Tuning:
     stages: int
 
 
+NARROW = 32  # pairs of a tile at most, whose time is that of its weights
+# Depth and stages of narrow tiles on GPUs with 227 KB of shared memory. A stage is a run of 2 DEPTH bytes in each of 64
+# rows. `python -m bench.gpu_tuning` compares them; docs/gpu.md says why this one is taken until then.
+STREAMS = {"deep": (128, 3), "deeper": (128, 4), "shallow": (64, 6)}
+STREAM = "deep"
+
+
 def tuning(dtype: torch.dtype, pairs: int, experts: int, gated: bool, aligned: bool, arch: int) -> Tuning:
     """As many pairs to a tile as an expert has on average. Narrow tiles stream weights: small ones of many stages,
     of which three programs fit an SM. Wide ones multiply: large ones, whose factors are read less often. Factors that
@@ -290,8 +347,10 @@ def tuning(dtype: torch.dtype, pairs: int, experts: int, gated: bool, aligned: b
         return Tuning(64, min(tokens, 32), 16, 4, 3)
     if not aligned:
         return Tuning(64, min(tokens, 32), 16, 4, 2)
-    if tokens <= 32:
-        stages, stages_gated = {227: (6, 4), 163: (5, 4), 99: (4, 3)}[space]
+    if tokens <= NARROW:
+        if space == 227 and not gated:
+            return Tuning(64, tokens, STREAMS[STREAM][0], 4, STREAMS[STREAM][1])
+        stages, stages_gated = {227: (0, 4), 163: (5, 4), 99: (4, 3)}[space]
         return Tuning(64, tokens, 64, 4, stages_gated if gated else stages)
     return Tuning(64 if gated else 128, tokens, 64, 8 if tokens == 128 else 4, 3 if space == 99 else 4)
 
@@ -299,6 +358,12 @@ def tuning(dtype: torch.dtype, pairs: int, experts: int, gated: bool, aligned: b
 def _options(tile: Tuning) -> dict[str, int]:
     tiled = dict(ROWS=tile.rows, TOKENS=tile.tokens, DEPTH=tile.depth)
     return tiled | dict(num_warps=tile.warps, num_stages=tile.stages)
+
+
+def overlaps(device: torch.device, dtype: torch.dtype, arch: int) -> bool:
+    """Whether a kernel may begin before the one before it has ended: not in the interpreter. float32 lacks registers
+    for it, and tensor cores to be in a hurry."""
+    return launch.PDL and device.type == "cuda" and arch >= 90 and dtype != torch.float32
 
 
 def _most_tiles(pairs: int, experts: int, tokens: int) -> int:
@@ -351,6 +416,9 @@ def moe_experts(
     padded = triton.next_power_of_2(max(e, 1))
     up_programs = shared_tiles * triton.cdiv(j, up.rows) + most * triton.cdiv(i, up.rows)
     down_programs = (shared_tiles + most) * triton.cdiv(h, down.rows)
+    # Each of the three relies on what the one before waits for, so all of them or none.
+    narrow = aligned and up.tokens <= NARROW and up_programs > 0 and down_programs > 0
+    pdl = dict(PDL=True, launch_pdl=True) if narrow and overlaps(x.device, x.dtype, arch) else dict(PDL=False)
     with on_device_of(x):
         if up_programs:
             up_kernel[(up_programs,)](
@@ -359,7 +427,7 @@ def moe_experts(
                 ACTIVATION=ACTIVATIONS[activation],
                 WHOLE=h % up.depth == 0,
                 EXPERTS=padded,
-                **_options(up),
+                **_options(up) | pdl,
             )
         if down_programs:
             down_kernel[(down_programs,)](
@@ -367,7 +435,7 @@ def moe_experts(
                 *down_strides,
                 WHOLE=i % down.depth == 0 and j % down.depth == 0,
                 EXPERTS=padded,
-                **_options(down),
+                **_options(down) | pdl,
             )
         block = _block(h)
         combine_kernel[(n, triton.cdiv(h, block))](
@@ -375,6 +443,7 @@ def moe_experts(
             SHARED=shared,
             CHOICES=triton.next_power_of_2(max(k, 1)),
             BLOCK=block,
+            **pdl,
         )
     return out
 
@@ -419,14 +488,16 @@ def builds(arch: int) -> Iterator[Build]:
     for dtype in DTYPES:
         widths = (96, 4096) if dtype == torch.float32 else (96, 4096, 8192, 16384)
         for pairs, gated in itertools.product(widths, (False, True)):
-            kinds = [("aligned", True, 128)]  # numbers, WHOLE, EXPERTS
+            kinds = [("aligned", True, 128, False)]  # numbers, WHOLE, EXPERTS, PDL
             if dtype != torch.float16:  # which is bfloat16 but for an instruction
-                kinds += [("aligned", False, 128)] if pairs in (96, 16384) else []
-                kinds += [("any", False, 128)] if pairs in (96, 4096) else []
-                kinds += [("one", False, 1)] if pairs == 96 else []
-            for numbers, whole, experts in kinds:
+                kinds += [("aligned", False, 128, False)] if pairs in (96, 16384) else []
+                kinds += [("any", False, 128, False)] if pairs in (96, 4096) else []
+                kinds += [("one", False, 1, False)] if pairs == 96 else []
+            if dtype == torch.bfloat16 and pairs in (96, 4096) and arch >= 90:
+                kinds += [("aligned", whole, 128, True) for whole in (False, True)]
+            for numbers, whole, experts, pdl in kinds:
                 tile = tuning(dtype, pairs, 128, gated, numbers == "aligned", arch)
-                constants = {"WHOLE": whole, "EXPERTS": experts}
+                constants = {"WHOLE": whole, "EXPERTS": experts, "PDL": pdl}
                 if not gated:
                     yield _build(up_kernel, dtype, constants | {"ACTIVATION": RELU2.value}, tile, numbers)
                     yield _build(down_kernel, dtype, constants, tile, numbers)
@@ -434,6 +505,7 @@ def builds(arch: int) -> Iterator[Build]:
                 yield _build(up_kernel, dtype, constants | {"ACTIVATION": SILU.value}, tile, numbers)
                 if pairs == 96:
                     yield _build(up_kernel, dtype, constants | {"ACTIVATION": GELU.value}, tile, numbers)
-        for shared, h in itertools.product((False, True), (64, 2688)):
-            yield _build(combine_kernel, dtype, dict(SHARED=shared, CHOICES=8, BLOCK=_block(h)), None, "aligned")
-        yield _build(combine_kernel, dtype, dict(SHARED=True, CHOICES=1, BLOCK=1), None, "one")
+        for shared, h, pdl in itertools.product((False, True), (64, 2688), (False, True)[: 1 + (arch >= 90)]):
+            constants = dict(SHARED=shared, CHOICES=8, BLOCK=_block(h), PDL=pdl)
+            yield _build(combine_kernel, dtype, constants, None, "aligned")
+        yield _build(combine_kernel, dtype, dict(SHARED=True, CHOICES=1, BLOCK=1, PDL=False), None, "one")
