@@ -16,7 +16,7 @@ from tests.gpu.gpu_stand_in import gpu_stand_in
 from tests.gpu.test_capture import Recorder
 from tests.model.random_models import SIZES
 from twotower_kernels import TwoTowerConfig, cuda
-from twotower_kernels.bench import ceilings, command, gpu_clock, gpu_model, gpu_smoke
+from twotower_kernels.bench import ceilings, command, gpu_clock, gpu_model, gpu_smoke, gpu_tuning
 from twotower_kernels.bench.bench_remask import best_of
 from twotower_kernels.bench.timing import ORIGINAL, OURS
 
@@ -160,3 +160,17 @@ def test_a_model_is_cut_to_what_fits() -> None:
     assert gpu_model.RELEASED.startswith(half) and 20 < len(half) < 40
     with pytest.raises(SystemExit, match="no layer fits into 1 GB"):
         gpu_model.largest(10**9)
+
+
+def test_what_only_measurement_decides_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    launch, moe = gpu_tuning.kernels()
+    before = launch.PDL, moe.STREAM
+    with gpu_tuning.chosen("shallow", True):
+        assert (launch.PDL, moe.STREAM) == (True, "shallow")
+    with gpu_stand_in() as record:
+        gpu_tuning.main(["--shapes", "small", "--seconds", "0"])
+    lines = capsys.readouterr().out.splitlines()
+    named = {tuple(line.split(" us")[0].rsplit(maxsplit=1)[0].strip().split(", ")) for line in lines}
+    ways = {(stream, pdl) for stream in moe.STREAMS for pdl in ("PDL off", "PDL on")}
+    assert named == {(name, *way) for name in ("experts", "layer") for way in ways}
+    assert record.recordings == 2 * len(lines) and before == (launch.PDL, moe.STREAM)
