@@ -32,6 +32,12 @@ using Sums = Numbers<sums_of_tile>;  // token * tile + expert
 struct Matrix {
     const void* data;
     int64 type, row, column, rows;  // strides in elements
+
+    // Asks for a row of h numbers, if they lie side by side.
+    __device__ void prefetch_row(int64 index, int64 h) const {
+        const int64 size = type == type_float64 ? 8 : type == type_float32 ? 4 : 2;
+        if (column == 1 && index < rows) prefetch(static_cast<const char*>(data) + index * row * size, h * size);
+    }
 };
 
 // A tile's rows of a matrix. Behind the last row it is that row again, whose sums nobody stores.
@@ -124,6 +130,11 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     const int64 tiles = (e + tile - 1) / tile, token = blockIdx.x / tiles * tile, expert = blockIdx.x % tiles * tile;
     const Matrix tokens = {x, x_type, x_row, x_column, n};
     const Matrix experts = {weight, weight_type, weight_row, weight_column, e};
+    // So that a thread's second and third numbers come from the L2, without registers to wait in.
+    if (threadIdx.x < tile)
+        tokens.prefetch_row(token + threadIdx.x, h);
+    else if (threadIdx.x < 2 * tile)
+        experts.prefetch_row(expert + threadIdx.x - tile, h);
     const Sums sums = products(tokens, experts, token, expert, h);
     const double sum = warp_sum_of(sums);
     if (lane_id() < sums_of_tile) of_warps[warp_id() * sums_of_tile + lane_id()] = sum;

@@ -19,7 +19,7 @@
 // (0.1 each), the scan and two barriers (0.3). More tokens than 64 take moe_route_kernel and moe_plan.cu.
 //
 // Compiled for LOGIT float or double.
-#include "warp.h"
+#include "moe_gate.h"
 
 template <class W>
 struct KeyOf {
@@ -59,18 +59,63 @@ __device__ inline Scratch scratch_at(uint64* words, const Routing& a) {
     return {scores, keys, keys + a.e, reinterpret_cast<int*>(keys + a.e + a.n_group)};
 }
 
-__device__ inline void scores_of(LOGIT* scores, const Routing& a, int64 token) {
-    const int lane = lane_id();
+// What a lane waits for at a time: numbers of 4 experts, `lanes` apart.
+constexpr int each = 4;
+struct Numbers {
+    LOGIT of[each];
+};
+
+// Zeros behind the last of `count`.
+template <class T>
+__device__ inline Numbers numbers_at(const void* array, int64 stride, int first, int count) {
+    T stored[each];
+#pragma unroll
+    for (int j = 0; j < each; ++j) {
+        const int i = first + j * lanes;
+        stored[j] = i < count ? static_cast<const T*>(array)[i * stride] : T();
+    }
+    Numbers numbers;
+#pragma unroll
+    for (int j = 0; j < each; ++j) numbers.of[j] = LOGIT(widened(stored[j]));
+    return numbers;
+}
+
+__device__ inline Numbers biases_at(const Routing& a, int first) {
+    const int count = a.bias ? a.e : 0;
+    if (a.bias_type == type_float64) return numbers_at<double>(a.bias, a.bias_stride, first, count);
+    if (a.bias_type == type_float32) return numbers_at<float>(a.bias, a.bias_stride, first, count);
+    if (a.bias_type == type_bfloat16) return numbers_at<Bfloat16>(a.bias, a.bias_stride, first, count);
+    return numbers_at<Float16>(a.bias, a.bias_stride, first, count);
+}
+
+// A token's logits and biases, as `scores` and `keys`: those of 128 experts are on their way before the first is waited
+// for. Without a bias it is 0, which changes no score.
+__device__ inline void fetch(const Routing& a, int64 token, const Scratch& scratch) {
     const LOGIT* logits = a.logits + token * a.logits_row;
+#pragma unroll 1
+    for (int first = lane_id(); first < a.e; first += each * lanes) {
+        const Numbers scores = numbers_at<LOGIT>(logits, a.logits_column, first, a.e), biases = biases_at(a, first);
+#pragma unroll
+        for (int j = 0; j < each; ++j) {
+            const int i = first + j * lanes;
+            if (i >= a.e) break;
+            scratch.scores[i] = scores.of[j];
+            scratch.keys[i] = ordered(biases.of[j]);
+        }
+    }
+}
+
+// Of logits, in their place.
+__device__ inline void scores_of(LOGIT* scores, const Routing& a) {
+    const int lane = lane_id();
     if (!a.softmax) {
 #pragma unroll 4
-        for (int i = lane; i < a.e; i += lanes) scores[i] = 1 / (1 + exp(-logits[i * a.logits_column]));
+        for (int i = lane; i < a.e; i += lanes) scores[i] = 1 / (1 + exp(-scores[i]));
         return;
     }
     Key top = 0;
 #pragma unroll 1
     for (int i = lane; i < a.e; i += lanes) {
-        scores[i] = logits[i * a.logits_column];
         const Key key = ordered(scores[i]);
         if (key > top) top = key;
     }
@@ -135,12 +180,10 @@ __device__ inline void drop_groups(Key* keys, const Routing& a, Key* groups) {
 // One warp chooses for one token. What is in `scratch` may be overwritten after the warp's next barrier.
 __device__ inline void route(const Routing& a, int64 token, const Scratch& scratch) {
     const int lane = lane_id();
-    scores_of(scratch.scores, a, token);
+    fetch(a, token, scratch);
+    scores_of(scratch.scores, a);
 #pragma unroll 1
-    for (int i = lane; i < a.e; i += lanes) {
-        const LOGIT score = scratch.scores[i];
-        scratch.keys[i] = ordered(a.bias ? score + number_at<LOGIT>(a.bias, a.bias_type, i * a.bias_stride) : score);
-    }
+    for (int i = lane; i < a.e; i += lanes) scratch.keys[i] = ordered(scratch.scores[i] + number(scratch.keys[i]));
     if (a.n_group > 1) drop_groups(scratch.keys, a, scratch.groups);
     __syncwarp();
     LOGIT sum = 0;
@@ -182,6 +225,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     const Routing a = {logits,           logits_row, logits_column, bias,   bias_type,    bias_stride,  weights,
                        experts,          n,          int(e),        int(k), int(softmax), int(n_group), int(topk_group),
                        int(renormalize), scaling};
+    launch_dependents();  // the experts' first launch may ask for the shared expert's weights meanwhile
     const int warps = int(blockDim.x) / lanes;
     uint64* tokens = shared;                                       // [E], which tokens chose an expert
     unsigned* starts = reinterpret_cast<unsigned*>(shared + a.e);  // [E], where an expert's pairs start
@@ -206,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
 #pragma unroll 1
         for (int c = lane_id(); c < a.k; c += lanes) {
             const int64 pair = int64(token) * a.k + c;
-            const int expert = experts[pair];  // this thread wrote it
+            const int expert = n <= warps ? scratch.chosen[c] : experts[pair];  // this thread wrote both
             pairs[starts[expert] + __popcll(tokens[expert] & below)] = pair;
         }
     }
