@@ -56,7 +56,10 @@ def main(arguments: list[str] | None = None) -> None:
     weights = bench_moe.Weights("cuda", SMALL if options.shapes == "small" else RELEASED)
     case = bench_moe.experts(weights, 16)
     gate_weight = torch.randn(case.sizes["experts"], case.sizes["hidden"], device="cuda")
-    programs: dict[str, Callable[[], Any]] = {"experts": case.programs[OURS], "layer": partial(layer, case, gate_weight)}
+    programs: dict[str, Callable[[], Any]] = {
+        "experts": case.programs[OURS],
+        "layer": partial(layer, case, gate_weight),
+    }
     expected = {name: program() for name, program in programs.items()}
     candidates: dict[str, Callable[[], Any]] = {}
     _, moe = kernels()

@@ -14,10 +14,8 @@
 // other waits. 512 threads would wait twice instead of three times for 2688 numbers, but be alone; 6 numbers at a time
 // instead of 4 spill on two architectures.
 //
-// Predicted, not measured: 16 tokens in bfloat16, 128 experts in float32 and H 2688 on an H200 take 6 us with the
-// launch. Less than half of that is the launch; then three waits for memory (0.7 us each, since between two calls of a
-// layer the experts' weights sweep the L2), 2016 cycles of arithmetic (1.1 us), in part meanwhile, and the sums (0.2
-// us). Many tokens are moe_gate_tiled.cu's: here 512 of them take 40 us, and 4096 would take 320.
+// Between two calls of a layer the experts' weights sweep the L2: so a block asks for all its rows at once, and waits
+// for memory once. Many tokens are moe_gate_tiled.cu's. Predictions: docs/gpu.md.
 #include "moe_gate.h"
 
 constexpr int tile = 4;  // tokens, and experts, of a block: TILE in twotower_kernels/cuda_moe.py

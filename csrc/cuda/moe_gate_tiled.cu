@@ -17,15 +17,8 @@
 // so that one computes while the other waits. Tiles of 64 by 64 would copy half as much, and leave half of the places
 // on an H200 empty at 4096 tokens.
 //
-// Predicted, not measured, for bfloat16 tokens, experts in float32, 128 of them and H 2688 on an H200: 132 processors
-// of 64 products per cycle at 1.8 GHz. For its part of a stage a warp issues 490 instructions (counted in the code for
-// sm_90a): 256 products, 48 loads from shared memory, 16 copies with 9 each, and the loop. The products keep their unit
-// busy for 512 cycles per stage and block; shared memory is busy for 4 (48 * 2 + 16 * 2 + 16) = 576, which is the
-// bound, and the unit that widens for 128. 4096 tokens are four blocks for each processor: 108 us at that bound, 120
-// expected, since a stage also waits; the products alone would take 93. 65536 tokens take 1.9 ms. 512 are 64 blocks
-// that are alone on their processors and are not relieved while they wait: 36 us, and the same for 1024.
-//
-// What is left: tensor cores multiply doubles at twice the rate, and would read a third from shared memory.
+// Shared memory is what bounds it (docs/gpu.md). What is left: tensor cores multiply doubles at twice the rate, and would
+// read a third from shared memory.
 //
 // Compiled for X_TYPE and WEIGHT_TYPE: double, float, Bfloat16 or Float16.
 #include "moe_gate.h"

@@ -8,12 +8,7 @@
 // have of it, plus what the warp itself has met: stable without any order among threads. Within 32 pairs,
 // `__match_any_sync` finds those of the same expert. No block waits for another: each of several adds up the counts
 // of all, which are 48 KB for 96 blocks and 128 experts, instead of leaving that to a third launch between two.
-//
-// Predicted, not measured, on an H200. A warp's visit to 32 pairs takes 0.2 us, most of it a wait for the L2, and the
-// other warps wait at the same time. One block: 3 us up to 64 tokens of 6 experts, nearly all of it the launch, and 6
-// us at 1365, two visits each to 8 times 32 pairs. Several blocks, 4 to 8 times 32 pairs and three visits each: 8 us
-// with both launches up to 65536 tokens, 1.5 of them for adding up counts; the 6 MB that are read and written take
-// less. One block would take 150 us there.
+// One block would take long for many tokens (docs/gpu.md).
 //
 // A pair whose expert is outside [0, E) is left out: a GPU cannot raise, and stopping the kernel would take the whole
 // process's GPU away. What stands in `pairs` beyond the last offset is then undefined.

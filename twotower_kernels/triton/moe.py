@@ -16,19 +16,13 @@ product they are twice as long as the others, and would be its tail.
 Weights are the left factor, [rows, K], so that the 64 rows an instruction of Hopper's tensor cores wants are rows of
 weights, and a tile of pairs may be as narrow as 16: an expert with one token costs no more than its weights. Both
 factors are contiguous along K, which the tensor cores read from shared memory as they are. 64 divides 1856, 2688 and
-3712: at the released sizes the narrow tiles leave no remainder along rows or K. Columns of programs vary fastest over
-the grid: with many tokens, the programs at work share few experts, whose weights (10 MB per product) stay in the L2
-for the next tile of tokens.
-
-Predicted for an H200 (4.3 TB/s, 132 SMs), bfloat16, E 128, k 6, H 2688, I 1856, J 3712; nothing is measured yet.
-N = 16: 69 experts of 20.0 MB and the shared one of 39.9 MB are 1.42 GB, 330 us at full speed; with three launches and
-two tails 345 to 365 us. A stage is 8 KB of weights; of 6 stages 4 are in flight, in each of three programs per SM: 96
-KB, where bandwidth times latency (some 0.8 us) asks for 26. The launches have 2059 and 2940 tiles for 396 places.
-N = 8192: 1.31 TFLOP, 2.8 ms at 60 % of 790 TFLOP/s. Scratch is N k (H + I) + N (H + J) numbers.
+3712: at the released sizes the narrow tiles leave no remainder along rows. Columns of programs vary fastest over the
+grid: with many tokens, the programs at work share few experts, whose weights (10 MB per product) stay in the L2 for the
+next tile of tokens. Scratch is N k (H + I) + N (H + J) numbers.
 
 Decided on paper: no list of tiles from a launch of its own (about 2 us, where the search costs a program some 0.3 us
-while its neighbours read); no splitting of K (partial sums to write and add, for a tail of a few us). To be tried on
-the machine: starting the second launch before the first has ended, and TMA for the weights.
+while its neighbours read); no splitting of K (partial sums to write and add, for a tail of a few us); no TMA. What is
+predicted, and what the compiled code says: docs/gpu.md.
 """
 
 from __future__ import annotations
