@@ -1,7 +1,8 @@
 """Which way is fastest? `python -m bench.gpu_tuning`, on a GPU: what only measurement can decide, side by side.
 
-The experts of 16 tokens at the released sizes, alone and behind their router, with every entry of `triton.moe.STREAMS`,
-without and with programmatic dependent launch (`triton.launch.PDL`). What is fastest belongs into those constants.
+The experts of 16 tokens at the released sizes, alone and behind their router, with every entry of
+`triton.moe_tuning.STREAMS`, without and with programmatic dependent launch (`triton.launch.PDL`). What is fastest
+belongs into those constants.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from twotower_kernels.ops.moe import moe_router
 
 
 def kernels() -> tuple[ModuleType, ModuleType]:
-    """triton.launch and triton.moe, whose constants are tried; they need Triton."""
-    from twotower_kernels.triton import launch, moe
+    """triton.launch and triton.moe_tuning, whose constants are tried; they need Triton."""
+    from twotower_kernels.triton import launch, moe_tuning
 
-    return launch, moe
+    return launch, moe_tuning
 
 
 @contextmanager
 def chosen(stream: str, pdl: bool) -> Iterator[None]:
     """Inside, kernels are launched so."""
-    launch, moe = kernels()
-    with mock.patch.object(launch, "PDL", pdl), mock.patch.object(moe, "STREAM", stream):
+    launch, tuning = kernels()
+    with mock.patch.object(launch, "PDL", pdl), mock.patch.object(tuning, "STREAM", stream):
         yield
 
 
@@ -62,8 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
     }
     expected = {name: program() for name, program in programs.items()}
     candidates: dict[str, Callable[[], Any]] = {}
-    _, moe = kernels()
-    for (name, program), stream, pdl in itertools.product(programs.items(), moe.STREAMS, (False, True)):
+    _, tuning = kernels()
+    for (name, program), stream, pdl in itertools.product(programs.items(), tuning.STREAMS, (False, True)):
 
         def call(program: Callable[[], Any] = program, stream: str = stream, pdl: bool = pdl) -> Any:
             with chosen(stream, pdl):

@@ -163,14 +163,14 @@ def test_a_model_is_cut_to_what_fits() -> None:
 
 
 def test_what_only_measurement_decides_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
-    launch, moe = gpu_tuning.kernels()
-    before = launch.PDL, moe.STREAM
+    launch, tuning = gpu_tuning.kernels()
+    before = launch.PDL, tuning.STREAM
     with gpu_tuning.chosen("shallow", True):
-        assert (launch.PDL, moe.STREAM) == (True, "shallow")
+        assert (launch.PDL, tuning.STREAM) == (True, "shallow")
     with gpu_stand_in() as record:
         gpu_tuning.main(["--shapes", "small", "--seconds", "0"])
     lines = capsys.readouterr().out.splitlines()
     named = {tuple(line.split(" us")[0].rsplit(maxsplit=1)[0].strip().split(", ")) for line in lines}
-    ways = {(stream, pdl) for stream in moe.STREAMS for pdl in ("PDL off", "PDL on")}
+    ways = {(stream, pdl) for stream in tuning.STREAMS for pdl in ("PDL off", "PDL on")}
     assert named == {(name, *way) for name in ("experts", "layer") for way in ways}
-    assert record.recordings == 2 * len(lines) and before == (launch.PDL, moe.STREAM)
+    assert record.recordings == 2 * len(lines) and before == (launch.PDL, tuning.STREAM)

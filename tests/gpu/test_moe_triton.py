@@ -13,7 +13,7 @@ from tests.gpu.triton_checks import DTYPES, triton_kernels
 from tests.kernels.kernel_checks import assert_op_within_budget
 from tests.kernels.test_moe_experts_kernel import PLAN, SHARED, SMALL
 from twotower_kernels.reference import moe
-from twotower_kernels.triton import launch
+from twotower_kernels.triton import launch, moe_tuning
 from twotower_kernels.triton import moe as kernels
 
 
@@ -195,14 +195,14 @@ def test_released_tiles() -> None:
     assert [released(tokens).tokens for tokens in (1, 340, 342, 1024, 2048, 8192)] == [16, 16, 32, 64, 128, 128]
 
 
-@pytest.mark.parametrize("stream", kernels.STREAMS)
+@pytest.mark.parametrize("stream", moe_tuning.STREAMS)
 @pytest.mark.parametrize("tokens", [16, 32])
 def test_every_way_to_stream_weights(stream: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three stages and a part of one, along both inner dimensions, the shared expert's being longer."""
-    monkeypatch.setattr(kernels, "STREAM", stream)
+    monkeypatch.setattr(moe_tuning, "STREAM", stream)
     sizes = dict(n=tokens, e=2, top_k=2, h=416, i=400, shared=480)
     tile = kernels.tuning(torch.bfloat16, tokens * 2, 2, False, True, 90)
-    assert (tile.depth, tile.stages, tile.tokens) == (*kernels.STREAMS[stream], tokens)
+    assert (tile.depth, tile.stages, tile.tokens) == (*moe_tuning.STREAMS[stream], tokens)
     close_to_reference(sizes, torch.bfloat16)
 
 

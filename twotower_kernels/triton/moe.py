@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,8 +36,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower_kernels.triton import launch
 from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, machine, on_device_of, rows_contiguous
+from twotower_kernels.triton.moe_tuning import NARROW, Tuning, overlaps, tuning
 
 AHEAD = tl.constexpr(512)  # numbers of each row of `down` that are asked for before `hidden` is there
 RELU2 = tl.constexpr(0)
@@ -313,51 +312,9 @@ def combine_kernel(
     tl.store(out + token * h + column, total.to(T), mask=inside)
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """A program's tile: `rows` of weights by `tokens` pairs of one expert, `depth` of K at a time, `stages` of it."""
-
-    rows: int
-    tokens: int
-    depth: int
-    warps: int
-    stages: int
-
-
-NARROW = 32  # pairs of a tile at most, whose time is that of its weights
-# Depth and stages of narrow tiles on GPUs with 227 KB of shared memory. A stage is a run of 2 DEPTH bytes in each of 64
-# rows. `python -m bench.gpu_tuning` compares them; docs/gpu.md says why this one is taken until then.
-STREAMS = {"deep": (128, 3), "deeper": (128, 4), "shallow": (64, 6)}
-STREAM = "deep"
-
-
-def tuning(dtype: torch.dtype, pairs: int, experts: int, gated: bool, aligned: bool, arch: int) -> Tuning:
-    """As many pairs to a tile as an expert has on average. Narrow tiles stream weights: small ones of many stages,
-    of which three programs fit an SM. Wide ones multiply: large ones, whose factors are read less often. Factors that
-    are not aligned to 16 numbers go through registers, one number at a time: small tiles, so that they fit."""
-    tokens = min(max(triton.next_power_of_2(triton.cdiv(pairs, max(experts, 1))), 16), 128)
-    space = 227 if 90 <= arch < 120 else 163 if arch == 80 else 99  # KB of shared memory
-    if dtype == torch.float32:  # without tensor cores: a tile's factors have to fit the registers
-        return Tuning(64, min(tokens, 32), 16, 4, 3)
-    if not aligned:
-        return Tuning(64, min(tokens, 32), 16, 4, 2)
-    if tokens <= NARROW:
-        if space == 227 and not gated:
-            return Tuning(64, tokens, STREAMS[STREAM][0], 4, STREAMS[STREAM][1])
-        stages, stages_gated = {227: (0, 4), 163: (5, 4), 99: (4, 3)}[space]
-        return Tuning(64, tokens, 64, 4, stages_gated if gated else stages)
-    return Tuning(64 if gated else 128, tokens, 64, 8 if tokens == 128 else 4, 3 if space == 99 else 4)
-
-
 def _options(tile: Tuning) -> dict[str, int]:
     tiled = dict(ROWS=tile.rows, TOKENS=tile.tokens, DEPTH=tile.depth)
     return tiled | dict(num_warps=tile.warps, num_stages=tile.stages)
-
-
-def overlaps(device: torch.device, dtype: torch.dtype, arch: int) -> bool:
-    """Whether a kernel may begin before the one before it has ended: not in the interpreter. float32 lacks registers
-    for it, and tensor cores to be in a hurry."""
-    return launch.PDL and device.type == "cuda" and arch >= 90 and dtype != torch.float32
 
 
 def _most_tiles(pairs: int, experts: int, tokens: int) -> int:
