@@ -72,14 +72,14 @@ __device__ inline Sums products(const Rows<X>& x, const Rows<W>& weight, int64 h
         }
 #pragma unroll
         for (int d = 0; d < depth; ++d) {
-            double wide[tile];
+            double weights_as_double[tile];
 #pragma unroll
-            for (int r = 0; r < tile; ++r) wide[r] = widened(ws[d][r]);
+            for (int r = 0; r < tile; ++r) weights_as_double[r] = widened(ws[d][r]);
 #pragma unroll
             for (int t = 0; t < tile; ++t) {
                 const double mine = widened(xs[d][t]);
 #pragma unroll
-                for (int r = 0; r < tile; ++r) sums.of[t * tile + r] += mine * wide[r];
+                for (int r = 0; r < tile; ++r) sums.of[t * tile + r] += mine * weights_as_double[r];
             }
         }
     }
@@ -123,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     moe_gate_kernel(const void* x, int64 x_type, int64 x_row, int64 x_column, const void* weight, int64 weight_type,
                     int64 weight_row, int64 weight_column, double* logits, int64 n, int64 e, int64 h) {
     SHARED_MEMORY(shared);
-    double* of_warps = reinterpret_cast<double*>(shared);  // [warps, 16]
+    double* warp_sums = reinterpret_cast<double*>(shared);  // [warps, 16]
     // Experts vary fastest: blocks that run together share tokens in the L2.
     const int64 tiles = (e + tile - 1) / tile, token = blockIdx.x / tiles * tile, expert = blockIdx.x % tiles * tile;
     const Matrix tokens = {x, x_type, x_row, x_column, n};
@@ -135,11 +135,11 @@ extern "C" __global__ void __launch_bounds__(256, 2)
         experts.prefetch_row(expert + threadIdx.x - tile, h);
     const Sums sums = products(tokens, experts, token, expert, h);
     const double sum = warp_sum_of(sums);
-    if (lane_id() < sums_of_tile) of_warps[warp_id() * sums_of_tile + lane_id()] = sum;
+    if (lane_id() < sums_of_tile) warp_sums[warp_id() * sums_of_tile + lane_id()] = sum;
     __syncthreads();
-    const int place = threadIdx.x;
-    if (place >= sums_of_tile || token + place / tile >= n || expert + place % tile >= e) return;
+    const int sum_index = threadIdx.x;
+    if (sum_index >= sums_of_tile || token + sum_index / tile >= n || expert + sum_index % tile >= e) return;
     double total = 0;
-    for (int w = 0; w < int(blockDim.x) / lanes; ++w) total += of_warps[w * sums_of_tile + place];
-    logits[(token + place / tile) * e + expert + place % tile] = total;
+    for (int w = 0; w < int(blockDim.x) / lanes; ++w) total += warp_sums[w * sums_of_tile + sum_index];
+    logits[(token + sum_index / tile) * e + expert + sum_index % tile] = total;
 }

@@ -14,8 +14,8 @@
 //
 // A stage is put into one of two buffers while the other is read, and the numbers of the one after it are on their way
 // to registers meanwhile: one barrier per stage. Two blocks fit on a processor (128 threads of at most 255 registers),
-// so that one computes while the other waits. Tiles of 64 by 64 would copy half as much, and leave half of the places
-// on an H200 empty at 4096 tokens.
+// so that one computes while the other waits. Tiles of 64 by 64 would copy half as much, and leave half of an
+// H200 idle at 4096 tokens.
 //
 // Shared memory is what bounds it (docs/gpu.md). What is left: tensor cores multiply doubles at twice the rate, and
 // would read a third from shared memory.
@@ -43,7 +43,7 @@ struct Sums {
     double of[own_tokens][own_experts];
 };
 
-// The place of a lane: bits 1 and 3 of its number, and bits 0, 2 and 4.
+// Where a lane's tile is: bits 1 and 3 of its number, and bits 0, 2 and 4.
 __device__ inline int own_token() {
     const int lane = lane_id();
     return (lane >> 1 & 1) | (lane >> 2 & 2);
@@ -164,20 +164,20 @@ extern "C" __global__ void __launch_bounds__(128, 2)
     __syncthreads();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        double* of_warps = buffers.next();  // [warps, 16 tokens, pitch]
+        double* warp_totals = buffers.next();  // [warps, 16 tokens, pitch]
 #pragma unroll
         for (int t = 0; t < own_tokens / 2; ++t) {
             const int row = warp_id() * gathered + t * token_step + own_token();
 #pragma unroll
             for (int i = 0; i < own_experts; ++i)
-                of_warps[row * pitch + i * expert_step + own_expert()] = totals.of[half * own_tokens / 2 + t][i];
+                warp_totals[row * pitch + i * expert_step + own_expert()] = totals.of[half * own_tokens / 2 + t][i];
         }
         __syncthreads();
 #pragma unroll 1
         for (int t = warp_id(); t < gathered; t += warps) {
             double sum = 0;
 #pragma unroll
-            for (int w = 0; w < warps; ++w) sum += of_warps[(w * gathered + t) * pitch + lane_id()];
+            for (int w = 0; w < warps; ++w) sum += warp_totals[(w * gathered + t) * pitch + lane_id()];
             const int64 row = token + half * gathered + t, column = expert + lane_id();
             if (row < n && column < e) logits[row * e + column] = sum;
         }
