@@ -12,38 +12,38 @@ from twotower_kernels.triton import launch
 
 @dataclass(frozen=True)
 class Tuning:
-    """A program's tile: `rows` of weights by `tokens` pairs of one expert, `depth` of K at a time, `stages` of it."""
+    """A program's tile: `block_m` rows of weights by `block_n` pairs of one expert, `block_k` of K in a stage."""
 
-    rows: int
-    tokens: int
-    depth: int
-    warps: int
-    stages: int
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
 
 
 NARROW = 32  # pairs of a tile at most, whose time is that of its weights
-# Depth and stages of narrow tiles on GPUs with 227 KB of shared memory. A stage is a run of 2 DEPTH bytes in each of 64
-# rows. `python -m bench.gpu_tuning` compares them; docs/gpu.md says why this one is taken until then.
+# block_k and num_stages of narrow tiles on GPUs with 227 KB of shared memory. A stage is a run of 2 block_k bytes in
+# each of 64 rows. `python -m bench.gpu_tuning` compares them; docs/gpu.md says why this one is taken until then.
 STREAMS = {"deep": (128, 3), "deeper": (128, 4), "shallow": (64, 6)}
 STREAM = "deep"
 
 
-def tuning(dtype: torch.dtype, pairs: int, experts: int, gated: bool, aligned: bool, arch: int) -> Tuning:
+def tuning(dtype: torch.dtype, num_pairs: int, num_experts: int, gated: bool, aligned: bool, arch: int) -> Tuning:
     """As many pairs to a tile as an expert has on average. Narrow tiles stream weights: small ones of many stages,
     of which three programs fit an SM. Wide ones multiply: large ones, whose factors are read less often. Factors that
     are not aligned to 16 numbers go through registers, one number at a time: small tiles, so that they fit."""
-    tokens = min(max(triton.next_power_of_2(triton.cdiv(pairs, max(experts, 1))), 16), 128)
+    block_n = min(max(triton.next_power_of_2(triton.cdiv(num_pairs, max(num_experts, 1))), 16), 128)
     space = 227 if 90 <= arch < 120 else 163 if arch == 80 else 99  # KB of shared memory
     if dtype == torch.float32:  # without tensor cores: a tile's factors have to fit the registers
-        return Tuning(64, min(tokens, 32), 16, 4, 3)
+        return Tuning(64, min(block_n, 32), 16, 4, 3)
     if not aligned:
-        return Tuning(64, min(tokens, 32), 16, 4, 2)
-    if tokens <= NARROW:
+        return Tuning(64, min(block_n, 32), 16, 4, 2)
+    if block_n <= NARROW:
         if space == 227 and not gated:
-            return Tuning(64, tokens, STREAMS[STREAM][0], 4, STREAMS[STREAM][1])
-        stages, stages_gated = {227: (0, 4), 163: (5, 4), 99: (4, 3)}[space]
-        return Tuning(64, tokens, 64, 4, stages_gated if gated else stages)
-    return Tuning(64 if gated else 128, tokens, 64, 8 if tokens == 128 else 4, 3 if space == 99 else 4)
+            return Tuning(64, block_n, STREAMS[STREAM][0], 4, STREAMS[STREAM][1])
+        stages = {227: 4, 163: 4, 99: 3} if gated else {163: 5, 99: 4}
+        return Tuning(64, block_n, 64, 4, stages[space])
+    return Tuning(64 if gated else 128, block_n, 64, 8 if block_n == 128 else 4, 3 if space == 99 else 4)
 
 
 def overlaps(device: torch.device, dtype: torch.dtype, arch: int) -> bool:
