@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from twotower_kernels import cuda
 from twotower_kernels.cuda import Kernel
-from twotower_kernels.ops.moe import Choice, empty_choice, empty_logits, empty_plan
+from twotower_kernels.ops.moe import empty_choice, empty_logits, empty_plan
 
 TILE = 4  # tokens, and experts, of a block of moe_gate
 LARGE_TILE = 32  # of a block of moe_gate_tiled
@@ -98,6 +98,17 @@ def moe_router(x: Tensor, gate_weight: Tensor, *arguments: Any) -> tuple[Tensor,
     return moe_route_plan(moe_gate(x, gate_weight), *arguments)
 
 
+class _Options(NamedTuple):
+    """Of `moe_route`, in the order of its schema."""
+
+    top_k: int
+    softmax: bool
+    n_group: int
+    topk_group: int
+    renormalize: bool
+    scaling: float
+
+
 class _Routing:
     """The results of a choice, and how to launch it."""
 
@@ -105,21 +116,21 @@ class _Routing:
         e = logits.shape[1]
         if e > MOST_EXPERTS:
             raise NotImplementedError(f"moe_route on cuda: expected at most {MOST_EXPERTS} experts, got {e}")
-        self.logits, self.bias, self.choice = logits, bias, Choice(*options)
-        self.weights, self.experts = empty_choice(logits, self.choice.top_k)
+        self.logits, self.bias, self.options = logits, bias, _Options(*options)
+        self.weights, self.experts = empty_choice(logits, self.options.top_k)
 
     def arguments(self) -> list[cuda.Argument]:
         """Of both kernels, as `Routing` in moe_route.cu takes them."""
-        logits, bias, choice = self.logits, self.bias, self.choice
+        logits, bias, options = self.logits, self.bias, self.options
         bias_layout = (0, 0) if bias is None else (cuda.DTYPES.index(bias.dtype), bias.stride(0))
         tensors = (logits, *logits.stride(), bias, *bias_layout, self.weights, self.experts)
-        numbers = (*choice[:-1], float(choice.scaling))
+        numbers = (*options[:-1], float(options.scaling))
         return [*tensors, *logits.shape, *numbers]
 
     def launch(self, plan: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
-        (n, e), choice = self.logits.shape, self.choice
+        (n, e), options = self.logits.shape, self.options
         # A warp's scratch: scores, keys, groups, chosen experts; rounded up to whole words.
-        scratch = (2 * e + choice.n_group) * self.logits.element_size() + 4 * choice.top_k
+        scratch = (2 * e + options.n_group) * self.logits.element_size() + 4 * options.top_k
         scratch = -(-scratch // 8) * 8
         common = 0 if plan is None else 8 * (e + (e + 1) // 2)  # masks and starts
         wanted = 4 if plan is None else 16

@@ -179,17 +179,6 @@ def moe_experts(
     )
 
 
-class Choice(NamedTuple):
-    """The options of `moe_route` as the operators take them."""
-
-    top_k: int
-    softmax: bool
-    n_group: int
-    topk_group: int
-    renormalize: bool
-    scaling: float
-
-
 def _choice(
     top_k: int,
     score: str = "sigmoid",
@@ -197,28 +186,13 @@ def _choice(
     topk_group: int = 1,
     renormalize: bool = True,
     scaling: float = 1.0,
-) -> Choice:
+) -> tuple[int, bool, int, int, bool, float]:
+    """The options of `moe_route` as the operators take them."""
     if score not in SCORES:
         raise ValueError(f"score: expected one of {SCORES}, got {score!r}")
     top_k, n_group = whole("top_k", top_k), whole("n_group", n_group)
     topk_group, scaling = whole("topk_group", topk_group), real("scaling", scaling)
-    return Choice(top_k, score == "softmax", n_group, topk_group, renormalize, scaling)
-
-
-class Mixture(NamedTuple):
-    """The arguments of the operator `moe_experts`: those of the function, a plan as its three tensors."""
-
-    x: Tensor
-    w_up: Tensor
-    w_down: Tensor
-    weights: Tensor
-    experts: Tensor
-    counts: Tensor | None
-    offsets: Tensor | None
-    pairs: Tensor | None
-    shared_up: Tensor | None
-    shared_down: Tensor | None
-    activation: str
+    return top_k, score == "softmax", n_group, topk_group, renormalize, scaling
 
 
 # --- what the operators accept ---------------------------------------------------------------------------------------
@@ -302,7 +276,8 @@ def _check_plan(counts: Tensor | None, offsets: Tensor | None, pairs: Tensor | N
 
 
 def _check_mixture(*arguments: Any) -> None:
-    x, w_up, w_down, weights, experts, counts, offsets, pairs, shared_up, shared_down, activation = Mixture(*arguments)
+    """Arguments in the order of the schema, here and in the kernels."""
+    x, w_up, w_down, weights, experts, counts, offsets, pairs, shared_up, shared_down, activation = arguments
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
     if x.ndim != 2:
@@ -379,7 +354,7 @@ def _empty_router(
 
 
 def _experts(*arguments: Any) -> Tensor:
-    x, w_up, w_down, weights, experts, counts, offsets, pairs, shared_up, shared_down, activation = Mixture(*arguments)
+    x, w_up, w_down, weights, experts, counts, offsets, pairs, shared_up, shared_down, activation = arguments
     if counts is None or offsets is None or pairs is None:
         counts, offsets, pairs = _plan(experts, w_up.shape[0])
     elif not cpu.call("moe_plan_holds", experts, counts, offsets, pairs):

@@ -37,7 +37,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower_kernels.ops.moe import Mixture
 from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, machine, on_device_of, rows_contiguous
 from twotower_kernels.triton.moe_tuning import NARROW, Tuning, overlaps, tuning
 
@@ -334,10 +333,21 @@ def _most_tiles(num_pairs: int, num_experts: int, block_n: int) -> int:
     return (num_pairs + min(num_pairs, num_experts) * (block_n - 1)) // block_n
 
 
-def moe_experts(*arguments: Any) -> Tensor:
+def moe_experts(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    counts: Tensor | None,
+    offsets: Tensor | None,
+    pairs: Tensor | None,
+    shared_up: Tensor | None,
+    shared_down: Tensor | None,
+    activation: str,
+) -> Tensor:
     """A given plan cannot be compared with the experts without waiting for the device: tokens whose experts it leaves
     out, or that are outside [0, E), become NaN."""
-    x, w_up, w_down, weights, experts, _, offsets, pairs, shared_up, shared_down, activation = Mixture(*arguments)
     check_dtype("moe_experts", x=x)
     if offsets is None or pairs is None:
         _, offsets, pairs = torch.ops.twotower.moe_plan.default(experts, w_up.shape[0])
