@@ -15,7 +15,7 @@ from unittest import mock
 
 # Programmatic dependent launch, read at every launch. How the experts' weights are streamed: a name in a table.
 LAUNCHERS = ("triton.launch", "cuda.build")
-STREAMED = "triton.moe"
+STREAMED = "triton.moe_tuning"
 
 
 @dataclass(frozen=True)

@@ -58,15 +58,15 @@ bool before(W a, W b) {
     return a > b || (a != a && b == b);
 }
 
-// The `some` largest of n values, their places in descending order of value, equals in ascending order of place.
+// The `some` largest of n values, their indices in descending order of value, equals in ascending order of index.
 template <class W>
-void largest(const W* values, int64_t n, int64_t some, int64_t* places) {
+void largest(const W* values, int64_t n, int64_t some, int64_t* indices) {
     int64_t found = 0;
     for (int64_t i = 0; i < n; ++i) {
-        if (found == some && !before(values[i], values[places[found - 1]])) continue;
+        if (found == some && !before(values[i], values[indices[found - 1]])) continue;
         int64_t at = found < some ? found++ : found - 1;
-        for (; at > 0 && before(values[i], values[places[at - 1]]); --at) places[at] = places[at - 1];
-        places[at] = i;
+        for (; at > 0 && before(values[i], values[indices[at - 1]]); --at) indices[at] = indices[at - 1];
+        indices[at] = i;
     }
 }
 
@@ -100,7 +100,7 @@ void scores_of(W* scores, int64_t e, bool softmax) {
 
 // Every choice outside the topk_group groups with the largest sums of their two best choices becomes 0.
 template <class W>
-void drop_groups(const MoeRoute& a, W* choice, int64_t e, W* sums, int64_t* places) {
+void drop_groups(const MoeRoute& a, W* choice, int64_t e, W* sums, int64_t* indices) {
     const int64_t size = e / a.n_group;
     for (int64_t g = 0; g < a.n_group; ++g) {
         const W* group = choice + g * size;
@@ -108,11 +108,11 @@ void drop_groups(const MoeRoute& a, W* choice, int64_t e, W* sums, int64_t* plac
         largest(group, size, smaller<int64_t>(2, size), best);
         sums[g] = size > 1 ? group[best[0]] + group[best[1]] : group[best[0]];
     }
-    largest(sums, a.n_group, a.topk_group, places);
+    largest(sums, a.n_group, a.topk_group, indices);
     for (int64_t g = 0; g < a.n_group; ++g) {
-        bool kept = false;
-        for (int64_t i = 0; i < a.topk_group; ++i) kept = kept || places[i] == g;
-        for (int64_t i = 0; i < size && !kept; ++i) choice[g * size + i] = 0;
+        bool survives = false;
+        for (int64_t i = 0; i < a.topk_group; ++i) survives = survives || indices[i] == g;
+        for (int64_t i = 0; i < size && !survives; ++i) choice[g * size + i] = 0;
     }
 }
 
@@ -121,24 +121,24 @@ void route(const MoeRoute& a) {
     const int64_t e = a.logits.size[1], k = a.weights.size[1];
     parallel_for(a.logits.size[0], 16, [&](int64_t begin, int64_t end) {
         Scratch<W> score_scratch(e + lanes_of<W>), choice_scratch(e), bias_scratch(e), sums(a.n_group);
-        Scratch<int64_t> place_scratch(larger(k, a.topk_group));
+        Scratch<int64_t> index_scratch(larger(k, a.topk_group));
         for (int i = 0; i < lanes_of<W>; ++i) score_scratch[e + i] = 0;  // behind the last score, in whole vectors
         W *scores = score_scratch, *choice = choice_scratch, *bias = bias_scratch;
-        int64_t* places = place_scratch;
+        int64_t* indices = index_scratch;
         if (a.bias) load<W>(bias, a.bias, 0, e);
         for (int64_t n = begin; n < end; ++n) {
             load<W>(scores, a.logits, n * a.logits.stride[0], e);
             scores_of(scores, e, a.softmax);
             for (int64_t i = 0; i < e; ++i) choice[i] = a.bias ? scores[i] + bias[i] : scores[i];
-            if (a.n_group > 1) drop_groups<W>(a, choice, e, sums, places);
-            largest(choice, e, k, places);
+            if (a.n_group > 1) drop_groups<W>(a, choice, e, sums, indices);
+            largest(choice, e, k, indices);
             W sum = 0;
-            for (int64_t i = 0; i < k; ++i) sum += scores[places[i]];
+            for (int64_t i = 0; i < k; ++i) sum += scores[indices[i]];
             for (int64_t i = 0; i < k; ++i) {
-                W weight = scores[places[i]];
+                W weight = scores[indices[i]];
                 if (a.renormalize) weight /= sum + W(1e-20);
                 a.weights.as<float>()[n * k + i] = float(weight * W(a.scaling));
-                a.experts.as<int32_t>()[n * k + i] = int32_t(places[i]);
+                a.experts.as<int32_t>()[n * k + i] = int32_t(indices[i]);
             }
         }
     });

@@ -14,10 +14,8 @@
 // other waits. 512 threads would wait twice instead of three times for 2688 numbers, but be alone; 6 numbers at a time
 // instead of 4 spill on two architectures.
 //
-// Predicted, not measured: 16 tokens in bfloat16, 128 experts in float32 and H 2688 on an H200 take 6 us with the
-// launch. Less than half of that is the launch; then three waits for memory (0.7 us each, since between two calls of a
-// layer the experts' weights sweep the L2), 2016 cycles of arithmetic (1.1 us), in part meanwhile, and the sums (0.2
-// us). Many tokens are moe_gate_tiled.cu's: here 512 of them take 40 us, and 4096 would take 320.
+// Between two calls of a layer the experts' weights sweep the L2: so a block asks for all its rows at once, and waits
+// for memory once. Many tokens are moe_gate_tiled.cu's. Predictions: docs/gpu.md.
 #include "moe_gate.h"
 
 constexpr int tile = 4;  // tokens, and experts, of a block: TILE in twotower_kernels/cuda/moe.py
@@ -32,6 +30,12 @@ using Sums = Numbers<sums_of_tile>;  // token * tile + expert
 struct Matrix {
     const void* data;
     int64 type, row, column, rows;  // strides in elements
+
+    // Asks for a row of h numbers, if they lie side by side.
+    __device__ void prefetch_row(int64 index, int64 h) const {
+        const int64 size = type == type_float64 ? 8 : type == type_float32 ? 4 : 2;
+        if (column == 1 && index < rows) prefetch(static_cast<const char*>(data) + index * row * size, h * size);
+    }
 };
 
 // A tile's rows of a matrix. Behind the last row it is that row again, whose sums nobody stores.
@@ -68,14 +72,14 @@ __device__ inline Sums products(const Rows<X>& x, const Rows<W>& weight, int64 h
         }
 #pragma unroll
         for (int d = 0; d < depth; ++d) {
-            double wide[tile];
+            double weights_as_double[tile];
 #pragma unroll
-            for (int r = 0; r < tile; ++r) wide[r] = widened(ws[d][r]);
+            for (int r = 0; r < tile; ++r) weights_as_double[r] = widened(ws[d][r]);
 #pragma unroll
             for (int t = 0; t < tile; ++t) {
                 const double mine = widened(xs[d][t]);
 #pragma unroll
-                for (int r = 0; r < tile; ++r) sums.of[t * tile + r] += mine * wide[r];
+                for (int r = 0; r < tile; ++r) sums.of[t * tile + r] += mine * weights_as_double[r];
             }
         }
     }
@@ -119,18 +123,23 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     moe_gate_kernel(const void* x, int64 x_type, int64 x_row, int64 x_column, const void* weight, int64 weight_type,
                     int64 weight_row, int64 weight_column, double* logits, int64 n, int64 e, int64 h) {
     SHARED_MEMORY(shared);
-    double* of_warps = reinterpret_cast<double*>(shared);  // [warps, 16]
+    double* warp_sums = reinterpret_cast<double*>(shared);  // [warps, 16]
     // Experts vary fastest: blocks that run together share tokens in the L2.
     const int64 tiles = (e + tile - 1) / tile, token = blockIdx.x / tiles * tile, expert = blockIdx.x % tiles * tile;
     const Matrix tokens = {x, x_type, x_row, x_column, n};
     const Matrix experts = {weight, weight_type, weight_row, weight_column, e};
+    // So that a thread's second and third numbers come from the L2, without registers to wait in.
+    if (threadIdx.x < tile)
+        tokens.prefetch_row(token + threadIdx.x, h);
+    else if (threadIdx.x < 2 * tile)
+        experts.prefetch_row(expert + threadIdx.x - tile, h);
     const Sums sums = products(tokens, experts, token, expert, h);
     const double sum = warp_sum_of(sums);
-    if (lane_id() < sums_of_tile) of_warps[warp_id() * sums_of_tile + lane_id()] = sum;
+    if (lane_id() < sums_of_tile) warp_sums[warp_id() * sums_of_tile + lane_id()] = sum;
     __syncthreads();
-    const int place = threadIdx.x;
-    if (place >= sums_of_tile || token + place / tile >= n || expert + place % tile >= e) return;
+    const int sum_index = threadIdx.x;
+    if (sum_index >= sums_of_tile || token + sum_index / tile >= n || expert + sum_index % tile >= e) return;
     double total = 0;
-    for (int w = 0; w < int(blockDim.x) / lanes; ++w) total += of_warps[w * sums_of_tile + place];
-    logits[(token + place / tile) * e + expert + place % tile] = total;
+    for (int w = 0; w < int(blockDim.x) / lanes; ++w) total += warp_sums[w * sums_of_tile + sum_index];
+    logits[(token + sum_index / tile) * e + expert + sum_index % tile] = total;
 }

@@ -1,4 +1,4 @@
-// The types of the numbers that the router's product (moe_gate.cu, moe_gate_tiled.cu) takes, widened to double.
+// The types of the numbers that the router takes (moe_gate.cu, moe_gate_tiled.cu, moe_route.cu), widened to double.
 #pragma once
 
 #include "warp.h"

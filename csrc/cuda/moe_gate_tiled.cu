@@ -14,18 +14,11 @@
 //
 // A stage is put into one of two buffers while the other is read, and the numbers of the one after it are on their way
 // to registers meanwhile: one barrier per stage. Two blocks fit on a processor (128 threads of at most 255 registers),
-// so that one computes while the other waits. Tiles of 64 by 64 would copy half as much, and leave half of the places
-// on an H200 empty at 4096 tokens.
+// so that one computes while the other waits. Tiles of 64 by 64 would copy half as much, and leave half of an
+// H200 idle at 4096 tokens.
 //
-// Predicted, not measured, for bfloat16 tokens, experts in float32, 128 of them and H 2688 on an H200: 132 processors
-// of 64 products per cycle at 1.8 GHz. For its part of a stage a warp issues 490 instructions (counted in the code for
-// sm_90a): 256 products, 48 loads from shared memory, 16 copies with 9 each, and the loop. The products keep their unit
-// busy for 512 cycles per stage and block; shared memory is busy for 4 (48 * 2 + 16 * 2 + 16) = 576, which is the
-// bound, and the unit that widens for 128. 4096 tokens are four blocks for each processor: 108 us at that bound, 120
-// expected, since a stage also waits; the products alone would take 93. 65536 tokens take 1.9 ms. 512 are 64 blocks
-// that are alone on their processors and are not relieved while they wait: 36 us, and the same for 1024.
-//
-// What is left: tensor cores multiply doubles at twice the rate, and would read a third from shared memory.
+// Shared memory is what bounds it (docs/gpu.md). What is left: tensor cores multiply doubles at twice the rate, and
+// would read a third from shared memory.
 //
 // Compiled for X_TYPE and WEIGHT_TYPE: double, float, Bfloat16 or Float16.
 #include "moe_gate.h"
@@ -50,7 +43,7 @@ struct Sums {
     double of[own_tokens][own_experts];
 };
 
-// The place of a lane: bits 1 and 3 of its number, and bits 0, 2 and 4.
+// Where a lane's tile is: bits 1 and 3 of its number, and bits 0, 2 and 4.
 __device__ inline int own_token() {
     const int lane = lane_id();
     return (lane >> 1 & 1) | (lane >> 2 & 2);
@@ -171,20 +164,20 @@ extern "C" __global__ void __launch_bounds__(128, 2)
     __syncthreads();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        double* of_warps = buffers.next();  // [warps, 16 tokens, pitch]
+        double* warp_totals = buffers.next();  // [warps, 16 tokens, pitch]
 #pragma unroll
         for (int t = 0; t < own_tokens / 2; ++t) {
             const int row = warp_id() * gathered + t * token_step + own_token();
 #pragma unroll
             for (int i = 0; i < own_experts; ++i)
-                of_warps[row * pitch + i * expert_step + own_expert()] = totals.of[half * own_tokens / 2 + t][i];
+                warp_totals[row * pitch + i * expert_step + own_expert()] = totals.of[half * own_tokens / 2 + t][i];
         }
         __syncthreads();
 #pragma unroll 1
         for (int t = warp_id(); t < gathered; t += warps) {
             double sum = 0;
 #pragma unroll
-            for (int w = 0; w < warps; ++w) sum += of_warps[(w * gathered + t) * pitch + lane_id()];
+            for (int w = 0; w < warps; ++w) sum += warp_totals[(w * gathered + t) * pitch + lane_id()];
             const int64 row = token + half * gathered + t, column = expert + lane_id();
             if (row < n && column < e) logits[row * e + column] = sum;
         }

@@ -4,23 +4,18 @@
 //     moe_plan_kernel        the plan: by one block alone, or by several that know those counts
 //
 // A counting sort. Every block has its own stretch of the pairs, every warp its own stretch of the block's, and its own
-// count of every expert, so that a pair's place is the expert's start, plus what the blocks and then the warps before
+// count of every expert, so that a pair's slot is the expert's offset, plus what the blocks and then the warps before
 // have of it, plus what the warp itself has met: stable without any order among threads. Within 32 pairs,
 // `__match_any_sync` finds those of the same expert. No block waits for another: each of several adds up the counts
 // of all, which are 48 KB for 96 blocks and 128 experts, instead of leaving that to a third launch between two.
-//
-// Predicted, not measured, on an H200. A warp's visit to 32 pairs takes 0.2 us, most of it a wait for the L2, and the
-// other warps wait at the same time. One block: 3 us up to 64 tokens of 6 experts, nearly all of it the launch, and 6
-// us at 1365, two visits each to 8 times 32 pairs. Several blocks, 4 to 8 times 32 pairs and three visits each: 8 us
-// with both launches up to 65536 tokens, 1.5 of them for adding up counts; the 6 MB that are read and written take
-// less. One block would take 150 us there.
+// One block would take long for many tokens (docs/gpu.md).
 //
 // A pair whose expert is outside [0, E) is left out: a GPU cannot raise, and stopping the kernel would take the whole
-// process's GPU away. What stands in `pairs` beyond the last offset is then undefined.
+// process's GPU away. What stands in `sorted_token_ids` beyond the last offset is then undefined.
 #include "warp.h"
 
 struct Choices {
-    const void* experts;
+    const void* topk_ids;
     int64 type, row, column, n, k, e;
 
     // -1 for an expert that does not exist.
@@ -28,7 +23,7 @@ struct Choices {
         // Choices mostly lie in the order of the pairs, which saves a division of 64 bits.
         const int64 at = row == k * column ? pair * column : pair / k * row + pair % k * column;
         const int64 expert =
-            type == type_int64 ? static_cast<const int64*>(experts)[at] : int64(static_cast<const int*>(experts)[at]);
+            type == type_int64 ? static_cast<const int64*>(topk_ids)[at] : int64(static_cast<const int*>(topk_ids)[at]);
         return expert < 0 || expert >= e ? -1 : int(expert);
     }
 };
@@ -58,11 +53,11 @@ __device__ inline Stretch block_stretch(const Choices& c) {
 }
 
 extern "C" __global__ void __launch_bounds__(1024)
-    moe_plan_count_kernel(const void* experts, int64 experts_type, int64 row, int64 column, int64 n, int64 k, int64 e,
-                          unsigned* of_blocks) {
+    moe_plan_count_kernel(const void* topk_ids, int64 ids_type, int64 row, int64 column, int64 n, int64 k, int64 e,
+                          unsigned* block_counts) {
     SHARED_MEMORY(shared);
     unsigned* seen = reinterpret_cast<unsigned*>(shared);  // [E]
-    const Choices choices = {experts, experts_type, row, column, n, k, e};
+    const Choices choices = {topk_ids, ids_type, row, column, n, k, e};
     const Stretch own = block_stretch(choices);
 #pragma unroll 1
     for (int64 i = threadIdx.x; i < e; i += blockDim.x) seen[i] = 0;
@@ -70,33 +65,34 @@ extern "C" __global__ void __launch_bounds__(1024)
     count_experts(choices, own.first + threadIdx.x, own.last, blockDim.x, seen);
     __syncthreads();
 #pragma unroll 1
-    for (int64 i = threadIdx.x; i < e; i += blockDim.x) of_blocks[blockIdx.x * e + i] = seen[i];
+    for (int64 i = threadIdx.x; i < e; i += blockDim.x) block_counts[blockIdx.x * e + i] = seen[i];
 }
 
-// of_blocks: [blocks, E], null for one block.
+// block_counts: [blocks, E], null for one block.
 extern "C" __global__ void __launch_bounds__(1024)
-    moe_plan_kernel(const void* experts, int64 experts_type, int64 row, int64 column, int64 n, int64 k, int64 e,
-                    int64* counts, int64* offsets, int64* pairs, const unsigned* of_blocks) {
+    moe_plan_kernel(const void* topk_ids, int64 ids_type, int64 row, int64 column, int64 n, int64 k, int64 e,
+                    int64* expert_counts, int64* expert_offsets, int64* sorted_token_ids,
+                    const unsigned* block_counts) {
     SHARED_MEMORY(shared);
     const int lane = lane_id(), warps = int(blockDim.x) / lanes;
     unsigned* starts = reinterpret_cast<unsigned*>(shared);  // [E]
     unsigned* seen = starts + e;                             // [warps, E]
     unsigned* own = seen + warp_id() * e;
     unsigned* earlier = seen + warps * e;  // [E] in the blocks before, if there are several
-    const Choices choices = {experts, experts_type, row, column, n, k, e};
+    const Choices choices = {topk_ids, ids_type, row, column, n, k, e};
     const Stretch block = block_stretch(choices);
     const Stretch stretch = block.part(warp_id(), (block.last - block.first + blockDim.x - 1) / blockDim.x * lanes);
 
-    const int64 rows = warps + (of_blocks ? 2 : 1);
+    const int64 count_rows = warps + (block_counts ? 2 : 1);
 #pragma unroll 1
-    for (int64 i = threadIdx.x; i < rows * e; i += blockDim.x) starts[i] = 0;
+    for (int64 i = threadIdx.x; i < count_rows * e; i += blockDim.x) starts[i] = 0;
     __syncthreads();
     count_experts(choices, stretch.first + lane, stretch.last, lanes, own);
-    if (of_blocks) {
+    if (block_counts) {
         const unsigned experts_here = unsigned(e), all = gridDim.x * experts_here, mine = blockIdx.x * experts_here;
 #pragma unroll 4
         for (unsigned i = threadIdx.x; i < all; i += blockDim.x) {
-            const unsigned count = of_blocks[i];
+            const unsigned count = block_counts[i];
             atomicAdd(&starts[i % experts_here], count);
             if (i < mine) atomicAdd(&earlier[i % experts_here], count);
         }
@@ -104,19 +100,20 @@ extern "C" __global__ void __launch_bounds__(1024)
     __syncthreads();
 #pragma unroll 1
     for (int64 i = threadIdx.x; i < e; i += blockDim.x) {
-        unsigned sum = of_blocks ? earlier[i] : 0;
+        unsigned sum = block_counts ? earlier[i] : 0;
 #pragma unroll 1
         for (int w = 0; w < warps; ++w) {
             const unsigned count = seen[w * e + i];
             seen[w * e + i] = sum;  // in the blocks and warps before
             sum += count;
         }
-        if (!of_blocks) starts[i] = sum;
+        if (!block_counts) starts[i] = sum;
     }
     __syncthreads();
     if (warp_id() == 0) {
         const bool writes = blockIdx.x == 0;
-        scan([=](int i) { return starts[i]; }, int(e), starts, writes ? counts : nullptr, writes ? offsets : nullptr);
+        scan([=](int i) { return starts[i]; }, int(e), starts, writes ? expert_counts : nullptr,
+             writes ? expert_offsets : nullptr);
     }
     __syncthreads();
 #pragma unroll 1
@@ -125,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(1024)
         const int expert = pair < stretch.last ? choices.expert_of(pair) : -1;
         const unsigned same = __match_any_sync(whole_warp, expert);
         const unsigned before = same & ((1u << lane) - 1);
-        if (expert >= 0) pairs[starts[expert] + own[expert] + __popc(before)] = pair;
+        if (expert >= 0) sorted_token_ids[starts[expert] + own[expert] + __popc(before)] = pair;
         __syncwarp();
         if (expert >= 0 && before == 0) own[expert] += __popc(same);
         __syncwarp();

@@ -12,14 +12,12 @@
 //
 // The plan needs no sort up to 64 tokens, since one choice of a token differs from its others: every expert keeps a
 // mask of the tokens that chose it. Its size is the expert's count, and the bits below a token's own are the token's
-// place among the expert's. The result is ordered by token whatever the order in which the bits arrived.
+// position among the expert's. The result is ordered by token whatever the order in which the bits arrived.
 //
-// Predicted, not measured: 16 tokens and 128 experts in float64 on an H200 take at most 4 us with the launch, for both.
-// Half of that is the launch; then one wait for the logits (0.6 us), 128 exponentials a warp (0.3), six selections
-// (0.1 each), the scan and two barriers (0.3). More tokens than 64 take moe_route_kernel and moe_plan.cu.
+// More tokens than 64 take moe_route_kernel and moe_plan.cu. Predictions: docs/gpu.md.
 //
 // Compiled for LOGIT float or double.
-#include "warp.h"
+#include "moe_gate.h"
 
 template <class W>
 struct KeyOf {
@@ -31,25 +29,25 @@ struct KeyOf<float> {
 };
 using Key = KeyOf<LOGIT>::type;
 
-// What both kernels are told.
+// The arguments of both kernels.
 struct Routing {
     const LOGIT* logits;
     int64 logits_row, logits_column;  // strides, in elements
     const void* bias;                 // [E] of bias_type, or null
     int64 bias_type, bias_stride;
-    float* weights;  // [N, k]
-    int* experts;    // [N, k]
+    float* topk_weights;  // [N, k]
+    int* topk_ids;        // [N, k]
     int64 n;
     int e, k, softmax, n_group, topk_group, renormalize;
     double scaling;
 };
 
-// A warp's part of shared memory, `_Routing.scratch` bytes in twotower_kernels/cuda/moe.py.
+// A warp's part of shared memory, `_Routing.launch` in twotower_kernels/cuda/moe.py counts its bytes.
 struct Scratch {
     LOGIT* scores;  // [E]
     Key* keys;      // [E], 0: taken. Lane i % 32 alone touches key i
     Key* groups;    // [n_group]
-    int* chosen;    // [k]
+    int* topk_ids;  // [k]
 };
 
 __device__ inline Scratch scratch_at(uint64* words, const Routing& a) {
@@ -59,18 +57,63 @@ __device__ inline Scratch scratch_at(uint64* words, const Routing& a) {
     return {scores, keys, keys + a.e, reinterpret_cast<int*>(keys + a.e + a.n_group)};
 }
 
-__device__ inline void scores_of(LOGIT* scores, const Routing& a, int64 token) {
-    const int lane = lane_id();
+// What a lane waits for at a time: numbers of 4 experts, `lanes` apart.
+constexpr int each = 4;
+struct Numbers {
+    LOGIT of[each];
+};
+
+// Zeros behind the last of `count`.
+template <class T>
+__device__ inline Numbers numbers_at(const void* array, int64 stride, int first, int count) {
+    T stored[each];
+#pragma unroll
+    for (int j = 0; j < each; ++j) {
+        const int i = first + j * lanes;
+        stored[j] = i < count ? static_cast<const T*>(array)[i * stride] : T();
+    }
+    Numbers numbers;
+#pragma unroll
+    for (int j = 0; j < each; ++j) numbers.of[j] = LOGIT(widened(stored[j]));
+    return numbers;
+}
+
+__device__ inline Numbers biases_at(const Routing& a, int first) {
+    const int count = a.bias ? a.e : 0;
+    if (a.bias_type == type_float64) return numbers_at<double>(a.bias, a.bias_stride, first, count);
+    if (a.bias_type == type_float32) return numbers_at<float>(a.bias, a.bias_stride, first, count);
+    if (a.bias_type == type_bfloat16) return numbers_at<Bfloat16>(a.bias, a.bias_stride, first, count);
+    return numbers_at<Float16>(a.bias, a.bias_stride, first, count);
+}
+
+// A token's logits and biases, as `scores` and `keys`: those of 128 experts are on their way before the first is waited
+// for. Without a bias it is 0, which changes no score.
+__device__ inline void fetch(const Routing& a, int64 token, const Scratch& scratch) {
     const LOGIT* logits = a.logits + token * a.logits_row;
+#pragma unroll 1
+    for (int first = lane_id(); first < a.e; first += each * lanes) {
+        const Numbers scores = numbers_at<LOGIT>(logits, a.logits_column, first, a.e), biases = biases_at(a, first);
+#pragma unroll
+        for (int j = 0; j < each; ++j) {
+            const int i = first + j * lanes;
+            if (i >= a.e) break;
+            scratch.scores[i] = scores.of[j];
+            scratch.keys[i] = ordered(biases.of[j]);
+        }
+    }
+}
+
+// Of logits, in place.
+__device__ inline void scores_of(LOGIT* scores, const Routing& a) {
+    const int lane = lane_id();
     if (!a.softmax) {
 #pragma unroll 4
-        for (int i = lane; i < a.e; i += lanes) scores[i] = 1 / (1 + exp(-logits[i * a.logits_column]));
+        for (int i = lane; i < a.e; i += lanes) scores[i] = 1 / (1 + exp(-scores[i]));
         return;
     }
     Key top = 0;
 #pragma unroll 1
     for (int i = lane; i < a.e; i += lanes) {
-        scores[i] = logits[i * a.logits_column];
         const Key key = ordered(scores[i]);
         if (key > top) top = key;
     }
@@ -122,9 +165,9 @@ __device__ inline void drop_groups(Key* keys, const Routing& a, Key* groups) {
         if (lane == g % lanes) groups[g] = ordered(size > 1 ? number(best) + number(next) : number(best));
     }
 #pragma unroll 1
-    for (int kept = 0; kept < a.topk_group; ++kept) {
-        const int place = largest(groups, a.n_group);
-        if (lane == place % lanes) groups[place] = 0;  // it stays, and is not taken twice
+    for (int survivors = 0; survivors < a.topk_group; ++survivors) {
+        const int group = largest(groups, a.n_group);
+        if (lane == group % lanes) groups[group] = 0;  // it survives, and is not taken twice
     }
     __syncwarp();
 #pragma unroll 1
@@ -135,38 +178,36 @@ __device__ inline void drop_groups(Key* keys, const Routing& a, Key* groups) {
 // One warp chooses for one token. What is in `scratch` may be overwritten after the warp's next barrier.
 __device__ inline void route(const Routing& a, int64 token, const Scratch& scratch) {
     const int lane = lane_id();
-    scores_of(scratch.scores, a, token);
+    fetch(a, token, scratch);
+    scores_of(scratch.scores, a);
 #pragma unroll 1
-    for (int i = lane; i < a.e; i += lanes) {
-        const LOGIT score = scratch.scores[i];
-        scratch.keys[i] = ordered(a.bias ? score + number_at<LOGIT>(a.bias, a.bias_type, i * a.bias_stride) : score);
-    }
+    for (int i = lane; i < a.e; i += lanes) scratch.keys[i] = ordered(scratch.scores[i] + number(scratch.keys[i]));
     if (a.n_group > 1) drop_groups(scratch.keys, a, scratch.groups);
     __syncwarp();
     LOGIT sum = 0;
 #pragma unroll 1
     for (int c = 0; c < a.k; ++c) {
-        const int place = largest(scratch.keys, a.e);
-        if (lane == place % lanes) scratch.keys[place] = 0;
-        if (lane == c % lanes) scratch.chosen[c] = place;  // the lane that reads it below
-        sum += scratch.scores[place];
+        const int expert = largest(scratch.keys, a.e);
+        if (lane == expert % lanes) scratch.keys[expert] = 0;
+        if (lane == c % lanes) scratch.topk_ids[c] = expert;  // the lane that reads it below
+        sum += scratch.scores[expert];
     }
 #pragma unroll 1
     for (int c = lane; c < a.k; c += lanes) {
-        LOGIT weight = scratch.scores[scratch.chosen[c]];
+        LOGIT weight = scratch.scores[scratch.topk_ids[c]];
         if (a.renormalize) weight /= sum + LOGIT(1e-20);
-        a.weights[token * a.k + c] = float(weight * LOGIT(a.scaling));
-        a.experts[token * a.k + c] = scratch.chosen[c];
+        a.topk_weights[token * a.k + c] = float(weight * LOGIT(a.scaling));
+        a.topk_ids[token * a.k + c] = scratch.topk_ids[c];
     }
 }
 
 extern "C" __global__ void __launch_bounds__(512)
     moe_route_kernel(const LOGIT* logits, int64 logits_row, int64 logits_column, const void* bias, int64 bias_type,
-                     int64 bias_stride, float* weights, int* experts, int64 n, int64 e, int64 k, int64 softmax,
+                     int64 bias_stride, float* topk_weights, int* topk_ids, int64 n, int64 e, int64 k, int64 softmax,
                      int64 n_group, int64 topk_group, int64 renormalize, double scaling) {
     SHARED_MEMORY(shared);
-    const Routing a = {logits,           logits_row, logits_column, bias,   bias_type,    bias_stride,  weights,
-                       experts,          n,          int(e),        int(k), int(softmax), int(n_group), int(topk_group),
+    const Routing a = {logits,           logits_row, logits_column, bias,   bias_type,    bias_stride,  topk_weights,
+                       topk_ids,         n,          int(e),        int(k), int(softmax), int(n_group), int(topk_group),
                        int(renormalize), scaling};
     const int64 token = int64(blockIdx.x) * (blockDim.x / lanes) + warp_id();
     if (token < n) route(a, token, scratch_at(shared, a));
@@ -175,30 +216,32 @@ extern "C" __global__ void __launch_bounds__(512)
 // One block on a processor: without that 1, sm_100 and sm_120 keep to 64 registers and spill three of them.
 extern "C" __global__ void __launch_bounds__(512, 1)
     moe_route_plan_kernel(const LOGIT* logits, int64 logits_row, int64 logits_column, const void* bias, int64 bias_type,
-                          int64 bias_stride, float* weights, int* experts, int64 n, int64 e, int64 k, int64 softmax,
-                          int64 n_group, int64 topk_group, int64 renormalize, double scaling, int64* counts,
-                          int64* offsets, int64* pairs) {
+                          int64 bias_stride, float* topk_weights, int* topk_ids, int64 n, int64 e, int64 k,
+                          int64 softmax, int64 n_group, int64 topk_group, int64 renormalize, double scaling,
+                          int64* expert_counts, int64* expert_offsets, int64* sorted_token_ids) {
     SHARED_MEMORY(shared);
-    const Routing a = {logits,           logits_row, logits_column, bias,   bias_type,    bias_stride,  weights,
-                       experts,          n,          int(e),        int(k), int(softmax), int(n_group), int(topk_group),
+    const Routing a = {logits,           logits_row, logits_column, bias,   bias_type,    bias_stride,  topk_weights,
+                       topk_ids,         n,          int(e),        int(k), int(softmax), int(n_group), int(topk_group),
                        int(renormalize), scaling};
+    launch_dependents();  // the experts' first launch may ask for the shared expert's weights meanwhile
     const int warps = int(blockDim.x) / lanes;
-    uint64* tokens = shared;                                       // [E], which tokens chose an expert
+    uint64* token_masks = shared;                                  // [E], which tokens chose an expert
     unsigned* starts = reinterpret_cast<unsigned*>(shared + a.e);  // [E], where an expert's pairs start
     const Scratch scratch = scratch_at(shared + a.e + (a.e + 1) / 2, a);
 
 #pragma unroll 1
-    for (int i = threadIdx.x; i < a.e; i += blockDim.x) tokens[i] = 0;
+    for (int i = threadIdx.x; i < a.e; i += blockDim.x) token_masks[i] = 0;
     __syncthreads();
 #pragma unroll 1
     for (int token = warp_id(); token < n; token += warps) {
         route(a, token, scratch);
 #pragma unroll 1
-        for (int c = lane_id(); c < a.k; c += lanes) atomicOr(&tokens[scratch.chosen[c]], uint64(1) << token);
+        for (int c = lane_id(); c < a.k; c += lanes) atomicOr(&token_masks[scratch.topk_ids[c]], uint64(1) << token);
         __syncwarp();
     }
     __syncthreads();
-    if (warp_id() == 0) scan([=](int i) { return unsigned(__popcll(tokens[i])); }, a.e, starts, counts, offsets);
+    if (warp_id() == 0)
+        scan([=](int i) { return unsigned(__popcll(token_masks[i])); }, a.e, starts, expert_counts, expert_offsets);
     __syncthreads();
 #pragma unroll 1
     for (int token = warp_id(); token < n; token += warps) {
@@ -206,8 +249,8 @@ extern "C" __global__ void __launch_bounds__(512, 1)
 #pragma unroll 1
         for (int c = lane_id(); c < a.k; c += lanes) {
             const int64 pair = int64(token) * a.k + c;
-            const int expert = experts[pair];  // this thread wrote it
-            pairs[starts[expert] + __popcll(tokens[expert] & below)] = pair;
+            const int expert = n <= warps ? scratch.topk_ids[c] : topk_ids[pair];  // this thread wrote both
+            sorted_token_ids[starts[expert] + __popcll(token_masks[expert] & below)] = pair;
         }
     }
 }

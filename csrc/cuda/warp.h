@@ -79,6 +79,25 @@ __device__ inline float larger_or_nan(float a, float b) {
 #define LARGER(a, b) larger_or_nan(a, b)
 #endif
 
+// --- memory ---------------------------------------------------------------------------------------------------------
+
+// Asks for memory to be in the L2 soon, which nothing waits for. GPUs before sm_90 have no such instruction.
+__device__ inline void prefetch([[maybe_unused]] const void* start, [[maybe_unused]] int64 bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const uint64 begin = reinterpret_cast<uint64>(start), first = (begin + 15) / 16 * 16;
+    const int64 whole = int64((begin + bytes) / 16 * 16 - first);
+    if (whole > 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(first), "r"(unsigned(whole)));
+#endif
+}
+
+// Lets a kernel behind this one begin that was launched for it (programmatic dependent launch), and that waits for the
+// end of this one by itself. To any other it means nothing.
+__device__ inline void launch_dependents() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // --- warps ----------------------------------------------------------------------------------------------------------
 
 __device__ inline int lane_id() {

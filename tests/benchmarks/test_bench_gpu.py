@@ -222,7 +222,7 @@ def constants(**names: Any) -> Any:
 def both_ways(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Launchers with a switch, and experts with two ways to stream."""
     found = {"triton.launch": constants(PDL=False), "cuda.build": constants(PDL=False)}
-    found["triton.moe"] = constants(STREAMS={"deep": 1, "shallow": 2}, STREAM="deep")
+    found["triton.moe_tuning"] = constants(STREAMS={"deep": 1, "shallow": 2}, STREAM="deep")
     monkeypatch.setattr(switches, "_module", found.get)
     return found
 
@@ -230,13 +230,13 @@ def both_ways(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_ways_are_those_that_there_are(both_ways: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ways = switches.ways()
     assert [way.name for way in ways] == ["as shipped", "PDL off", "PDL on", "STREAM deep", "STREAM shallow"]
-    launch, build, moe = (both_ways[name] for name in ("triton.launch", "cuda.build", "triton.moe"))
+    launch, build, moe = (both_ways[name] for name in ("triton.launch", "cuda.build", "triton.moe_tuning"))
     with ways[2].taken():
         assert launch.PDL and build.PDL and moe.STREAM == "deep"
     with ways[4].taken():
         assert not launch.PDL and moe.STREAM == "shallow"
     assert (launch.PDL, build.PDL, moe.STREAM) == (False, False, "deep")
-    del both_ways["cuda.build"], both_ways["triton.moe"]
+    del both_ways["cuda.build"], both_ways["triton.moe_tuning"]
     assert [way.name for way in switches.ways()] == ["as shipped", "PDL off", "PDL on"]
     monkeypatch.setattr(switches, "_module", lambda name: constants())
     assert [way.name for way in switches.ways()] == ["as shipped"]
@@ -316,3 +316,15 @@ def test_a_model_is_cut_to_what_fits() -> None:
     assert gpu_model.RELEASED.startswith(half) and 20 < len(half) < 40
     with pytest.raises(SystemExit, match="no layer fits into 1 GB"):
         gpu_model.largest(10**9)
+
+
+def test_what_only_measurement_decides_is_there_to_compare() -> None:
+    """The kernels' own constants, under the names by which they are compared."""
+    from twotower_kernels.triton import launch, moe_tuning
+
+    ways = {way.name: way for way in switches.ways()}
+    assert list(ways) == ["as shipped", "PDL off", "PDL on", *(f"STREAM {name}" for name in moe_tuning.STREAMS)]
+    before = launch.PDL, cuda.PDL, moe_tuning.STREAM
+    with ways["PDL on"].taken(), ways["STREAM shallow"].taken():
+        assert (launch.PDL, cuda.PDL, moe_tuning.STREAM) == (True, True, "shallow")
+    assert before == (launch.PDL, cuda.PDL, moe_tuning.STREAM)

@@ -68,6 +68,8 @@ def launches() -> set[str]:
     """Makes them. The names of the kernels that were launched."""
     from triton.runtime.jit import JITFunction
 
+    from twotower_kernels.triton import moe as moe_kernels
+
     run, launched = JITFunction.run, set()
 
     def compiled(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -84,6 +86,9 @@ def launches() -> set[str]:
                             getattr(tt, op)(**inputs)
                             if op == "mamba2_scan":
                                 tt.mamba2_scan(**inputs, return_states=True)
+        with mock.patch.object(moe_kernels, "overlaps", lambda *_: True):
+            sizes = dict(n=16, e=4, top_k=2, h=64, i=64, shared=64)
+            tt.moe_experts(**moe.make_inputs("moe_experts", sizes, dtype=torch.bfloat16))
     return launched
 
 

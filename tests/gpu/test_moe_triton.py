@@ -13,6 +13,7 @@ from tests.gpu.triton_checks import DTYPES, triton_kernels
 from tests.kernels.kernel_checks import assert_op_within_budget
 from tests.kernels.test_moe_experts_kernel import PLAN, SHARED, SMALL
 from twotower_kernels.reference import moe
+from twotower_kernels.triton import launch, moe_tuning
 from twotower_kernels.triton import moe as kernels
 
 
@@ -66,7 +67,7 @@ def test_every_tile(activation: str, tokens: int, monkeypatch: pytest.MonkeyPatc
     inputs = moe.make_inputs("moe_experts", sizes, dtype=torch.bfloat16)
     inputs["experts"][:] = torch.tensor([0] * 3 + [2] * 147).reshape(150, 1)[torch.randperm(150)]
     tuning = kernels.tuning
-    assert tuning(torch.bfloat16, 128 * tokens, 128, False, True, 90).tokens == tokens
+    assert tuning(torch.bfloat16, 128 * tokens, 128, False, True, 90).block_n == tokens
     monkeypatch.setattr(kernels, "tuning", lambda dtype, pairs, e, *rest: tuning(dtype, 128 * tokens, 128, *rest))
     assert_op_within_budget(tt.moe_experts, moe.moe_experts, inputs)
 
@@ -78,7 +79,12 @@ def test_tiles_change_no_bit_of_exact_sums(dtype: torch.dtype, monkeypatch: pyte
     whole = {name: inputs[name].sign() for name in ("x", "w_up", "w_down", "shared_up", "shared_down")}
     expected = tt.moe_experts(**inputs | whole)
     tile = kernels.tuning(dtype, 42, 3, False, True, 90)
-    for other in (replace(tile, tokens=32), replace(tile, depth=32), replace(tile, rows=128), replace(tile, rows=32)):
+    for other in (
+        replace(tile, block_n=32),
+        replace(tile, block_k=32),
+        replace(tile, block_m=128),
+        replace(tile, block_m=32),
+    ):
         monkeypatch.setattr(kernels, "tuning", lambda *_, other=other: other)
         assert torch.equal(tt.moe_experts(**inputs | whole), expected)
 
@@ -164,7 +170,7 @@ def test_a_plan_and_wider_numbers_change_nothing() -> None:
 
 def test_nonsense_stays_within_bounds_and_shows() -> None:
     """What a CPU refuses: experts that do not exist make NaN of their tokens, and another plan reads nothing else.
-    Who leaves the plan to us is told by it."""
+    The plan that is made here says so."""
     inputs = moe.make_inputs("moe_experts", "shared")
     plain = tt.moe_experts(**inputs)
     inputs["experts"][3, 1], inputs["experts"][8, 0] = 8, -1
@@ -189,6 +195,40 @@ def test_released_tiles() -> None:
     def released(tokens: int, arch: int = 90) -> kernels.Tuning:
         return kernels.tuning(torch.bfloat16, 6 * tokens, 128, False, True, arch)
 
-    assert released(16) == kernels.Tuning(rows=64, tokens=16, depth=64, warps=4, stages=6)
-    assert released(16, 120) == kernels.Tuning(rows=64, tokens=16, depth=64, warps=4, stages=4)
-    assert [released(tokens).tokens for tokens in (1, 340, 342, 1024, 2048, 8192)] == [16, 16, 32, 64, 128, 128]
+    assert released(16) == kernels.Tuning(block_m=64, block_n=16, block_k=128, num_warps=4, num_stages=3)
+    assert released(16, 120) == kernels.Tuning(block_m=64, block_n=16, block_k=64, num_warps=4, num_stages=4)
+    assert [released(tokens).block_n for tokens in (1, 340, 342, 1024, 2048, 8192)] == [16, 16, 32, 64, 128, 128]
+
+
+@pytest.mark.parametrize("stream", moe_tuning.STREAMS)
+@pytest.mark.parametrize("tokens", [16, 32])
+def test_every_way_to_stream_weights(stream: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three stages and a part of one, along both inner dimensions, the shared expert's being longer."""
+    monkeypatch.setattr(moe_tuning, "STREAM", stream)
+    sizes = dict(n=tokens, e=2, top_k=2, h=416, i=400, shared=480)
+    tile = kernels.tuning(torch.bfloat16, tokens * 2, 2, False, True, 90)
+    assert (tile.block_k, tile.num_stages, tile.block_n) == (*moe_tuning.STREAMS[stream], tokens)
+    close_to_reference(sizes, torch.bfloat16)
+
+
+def test_three_programs_of_narrow_tiles_fit_a_processor() -> None:
+    """227 KB of shared memory, of which every program takes 1 KB beside its own."""
+    tile = kernels.tuning(torch.bfloat16, 96, 128, False, True, 90)
+    stage = 2 * tile.block_k * (tile.block_m + tile.block_n)
+    assert 227 * 1024 // (tile.num_stages * stage + 1024) == 3
+
+
+def test_kernels_overlap_on_hopper_and_later_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, too, they do not: it has no kernel before."""
+    monkeypatch.setattr(launch, "PDL", True)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert kernels.overlaps(gpu, torch.bfloat16, 90) and kernels.overlaps(gpu, torch.float16, 120)
+    assert not kernels.overlaps(gpu, torch.bfloat16, 80) and not kernels.overlaps(cpu, torch.bfloat16, 90)
+    assert not kernels.overlaps(gpu, torch.float32, 90)
+    close_to_reference(dict(n=16, e=2, top_k=2, h=64, i=64, shared=64), torch.bfloat16)
+    monkeypatch.setattr(launch, "PDL", False)
+    assert not kernels.overlaps(gpu, torch.bfloat16, 90)
+    for arch, kinds in ((80, {False}), (90, {False, True}), (120, {False, True})):
+        builds = list(kernels.builds(arch))
+        for kernel in (kernels.up_kernel, kernels.down_kernel, kernels.combine_kernel):
+            assert {build.constants["PDL"] for build in builds if build.kernel is kernel} == kinds

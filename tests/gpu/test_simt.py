@@ -185,7 +185,12 @@ def test_every_barrier_is_needed(source: str, at: int, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("source", "old", "new", "message"),
     [
-        ("moe_route.cu", "pairs[starts[expert] +", "pairs[1 + starts[expert] +", "wrote outside array 5"),
+        (
+            "moe_route.cu",
+            "sorted_token_ids[starts[expert] +",
+            "sorted_token_ids[1 + starts[expert] +",
+            "wrote outside array 5",
+        ),
         ("moe_gate.cu", "return warp_sum_of(half);", "return upper ? 0 : warp_sum_of(half);", "waits"),
         ("moe_gate.cu", "i < h ? x.start", "i <= h ? x.start", "logits"),  # behind the last row is NaN
         (

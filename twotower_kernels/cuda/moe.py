@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,23 +61,23 @@ def moe_route(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def moe_plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     counts, offsets, pairs = plan = empty_plan(experts, num_experts)
     n, top_k = experts.shape
-    # A count of every expert for every warp, and one row for their starts, must fit.
-    rows = cuda.SHARED_LIMIT // (4 * max(num_experts, 1))
-    if rows < 2:
+    # Shared memory is [rows, E]: a count of every expert for every warp, and one row for the experts' offsets.
+    most_rows = cuda.SHARED_LIMIT // (4 * max(num_experts, 1))
+    if most_rows < 2:
         most = cuda.SHARED_LIMIT // 8
         raise NotImplementedError(f"moe_plan on cuda: expected at most {most} experts, got {num_experts}")
     # With several blocks there is a row for the counts of those before.
-    blocks = 1 if rows < 3 else max(1, min(MOST_PLANNERS, n * top_k // PLANNED_PAIRS))
-    common = 1 if blocks == 1 else 2
-    warps = max(1, min(32, rows - common, -(-n * top_k // (32 * blocks))))
+    blocks = 1 if most_rows < 3 else max(1, min(MOST_PLANNERS, n * top_k // PLANNED_PAIRS))
+    common_rows = 1 if blocks == 1 else 2
+    warps = max(1, min(32, most_rows - common_rows, -(-n * top_k // (32 * blocks))))
     choices: list[cuda.Argument] = [experts, cuda.DTYPES.index(experts.dtype), *experts.stride(), n, top_k, num_experts]
-    of_blocks = None
+    block_counts = None
     if blocks > 1:
-        of_blocks = experts.new_empty((blocks, num_experts), dtype=torch.int32)
+        block_counts = experts.new_empty((blocks, num_experts), dtype=torch.int32)
         count = Kernel("moe_plan", "moe_plan_count_kernel")
-        cuda.launch(count, blocks, 32 * warps, 4 * num_experts, (*choices, of_blocks))
-    shared = 4 * num_experts * (common + warps)
-    choices += counts, offsets, pairs, of_blocks
+        cuda.launch(count, blocks, 32 * warps, 4 * num_experts, (*choices, block_counts))
+    shared = 4 * num_experts * (common_rows + warps)
+    choices += counts, offsets, pairs, block_counts
     cuda.launch(Kernel("moe_plan", "moe_plan_kernel"), blocks, 32 * warps, shared, choices)
     return plan
 
@@ -98,44 +98,49 @@ def moe_router(x: Tensor, gate_weight: Tensor, *arguments: Any) -> tuple[Tensor,
     return moe_route_plan(moe_gate(x, gate_weight), *arguments)
 
 
+class _Options(NamedTuple):
+    """Of `moe_route`, in the order of its schema."""
+
+    top_k: int
+    softmax: bool
+    n_group: int
+    topk_group: int
+    renormalize: bool
+    scaling: float
+
+
 class _Routing:
     """The results of a choice, and how to launch it."""
 
-    def __init__(
-        self,
-        logits: Tensor,
-        bias: Tensor | None,
-        top_k: int,
-        softmax: bool,
-        n_group: int,
-        topk_group: int,
-        renormalize: bool,
-        scaling: float,
-    ) -> None:
-        n, e = logits.shape
+    def __init__(self, logits: Tensor, bias: Tensor | None, *options: Any) -> None:
+        e = logits.shape[1]
         if e > MOST_EXPERTS:
             raise NotImplementedError(f"moe_route on cuda: expected at most {MOST_EXPERTS} experts, got {e}")
-        self.weights, self.experts = empty_choice(logits, top_k)
-        told_of_bias = (0, 0) if bias is None else (cuda.DTYPES.index(bias.dtype), bias.stride(0))
-        self.arguments: tuple[cuda.Argument, ...] = (
-            *(logits, *logits.stride(), bias, *told_of_bias, self.weights, self.experts),
-            *(n, e, top_k, softmax, n_group, topk_group, renormalize, float(scaling)),
-        )
-        # A warp's scratch: scores, keys, groups, chosen experts; rounded up to whole words.
-        self.scratch = -(-((2 * e + n_group) * logits.element_size() + 4 * top_k) // 8) * 8
+        self.logits, self.bias, self.options = logits, bias, _Options(*options)
+        self.weights, self.experts = empty_choice(logits, self.options.top_k)
+
+    def arguments(self) -> list[cuda.Argument]:
+        """Of both kernels, as `Routing` in moe_route.cu takes them."""
+        logits, bias, options = self.logits, self.bias, self.options
+        bias_layout = (0, 0) if bias is None else (cuda.DTYPES.index(bias.dtype), bias.stride(0))
+        tensors = (logits, *logits.stride(), bias, *bias_layout, self.weights, self.experts)
+        numbers = (*options[:-1], float(options.scaling))
+        return [*tensors, *logits.shape, *numbers]
 
     def launch(self, plan: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
-        logits, n, e = self.arguments[0], *self.weights.shape[:1], self.arguments[9]
-        assert isinstance(logits, Tensor) and isinstance(e, int)
+        (n, e), options = self.logits.shape, self.options
+        # A warp's scratch: scores, keys, groups, chosen experts; rounded up to whole words.
+        scratch = (2 * e + options.n_group) * self.logits.element_size() + 4 * options.top_k
+        scratch = -(-scratch // 8) * 8
         common = 0 if plan is None else 8 * (e + (e + 1) // 2)  # masks and starts
         wanted = 4 if plan is None else 16
-        warps = max(1, min(wanted, n, (cuda.SHARED_LIMIT - common) // self.scratch))
+        warps = max(1, min(wanted, n, (cuda.SHARED_LIMIT - common) // scratch))
         if plan is None and n == 0:
             return
         grid = 1 if plan is not None else -(-n // warps)
         name = "moe_route_kernel" if plan is None else "moe_route_plan_kernel"
-        kernel = Kernel("moe_route", name, _defines(logits.dtype))
-        cuda.launch(kernel, grid, 32 * warps, common + warps * self.scratch, (*self.arguments, *(plan or ())))
+        kernel = Kernel("moe_route", name, _defines(self.logits.dtype))
+        cuda.launch(kernel, grid, 32 * warps, common + warps * scratch, (*self.arguments(), *(plan or ())))
 
 
 def _defines(dtype: torch.dtype) -> tuple[tuple[str, str], ...]:

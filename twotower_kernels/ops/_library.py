@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any, overload
 
 import torch
@@ -90,8 +91,9 @@ def define(
             _LIBRARY.impl(f"{name}.traced", kernel, "CUDA")
 
 
+@cache
 def cuda_kernel(name: str) -> Callable[..., Any]:
-    """The GPU kernel's launcher of an op, with the op's checks before it.
+    """The GPU kernel's launcher of an op, with the op's checks before it; found once.
 
     Raises:
         ImportError: Triton is not installed.

@@ -78,7 +78,7 @@ def moe_route(
         correction_bias: `[E]`, any floating dtype, or None. It takes part in the choice only.
         top_k: experts per token, 1 to E.
         score: "sigmoid" or "softmax" of the logits.
-        n_group, topk_group: experts lie in `n_group` equal groups, of which `topk_group` are kept.
+        n_group, topk_group: experts lie in `n_group` equal groups, of which `topk_group` survive.
         renormalize: divide the weights by their sum + 1e-20.
         scaling: multiplies the weights, after renormalization.
 
@@ -206,7 +206,9 @@ def _check_gate(x: Tensor, gate_weight: Tensor) -> None:
     check_floats(x, x=x, gate_weight=gate_weight)
 
 
-def _check_choice(e: int, correction_bias: Tensor | None, top_k: int, n_group: int, topk_group: int) -> None:
+def _check_choice(
+    e: int, correction_bias: Tensor | None, top_k: int, softmax: bool, n_group: int, topk_group: int, *_: Any
+) -> None:
     if n_group < 1 or e % n_group:
         raise ValueError(f"n_group: expected a divisor of {e} experts, got {n_group}")
     if not 1 <= topk_group <= n_group:
@@ -218,37 +220,18 @@ def _check_choice(e: int, correction_bias: Tensor | None, top_k: int, n_group: i
     check_float(correction_bias=correction_bias)
 
 
-def _check_route(
-    logits: Tensor,
-    correction_bias: Tensor | None,
-    top_k: int,
-    softmax: bool,
-    n_group: int,
-    topk_group: int,
-    renormalize: bool,
-    scaling: float,
-) -> None:
+def _check_route(logits: Tensor, correction_bias: Tensor | None, *options: Any) -> None:
     if logits.ndim != 2:
         raise ValueError(f"logits: expected [N, E], got {list(logits.shape)}")
     if logits.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"logits: expected float32 or float64, got {logits.dtype}")
-    _check_choice(logits.shape[1], correction_bias, top_k, n_group, topk_group)
+    _check_choice(logits.shape[1], correction_bias, *options)
     same_device(logits, correction_bias=correction_bias)
 
 
-def _check_router(
-    x: Tensor,
-    gate_weight: Tensor,
-    correction_bias: Tensor | None,
-    top_k: int,
-    softmax: bool,
-    n_group: int,
-    topk_group: int,
-    renormalize: bool,
-    scaling: float,
-) -> None:
+def _check_router(x: Tensor, gate_weight: Tensor, correction_bias: Tensor | None, *options: Any) -> None:
     _check_gate(x, gate_weight)
-    _check_choice(gate_weight.shape[0], correction_bias, top_k, n_group, topk_group)
+    _check_choice(gate_weight.shape[0], correction_bias, *options)
     same_device(x, correction_bias=correction_bias)
 
 
@@ -292,19 +275,9 @@ def _check_plan(counts: Tensor | None, offsets: Tensor | None, pairs: Tensor | N
     same_device(experts, counts=counts, offsets=offsets, pairs=pairs)
 
 
-def _check_mixture(
-    x: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    weights: Tensor,
-    experts: Tensor,
-    counts: Tensor | None,
-    offsets: Tensor | None,
-    pairs: Tensor | None,
-    shared_up: Tensor | None,
-    shared_down: Tensor | None,
-    activation: str,
-) -> None:
+def _check_mixture(*arguments: Any) -> None:
+    """Arguments in the order of the schema, here and in the kernels."""
+    x, w_up, w_down, weights, experts, counts, offsets, pairs, shared_up, shared_down, activation = arguments
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
     if x.ndim != 2:
@@ -343,18 +316,9 @@ def empty_choice(tokens: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return tokens.new_empty(shape, dtype=torch.float32), tokens.new_empty(shape, dtype=torch.int32)
 
 
-def _route(
-    logits: Tensor,
-    correction_bias: Tensor | None,
-    top_k: int,
-    softmax: bool,
-    n_group: int,
-    topk_group: int,
-    renormalize: bool,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
+def _route(logits: Tensor, correction_bias: Tensor | None, top_k: int, *options: Any) -> tuple[Tensor, Tensor]:
     weights, experts = empty_choice(logits, top_k)
-    cpu.call("moe_route", logits, correction_bias, weights, experts, softmax, n_group, topk_group, renormalize, scaling)
+    cpu.call("moe_route", logits, correction_bias, weights, experts, *options)
     return weights, experts
 
 
@@ -389,19 +353,8 @@ def _empty_router(
     return weights, experts, *empty_plan(experts, gate_weight.shape[0])
 
 
-def _experts(
-    x: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    weights: Tensor,
-    experts: Tensor,
-    counts: Tensor | None,
-    offsets: Tensor | None,
-    pairs: Tensor | None,
-    shared_up: Tensor | None,
-    shared_down: Tensor | None,
-    activation: str,
-) -> Tensor:
+def _experts(*arguments: Any) -> Tensor:
+    x, w_up, w_down, weights, experts, counts, offsets, pairs, shared_up, shared_down, activation = arguments
     if counts is None or offsets is None or pairs is None:
         counts, offsets, pairs = _plan(experts, w_up.shape[0])
     elif not cpu.call("moe_plan_holds", experts, counts, offsets, pairs):
