@@ -18,16 +18,12 @@ namespace TT_ISA {
 
 namespace {
 
-template <class T>
-T& at(const View& view, int64_t b, int64_t s) {
-    return view.as<T>()[b * view.stride[0] + s * view.stride[1]];
-}
-
-void write_token(const Remask& a, int64_t b, int64_t s, int64_t token) {
-    if (a.tokens_out.dtype == DType::int64)
-        at<int64_t>(a.tokens_out, b, s) = token;
+// i: of the position, counted through all rows.
+void write_token(const Remask& a, int64_t i, int64_t token) {
+    if (holds_int64(a))
+        static_cast<int64_t*>(a.tokens_out)[i] = token;
     else
-        at<int32_t>(a.tokens_out, b, s) = int32_t(token);
+        static_cast<int32_t*>(a.tokens_out)[i] = int32_t(token);
 }
 
 // The proposal: the caller's, the sample, or the argmax.
@@ -35,14 +31,14 @@ template <class X>
 int64_t proposal(const Remask& a, const RemaskRow& row, int64_t b, int64_t s, const Findings<Wide<X>>& f) {
     using W = Wide<X>;
     if (a.candidates) {
-        const int64_t given = at<int64_t>(a.candidates, b, s);
+        const int64_t given = a.candidates.at(b, s);
         if (given >= 0) return given;
     }
     if (!row.sampled || !noise_matters(f.best.value, row.temperature)) return f.best.token;
     const Two<W>& drawn = f.drawn;
     const W near = W(1e-4);
     if (!(drawn.value[0] - drawn.value[1] < near)) return drawn.token[0];
-    const X* logits = a.logits.as<X>() + b * a.logits.stride[0] + s * a.logits.stride[1];
+    const X* logits = logits_at<X>(a, b, s);
     const Stream stream(row.seed, row.offset, row.step, s);
     const int64_t low = smaller(drawn.token[0], drawn.token[1]), high = larger(drawn.token[0], drawn.token[1]);
     const auto exactly = [&](int64_t token) {
@@ -117,22 +113,23 @@ void write_row(const Remask& a, const RemaskRow& row, int64_t b, const RemaskPla
     for (int64_t s = 0; s < block; ++s) {
         const RemaskPlace& p = place[s];
         const auto uniform = [&] { return position_noise(a, row, b, s, renoise_draw); };
-        const RemaskOutcome o = outcome<W>(a, a.mask_token_id, a.logits.size[2], p, p.chosen, uniform);
+        const RemaskOutcome o = outcome<W>(a, a.mask_token_id, a.vocabulary, p, p.chosen, uniform);
         left += o.left;
-        write_token(a, b, s, o.token);
-        at<bool>(a.transfer_mask, b, s) = o.written;
-        at<int64_t>(a.candidate, b, s) = p.looked ? p.candidate : -1;
-        at<W>(a.confidence, b, s) = p.looked ? W(p.confidence) : W(0);
-        at<W>(a.entropy, b, s) = p.looked ? W(p.entropy) : W(0);
+        const int64_t i = b * block + s;
+        write_token(a, i, o.token);
+        a.transfer_mask[i] = o.written;
+        a.candidate[i] = p.looked ? p.candidate : -1;
+        static_cast<W*>(a.confidence)[i] = p.looked ? W(p.confidence) : W(0);
+        static_cast<W*>(a.entropy)[i] = p.looked ? W(p.entropy) : W(0);
     }
-    a.num_masked.as<int64_t>()[b * a.num_masked.stride[0]] = left;
-    a.done.as<bool>()[b * a.done.stride[0]] = options.renoise ? row.step >= row.num_steps - 1 : left == 0;
+    a.num_masked[b] = left;
+    a.done[b] = options.renoise ? row.step >= row.num_steps - 1 : left == 0;
 }
 
 template <class X>
 void step(const Remask& a) {
     using W = Wide<X>;
-    const int64_t batch = a.logits.size[0], block = a.logits.size[1], vocabulary = a.logits.size[2];
+    const int64_t batch = a.batch, block = a.block, vocabulary = a.vocabulary;
     const int64_t pieces = (vocabulary + piece_size - 1) / piece_size;
     const bool all = judges_all(a.options);
     Scratch<RemaskRow> rows(batch);
@@ -197,7 +194,9 @@ void step(const Remask& a) {
 }  // namespace
 
 void remask(const Remask& a) {
-    for_fast(a.logits.dtype, [&](auto type) { step<typename decltype(type)::type>(a); }, [&] { baseline::remask(a); });
+    for_fast(
+        DType(a.logits_dtype), [&](auto type) { step<typename decltype(type)::type>(a); },
+        [&] { baseline::remask(a); });
 }
 
 }  // namespace TT_ISA

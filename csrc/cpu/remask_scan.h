@@ -130,7 +130,7 @@ class Scan {
         : a_(a),
           suppressed_(a.suppressed),
           unscored_(a.unscored),
-          vocabulary_(a.logits.size[2]),
+          vocabulary_(a.vocabulary),
           posterior_(a.options.schedule == RemaskChoice::posterior),
           tempered_(a.options.statistics == RemaskChoice::filtered),
           margin_(a.options.score == RemaskChoice::margin) {}
@@ -220,9 +220,7 @@ class Scan {
         return heat_;
     }
 
-    const X* logits(int64_t b, int64_t s) const {
-        return a_.logits.as<X>() + b * a_.logits.stride[0] + s * a_.logits.stride[1];
-    }
+    const X* logits(int64_t b, int64_t s) const { return logits_at<X>(a_, b, s); }
 
     // Whether logits can be used where they are: a whole stretch of which no token is left out, for one sum.
     bool plain(int64_t base, int64_t n) const {

@@ -48,21 +48,20 @@ struct Values {
 #pragma unroll 1
         for (int64 first = 0; first < a.vocabulary; first += section) {
             const int64 end = a.vocabulary < first + section ? a.vocabulary : first + section;
-            if (a.suppressed_count > 0)
-                mark(shared.suppressed, int(end - first + 31) / 32, first, a.suppressed, a.suppressed_count);
+            if (a.suppressed.count > 0) mark(shared.suppressed, int(end - first + 31) / 32, first, a.suppressed);
 #pragma unroll 1
             for (int64 base = first + threadIdx.x; base < end; base += ahead * blockDim.x) {
                 float z[ahead];
 #pragma unroll
                 for (int i = 0; i < ahead; ++i) {
                     const int64 token = base + i * int(blockDim.x);
-                    z[i] = token < end ? widen(logits[token * a.logits_token]) : -infinity();
+                    z[i] = token < end ? widen(logits[token * a.logits_stride_v]) : -infinity();
                 }
 #pragma unroll
                 for (int i = 0; i < ahead; ++i) {
                     const int64 token = base + i * int(blockDim.x), at = token - first;
-                    if (z[i] == -infinity() || (a.options.suppress_mask && token == a.mask)) continue;
-                    if (a.suppressed_count > 0 && shared.suppressed[at / 32] >> (at % 32) & 1) continue;
+                    if (z[i] == -infinity() || (a.options.suppress_mask && token == a.mask_token_id)) continue;
+                    if (a.suppressed.count > 0 && shared.suppressed[at / 32] >> (at % 32) & 1) continue;
                     f(z[i]);
                 }
             }
@@ -183,16 +182,15 @@ __device__ inline float nucleus(const Values& values, float t, double top_p, flo
 }
 
 extern "C" __global__ void __launch_bounds__(POSTERIOR ? 512 : 768, 1)
-    remask_filter_kernel(const void* logits, REMASK_PARAMETERS Filter* out) {
+    remask_filter_kernel(const __grid_constant__ Remask a, Filter* out) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const Remask a = REMASK_ARGUMENTS;
     const int64 b = blockIdx.x / a.block, s = blockIdx.x % a.block;
     if (!looked(a, b, s)) return;
     const Row row = row_of(a, b);
     if (!row.filtered) return;
     const float t = temperature_of(row);  // here, so that a float stays in registers and no double
-    const Logit* z = static_cast<const Logit*>(a.logits) + b * a.logits_row + s * a.logits_place;
+    const Logit* z = static_cast<const Logit*>(a.logits.data) + b * a.logits.stride_b + s * a.logits.stride_s;
     Values values = {a, z, shared, -infinity()};
 
     unsigned most = 0;

@@ -68,7 +68,7 @@ __device__ inline Posterior<float> posterior_of(const Remask& a, const Row& row,
     const double log_sum = double(f.best) + log(warp_sum(all));
     Posterior<float> q;
     q.mask = row.filtered ? filter->mask : mask_logit<float>(log_sum, row.leave);
-    q.mask_best = q.mask > f.best || (q.mask == f.best && a.mask < f.best_token);
+    q.mask_best = q.mask > f.best || (q.mask == f.best && a.mask_token_id < f.best_token);
     q.mask_kept = q.mask >= least;
     q.top = f.best;
     q.mass = warp_sum(kept);

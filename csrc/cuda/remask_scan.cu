@@ -48,8 +48,8 @@ __device__ inline int token_of(int i) {
 
 __device__ inline void load(float* x, const Remask& a, const Logit* logits, int64 begin) {
     const int64 size = a.vocabulary - begin;
-    const Logit* from = logits + (begin + token_of(0)) * a.logits_token;
-    if (a.logits_token == 1 && size >= int64(per_thread) * blockDim.x && uint64(from) % 16 == 0) {
+    const Logit* from = logits + (begin + token_of(0)) * a.logits_stride_v;
+    if (a.logits_stride_v == 1 && size >= int64(per_thread) * blockDim.x && uint64(from) % 16 == 0) {
         uint4 all[vectors];
 #pragma unroll
         for (int j = 0; j < vectors; ++j) all[j] = reinterpret_cast<const uint4*>(from)[j * blockDim.x];
@@ -57,12 +57,12 @@ __device__ inline void load(float* x, const Remask& a, const Logit* logits, int6
         for (int j = 0; j < vectors; ++j) unpack(all[j], x + j * width);
         return;
     }
-    const int64 next = int64(blockDim.x) * width * a.logits_token;
+    const int64 next = int64(blockDim.x) * width * a.logits_stride_v;
 #pragma unroll
     for (int i = 0; i < per_thread; i += width, from += next)
 #pragma unroll
         for (int j = 0; j < width; ++j)
-            x[i + j] = token_of(i + j) < size ? widen(from[j * a.logits_token]) : -infinity();
+            x[i + j] = token_of(i + j) < size ? widen(from[j * a.logits_stride_v]) : -infinity();
 }
 
 // Bit i: token i of this thread is among the marked ones.
@@ -112,7 +112,7 @@ __device__ inline void draw(float* x, const Remask& a, const Row& row, int64 b, 
     const float t = temperature_of(row), per = 1 / t;
     const auto noisy = [&](int i) {
         const int64 token = begin + token_of(i);
-        return widen(logits[token * a.logits_token]) / t + gumbel(philox_word(stream, unsigned(token)));
+        return widen(logits[token * a.logits_stride_v]) / t + gumbel(philox_word(stream, unsigned(token)));
     };
     float most = -infinity();
     int at = 0;
@@ -152,16 +152,15 @@ __device__ inline void draw(float* x, const Remask& a, const Row& row, int64 b, 
 #endif
 
 extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
-    remask_scan_kernel(const void* logits, REMASK_PARAMETERS const Filter* filters, Partial* partials, int64 pieces) {
+    remask_scan_kernel(const __grid_constant__ Remask a, const Filter* filters, Partial* partials, int64 pieces) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const Remask a = REMASK_ARGUMENTS;
     const unsigned position = blockIdx.x / unsigned(pieces);
     const int64 b = position / unsigned(a.block), s = position % unsigned(a.block);
     if (!looked(a, b, s)) return;
     const int lane = lane_id(), warps = int(blockDim.x) / lanes, words = int(blockDim.x);
     const int64 begin = int64(blockIdx.x % unsigned(pieces)) * per_thread * blockDim.x;
-    const Logit* z = static_cast<const Logit*>(a.logits) + b * a.logits_row + s * a.logits_place;
+    const Logit* z = static_cast<const Logit*>(a.logits.data) + b * a.logits.stride_b + s * a.logits.stride_s;
     Partial& out = partials[blockIdx.x];
 
     float x[per_thread];
@@ -171,19 +170,20 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
 
     // Which tokens are left out, of all or of the statistics.
     unsigned excluded = 0, scored = ~0u;
-    if (a.options.suppress_mask && a.mask >= begin && a.mask < begin + int64(per_thread) * blockDim.x) {
-        const int at = int(a.mask - begin), vector = at / width;
+    if (a.options.suppress_mask && a.mask_token_id >= begin &&
+        a.mask_token_id < begin + int64(per_thread) * blockDim.x) {
+        const int at = int(a.mask_token_id - begin), vector = at / width;
         if (vector % int(blockDim.x) == int(threadIdx.x))
             excluded |= 1u << (vector / int(blockDim.x) * width + at % width);
     }
-    if (a.suppressed_count > 0) {
+    if (a.suppressed.count > 0) {
         unsigned* bits = reinterpret_cast<unsigned*>(&shared + 1);
-        mark(bits, words, begin, a.suppressed, a.suppressed_count);
+        mark(bits, words, begin, a.suppressed);
         excluded |= marked(bits);
     }
-    if (a.unscored_count > 0) {
+    if (a.unscored.count > 0) {
         unsigned* bits = reinterpret_cast<unsigned*>(&shared + 1) + words;
-        mark(bits, words, begin, a.unscored, a.unscored_count);
+        mark(bits, words, begin, a.unscored);
         scored = ~marked(bits);
     }
     keep_only(x, ~excluded);

@@ -17,13 +17,14 @@
 // --- one position, by a warp ----------------------------------------------------------------------------------------
 
 __device__ inline float logit_at(const Remask& a, int64 b, int64 s, int64 token) {
-    return number_at<float>(a.logits, a.logits_type, b * a.logits_row + s * a.logits_place + token * a.logits_token);
+    return number_at<float>(a.logits.data, a.logits_dtype,
+                            b * a.logits.stride_b + s * a.logits.stride_s + token * a.logits_stride_v);
 }
 
 // The proposal: the caller's, the sample, or the argmax.
 __device__ inline int64 proposal(const Remask& a, const Row& row, int64 b, int64 s, const Findings& f) {
     if (a.candidates) {
-        const int64 given = a.candidates[b * a.candidates_row + s * a.candidates_place];
+        const int64 given = a.candidates.at(b, s);
         if (given >= 0 && given < a.vocabulary) return given;
     }
     if (!row.sampled || !noise_matters(f.best, row.temperature)) return f.best_token;
@@ -39,7 +40,7 @@ __device__ inline int64 proposal(const Remask& a, const Row& row, int64 b, int64
 
 // The caller's number of a position, or the op's own.
 __device__ inline double position_noise(const Remask& a, const Row& row, int64 b, int64 s, unsigned draw) {
-    if (a.rank_noise) return a.rank_noise[b * a.rank_noise_row + s * a.rank_noise_place];
+    if (a.rank_noise) return a.rank_noise.at(b, s);
     return uniform(philox_word(stream_of(a, row, b, s), draw));
 }
 
@@ -61,9 +62,8 @@ __device__ inline bool judge(const Remask& a, const Row& row, int64 b, int64 s, 
     if (tempered && q.mask == infinity()) return false;  // nothing is left to tokens
     const int64 candidate = proposal(a, row, b, s, f);
     float z = candidate == f.best_token ? f.best : logit_at(a, b, s, candidate);
-    const bool suppressed = (a.options.suppress_mask && candidate == a.mask) ||
-                            listed(candidate, a.suppressed, a.suppressed_count) ||
-                            listed(candidate, a.unscored, a.unscored_count);
+    const bool suppressed = (a.options.suppress_mask && candidate == a.mask_token_id) ||
+                            is_listed(candidate, a.suppressed) || is_listed(candidate, a.unscored);
     if (suppressed || (tempered && row.filtered && !(z >= filter->least))) z = -infinity();
     if (lane_id() > 0) return false;
 
@@ -105,11 +105,9 @@ __device__ inline bool owes(const Remask& a, const Stretch& before, const Places
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1)
-    remask_select_kernel(const void* logits, REMASK_PARAMETERS const Filter* filters, const Partial* partials,
-                         int64 pieces, uint64* scratch, int64 scratch_row, void* tokens_out, bool* transfer_mask,
-                         int64* candidate, float* confidence, float* entropy, int64* num_masked, bool* done) {
+    remask_select_kernel(const __grid_constant__ Remask a, const Filter* filters, const Partial* partials, int64 pieces,
+                         uint64* scratch, int64 scratch_row) {
     SHARED_MEMORY(memory);
-    const Remask a = REMASK_ARGUMENTS;
     const int64 b = blockIdx.x;
     const Stretch all = {0, int(a.block), true};
     const int warps = int(blockDim.x) / lanes;
@@ -133,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
         const RemaskPosition p = position_of(a, b, s, place);
         place.is[s] |= (valid(a, b, s) ? Places::within : 0u) | (sent_back<float>(a, p) ? Places::returned : 0u) |
                        (waits<float>(a, p) ? Places::waiting : 0u) |
-                       (usable<float>(a, a.mask, p) ? Places::usable : 0u) | (drawn ? Places::drawn : 0u);
+                       (usable<float>(a, a.mask_token_id, p) ? Places::usable : 0u) | (drawn ? Places::drawn : 0u);
     }
     __syncthreads();
 
@@ -154,21 +152,21 @@ extern "C" __global__ void __launch_bounds__(512, 1)
             const int64 at = b * a.block + i;
             const RemaskPosition p = position_of(a, b, i, place);
             const auto uniform = [&] { return position_noise(a, row, b, i, renoise_draw); };
-            const RemaskOutcome o = outcome<float>(a, a.mask, a.vocabulary, p, place.taken(i), uniform);
-            if (a.tokens_type == type_int64)
-                static_cast<int64*>(tokens_out)[at] = o.token;
+            const RemaskOutcome o = outcome<float>(a, a.mask_token_id, a.vocabulary, p, place.taken(i), uniform);
+            if (a.tokens_dtype == type_int64)
+                static_cast<int64*>(a.tokens_out)[at] = o.token;
             else
-                static_cast<int*>(tokens_out)[at] = int(o.token);
-            transfer_mask[at] = o.written;
-            candidate[at] = p.candidate;
-            confidence[at] = float(p.confidence);
-            entropy[at] = p.looked ? place.entropy[i] : 0;
+                static_cast<int*>(a.tokens_out)[at] = int(o.token);
+            a.transfer_mask[at] = o.written;
+            a.candidate[at] = p.candidate;
+            static_cast<float*>(a.confidence)[at] = float(p.confidence);
+            static_cast<float*>(a.entropy)[at] = p.looked ? place.entropy[i] : 0;
             if (o.left) atomicAdd(left, 1u);
         }
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        num_masked[b] = *left;
-        done[b] = a.options.renoise ? row.step >= row.num_steps - 1 : *left == 0;
+        a.num_masked[b] = *left;
+        a.done[b] = a.options.renoise ? row.step >= row.num_steps - 1 : *left == 0;
     }
 }

@@ -94,6 +94,7 @@ constexpr int count(void (*)(A...)) {
 
 #define __global__
 #define __device__
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define EXP2(x) std::exp2(x)
 #define LARGER(a, b) simt::larger(a, b)

@@ -1,6 +1,7 @@
 """One remasking step, from logits to tokens. Definition: `reference/remask.py`; kernels: `csrc/cpu/remask.cpp`,
 `csrc/cuda/remask_*.cu`."""
 
+import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,7 +13,6 @@ from twotower_kernels import cpu
 from twotower_kernels.ops._library import as_index, define
 from twotower_kernels.ops._traced import call
 from twotower_kernels.ops.remask_checks import (
-    PER_ROW,
     REAL,
     WHOLE,
     Arguments,
@@ -22,6 +22,7 @@ from twotower_kernels.ops.remask_checks import (
     ids,
     split_all,
 )
+from twotower_kernels.ops.remask_fields import filled
 from twotower_kernels.remask_policy import CHOICES, OPTIONS, RemaskPolicy
 
 
@@ -168,35 +169,16 @@ def _sorted(listed: list[int], tensor: Tensor | None) -> Tensor | None:
 
 def _remask(*arguments: Any) -> tuple[Tensor, ...]:
     a = Arguments(*arguments)
-    per_row = {name: tensor for name, tensor in zip(PER_ROW, a.per_row, strict=True) if tensor is not None}
-    tensors_of_ids = {"suppress_ids": a.suppress_ids, "confidence_suppress_ids": a.confidence_suppress_ids}
-    check_values(a.logits, per_row, tensors_of_ids, a.valid_lens, a.candidates, a.rank_noise)
-
-    def row_view(name: str, tensor: Tensor) -> Tensor:
-        return tensor.to(torch.int64 if name in WHOLE else torch.float64).expand(a.logits.shape[0])
-
+    if a.gives_tensors:
+        check_values(a)
+    if a.logits.stride(2) != 1:
+        a = a._replace(logits=a.logits.contiguous())
     suppressed = a.suppressed
     if a.mask >= 0 and (a.options[_SUPPRESS_MASK] or a.options[_SCHEDULE] == _POSTERIOR):
         suppressed = [*suppressed, a.mask]
     out = results(a.logits, a.tokens)
-    cpu.call(
-        "remask",
-        a.logits,
-        a.tokens,
-        a.mask,
-        a.options,
-        a.bounds,
-        a.whole,
-        a.real,
-        *(None if tensor is None else row_view(name, tensor) for name, tensor in zip(PER_ROW, a.per_row, strict=True)),
-        _sorted(suppressed, a.suppress_ids),
-        _sorted(a.unscored, a.confidence_suppress_ids),
-        a.editable,
-        a.valid_lens,
-        None if a.candidates is None else a.candidates.long(),
-        None if a.rank_noise is None else a.rank_noise.double(),
-        *out,
-    )
+    fields = filled(a, _sorted(suppressed, a.suppress_ids), _sorted(a.unscored, a.confidence_suppress_ids), out)
+    cpu.kernels().remask(ctypes.addressof(fields), ctypes.sizeof(fields))
     return out
 
 

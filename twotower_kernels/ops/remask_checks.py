@@ -87,7 +87,19 @@ class Arguments(NamedTuple):
     @property
     def per_row(self) -> tuple[Tensor | None, ...]:
         """In the order of `PER_ROW`."""
-        return self[7:16]
+        whole = self.step, self.num_steps, self.top_k, self.seed, self.offset, self.initial_num_masked
+        return *whole, self.temperature, self.top_p, self.gate_bound
+
+    @property
+    def gives_tensors(self) -> bool:
+        """Whether one of the arguments that may be tensors is one, beside logits and tokens."""
+        return not (
+            # fmt: off
+            None is self.step is self.num_steps is self.top_k is self.seed is self.offset is self.initial_num_masked
+            is self.temperature is self.top_p is self.gate_bound is self.suppress_ids is self.confidence_suppress_ids
+            is self.editable is self.valid_lens is self.candidates is self.rank_noise
+            # fmt: on
+        )
 
 
 def split_all(rules: dict[str, PerRow], values: tuple[Any, ...], logits: Tensor) -> tuple[list[Any], list[Any]]:
@@ -180,10 +192,12 @@ def _check_logits(logits: Tensor) -> None:
 
 def check_arguments(a: Arguments) -> None:
     """TypeError or ValueError unless shapes, dtypes, devices and numbers fit, whatever tensors hold."""
-    check_float(logits=a.logits)
-    _check_logits(a.logits)
-    batch, block, vocabulary = a.logits.shape
-    _tensor("tokens", a.tokens, INTEGERS, [batch, block])
+    logits, tokens = a.logits, a.tokens
+    if logits.dtype not in FLOATING:
+        check_float(logits=logits)
+    _check_logits(logits)
+    batch, block, vocabulary = logits.shape
+    _tensor("tokens", tokens, INTEGERS, (batch, block))
     policy = _policy(tuple(a.options), tuple(a.bounds))
     if a.mask_token_id is None:
         if not policy.renoise or policy.schedule == "posterior":
@@ -192,6 +206,19 @@ def check_arguments(a: Arguments) -> None:
         raise ValueError(f"mask_token_id: expected a token in [0, {vocabulary - 1}], got {a.mask_token_id}")
     _check_numbers("whole", WHOLE, a.whole, block)
     _check_numbers("real", REAL, a.real, block)
+    for name, ids in (("suppress_ids", a.suppressed), ("confidence_suppress_ids", a.unscored)):
+        for token in ids:
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"{name}: expected token numbers in [0, {vocabulary - 1}], got {token}")
+    if a.gives_tensors:
+        _check_tensors(a)
+    if tokens.device != logits.device:
+        same_device(logits, tokens=tokens)
+
+
+def _check_tensors(a: Arguments) -> None:
+    """Those beside logits and tokens."""
+    batch, block, _ = a.logits.shape
     for name, tensor in zip(PER_ROW, a.per_row, strict=True):
         if tensor is not None:
             rule = PER_ROW[name]
@@ -201,10 +228,6 @@ def check_arguments(a: Arguments) -> None:
             if tensor.ndim and tensor.shape != a.logits.shape[:1]:
                 raise ValueError(f"{name}: expected shape [{batch}], got {list(tensor.shape)}")
             same_device(a.logits, **{name: tensor})
-    for name, tokens in (("suppress_ids", a.suppressed), ("confidence_suppress_ids", a.unscored)):
-        for token in tokens:
-            if not 0 <= token < vocabulary:
-                raise ValueError(f"{name}: expected token numbers in [0, {vocabulary - 1}], got {token}")
     ids = (("suppress_ids", a.suppress_ids), ("confidence_suppress_ids", a.confidence_suppress_ids))
     for name, listed in ids:
         if listed is not None and listed.dtype not in INTEGERS:
@@ -218,10 +241,9 @@ def check_arguments(a: Arguments) -> None:
     kinds = (torch.bool,), INTEGERS, INTEGERS, FLOATING
     for (name, tensor), dtypes in zip(others, kinds, strict=True):
         if tensor is not None:
-            _tensor(name, tensor, dtypes, [batch] if name == "valid_lens" else [batch, block])
-    device = a.logits.device
-    for name, tensor in (("tokens", a.tokens), *ids, *others):
-        if tensor is not None and tensor.device != device:
+            _tensor(name, tensor, dtypes, (batch,) if name == "valid_lens" else (batch, block))
+    for name, tensor in (*ids, *others):
+        if tensor is not None:
             same_device(a.logits, **{name: tensor})
 
 
@@ -253,32 +275,25 @@ def _check_numbers(what: str, rules: dict[str, PerRow], numbers: Sequence[Any], 
             raise ValueError(f"{name}: expected a number in [{rule.low:g}, {high:g}], got {number}")
 
 
-def check_values(
-    logits: Tensor,
-    per_row: dict[str, Tensor],
-    ids: dict[str, Tensor | None],
-    valid_lens: Tensor | None,
-    candidates: Tensor | None,
-    rank_noise: Tensor | None,
-) -> None:
+def check_values(a: Arguments) -> None:
     """ValueError unless what the tensors hold lies in its range: for the entry of a kernel on the host."""
-    _, block, vocabulary = logits.shape
-    for name, tensor in per_row.items():
+    _, block, vocabulary = a.logits.shape
+    for name, tensor in zip(PER_ROW, a.per_row, strict=True):
         rule = PER_ROW[name]
         _within(name, tensor, rule.low, block if name == "initial_num_masked" else rule.high)
-    for name, listed in ids.items():
-        _within(name, listed, 0, vocabulary - 1)
-    _within("valid_lens", valid_lens, 0, block)
-    _within("candidates", candidates, -1, vocabulary - 1)
-    if rank_noise is not None and not ((rank_noise >= 0) & (rank_noise < 1)).all():
+    _within("suppress_ids", a.suppress_ids, 0, vocabulary - 1)
+    _within("confidence_suppress_ids", a.confidence_suppress_ids, 0, vocabulary - 1)
+    _within("valid_lens", a.valid_lens, 0, block)
+    _within("candidates", a.candidates, -1, vocabulary - 1)
+    if a.rank_noise is not None and not ((a.rank_noise >= 0) & (a.rank_noise < 1)).all():
         raise ValueError("rank_noise: expected numbers in [0, 1), got others")
 
 
-def _tensor(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], shape: list[int]) -> None:
+def _tensor(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {value.dtype}")
-    if list(value.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
 
 
 def _within(name: str, value: Tensor | None, low: float, high: float) -> None:
