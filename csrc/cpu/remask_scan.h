@@ -2,9 +2,9 @@
 //
 // A position is read in stretches of 2048 tokens that stay in L1 while all that is wanted of them is taken: the best
 // token, the sums of the softmax and its entropy (remask_sum.h), the two best with Gumbel noise. Sums refer to the
-// largest value so far and are scaled when it grows, so one pass is enough. Which token is the best is looked up only
-// in stretches whose largest value is a new one, of which there are a handful; likewise noise is computed only for
-// words small enough to win. Logits are read where they are, except in stretches with a token that is left out, which
+// largest value so far and are scaled when it grows, so one pass is enough. Which token is the best is looked up once,
+// in the last stretch whose largest value was a new one; likewise noise is computed only for words small enough to win.
+// Logits are read where they are, except in stretches with a token that is left out, which
 // are copied. Positions are cut into pieces of a fixed size, whatever the number of threads, so that results do not
 // depend on it. Rows with top-k or top-p are read once into a thread's scratch of three vocabularies, where the filter
 // is found (remask_filter.h) before the draw.
@@ -30,9 +30,18 @@ template <class W>
 struct Best {
     W value = -infinity<W>;
     int64_t token = 0;
+    bool found = true;  // else token is the first of the stretch
     template <class X>
     void offer(const X* x, int64_t base, W largest) {  // x of the tokens from base on
-        if (largest > value) value = largest, token = base + place_of<W>(x, largest);
+        if (largest > value) value = largest, token = base + place_of<W>(x, largest), found = true;
+    }
+    // As offer, but the token is found by `find`: in the last of several stretches with a new largest value alone.
+    void note(int64_t base, W largest) {
+        if (largest > value) value = largest, token = base, found = false;
+    }
+    template <class X>
+    void find(const X* x) {  // of all tokens
+        if (!found) token += place_of<W>(x + token, value), found = true;
     }
     void merge(const Best& other) {
         if (other.value > value) *this = other;
@@ -141,25 +150,24 @@ class Scan {
         const X* x = logits(b, s);
         Noise noise(row, s, reached);
         const Heat<W>& heat = heat_of(row);
-        bool known = false;
-        float ahead = 0;  // the largest value of the next stretch, if known
         for (int64_t base = begin; base < end && !f.wrong; base += stretch) {
             const int64_t n = smaller(stretch, end - base);
             if constexpr (sizeof(W) == sizeof(float)) {
                 if (plain(base, n) && Exponential::serves(heat.own)) {
-                    const X* next = base + 2 * stretch <= end ? x + base + stretch : x + base;
-                    const float largest = known ? ahead : peak<float>(x + base, n);
-                    known = next != x + base;
-                    ahead = add_plain(x + base, next, base, largest, heat, f);
+                    Known& known = known_[base / stretch % 2];
+                    const float largest = known.of == x + base ? known.largest : peak_or_nan(x + base, n);
+                    const X* next = base + 3 * stretch <= vocabulary_ ? x + base + 2 * stretch : x + base;
+                    known = {next, add_plain(x + base, next, base, largest, heat, f)};
                     if (row.sampled && !f.wrong) draw(noise, x + base, n, base, largest, heat.t, f);
                     continue;
                 }
             }
-            known = false;
             const W* z = load(b, s, base, n);
             const W largest = admit(z, n, base, heat, f);
             if (!f.wrong) after_filter(row, noise, z, n, base, largest, heat, f);
         }
+        if constexpr (sizeof(W) == sizeof(float))
+            if (!f.wrong) f.best.find(x);
         return f;
     }
 
@@ -231,13 +239,13 @@ class Scan {
     float add_plain(const X* x, const X* next, int64_t base, float largest, const Heat<W>& heat, Findings<W>& f) {
         if (!(largest > -infinity<float>) || largest == infinity<float>) {
             f.wrong = unusable<float>(x, stretch);
-            return peak<float>(next, stretch);
+            return peak_or_nan(next, stretch);
         }
-        f.best.offer(x, base, largest);
+        f.best.note(base, largest);
         if (margin_ && largest > f.scored.value[1]) f.scored.offer(x, stretch, base);
         const float ahead = f.sum.add(x, next, stretch, largest, heat.statistics, double(heat.own));
         f.wrong = f.sum.mass != f.sum.mass;  // a NaN among them
-        return ahead;
+        return ahead == -infinity<float> ? peak<float>(next, stretch) : ahead;
     }
 
     const W* load(int64_t b, int64_t s, int64_t base, int64_t n) {
@@ -373,6 +381,12 @@ class Scan {
     const bool posterior_, tempered_, margin_;
     const Exponential one_{1.0};
     Heat<W> heat_{1, 1};
+    // Stretches whose largest value is known, those of odd numbers apart from the others. It is found two stretches
+    // ahead: if it were one, nothing of a stretch could begin before the one before is through.
+    struct Known {
+        const X* of;
+        float largest;
+    } known_[2] = {};
     alignas(64) W stretch_z_[stretch];
     alignas(64) W stretch_x_[stretch];
     alignas(64) W divided_[stretch];
