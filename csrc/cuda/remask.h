@@ -85,10 +85,27 @@ __device__ inline bool masked(const Remask& a, int64 b, int64 s) {
     return a.mask_token_id >= 0 && token_at(a, b, s) == a.mask_token_id;
 }
 
-// Whether the position is looked at: it holds a mask, or the policy judges committed ones. The logits of others are not
-// read.
+// Whether the position is looked at: it holds a mask, or the policy judges committed ones. What this hangs on is all
+// read at once, whatever comes of it.
 __device__ inline bool looked(const Remask& a, int64 b, int64 s) {
-    return (masked(a, b, s) || judges_all(a.options)) && reaches(a, b, s);
+    const int64 length = a.valid_lens[b];
+    const bool open = !a.editable || a.editable.at(b, s), waits = masked(a, b, s);
+    return (waits | judges_all(a.options)) & (s < length) & open;
+}
+
+// --- kernels that overlap -------------------------------------------------------------------------------------------
+
+// Programmatic dependent launch (PTX ISA, griddepcontrol), if the launcher asks for it: a kernel lets the next one
+// start once all its blocks have, and that one waits for what this one writes. Otherwise neither does anything.
+__device__ inline void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ inline void await_last() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // --- what kernels leave for each other ------------------------------------------------------------------------------
@@ -101,7 +118,7 @@ struct Filter {
 
 // What a piece of a position says. Sums are over what the statistics see and lies below `top`, which `tops` tokens
 // have: of e^u and of -u e^u, u = (z - top) / t.
-struct Partial {
+struct alignas(16) Partial {
     float top, mass, drop;
     unsigned tops;
     float best;  // of what may be proposed

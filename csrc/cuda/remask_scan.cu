@@ -14,10 +14,6 @@
 // whose bound lies below it cannot be among the two best; of the others, a handful in a block, noise is computed. The
 // margin is wider than all rounding, so the two best are those of the definition.
 //
-// Predicted, not measured, float32 on an H200: 16 x 131072 in 4.5 us greedy with the launch, of which reading takes 2;
-// 1024 x 131072 in 150 us greedy, where reading takes 125 and the instructions, 20 a token, 95; in 250 us sampled,
-// bound by Philox's products and the bounds of the noise, 25 instructions more. The posterior adds 20: 190 us greedy.
-//
 // The posterior asks for two sums more, of all that may be proposed and of what the filter keeps; only builds for it
 // have them, so that others keep their registers.
 //
@@ -26,6 +22,10 @@
 #include "remask_logit.h"
 
 constexpr int per_thread = 32, width = 16 / int(sizeof(Logit)), vectors = per_thread / width, most_warps = 8;
+// Vectors that are asked for before it is known whether the position is looked at: as much as memory delivers until
+// that is known. With a quarter of them the rest follows without a gap; a position that is not looked at costs that
+// quarter.
+constexpr int early = vectors / 4;
 
 struct Shared {
     unsigned most[most_warps], scored_most[most_warps];
@@ -46,18 +46,27 @@ __device__ inline int token_of(int i) {
     return (i / width * int(blockDim.x) + int(threadIdx.x)) * width + i % width;
 }
 
-__device__ inline void load(float* x, const Remask& a, const Logit* logits, int64 begin) {
-    const int64 size = a.vocabulary - begin;
-    const Logit* from = logits + (begin + token_of(0)) * a.logits_stride_v;
-    if (a.logits_stride_v == 1 && size >= int64(per_thread) * blockDim.x && uint64(from) % 16 == 0) {
+// Whether a piece is read in vectors: all of it is there, side by side and aligned.
+__device__ inline bool in_vectors(const Remask& a, const Logit* piece, int64 begin) {
+    return a.logits_stride_v == 1 && a.vocabulary - begin >= int64(per_thread) * blockDim.x && uint64(piece) % 16 == 0;
+}
+__device__ inline uint4 vector_at(const Logit* piece, int j) {
+    return reinterpret_cast<const uint4*>(piece)[j * blockDim.x + threadIdx.x];
+}
+
+// The tokens of this thread, of which the first vectors are there already if there are any.
+__device__ inline void load(float* x, const Remask& a, const Logit* piece, int64 begin, bool vectors_there,
+                            const uint4* first) {
+    if (vectors_there) {
         uint4 all[vectors];
 #pragma unroll
-        for (int j = 0; j < vectors; ++j) all[j] = reinterpret_cast<const uint4*>(from)[j * blockDim.x];
+        for (int j = 0; j < vectors; ++j) all[j] = j < early ? first[j] : vector_at(piece, j);
 #pragma unroll
         for (int j = 0; j < vectors; ++j) unpack(all[j], x + j * width);
         return;
     }
-    const int64 next = int64(blockDim.x) * width * a.logits_stride_v;
+    const int64 size = a.vocabulary - begin, next = int64(blockDim.x) * width * a.logits_stride_v;
+    const Logit* from = piece + token_of(0) * a.logits_stride_v;
 #pragma unroll
     for (int i = 0; i < per_thread; i += width, from += next)
 #pragma unroll
@@ -157,14 +166,22 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const unsigned position = blockIdx.x / unsigned(pieces);
     const int64 b = position / unsigned(a.block), s = position % unsigned(a.block);
-    if (!looked(a, b, s)) return;
-    const int lane = lane_id(), warps = int(blockDim.x) / lanes, words = int(blockDim.x);
     const int64 begin = int64(blockIdx.x % unsigned(pieces)) * per_thread * blockDim.x;
     const Logit* z = static_cast<const Logit*>(a.logits.data) + b * a.logits.stride_b + s * a.logits.stride_s;
+    const Logit* piece = z + begin * a.logits_stride_v;
+    const bool is_in_vectors = in_vectors(a, piece, begin);
+    uint4 first[early];
+    if (is_in_vectors) {
+#pragma unroll
+        for (int j = 0; j < early; ++j) first[j] = vector_at(piece, j);
+    }
+    let_next_start();
+    if (!looked(a, b, s)) return;
+    const int lane = lane_id(), warps = int(blockDim.x) / lanes, words = int(blockDim.x);
     Partial& out = partials[blockIdx.x];
 
     float x[per_thread];
-    load(x, a, z, begin);
+    load(x, a, piece, begin, is_in_vectors, first);
     const Row row = row_of(a, b);
     const bool tempered = a.options.statistics == RemaskChoice::filtered;
 

@@ -6,10 +6,6 @@
 // What is known of the positions lies in shared memory, or, where a block is too long for that, in scratch:
 // its arrays are read often and stay in the L1.
 //
-// Predicted, not measured: 3 us on an H200 for 16 positions of 131072 tokens, most of it the launch, one wait for the
-// partials and one for the exponentials of doubles that scale them. 4096 positions in scratch take 2 ms, half of it for
-// judging them, as there is one block, and half for ranking them, which is quadratic.
-//
 // Compiled for LONG 0 or 1: where the places are.
 #include "remask_merge.h"
 #include "remask_selection.h"
@@ -47,18 +43,18 @@ __device__ inline double position_noise(const Remask& a, const Row& row, int64 b
 // What one position's logits come to: candidate, confidence, entropy, score; NaN where they are not usable. By one
 // lane: whether the schedule has drawn it.
 __device__ inline bool judge(const Remask& a, const Row& row, int64 b, int64 s, const Filter* filter,
-                             const Partial* partials, int64 pieces, const Places& place) {
+                             const Pieces& pieces, const Places& place) {
     const bool tempered = a.options.statistics == RemaskChoice::filtered;
     const bool posterior = a.options.schedule == RemaskChoice::posterior;
     const double t = double(own_temperature(a, row));
-    const Findings f = merged(partials, pieces, t);
+    const Findings f = merged(pieces, t, row.sampled, a.options.score == RemaskChoice::margin);
     if (lane_id() == 0) {  // until it is known to be usable
         place.candidate[s] = -1;
         place.score[s] = place.confidence[s] = place.entropy[s] = __uint_as_float(0x7fc00000u);
     }
     if (f.wrong || f.mass == 0) return false;
     Posterior<float> q = {};
-    if (posterior) q = posterior_of(a, row, f, filter, partials, pieces);
+    if (posterior) q = posterior_of(a, row, f, filter, pieces);
     if (tempered && q.mask == infinity()) return false;  // nothing is left to tokens
     const int64 candidate = proposal(a, row, b, s, f);
     float z = candidate == f.best_token ? f.best : logit_at(a, b, s, candidate);
@@ -100,7 +96,7 @@ __device__ inline bool owes(const Remask& a, const Stretch& before, const Places
     if (!a.options.has_complete_threshold || before.end == before.begin) return true;
     const int length = count(before, place, Places::within);
     const int committed =
-        count(before, [&](int i) { return int(place.has(i, Places::within) && !place.has(i, Places::masked)); });
+        count(before, [&](int i) { return place.has(i, Places::within) && !place.has(i, Places::masked); });
     return double(committed) >= a.bounds.complete_threshold * double(length);
 }
 
@@ -120,12 +116,15 @@ extern "C" __global__ void __launch_bounds__(512, 1)
         row.leave = leave_probability(a, row.step, row.num_steps);
 
     if (threadIdx.x == 0) *left = 0;
+    await_last();
 #pragma unroll 1
     for (int s = warp_id(); s < all.end; s += warps) {
-        const bool is_looked = looked(a, b, s);
         const int64 at = b * a.block + s;
+        const Pieces of_position(partials + at * pieces,
+                                 pieces);  // read whether or not it is looked at: it is under way
+        const bool is_looked = looked(a, b, s);
         bool drawn = false;
-        if (is_looked) drawn = judge(a, row, b, s, filters + at, partials + at * pieces, pieces, place);
+        if (is_looked) drawn = judge(a, row, b, s, filters + at, of_position, place);
         if (lane_id() > 0) continue;
         place.is[s] = (masked(a, b, s) ? Places::masked : 0u) | (is_looked ? Places::looked : 0u);
         const RemaskPosition p = position_of(a, b, s, place);

@@ -2,7 +2,7 @@
 // (reference/remask_select.py).
 //
 // Positions are ranked by all threads: each asks for its positions how many of the others come before, which for the
-// some dozens of positions of a block is less than sorting (thousands: tenths of a millisecond, predicted). Then a warp
+// some dozens of positions of a block is less than sorting (docs/gpu.md has what thousands cost). Then a warp
 // for each stretch of positions (one, unless the policy has sub-blocks) finds how many this step commits, and which.
 //
 // Everything is double here, as in the CPU's kernel. Where the definition compares in float32, values and bounds are
@@ -47,16 +47,19 @@ struct Stretch {
     bool owes;  // false: it waits for the one before
 };
 
-// By a warp: the sum over the places of a stretch.
+// By a warp: how many places of a stretch are so. Votes, of which a stretch of up to 32 takes one.
 template <class F>
 __device__ inline int count(const Stretch& stretch, F is) {
     int sum = 0;
 #pragma unroll 1
-    for (int i = stretch.begin + lane_id(); i < stretch.end; i += lanes) sum += is(i);
-    return warp_sum(sum);
+    for (int base = stretch.begin; base < stretch.end; base += lanes) {
+        const int i = base + lane_id();
+        sum += __popc(__ballot_sync(whole_warp, i < stretch.end && is(i)));
+    }
+    return sum;
 }
 __device__ inline int count(const Stretch& stretch, const Places& place, unsigned what) {
-    return count(stretch, [&](int i) { return int(place.has(i, what)); });
+    return count(stretch, [&](int i) { return place.has(i, what); });
 }
 // The first place, or lowest number, over the places of a stretch; ~0u if there is none.
 template <class F>
@@ -181,7 +184,7 @@ class Selection {
     // What `takes` has to know of a stretch.
     __device__ void owe(const Stretch& stretch) {
         if (draws() || finishes()) return;
-        passed_ = count(stretch, [&](int i) { return int(place_.good(i)); });
+        passed_ = count(stretch, [&](int i) { return place_.good(i); });
         least_ = owed_ = 0;
         first_ = first_waiting(stretch);
         if (!stretch.owes) return;
