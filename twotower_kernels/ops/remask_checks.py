@@ -93,25 +93,42 @@ class Arguments(NamedTuple):
     @property
     def gives_tensors(self) -> bool:
         """Whether one of the arguments that may be tensors is one, beside logits and tokens."""
-        return not (
-            # fmt: off
-            None is self.step is self.num_steps is self.top_k is self.seed is self.offset is self.initial_num_masked
-            is self.temperature is self.top_p is self.gate_bound is self.suppress_ids is self.confidence_suppress_ids
-            is self.editable is self.valid_lens is self.candidates is self.rank_noise
-            # fmt: on
-        )
+        whole = None is self.step is self.num_steps is self.top_k is self.seed is self.offset is self.initial_num_masked
+        real = None is self.temperature is self.top_p is self.gate_bound
+        ids = None is self.suppress_ids is self.confidence_suppress_ids
+        others = None is self.editable is self.valid_lens is self.candidates is self.rank_noise
+        return not (whole and real and ids and others)
 
 
-def split_all(rules: dict[str, PerRow], values: tuple[Any, ...], logits: Tensor) -> tuple[list[Any], list[Any]]:
+# Per parameter: the type, the range and the stand-in of a number that needs no second look.
+_PLAIN = {
+    name: (
+        int if rule.whole else float,
+        max(rule.low, _LEAST) if rule.whole else rule.low,
+        min(rule.high, _MOST) if rule.whole else rule.high,
+        rule.absent,
+    )
+    for name, rule in PER_ROW.items()
+}
+PLAIN_WHOLE, PLAIN_REAL = ([(name, *_PLAIN[name]) for name in names] for names in (WHOLE, REAL))
+
+
+def split_all(plain: list[Any], values: tuple[Any, ...], logits: Tensor) -> tuple[list[Any], list[Any]]:
     """Parameters of one kind as the op takes them: the numbers, and the tensors that replace them. Plain numbers, which
-    nearly all are in nearly all calls, are through at the first comparison."""
+    nearly all are in nearly all calls, are through at the first comparison.
+
+    Args:
+        plain: `PLAIN_WHOLE` or `PLAIN_REAL`.
+        values: of the parameters, in their order.
+        logits: that they are for.
+    """
     numbers, tensors = [], []
-    for (name, rule), value in zip(rules.items(), values, strict=True):
-        if rule.whole:
-            plain = type(value) is int and rule.absent is None and _LEAST <= value <= _MOST
-        else:
-            plain = type(value) is float
-        number, tensor = (value, None) if plain and rule.low <= value <= rule.high else split(name, value, logits)
+    for (name, kind, low, high, absent), value in zip(plain, values, strict=True):
+        number, tensor = value, None
+        if value is None and absent is not None:
+            number = absent
+        elif type(value) is not kind or absent is not None or not low <= value <= high:
+            number, tensor = split(name, value, logits)
         numbers.append(number)
         tensors.append(tensor)
     return numbers, tensors
@@ -174,11 +191,14 @@ def check_kinds(
     """
     if not isinstance(policy, RemaskPolicy):
         raise TypeError(f"policy: expected a RemaskPolicy, got {type(policy).__name__}")
-    required = (("logits", logits), ("tokens", tokens))
-    optional = (("editable", editable), ("valid_lens", valid_lens), ("candidates", candidates))
-    for name, tensor in (*required, *optional, ("rank_noise", rank_noise)):
-        if not isinstance(tensor, Tensor) and (tensor is not None or name == "logits" or name == "tokens"):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if not (isinstance(logits, Tensor) and isinstance(tokens, Tensor)):
+        name, wrong = ("tokens", tokens) if isinstance(logits, Tensor) else ("logits", logits)
+        raise TypeError(f"{name}: expected a tensor, got {type(wrong).__name__}")
+    if not (editable is valid_lens is candidates is rank_noise is None):
+        optional = (("editable", editable), ("valid_lens", valid_lens), ("candidates", candidates))
+        for name, tensor in (*optional, ("rank_noise", rank_noise)):
+            if not isinstance(tensor, Tensor) and tensor is not None:
+                raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     mask: int | None = None if mask_token_id is None else whole("mask_token_id", mask_token_id, "an int")
     _check_logits(logits)
     refuse_gradients("remask", logits=logits)
@@ -204,12 +224,14 @@ def check_arguments(a: Arguments) -> None:
             raise ValueError("mask_token_id: expected a token, as only a policy with renoise has no mask, got None")
     elif not 0 <= a.mask_token_id < vocabulary:
         raise ValueError(f"mask_token_id: expected a token in [0, {vocabulary - 1}], got {a.mask_token_id}")
-    _check_numbers("whole", WHOLE, a.whole, block)
-    _check_numbers("real", REAL, a.real, block)
-    for name, ids in (("suppress_ids", a.suppressed), ("confidence_suppress_ids", a.unscored)):
-        for token in ids:
-            if not 0 <= token < vocabulary:
-                raise ValueError(f"{name}: expected token numbers in [0, {vocabulary - 1}], got {token}")
+    if not _fit(a.whole, a.real, block):  # which nearly all do; else what does not is named
+        _check_numbers("whole", WHOLE, a.whole, block)
+        _check_numbers("real", REAL, a.real, block)
+    if a.suppressed or a.unscored:
+        for name, ids in (("suppress_ids", a.suppressed), ("confidence_suppress_ids", a.unscored)):
+            for token in ids:
+                if not 0 <= token < vocabulary:
+                    raise ValueError(f"{name}: expected token numbers in [0, {vocabulary - 1}], got {token}")
     if a.gives_tensors:
         _check_tensors(a)
     if tokens.device != logits.device:
@@ -264,6 +286,24 @@ def _policy(options: tuple[int, ...], bounds: tuple[float, ...]) -> RemaskPolicy
         if name in OPTIONS:
             fields[name] = CHOICES[name][number] if name in CHOICES else bool(number) if flag else number
     return RemaskPolicy(**fields)
+
+
+def _fit(whole: Sequence[Any], real: Sequence[Any], block: int) -> bool:
+    """Whether these are all the numbers, each in its range, as `WHOLE` and `REAL` have it."""
+    if len(whole) != len(WHOLE) or len(real) != len(REAL):
+        return False
+    step, num_steps, top_k, _, offset, initial_num_masked = whole
+    temperature, top_p, gate_bound = real
+    return bool(
+        step >= 0
+        and num_steps >= 1
+        and top_k >= 0
+        and 0 <= offset < 2**32
+        and -1 <= initial_num_masked <= block
+        and 0 <= temperature <= 1e6
+        and 0 <= top_p <= 1
+        and gate_bound == gate_bound
+    )
 
 
 def _check_numbers(what: str, rules: dict[str, PerRow], numbers: Sequence[Any], block: int) -> None:
