@@ -13,21 +13,21 @@ struct Findings {
 };
 
 // The pieces of a position: a lane's first, which is read as soon as it is written and then stays in registers; most
-// positions have no more.
+// positions have no more. (With LONG there are no registers to spare, and many positions to hide a read behind.)
 struct Pieces {
     const Partial* partials;
     int64 count;
     Partial first;
 
     __device__ Pieces(const Partial* partials, int64 count) : partials(partials), count(count) {
-        if (lane_id() < count) first = partials[lane_id()];
+        if (!LONG && lane_id() < count) first = partials[lane_id()];
     }
     // f(piece) for those of this lane.
     template <class F>
     __device__ void each(const F& f) const {
-        if (lane_id() < count) f(first);
+        if (!LONG && lane_id() < count) f(first);
 #pragma unroll 1
-        for (int64 p = lane_id() + lanes; p < count; p += lanes) f(partials[p]);
+        for (int64 p = lane_id() + (LONG ? 0 : lanes); p < count; p += lanes) f(partials[p]);
     }
 };
 
