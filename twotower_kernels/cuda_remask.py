@@ -19,10 +19,10 @@ from twotower_kernels.remask_policy import CHOICES
 
 _TYPES = {torch.float32: "type_float32", torch.bfloat16: "type_bfloat16", torch.float16: "type_float16"}  # in warp.h
 _PER_THREAD = 32  # tokens of a piece that a thread takes
-_PARTIAL_BYTES, _PLACE_BYTES = 64, 36  # Partial in remask.h, Places in remask_selection.h
+_PARTIAL_BYTES, _POSITION_BYTES = 64, 36  # Partial in remask.h, Positions in remask_selection.h
 _SCAN_SHARED = 544  # bytes of Shared in remask_scan.cu; two bits for each token come behind it
 _FILTER_SHARED = 26_384  # bytes of Shared in remask_filter.cu
-_LONGEST = (cuda.SHARED_LIMIT - 8) // _PLACE_BYTES  # positions whose places fit into shared memory
+_LONGEST = (cuda.SHARED_LIMIT - 8) // _POSITION_BYTES  # positions that fit into shared memory
 
 _FILTERED, _POSTERIOR = CHOICES["statistics"].index("filtered"), CHOICES["schedule"].index("posterior")
 
@@ -64,7 +64,7 @@ def remask(*arguments: Any) -> tuple[Tensor, ...]:
         shared = _SCAN_SHARED + 2 * 4 * 32 * warps
         cuda.launch(kernel, batch * block * pieces, 32 * warps, shared, (step, filters, partials, pieces))
     fits = block <= _LONGEST
-    words = -(-_PLACE_BYTES * block // 8)  # of the places, of 8 bytes
+    words = -(-_POSITION_BYTES * block // 8)  # of 8 bytes, of what is known of the positions
     scratch = None if fits else logits.new_empty((batch, words), dtype=torch.int64)
     kernel = Kernel("remask_select", "remask_select_kernel", _select_defines(not fits))
     shared = 8 if scratch is not None else 8 * (1 + words)

@@ -65,7 +65,7 @@ inline double position_noise(const Remask& a, const RemaskRow& row, int64_t b, i
 // Sorted token numbers.
 struct Ids {
     explicit Ids(const RemaskIds& given) : id(given.ids), n(given.count) {}
-    int64_t first_from(int64_t token) const {  // the place of the first one >= token
+    int64_t first_from(int64_t token) const {  // the index of the first one >= token
         int64_t low = 0, high = n;
         while (low < high) {
             const int64_t middle = (low + high) / 2;
@@ -77,8 +77,8 @@ struct Ids {
         return low;
     }
     bool any(int64_t begin, int64_t end) const {
-        const int64_t place = first_from(begin);
-        return place < n && id[place] < end;
+        const int64_t i = first_from(begin);
+        return i < n && id[i] < end;
     }
     bool has(int64_t token) const { return any(token, token + 1); }
     template <class W>

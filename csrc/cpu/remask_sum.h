@@ -132,9 +132,9 @@ bool unusable(const X* x, int64_t n) {
     return any(odd);
 }
 
-// The first place of a value that is there.
+// The index of the first value that is this one, which is there.
 template <class W, class X>
-int64_t place_of(const X* x, W value) {
+int64_t index_of(const X* x, W value) {
     constexpr int lanes = lanes_of<W>;
     int64_t i = 0;
     for (;; i += 4 * lanes) {
@@ -168,7 +168,7 @@ struct Exponential {
             table[i / 16][i % 16] = bit_cast<uint32_t>(float(::exp2(double(i) / parts))) - (uint32_t(i) << 18);
 #endif
     }
-    // e^(-v / t) of K vectors within 2 units in the last place, as far as 87.3; 0 at `most`, 88.03, and as little as
+    // e^(-v / t) of K vectors within 2 units in the last position, as far as 87.3; 0 at `most`, 88.03, and as little as
     // that between them, where results would be subnormal; NaN stays NaN. 0 <= v <= most. Instructions of the K
     // alternate: each waits for the one before, and a processor does not look far enough ahead to find the next
     // vector's by itself.

@@ -85,12 +85,12 @@ __device__ inline bool masked(const Remask& a, int64 b, int64 s) {
     return a.mask_token_id >= 0 && token_at(a, b, s) == a.mask_token_id;
 }
 
-// Whether the position is looked at: it holds a mask, or the policy judges committed ones. What this hangs on is all
-// read at once, whatever comes of it.
+// Whether the position is looked at: it holds a mask, or the policy looks at committed ones, too. What this hangs on is
+// all read at once, whatever comes of it.
 __device__ inline bool looked(const Remask& a, int64 b, int64 s) {
     const int64 length = a.valid_lens[b];
     const bool open = !a.editable || a.editable.at(b, s), waits = masked(a, b, s);
-    return (waits | judges_all(a.options)) & (s < length) & open;
+    return (waits | looks_at_committed(a.options)) & (s < length) & open;
 }
 
 // --- kernels that overlap -------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ struct alignas(16) Partial {
     uint64 drawn[2];  // the two best with noise, as `drawn_key` orders them; 0: there is none
     // Of the posterior: sums of e^(z - best) over what may be proposed, of e^((z - best) / temperature) over what of it
     // the filter keeps, both below `best`, which `bests` tokens have. Only builds for it write them.
-    float all, kept;
+    float all, survivors;
     unsigned bests;
 };
 

@@ -97,7 +97,7 @@ __device__ inline uint64 weight_of(const Shared& shared, int bin) {
     return uint64(shared.high[bin]) << 32 | shared.low[bin];
 }
 
-// By one warp: the bin in which the last kept value lies, see `least_kept`.
+// By one warp: the bin in which the last kept value lies, see `least_survivor`.
 template <class Weigh>
 __device__ inline void choose(Shared& shared, int shift, uint64 budget, bool itself, const Weigh& weigh) {
     const int start = lane_id() * bins_per_lane;  // counted from the highest bin
@@ -126,8 +126,8 @@ __device__ inline void choose(Shared& shared, int shift, uint64 budget, bool its
 // Of what value_of makes of them (-infinity: none), largest first: the least one for which the weight of the larger
 // ones (with `itself`: and its own) is at most `budget`; at least the largest.
 template <class Value, class Weigh>
-__device__ inline float least_kept(const Values& values, uint64 budget, bool itself, const Value& value_of,
-                                   const Weigh& weigh) {
+__device__ inline float least_survivor(const Values& values, uint64 budget, bool itself, const Value& value_of,
+                                       const Weigh& weigh) {
     Shared& shared = values.shared;
     unsigned prefix = 0;
     if (threadIdx.x == 0) shared.above = 0;
@@ -169,7 +169,7 @@ __device__ inline float nucleus(const Values& values, float t, double top_p, flo
     const double mass = block_sum(double(own), values.shared);
     const auto weigh = [&](float x) { return uint64(double(float(double(expf(x - top)) / mass)) * 0x1p62); };
     const uint64 budget = uint64(top_p * 0x1p62);
-    const float least_x = least_kept(values, budget, !a.options.top_p_keep_crossing, value_of, weigh);
+    const float least_x = least_survivor(values, budget, !a.options.top_p_keep_crossing, value_of, weigh);
     unsigned least = 0;  // the largest of keys in reverse
     values.each([&](float z) {
         const unsigned key = ~ordered(z);
@@ -206,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(POSTERIOR ? 512 : 768, 1)
         if (values.mask > largest) largest = values.mask;
     }
     if (usable && row.top_k > 0 && row.top_k < a.vocabulary)
-        least = least_kept(
+        least = least_survivor(
             values, uint64(row.top_k - 1), false, [](float logit) { return logit; }, [](float) { return uint64(1); });
     if (usable && row.top_p < 1)  // the posterior of a mask that stays for certain has no nucleus of tokens
         least = largest == infinity() ? largest : nucleus(values, t, row.top_p, largest, least);

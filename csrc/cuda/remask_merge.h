@@ -4,7 +4,7 @@
 #include "remask.h"
 
 // As Partial.
-struct Findings {
+struct Summary {
     float top, best, second;
     double mass, drop;
     int64 best_token;
@@ -33,7 +33,7 @@ struct Pieces {
 
 // t: the temperature of the statistics. sampled, margin: whether what was drawn, and the second best of what the
 // statistics see, are asked for.
-__device__ inline Findings merged(const Pieces& pieces, double t, bool sampled, bool margin) {
+__device__ inline Summary merged(const Pieces& pieces, double t, bool sampled, bool margin) {
     uint64 best = 0;
     unsigned top = 0;
     bool wrong = false;
@@ -45,7 +45,7 @@ __device__ inline Findings merged(const Pieces& pieces, double t, bool sampled, 
         const unsigned own = ordered(partial.top);
         top = own > top ? own : top;
     });
-    Findings f = {};
+    Summary f = {};
     f.wrong = __ballot_sync(whole_warp, wrong) != 0;
     best = warp_max(best);
     f.best = drawn_value(best);
@@ -82,23 +82,23 @@ __device__ inline Findings merged(const Pieces& pieces, double t, bool sampled, 
 }
 
 // Of the posterior. filter: of a row that is filtered.
-__device__ inline Posterior<float> posterior_of(const Remask& a, const Row& row, const Findings& f,
-                                                const Filter* filter, const Pieces& pieces) {
+__device__ inline Posterior<float> posterior_of(const Remask& a, const Row& row, const Summary& f, const Filter* filter,
+                                                const Pieces& pieces) {
     const double t = double(temperature_of(row));
     const float least = row.filtered ? filter->least : -infinity();
-    double all = 0, kept = 0;
+    double all = 0, survivors = 0;
     pieces.each([&](const Partial& partial) {
         if (partial.bests == 0) return;
         const double by = double(f.best) - double(partial.best);
         all += exp(-by) * (double(partial.bests) + double(partial.all));
-        if (partial.best >= least) kept += exp(-by / t) * (double(partial.bests) + double(partial.kept));
+        if (partial.best >= least) survivors += exp(-by / t) * (double(partial.bests) + double(partial.survivors));
     });
     const double log_sum = double(f.best) + log(warp_sum(all));
     Posterior<float> q;
     q.mask = row.filtered ? filter->mask : mask_logit<float>(log_sum, row.leave);
     q.mask_best = q.mask > f.best || (q.mask == f.best && a.mask_token_id < f.best_token);
-    q.mask_kept = q.mask >= least;
+    q.mask_survives = q.mask >= least;
     q.top = f.best;
-    q.mass = warp_sum(kept);
+    q.mass = warp_sum(survivors);
     return q;
 }

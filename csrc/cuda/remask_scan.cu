@@ -35,7 +35,7 @@ struct Shared {
     unsigned best_token[most_warps];
     Two<unsigned> scored[most_warps];
     Two<uint64> drawn[most_warps];
-    float all[most_warps], kept[most_warps];
+    float all[most_warps], survivors[most_warps];
     int bests[most_warps];
     // and behind it the bits of the piece's suppressed and unscored tokens
 };
@@ -204,13 +204,13 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
         scored = ~marked(bits);
     }
     keep_only(x, ~excluded);
-    unsigned kept = ~0u;
+    unsigned survivors = ~0u;
     if (row.filtered) {
         const float least = filters[position].least;
-        kept = 0;
+        survivors = 0;
 #pragma unroll
-        for (int i = 0; i < per_thread; ++i) kept |= unsigned(x[i] >= least) << i;
-        if (tempered) scored &= kept;
+        for (int i = 0; i < per_thread; ++i) survivors |= unsigned(x[i] >= least) << i;
+        if (tempered) scored &= survivors;
     }
 
     // The largest, of all and of what the statistics see. NaN and +infinity have the two largest keys.
@@ -242,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
 
 #if POSTERIOR
     // Below the largest as well, which is that of what the filter keeps, unless it keeps no token of the piece.
-    float all[4] = {}, kept_all[4] = {};
+    float all[4] = {}, survivor_sums[4] = {};
     int bests = 0;
     if (best > -infinity()) {
         const Exponential untempered(1.0f), draws(temperature_of(row));
@@ -250,15 +250,16 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
 #pragma unroll
         for (int i = 0; i < per_thread; ++i) {
             untempered.add(x[i] - best, all[i % 4], unused);
-            draws.add(kept >> i & 1 ? x[i] - best : -infinity(), kept_all[i % 4], unused);
+            draws.add(survivors >> i & 1 ? x[i] - best : -infinity(), survivor_sums[i % 4], unused);
             bests += x[i] == best;
         }
     }
     bests = warp_sum(bests);
     const float warp_all = warp_sum((all[0] + all[1]) + (all[2] + all[3]));
-    const float warp_kept = warp_sum((kept_all[0] + kept_all[1]) + (kept_all[2] + kept_all[3]));
+    const float warp_survivors =
+        warp_sum((survivor_sums[0] + survivor_sums[1]) + (survivor_sums[2] + survivor_sums[3]));
     if (lane == 0)
-        shared.all[warp_id()] = warp_all, shared.kept[warp_id()] = warp_kept, shared.bests[warp_id()] = bests;
+        shared.all[warp_id()] = warp_all, shared.survivors[warp_id()] = warp_survivors, shared.bests[warp_id()] = bests;
 #endif
 
     // The sums over tokens below the largest; those that are as large are counted, so that what little there may be
@@ -298,7 +299,7 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
     }
 #if SAMPLED
     if (row.sampled) {
-        keep_only(x, kept);
+        keep_only(x, survivors);
         draw(x, a, row, b, s, z, begin, shared);
     }
 #endif
@@ -315,9 +316,10 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
     if (lane == 0) out.drawn[0] = drawn.first, out.drawn[1] = drawn.second;
 #endif
 #if POSTERIOR
-    const float all_all = warp_sum(has ? shared.all[lane] : 0.0f), all_kept = warp_sum(has ? shared.kept[lane] : 0.0f);
+    const float all_all = warp_sum(has ? shared.all[lane] : 0.0f),
+                all_survivors = warp_sum(has ? shared.survivors[lane] : 0.0f);
     bests = warp_sum(has ? shared.bests[lane] : 0);
-    if (lane == 0) out.all = all_all, out.kept = all_kept, out.bests = unsigned(bests);
+    if (lane == 0) out.all = all_all, out.survivors = all_survivors, out.bests = unsigned(bests);
 #endif
     if (lane == 0) {
         out.top = top;

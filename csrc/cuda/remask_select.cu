@@ -1,12 +1,12 @@
 // Stage B of a remasking step: candidates, scores, selection, results. A block for each sequence.
 //
-// First a warp for each position merges what the position's pieces say (remask_merge.h) and judges it; then the block
+// First a warp for each position merges what the position's pieces say (remask_merge.h) and scores it; then the block
 // selects (remask_selection.h) and writes.
 //
 // What is known of the positions lies in shared memory, or, where a block is too long for that, in scratch:
 // its arrays are read often and stay in the L1.
 //
-// Compiled for LONG 0 or 1: where the places are.
+// Compiled for LONG 0 or 1: where the positions are.
 #include "remask_merge.h"
 #include "remask_selection.h"
 
@@ -18,7 +18,7 @@ __device__ inline float logit_at(const Remask& a, int64 b, int64 s, int64 token)
 }
 
 // The proposal: the caller's, the sample, or the argmax.
-__device__ inline int64 proposal(const Remask& a, const Row& row, int64 b, int64 s, const Findings& f) {
+__device__ inline int64 proposal(const Remask& a, const Row& row, int64 b, int64 s, const Summary& f) {
     if (a.candidates) {
         const int64 given = a.candidates.at(b, s);
         if (given >= 0 && given < a.vocabulary) return given;
@@ -42,15 +42,15 @@ __device__ inline double position_noise(const Remask& a, const Row& row, int64 b
 
 // What one position's logits come to: candidate, confidence, entropy, score; NaN where they are not usable. By one
 // lane: whether the schedule has drawn it.
-__device__ inline bool judge(const Remask& a, const Row& row, int64 b, int64 s, const Filter* filter,
-                             const Pieces& pieces, const Places& place) {
+__device__ inline bool evaluate(const Remask& a, const Row& row, int64 b, int64 s, const Filter* filter,
+                                const Pieces& pieces, const Positions& positions) {
     const bool tempered = a.options.statistics == RemaskChoice::filtered;
     const bool posterior = a.options.schedule == RemaskChoice::posterior;
     const double t = double(own_temperature(a, row));
-    const Findings f = merged(pieces, t, row.sampled, a.options.score == RemaskChoice::margin);
+    const Summary f = merged(pieces, t, row.sampled, a.options.score == RemaskChoice::margin);
     if (lane_id() == 0) {  // until it is known to be usable
-        place.candidate[s] = -1;
-        place.score[s] = place.confidence[s] = place.entropy[s] = __uint_as_float(0x7fc00000u);
+        positions.candidate[s] = -1;
+        positions.score[s] = positions.confidence[s] = positions.entropy[s] = __uint_as_float(0x7fc00000u);
     }
     if (f.wrong || f.mass == 0) return false;
     Posterior<float> q = {};
@@ -70,33 +70,33 @@ __device__ inline bool judge(const Remask& a, const Row& row, int64 b, int64 s, 
     if (a.options.score == RemaskChoice::neg_entropy) score = -entropy;
     if (a.options.score == RemaskChoice::random) score = position_noise(a, row, b, s, ranking_draw);
     if (a.options.score == RemaskChoice::leftmost) score = -double(s);
-    place.candidate[s] = int(candidate);
-    place.confidence[s] = confidence;
-    place.entropy[s] = entropy;
-    place.score[s] = score;
+    positions.candidate[s] = int(candidate);
+    positions.confidence[s] = confidence;
+    positions.entropy[s] = entropy;
+    positions.score[s] = score;
     if (a.options.schedule == RemaskChoice::coin) return position_noise(a, row, b, s, ranking_draw) < row.leave;
     return posterior && position_noise(a, row, b, s, posterior_draw) < token_probability(q, row.temperature);
 }
 
-__device__ inline RemaskPosition position_of(const Remask& a, int64 b, int64 s, const Places& place) {
-    const bool looked = place.has(s, Places::looked);
+__device__ inline RemaskPosition position_of(const Remask& a, int64 b, int64 s, const Positions& positions) {
+    const bool looked = positions.has(s, Positions::looked);
     RemaskPosition p;
     p.before = token_at(a, b, s);
-    p.candidate = looked ? place.candidate[s] : -1;
-    p.confidence = looked ? place.confidence[s] : 0;
+    p.candidate = looked ? positions.candidate[s] : -1;
+    p.confidence = looked ? positions.confidence[s] : 0;
     p.looked = looked;
-    p.masked = place.has(s, Places::masked);
+    p.masked = positions.has(s, Positions::masked);
     return p;
 }
 
 // --- a sequence, by a block -----------------------------------------------------------------------------------------
 
-// Whether a stretch owes its quota: the one before is committed to the fraction that the policy wants.
-__device__ inline bool owes(const Remask& a, const Stretch& before, const Places& place) {
+// Whether a stretch's quota is due: the one before is committed to the fraction that the policy wants.
+__device__ inline bool due(const Remask& a, const Stretch& before, const Positions& positions) {
     if (!a.options.has_complete_threshold || before.end == before.begin) return true;
-    const int length = count(before, place, Places::within);
-    const int committed =
-        count(before, [&](int i) { return place.has(i, Places::within) && !place.has(i, Places::masked); });
+    const int length = count(before, positions, Positions::within);
+    const int committed = count(
+        before, [&](int i) { return positions.has(i, Positions::within) && !positions.has(i, Positions::masked); });
     return double(committed) >= a.bounds.complete_threshold * double(length);
 }
 
@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     const int64 b = blockIdx.x;
     const Stretch all = {0, int(a.block), true};
     const int warps = int(blockDim.x) / lanes;
-    const Places place = places_at(LONG ? scratch + b * scratch_row : memory + 1, a.block);
+    const Positions positions = positions_at(LONG ? scratch + b * scratch_row : memory + 1, a.block);
     unsigned* left = reinterpret_cast<unsigned*>(memory);  // positions that are left to do
     Row row = row_of(a, b);
     row.leave = 0;
@@ -124,17 +124,18 @@ extern "C" __global__ void __launch_bounds__(512, 1)
                                  pieces);  // read whether or not it is looked at: it is under way
         const bool is_looked = looked(a, b, s);
         bool drawn = false;
-        if (is_looked) drawn = judge(a, row, b, s, filters + at, of_position, place);
+        if (is_looked) drawn = evaluate(a, row, b, s, filters + at, of_position, positions);
         if (lane_id() > 0) continue;
-        place.is[s] = (masked(a, b, s) ? Places::masked : 0u) | (is_looked ? Places::looked : 0u);
-        const RemaskPosition p = position_of(a, b, s, place);
-        place.is[s] |= (valid(a, b, s) ? Places::within : 0u) | (sent_back<float>(a, p) ? Places::returned : 0u) |
-                       (waits<float>(a, p) ? Places::waiting : 0u) |
-                       (usable<float>(a, a.mask_token_id, p) ? Places::usable : 0u) | (drawn ? Places::drawn : 0u);
+        positions.is[s] = (masked(a, b, s) ? Positions::masked : 0u) | (is_looked ? Positions::looked : 0u);
+        const RemaskPosition p = position_of(a, b, s, positions);
+        positions.is[s] |=
+            (valid(a, b, s) ? Positions::within : 0u) | (sent_back<float>(a, p) ? Positions::returned : 0u) |
+            (waits<float>(a, p) ? Positions::waiting : 0u) |
+            (usable<float>(a, a.mask_token_id, p) ? Positions::usable : 0u) | (drawn ? Positions::drawn : 0u);
     }
     __syncthreads();
 
-    Selection selection(a, row, place);
+    Selection selection(a, row, positions);
     const int size = a.options.sub_block > 0 && a.options.sub_block < all.end ? int(a.options.sub_block) : all.end;
     if (a.bounds.position_penalty != 0) selection.penalize(all);
     selection.rank(all, size);
@@ -144,14 +145,14 @@ extern "C" __global__ void __launch_bounds__(512, 1)
 #pragma unroll 1
     for (int begin = warp_id() * size; begin < all.end; begin += warps * size) {
         Stretch stretch = stretch_at(begin);
-        stretch.owes = owes(a, begin > 0 ? stretch_at(begin - size) : Stretch{0, 0, true}, place);
+        stretch.due = due(a, begin > 0 ? stretch_at(begin - size) : Stretch{0, 0, true}, positions);
         selection.select(stretch);
 #pragma unroll 1
         for (int i = begin + lane_id(); i < stretch.end; i += lanes) {
             const int64 at = b * a.block + i;
-            const RemaskPosition p = position_of(a, b, i, place);
+            const RemaskPosition p = position_of(a, b, i, positions);
             const auto uniform = [&] { return position_noise(a, row, b, i, renoise_draw); };
-            const RemaskOutcome o = outcome<float>(a, a.mask_token_id, a.vocabulary, p, place.taken(i), uniform);
+            const RemaskOutcome o = outcome<float>(a, a.mask_token_id, a.vocabulary, p, positions.taken(i), uniform);
             if (a.tokens_dtype == type_int64)
                 static_cast<int64*>(a.tokens_out)[at] = o.token;
             else
@@ -159,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
             a.transfer_mask[at] = o.written;
             a.candidate[at] = p.candidate;
             static_cast<float*>(a.confidence)[at] = float(p.confidence);
-            static_cast<float*>(a.entropy)[at] = p.looked ? place.entropy[i] : 0;
+            static_cast<float*>(a.entropy)[at] = p.looked ? positions.entropy[i] : 0;
             if (o.left) atomicAdd(left, 1u);
         }
     }
