@@ -4,7 +4,7 @@
 // lock is released while a kernel runs.
 #include <pybind11/pybind11.h>
 
-#include <cstring>
+#include <cstdint>
 #include <string>
 
 #include "cpu/adaln.h"
@@ -147,57 +147,14 @@ void bind_mamba2(py::module_& m) {
         Released());
 }
 
-// A struct of numbers of one type from a sequence of them, in the order of its fields.
-template <class Struct, class Number>
-Struct numbers(const py::sequence& from) {
-    constexpr size_t count = sizeof(Struct) / sizeof(Number);
-    if (from.size() != count) throw py::value_error("expected " + std::to_string(count) + " numbers");
-    Number values[count];
-    for (size_t i = 0; i < count; ++i) values[i] = from[i].cast<Number>();
-    Struct filled;
-    std::memcpy(&filled, values, sizeof(filled));
-    return filled;
-}
-
 void bind_remask(py::module_& m) {
-    m.def("remask", [](Cube logits, Matrix tokens, int64_t mask_token_id, py::sequence options, py::sequence bounds,
-                       py::sequence whole, py::sequence real, Optional<1> step, Optional<1> num_steps,
-                       Optional<1> top_k, Optional<1> seed, Optional<1> offset, Optional<1> initial,
-                       Optional<1> temperature, Optional<1> top_p, Optional<1> gate_bound, Optional<1> suppressed,
-                       Optional<1> unscored, Optional<2> editable, Optional<1> valid_lens, Optional<2> candidates,
-                       Optional<2> rank_noise, Matrix tokens_out, Matrix transfer_mask, Matrix candidate,
-                       Matrix confidence, Matrix entropy, Vector num_masked, Vector done) {
-        const tt::Remask arguments = {logits,
-                                      tokens,
-                                      mask_token_id,
-                                      numbers<tt::RemaskOptions, int64_t>(options),
-                                      numbers<tt::RemaskBounds, double>(bounds),
-                                      numbers<tt::RemaskWhole, int64_t>(whole),
-                                      numbers<tt::RemaskReal, double>(real),
-                                      step,
-                                      num_steps,
-                                      top_k,
-                                      seed,
-                                      offset,
-                                      initial,
-                                      temperature,
-                                      top_p,
-                                      gate_bound,
-                                      suppressed,
-                                      unscored,
-                                      editable,
-                                      valid_lens,
-                                      candidates,
-                                      rank_noise,
-                                      tokens_out,
-                                      transfer_mask,
-                                      candidate,
-                                      confidence,
-                                      entropy,
-                                      num_masked,
-                                      done};
+    // The address of a tt::Remask, which Python has filled, and its size.
+    m.def("remask", [](uintptr_t arguments, size_t size) {
+        if (arguments == 0 || size != sizeof(tt::Remask))
+            throw py::value_error("expected a struct of " + std::to_string(sizeof(tt::Remask)) + " bytes, got " +
+                                  std::to_string(size));
         py::gil_scoped_release released;
-        tt::remask(arguments);
+        tt::remask(*reinterpret_cast<const tt::Remask*>(arguments));
     });
 }
 

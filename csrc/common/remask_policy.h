@@ -3,29 +3,19 @@
 // the CPU's kernel and the GPU's, inside their namespaces, where `int64` is declared.
 #pragma once
 
-// clang-format off
-#define REMASK_OPTIONS(X) \
-    X(suppress_mask) X(skip_mask_candidates) X(greedy) X(statistics) X(top_p_first) X(top_p_tempered) \
-    X(top_p_keep_crossing) X(score) X(gate) X(strict) X(gate_on) X(factor_last_free) X(entropy_includes_self) \
-    X(schedule) X(schedule_base) X(spread_remainder) X(alpha) X(long_grid) X(min_commits) X(finish) \
-    X(window) X(combine) X(sub_block) X(renoise) \
-    X(has_temperature_end) X(has_gate_slack) X(has_run_threshold) X(has_complete_threshold) X(has_edit_threshold) \
-    X(has_remask_threshold)
-#define REMASK_BOUNDS(X) \
-    X(position_penalty) X(min_t) X(warmup) X(temperature_end) X(gate_slack) X(run_threshold) X(complete_threshold) \
-    X(edit_threshold) X(remask_threshold)
-// clang-format on
-
-#define REMASK_OPTION(name) int64 name;
 struct RemaskOptions {
-    REMASK_OPTIONS(REMASK_OPTION)
+    int64 suppress_mask, skip_mask_candidates, greedy, statistics;
+    int64 top_p_first, top_p_tempered, top_p_keep_crossing;
+    int64 score, gate, strict, gate_on, factor_last_free, entropy_includes_self;
+    int64 schedule, schedule_base, spread_remainder, alpha, long_grid, min_commits, finish;
+    int64 window, combine, sub_block, renoise;
+    int64 has_temperature_end, has_gate_slack, has_run_threshold, has_complete_threshold, has_edit_threshold,
+        has_remask_threshold;
 };
-#undef REMASK_OPTION
-#define REMASK_BOUND(name) double name;
 struct RemaskBounds {
-    REMASK_BOUNDS(REMASK_BOUND)
+    double position_penalty, min_t, warmup;
+    double temperature_end, gate_slack, run_threshold, complete_threshold, edit_threshold, remask_threshold;
 };
-#undef REMASK_BOUND
 
 struct RemaskChoice {
     enum Statistics { raw, filtered };

@@ -12,7 +12,7 @@
 constexpr double coldest = 1e-36;
 
 // Whether committed positions are looked at, too.
-REMASK_FUNCTION bool judges_all(const RemaskOptions& options) {
+REMASK_FUNCTION bool looks_at_committed(const RemaskOptions& options) {
     return options.renoise || options.has_edit_threshold || options.has_remask_threshold;
 }
 
@@ -53,11 +53,11 @@ REMASK_FUNCTION W mask_logit(double log_sum, double leave) {
 
 template <class W>
 struct Posterior {
-    W mask;          // the mask token's logit
-    bool mask_best;  // it is the argmax: larger than every token's, or as large and of a lower number
-    bool mask_kept;  // by the filter
-    W top;           // the largest of the tokens that the filter keeps
-    double mass;     // of those: the sum of e^((z - top) / temperature)
+    W mask;              // the mask token's logit
+    bool mask_best;      // it is the argmax: larger than every token's, or as large and of a lower number
+    bool mask_survives;  // by the filter
+    W top;               // the largest of the tokens that the filter keeps
+    double mass;         // of those: the sum of e^((z - top) / temperature)
 };
 
 // The probability that a draw is a token and not the mask; without a temperature, whether the argmax is one.
@@ -65,7 +65,7 @@ template <class W>
 REMASK_FUNCTION double token_probability(const Posterior<W>& q, double temperature) {
     if (!(temperature > 0)) return q.mask_best ? 0 : 1;
     if (q.mass == 0) return 0;  // no token is kept
-    if (!q.mask_kept) return 1;
+    if (!q.mask_survives) return 1;
     const double ahead = (double(q.mask) - double(q.top)) / temperature;
     return double(W(ahead > 0 ? q.mass * exp(-ahead) / (q.mass * exp(-ahead) + 1) : q.mass / (q.mass + exp(ahead))));
 }

@@ -1,5 +1,5 @@
-// How many positions a step owes (reference/remask_schedule.py). Products that should be whole numbers are snapped to a
-// multiple of 2^-30 before they are rounded, so that no count hangs on the last digit of a cosine or a division.
+// How many positions a step commits (reference/remask_schedule.py). Products that should be whole numbers are snapped
+// to a multiple of 2^-30 before they are rounded, so that no count hangs on the last digit of a cosine or a division.
 //
 // Included by both the CPU's kernel and the GPU's, inside their namespaces, where `int64`, `REMASK_FUNCTION` (what
 // stands before a function) and `quarter_cosine(t)` and `quarter_sine(t)`, of pi t / 2 for t in [0, 1], are declared.
@@ -107,8 +107,8 @@ REMASK_FUNCTION int64 quota(const Step& a, const Row& row, int64 initial, int64 
         case RemaskChoice::rounded: return spent(a, row, initial, wrapped_sum(step, 1)) - spent(a, row, initial, step);
         case RemaskChoice::noise: {
             const double s = remask_times(a.options, a.bounds.min_t, step, num_steps).s;
-            const double kept = floor(snapped((1 - clean_fraction(a.options.alpha, s)) * double(length)));
-            const int64 most = int64(kept) < n - 1 ? int64(kept) : n - 1;
+            const double noisy = floor(snapped((1 - clean_fraction(a.options.alpha, s)) * double(length)));
+            const int64 most = int64(noisy) < n - 1 ? int64(noisy) : n - 1;
             return n - (most > 0 ? most : 0);
         }
         case RemaskChoice::truncated: return int64(floor(snapped(double(n) * row.leave)));

@@ -18,31 +18,27 @@ namespace TT_ISA {
 
 namespace {
 
-template <class T>
-T& at(const View& view, int64_t b, int64_t s) {
-    return view.as<T>()[b * view.stride[0] + s * view.stride[1]];
-}
-
-void write_token(const Remask& a, int64_t b, int64_t s, int64_t token) {
-    if (a.tokens_out.dtype == DType::int64)
-        at<int64_t>(a.tokens_out, b, s) = token;
+// i: of the position, counted through all rows.
+void write_token(const Remask& a, int64_t i, int64_t token) {
+    if (holds_int64(a))
+        static_cast<int64_t*>(a.tokens_out)[i] = token;
     else
-        at<int32_t>(a.tokens_out, b, s) = int32_t(token);
+        static_cast<int32_t*>(a.tokens_out)[i] = int32_t(token);
 }
 
 // The proposal: the caller's, the sample, or the argmax.
 template <class X>
-int64_t proposal(const Remask& a, const RemaskRow& row, int64_t b, int64_t s, const Findings<Wide<X>>& f) {
+int64_t proposal(const Remask& a, const RemaskRow& row, int64_t b, int64_t s, const Summary<Wide<X>>& f) {
     using W = Wide<X>;
     if (a.candidates) {
-        const int64_t given = at<int64_t>(a.candidates, b, s);
+        const int64_t given = a.candidates.at(b, s);
         if (given >= 0) return given;
     }
     if (!row.sampled || !noise_matters(f.best.value, row.temperature)) return f.best.token;
     const Two<W>& drawn = f.drawn;
     const W near = W(1e-4);
     if (!(drawn.value[0] - drawn.value[1] < near)) return drawn.token[0];
-    const X* logits = a.logits.as<X>() + b * a.logits.stride[0] + s * a.logits.stride[1];
+    const X* logits = logits_at<X>(a, b, s);
     const Stream stream(row.seed, row.offset, row.step, s);
     const int64_t low = smaller(drawn.token[0], drawn.token[1]), high = larger(drawn.token[0], drawn.token[1]);
     const auto exactly = [&](int64_t token) {
@@ -53,90 +49,92 @@ int64_t proposal(const Remask& a, const RemaskRow& row, int64_t b, int64_t s, co
 
 // What one position's logits come to: confidence, entropy, score; NaN where they are not usable.
 template <class X>
-void judge(const Remask& a, const Scan<X>& scan, const RemaskRow& row, int64_t b, int64_t s, const Findings<Wide<X>>& f,
-           RemaskPlace& place) {
+void evaluate(const Remask& a, const Scan<X>& scan, const RemaskRow& row, int64_t b, int64_t s,
+              const Summary<Wide<X>>& f, RemaskCandidate& position) {
     using W = Wide<X>;
     const bool posterior = a.options.schedule == RemaskChoice::posterior;
     const W mask = posterior ? f.mask_logit(row.leave) : -infinity<W>;
     const bool mask_is_certain = a.options.statistics == RemaskChoice::filtered && mask == infinity<W>;
-    place.candidate = -1;
-    place.score = place.confidence = place.entropy = __builtin_nan("");
+    position.candidate = -1;
+    position.score = position.confidence = position.entropy = __builtin_nan("");
     if (f.wrong || f.sum.mass == 0 || mask_is_certain) return;
     const int64_t candidate = proposal<X>(a, row, b, s, f);
     const double t = double(scan.own_temperature(row)), top = double(f.sum.top);
     const auto probability = [&](W z) { return double(W(::exp((double(z) - top) / t) / f.sum.mass)); };
-    place.confidence = probability(scan.scored_logit(row, b, s, candidate, f));
-    place.candidate = candidate;
-    place.entropy = double(W(f.sum.entropy()));
+    position.confidence = probability(scan.scored_logit(row, b, s, candidate, f));
+    position.candidate = candidate;
+    position.entropy = double(W(f.sum.entropy()));
     switch (a.options.score) {
-        case RemaskChoice::confidence: place.score = place.confidence; break;
+        case RemaskChoice::confidence: position.score = position.confidence; break;
         case RemaskChoice::margin:
-            place.score = double(W(probability(f.scored.value[0]) - probability(f.scored.value[1])));
+            position.score = double(W(probability(f.scored.value[0]) - probability(f.scored.value[1])));
             break;
-        case RemaskChoice::neg_entropy: place.score = -place.entropy; break;
-        case RemaskChoice::random: place.score = position_noise(a, row, b, s, ranking_draw); break;
-        default: place.score = -double(s);
+        case RemaskChoice::neg_entropy: position.score = -position.entropy; break;
+        case RemaskChoice::random: position.score = position_noise(a, row, b, s, ranking_draw); break;
+        default: position.score = -double(s);
     }
-    if (a.options.schedule == RemaskChoice::coin) place.drawn = position_noise(a, row, b, s, ranking_draw) < row.leave;
+    if (a.options.schedule == RemaskChoice::coin)
+        position.drawn = position_noise(a, row, b, s, ranking_draw) < row.leave;
     if (!posterior) return;
     const bool mask_best = mask > f.best.value || (mask == f.best.value && a.mask_token_id < f.best.token);
-    const Posterior<W> q = {mask, mask_best, f.mask_kept, f.kept.top, f.kept.mass};
-    place.drawn = position_noise(a, row, b, s, posterior_draw) < token_probability(q, row.temperature);
+    const Posterior<W> q = {mask, mask_best, f.mask_survives, f.survivors.top, f.survivors.mass};
+    position.drawn = position_noise(a, row, b, s, posterior_draw) < token_probability(q, row.temperature);
 }
 
-void choose(const Remask& a, const RemaskSelection& selection, const RemaskRow& row, RemaskPlace* place, int64_t block,
-            RemaskOrder& room) {
+void choose(const Remask& a, const RemaskSelection& selection, const RemaskRow& row, RemaskCandidate* position,
+            int64_t block, RemaskOrder& room) {
     const RemaskOptions& options = a.options;
     if (a.bounds.position_penalty != 0) {
         int64_t first = 0;
-        while (first < block && !place[first].waiting) ++first;
+        while (first < block && !position[first].waiting) ++first;
         for (int64_t s = 0; s < block; ++s) {  // the product is float32 in the definition, whatever the score is
             const double penalty = double(float(a.bounds.position_penalty) * float(s - first));
-            place[s].score = selection.as_score(place[s].score - penalty);
+            position[s].score = selection.as_score(position[s].score - penalty);
         }
     }
     const int64_t size = options.sub_block > 0 ? options.sub_block : larger(block, int64_t(1));
-    bool owes = true;
+    bool due = true;
     for (int64_t begin = 0; begin < block; begin += size) {
         const int64_t n = smaller(size, block - begin);
-        selection.select(place + begin, n, row, owes, room);
+        selection.select(position + begin, n, row, due, room);
         if (!options.has_complete_threshold) continue;
         int64_t committed = 0, length = 0;
         for (int64_t s = begin; s < begin + n; ++s) {
-            committed += place[s].valid && !place[s].masked;
-            length += place[s].valid;
+            committed += position[s].valid && !position[s].masked;
+            length += position[s].valid;
         }
-        owes = double(committed) >= a.bounds.complete_threshold * double(length);
+        due = double(committed) >= a.bounds.complete_threshold * double(length);
     }
 }
 
 template <class W>
-void write_row(const Remask& a, const RemaskRow& row, int64_t b, const RemaskPlace* place, int64_t block) {
+void write_row(const Remask& a, const RemaskRow& row, int64_t b, const RemaskCandidate* position, int64_t block) {
     const RemaskOptions& options = a.options;
     int64_t left = 0;
     for (int64_t s = 0; s < block; ++s) {
-        const RemaskPlace& p = place[s];
+        const RemaskCandidate& p = position[s];
         const auto uniform = [&] { return position_noise(a, row, b, s, renoise_draw); };
-        const RemaskOutcome o = outcome<W>(a, a.mask_token_id, a.logits.size[2], p, p.chosen, uniform);
+        const RemaskOutcome o = outcome<W>(a, a.mask_token_id, a.vocabulary, p, p.chosen, uniform);
         left += o.left;
-        write_token(a, b, s, o.token);
-        at<bool>(a.transfer_mask, b, s) = o.written;
-        at<int64_t>(a.candidate, b, s) = p.looked ? p.candidate : -1;
-        at<W>(a.confidence, b, s) = p.looked ? W(p.confidence) : W(0);
-        at<W>(a.entropy, b, s) = p.looked ? W(p.entropy) : W(0);
+        const int64_t i = b * block + s;
+        write_token(a, i, o.token);
+        a.transfer_mask[i] = o.written;
+        a.candidate[i] = p.looked ? p.candidate : -1;
+        static_cast<W*>(a.confidence)[i] = p.looked ? W(p.confidence) : W(0);
+        static_cast<W*>(a.entropy)[i] = p.looked ? W(p.entropy) : W(0);
     }
-    a.num_masked.as<int64_t>()[b * a.num_masked.stride[0]] = left;
-    a.done.as<bool>()[b * a.done.stride[0]] = options.renoise ? row.step >= row.num_steps - 1 : left == 0;
+    a.num_masked[b] = left;
+    a.done[b] = options.renoise ? row.step >= row.num_steps - 1 : left == 0;
 }
 
 template <class X>
 void step(const Remask& a) {
     using W = Wide<X>;
-    const int64_t batch = a.logits.size[0], block = a.logits.size[1], vocabulary = a.logits.size[2];
+    const int64_t batch = a.batch, block = a.block, vocabulary = a.vocabulary;
     const int64_t pieces = (vocabulary + piece_size - 1) / piece_size;
-    const bool all = judges_all(a.options);
+    const bool all = looks_at_committed(a.options);
     Scratch<RemaskRow> rows(batch);
-    Scratch<RemaskPlace> places(batch, block);
+    Scratch<RemaskCandidate> positions(batch, block);
     Scratch<int64_t> looked(batch, block), slot(batch, block);  // positions by number, and the other way round
     int64_t count = 0;
     bool filters = false;
@@ -145,16 +143,16 @@ void step(const Remask& a) {
         filters |= rows[b].filtered;
         for (int64_t s = 0; s < block; ++s) {
             const int64_t i = b * block + s;
-            RemaskPlace& place = places[i] = RemaskPlace();
-            place.candidate = -1;
-            place.valid = s < rows[b].length;
-            place.before = token_at(a, b, s);
-            place.masked = a.mask_token_id >= 0 && place.before == a.mask_token_id;
-            place.looked = reaches(a, rows[b], b, s) && (all || place.masked);
-            if (place.looked) slot[i] = count, looked[count++] = i;
+            RemaskCandidate& position = positions[i] = RemaskCandidate();
+            position.candidate = -1;
+            position.valid = s < rows[b].length;
+            position.before = token_at(a, b, s);
+            position.masked = a.mask_token_id >= 0 && position.before == a.mask_token_id;
+            position.looked = reaches(a, rows[b], b, s) && (all || position.masked);
+            if (position.looked) slot[i] = count, looked[count++] = i;
         }
     }
-    Scratch<Findings<W>> found(count, pieces);
+    Scratch<Summary<W>> found(count, pieces);
     Scratch<double> reached(count);
     for (int64_t i = 0; i < count; ++i) reached[i] = -infinity<double>;
     parallel_for(count * pieces, 1, [&](int64_t begin, int64_t end) {
@@ -167,7 +165,7 @@ void step(const Remask& a) {
                 found[task] =
                     scan.piece(rows[b], b, s, from, smaller(from + piece_size, vocabulary), reached + task / pieces);
             else
-                found[task] = from == 0 ? scan.filtered(rows[b], b, s, z, x, weight) : Findings<W>();
+                found[task] = from == 0 ? scan.filtered(rows[b], b, s, z, x, weight) : Summary<W>();
         }
     });
     parallel_for(batch, 1, [&](int64_t begin, int64_t end) {
@@ -176,20 +174,20 @@ void step(const Remask& a) {
         RemaskOrder room(block);
         for (int64_t b = begin; b < end; ++b) {
             const RemaskRow& row = rows[b];
-            RemaskPlace* place = places + b * block;
+            RemaskCandidate* position = positions + b * block;
             for (int64_t s = 0; s < block; ++s) {
-                if (place[s].looked) {
-                    Findings<W>* f = found + slot[b * block + s] * pieces;
+                if (position[s].looked) {
+                    Summary<W>* f = found + slot[b * block + s] * pieces;
                     for (int64_t p = 1; p < pieces && !row.filtered; ++p)
                         f->merge(f[p], scan.temperature(row), scan.own_temperature(row));
-                    judge<X>(a, scan, row, b, s, *f, place[s]);
+                    evaluate<X>(a, scan, row, b, s, *f, position[s]);
                 }
-                place[s].sent_back = sent_back<W>(a, place[s]);
-                place[s].waiting = waits<W>(a, place[s]);
-                place[s].usable = usable<W>(a, a.mask_token_id, place[s]);
+                position[s].sent_back = sent_back<W>(a, position[s]);
+                position[s].waiting = waits<W>(a, position[s]);
+                position[s].usable = usable<W>(a, a.mask_token_id, position[s]);
             }
-            choose(a, selection, row, place, block, room);
-            write_row<W>(a, row, b, place, block);
+            choose(a, selection, row, position, block, room);
+            write_row<W>(a, row, b, position, block);
         }
     });
 }
@@ -197,7 +195,9 @@ void step(const Remask& a) {
 }  // namespace
 
 void remask(const Remask& a) {
-    for_fast(a.logits.dtype, [&](auto type) { step<typename decltype(type)::type>(a); }, [&] { baseline::remask(a); });
+    for_fast(
+        DType(a.logits_dtype), [&](auto type) { step<typename decltype(type)::type>(a); },
+        [&] { baseline::remask(a); });
 }
 
 }  // namespace TT_ISA

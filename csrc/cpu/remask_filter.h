@@ -28,7 +28,7 @@ inline double key_value(uint64_t key) {
 // Of n values (none NaN) with weights (null: 1 each), largest first: the least value for which the weight of the larger
 // ones (with `itself`: and its own) is at most `budget`; at least the largest. Both arrays are overwritten.
 template <class W>
-W least_kept(W* values, W* weights, int64_t n, double budget, bool itself) {
+W least_survivor(W* values, W* weights, int64_t n, double budget, bool itself) {
     using Key = decltype(order_key(W()));
     constexpr int width = 11, bins = 1 << width;
     double weight[bins];

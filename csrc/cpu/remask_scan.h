@@ -2,9 +2,9 @@
 //
 // A position is read in stretches of 2048 tokens that stay in L1 while all that is wanted of them is taken: the best
 // token, the sums of the softmax and its entropy (remask_sum.h), the two best with Gumbel noise. Sums refer to the
-// largest value so far and are scaled when it grows, so one pass is enough. Which token is the best is looked up only
-// in stretches whose largest value is a new one, of which there are a handful; likewise noise is computed only for
-// words small enough to win. Logits are read where they are, except in stretches with a token that is left out, which
+// largest value so far and are scaled when it grows, so one pass is enough. Which token is the best is looked up once,
+// in the last stretch whose largest value was a new one; likewise noise is computed only for words small enough to win.
+// Logits are read where they are, except in stretches with a token that is left out, which
 // are copied. Positions are cut into pieces of a fixed size, whatever the number of threads, so that results do not
 // depend on it. Rows with top-k or top-p are read once into a thread's scratch of three vocabularies, where the filter
 // is found (remask_filter.h) before the draw.
@@ -30,9 +30,18 @@ template <class W>
 struct Best {
     W value = -infinity<W>;
     int64_t token = 0;
+    bool found = true;  // else token is the first of the stretch
     template <class X>
     void offer(const X* x, int64_t base, W largest) {  // x of the tokens from base on
-        if (largest > value) value = largest, token = base + place_of<W>(x, largest);
+        if (largest > value) value = largest, token = base + index_of<W>(x, largest), found = true;
+    }
+    // As offer, but the token is found by `find`: in the last of several stretches with a new largest value alone.
+    void note(int64_t base, W largest) {
+        if (largest > value) value = largest, token = base, found = false;
+    }
+    template <class X>
+    void find(const X* x) {  // of all tokens
+        if (!found) token += index_of<W>(x + token, value), found = true;
     }
     void merge(const Best& other) {
         if (other.value > value) *this = other;
@@ -66,22 +75,22 @@ struct Two {
 
 // What a piece of a position says; pieces of a position are merged in order.
 template <class W>
-struct Findings {
-    Best<W> best;                                    // of what may be proposed
-    Two<W> scored;                                   // of what the statistics see
-    Two<W> drawn;                                    // with noise, of what the filter keeps
-    Sum<W> sum;                                      // of what the statistics see
-    Sum<W> all;                                      // posterior: of what may be proposed, untempered
-    Sum<W> kept;                                     // posterior: of what the filter keeps, tempered
-    W largest = -infinity<W>;                        // of all that is filtered: x is tempered from here
-    W least = -infinity<W>, least_x = -infinity<W>;  // of the filter: of z by top-k, of x by top-p
-    bool mask_kept = true, none_kept = false;        // whether the filter keeps the posterior's mask; no token
-    bool wrong = false;                              // NaN or +infinity; the rest may then be anything
+struct Summary {
+    Best<W> best;                                     // of what may be proposed
+    Two<W> scored;                                    // of what the statistics see
+    Two<W> drawn;                                     // with noise, of what the filter keeps
+    Sum<W> sum;                                       // of what the statistics see
+    Sum<W> all;                                       // posterior: of what may be proposed, untempered
+    Sum<W> survivors;                                 // posterior: of what the filter keeps, tempered
+    W largest = -infinity<W>;                         // of all that is filtered: x is tempered from here
+    W least = -infinity<W>, least_x = -infinity<W>;   // of the filter: of z by top-k, of x by top-p
+    bool mask_survives = true, none_survive = false;  // whether the filter keeps the posterior's mask; no token
+    bool wrong = false;                               // NaN or +infinity; the rest may then be anything
 
     // Of the posterior.
     W mask_logit(double leave) const { return tt::TT_ISA::mask_logit<W>(double(all.top) + all.log(), leave); }
 
-    void merge(const Findings& o, W t, W own) {
+    void merge(const Summary& o, W t, W own) {
         wrong |= o.wrong;
         if (wrong) return;
         best.merge(o.best);
@@ -89,7 +98,7 @@ struct Findings {
         drawn.merge(o.drawn);
         sum.merge(o.sum, double(own));
         all.merge(o.all, 1);
-        kept.merge(o.kept, double(t));
+        survivors.merge(o.survivors, double(t));
     }
 };
 
@@ -130,42 +139,41 @@ class Scan {
         : a_(a),
           suppressed_(a.suppressed),
           unscored_(a.unscored),
-          vocabulary_(a.logits.size[2]),
+          vocabulary_(a.vocabulary),
           posterior_(a.options.schedule == RemaskChoice::posterior),
           tempered_(a.options.statistics == RemaskChoice::filtered),
           margin_(a.options.score == RemaskChoice::margin) {}
 
     // Tokens [begin, end) of position s of row b. reached: -infinity at first, shared by all pieces of the position.
-    Findings<W> piece(const RemaskRow& row, int64_t b, int64_t s, int64_t begin, int64_t end, double* reached) {
-        Findings<W> f;
+    Summary<W> piece(const RemaskRow& row, int64_t b, int64_t s, int64_t begin, int64_t end, double* reached) {
+        Summary<W> f;
         const X* x = logits(b, s);
         Noise noise(row, s, reached);
         const Heat<W>& heat = heat_of(row);
-        bool known = false;
-        float ahead = 0;  // the largest value of the next stretch, if known
         for (int64_t base = begin; base < end && !f.wrong; base += stretch) {
             const int64_t n = smaller(stretch, end - base);
             if constexpr (sizeof(W) == sizeof(float)) {
                 if (plain(base, n) && Exponential::serves(heat.own)) {
-                    const X* next = base + 2 * stretch <= end ? x + base + stretch : x + base;
-                    const float largest = known ? ahead : peak<float>(x + base, n);
-                    known = next != x + base;
-                    ahead = add_plain(x + base, next, base, largest, heat, f);
+                    Known& known = known_[base / stretch % 2];
+                    const float largest = known.of == x + base ? known.largest : peak_or_nan(x + base, n);
+                    const X* next = base + 3 * stretch <= vocabulary_ ? x + base + 2 * stretch : x + base;
+                    known = {next, add_plain(x + base, next, base, largest, heat, f)};
                     if (row.sampled && !f.wrong) draw(noise, x + base, n, base, largest, heat.t, f);
                     continue;
                 }
             }
-            known = false;
             const W* z = load(b, s, base, n);
             const W largest = admit(z, n, base, heat, f);
             if (!f.wrong) after_filter(row, noise, z, n, base, largest, heat, f);
         }
+        if constexpr (sizeof(W) == sizeof(float))
+            if (!f.wrong) f.best.find(x);
         return f;
     }
 
     // A whole position of a row with top-k or top-p. z, x and weight: room for a padded vocabulary.
-    Findings<W> filtered(const RemaskRow& row, int64_t b, int64_t s, W* z, W* x, W* weight) {
-        Findings<W> f;
+    Summary<W> filtered(const RemaskRow& row, int64_t b, int64_t s, W* z, W* x, W* weight) {
+        Summary<W> f;
         const Heat<W>& heat = heat_of(row);
         for (int64_t base = 0; base < vocabulary_ && !f.wrong; base += stretch) {
             const int64_t n = smaller(stretch, vocabulary_ - base);
@@ -181,7 +189,7 @@ class Scan {
         }
         find_filter(row, z, x, weight, f);
         if (posterior_) {
-            f.mask_kept = keeps(row, z[a_.mask_token_id], f);
+            f.mask_survives = survives(row, z[a_.mask_token_id], f);
             z[a_.mask_token_id] = -infinity<W>;
         }
         double reached = -infinity<double>;
@@ -189,16 +197,16 @@ class Scan {
         for (int64_t base = 0; base < vocabulary_; base += stretch) {
             const int64_t n = smaller(stretch, vocabulary_ - base);
             W* y = stretch_z_;
-            for (int64_t i = 0; i < n; ++i) y[i] = keeps(row, z[base + i], f) ? z[base + i] : -infinity<W>;
+            for (int64_t i = 0; i < n; ++i) y[i] = survives(row, z[base + i], f) ? z[base + i] : -infinity<W>;
             pad(y, n);
             after_filter(row, noise, y, n, base, peak<W>(y, padded(n)), heat, f);
         }
         return f;
     }
 
-    bool keeps(const RemaskRow& row, W z, const Findings<W>& f) const {
+    bool survives(const RemaskRow& row, W z, const Summary<W>& f) const {
         if (!row.filtered) return true;
-        if (f.none_kept || !(z >= f.least)) return false;
+        if (f.none_survive || !(z >= f.least)) return false;
         return row.top_p >= 1 || nucleus_value(row, z, f) >= f.least_x;
     }
 
@@ -206,10 +214,10 @@ class Scan {
     W own_temperature(const RemaskRow& row) const { return tempered_ ? temperature(row) : W(1); }
 
     // The logit of a token as the statistics see it, -infinity if they do not.
-    W scored_logit(const RemaskRow& row, int64_t b, int64_t s, int64_t token, const Findings<W>& f) const {
+    W scored_logit(const RemaskRow& row, int64_t b, int64_t s, int64_t token, const Summary<W>& f) const {
         if (suppressed_.has(token) || unscored_.has(token)) return -infinity<W>;
         const W z = widen((logits(b, s))[token]);
-        return tempered_ && !keeps(row, z, f) ? -infinity<W> : z;
+        return tempered_ && !survives(row, z, f) ? -infinity<W> : z;
     }
 
    private:
@@ -220,9 +228,7 @@ class Scan {
         return heat_;
     }
 
-    const X* logits(int64_t b, int64_t s) const {
-        return a_.logits.as<X>() + b * a_.logits.stride[0] + s * a_.logits.stride[1];
-    }
+    const X* logits(int64_t b, int64_t s) const { return logits_at<X>(a_, b, s); }
 
     // Whether logits can be used where they are: a whole stretch of which no token is left out, for one sum.
     bool plain(int64_t base, int64_t n) const {
@@ -230,16 +236,16 @@ class Scan {
     }
 
     // Returns the largest of `next`.
-    float add_plain(const X* x, const X* next, int64_t base, float largest, const Heat<W>& heat, Findings<W>& f) {
+    float add_plain(const X* x, const X* next, int64_t base, float largest, const Heat<W>& heat, Summary<W>& f) {
         if (!(largest > -infinity<float>) || largest == infinity<float>) {
             f.wrong = unusable<float>(x, stretch);
-            return peak<float>(next, stretch);
+            return peak_or_nan(next, stretch);
         }
-        f.best.offer(x, base, largest);
+        f.best.note(base, largest);
         if (margin_ && largest > f.scored.value[1]) f.scored.offer(x, stretch, base);
         const float ahead = f.sum.add(x, next, stretch, largest, heat.statistics, double(heat.own));
         f.wrong = f.sum.mass != f.sum.mass;  // a NaN among them
-        return ahead;
+        return ahead == -infinity<float> ? peak<float>(next, stretch) : ahead;
     }
 
     const W* load(int64_t b, int64_t s, int64_t base, int64_t n) {
@@ -256,7 +262,7 @@ class Scan {
     }
 
     // z: n values, padded. Returns the largest.
-    W admit(const W* z, int64_t n, int64_t base, const Heat<W>& heat, Findings<W>& f) {
+    W admit(const W* z, int64_t n, int64_t base, const Heat<W>& heat, Summary<W>& f) {
         const W largest = peak<W>(z, padded(n));
         f.wrong = unusable<W>(z, padded(n));
         if (f.wrong) return largest;
@@ -267,13 +273,13 @@ class Scan {
     }
 
     void after_filter(const RemaskRow& row, Noise& noise, const W* y, int64_t n, int64_t base, W largest,
-                      const Heat<W>& heat, Findings<W>& f) {
+                      const Heat<W>& heat, Summary<W>& f) {
         if (tempered_) score(y, n, base, largest, heat.statistics, heat.own, f);
-        if (posterior_) add(f.kept, y, n, largest, heat.draw, heat.t);
+        if (posterior_) add(f.survivors, y, n, largest, heat.draw, heat.t);
         if (row.sampled) draw(noise, y, n, base, largest, heat.t, f);
     }
 
-    void score(const W* y, int64_t n, int64_t base, W largest, const Exponential& exponential, W t, Findings<W>& f) {
+    void score(const W* y, int64_t n, int64_t base, W largest, const Exponential& exponential, W t, Summary<W>& f) {
         if (unscored_.any(base, base + n)) {
             std::memcpy(stretch_x_, y, size_t(n) * sizeof(W));
             pad(stretch_x_, n);
@@ -307,7 +313,7 @@ class Scan {
     // margins are wider than all rounding, so the two best of the position are the same to the bit, whichever piece
     // comes first.
     template <class Y>
-    void draw(Noise& noise, const Y* y, int64_t n, int64_t base, W largest, W t, Findings<W>& f) {
+    void draw(Noise& noise, const Y* y, int64_t n, int64_t base, W largest, W t, Summary<W>& f) {
         if (!(largest > -infinity<W>)) return;
         const double best = double(largest) / double(t);
         for (int64_t begin = 0; begin < n; begin += noisy_size) {
@@ -334,7 +340,7 @@ class Scan {
     }
 
     template <class Y>
-    void add_noise(const Stream& stream, const Y* y, int64_t n, int64_t first, W t, Findings<W>& f) {
+    void add_noise(const Stream& stream, const Y* y, int64_t n, int64_t first, W t, Summary<W>& f) {
         philox_words(stream, uint32_t(first >> 2), (n + 3) / 4, words_);
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) noisy_[i] = W(widen(y[i])) / t + W(gumbel(words_[i]));
@@ -342,19 +348,19 @@ class Scan {
         f.drawn.offer(static_cast<const W*>(noisy_), padded(n), first);
     }
 
-    W nucleus_value(const RemaskRow& row, W z, const Findings<W>& f) const {
+    W nucleus_value(const RemaskRow& row, W z, const Summary<W>& f) const {
         return a_.options.top_p_tempered ? (z - f.largest) / temperature(row) : z;
     }
 
-    void find_filter(const RemaskRow& row, const W* z, W* x, W* weight, Findings<W>& f) {
+    void find_filter(const RemaskRow& row, const W* z, W* x, W* weight, Summary<W>& f) {
         const int64_t v = vocabulary_;
         if (row.top_k > 0 && row.top_k < v) {
             for (int64_t i = 0; i < v; ++i) x[i] = z[i];
-            f.least = least_kept<W>(x, nullptr, v, double(row.top_k - 1), false);
+            f.least = least_survivor<W>(x, nullptr, v, double(row.top_k - 1), false);
         }
         if (row.top_p >= 1) return;
-        f.none_kept = f.largest == infinity<W>;  // the posterior of a mask that stays for certain has no nucleus
-        if (f.none_kept) return;
+        f.none_survive = f.largest == infinity<W>;  // the posterior of a mask that stays for certain has no nucleus
+        if (f.none_survive) return;
         Sum<W> total;
         for (int64_t i = 0; i < v; ++i) {
             const W value = nucleus_value(row, z[i], f);
@@ -366,7 +372,7 @@ class Scan {
             add(total, x + base, n, peak<W>(static_cast<const W*>(x + base), padded(n)), one_, 1);
         }
         for (int64_t i = 0; i < v; ++i) weight[i] = W(double(exponential(x[i] - total.top)) / total.mass);
-        f.least_x = least_kept<W>(x, weight, v, row.top_p, !a_.options.top_p_keep_crossing);
+        f.least_x = least_survivor<W>(x, weight, v, row.top_p, !a_.options.top_p_keep_crossing);
     }
 
     const Remask& a_;
@@ -375,6 +381,12 @@ class Scan {
     const bool posterior_, tempered_, margin_;
     const Exponential one_{1.0};
     Heat<W> heat_{1, 1};
+    // Stretches whose largest value is known, those of odd numbers apart from the others. It is found two stretches
+    // ahead: if it were one, nothing of a stretch could begin before the one before is through.
+    struct Known {
+        const X* of;
+        float largest;
+    } known_[2] = {};
     alignas(64) W stretch_z_[stretch];
     alignas(64) W stretch_x_[stretch];
     alignas(64) W divided_[stretch];

@@ -1,4 +1,4 @@
-// What both kernels share and makes of a policy what a step does: how many positions it owes (remask_schedule.h), and
+// What both kernels share and makes of a policy what a step does: how many positions it due (remask_schedule.h), and
 // what becomes of a row's and a position's numbers (remask_rule.h), both in csrc/cuda.
 #pragma once
 

@@ -12,7 +12,7 @@ namespace tt {
 namespace TT_ISA {
 
 // What selection knows of a position.
-struct RemaskPlace : RemaskPosition {
+struct RemaskCandidate : RemaskPosition {
     double score, entropy;
     bool valid, sent_back, waiting, usable, drawn, gate, chosen;
 };
@@ -24,14 +24,14 @@ struct RemaskOrder {
 };
 
 // Sorts n positions by falling score; equal ones keep their order. Merge sort from runs of one.
-inline const int64_t* sort_by_score(const RemaskPlace* place, int64_t* order, int64_t* other, int64_t n) {
+inline const int64_t* sort_by_score(const RemaskCandidate* position, int64_t* order, int64_t* other, int64_t n) {
     for (int64_t run = 1; run < n; run *= 2) {
         for (int64_t begin = 0; begin < n; begin += 2 * run) {
             const int64_t middle = smaller(begin + run, n), end = smaller(begin + 2 * run, n);
             int64_t left = begin, right = middle;
             for (int64_t i = begin; i < end; ++i) {
                 const bool takes_left =
-                    right == end || (left < middle && place[order[left]].score >= place[order[right]].score);
+                    right == end || (left < middle && position[order[left]].score >= position[order[right]].score);
                 other[i] = takes_left ? order[left++] : order[right++];
             }
         }
@@ -54,33 +54,34 @@ class RemaskSelection {
     // To what a score is rounded.
     double as_score(double x) const { return exact_score_ ? x : double(float(x)); }
 
-    // Sets `chosen` of n places. owes: false where a stretch waits for the one before.
-    void select(RemaskPlace* place, int64_t n, const RemaskRow& row, bool owes, RemaskOrder& room) const {
+    // Sets `chosen` of n positions. due: false where a stretch waits for the one before.
+    void select(RemaskCandidate* position, int64_t n, const RemaskRow& row, bool due, RemaskOrder& room) const {
         int64_t usable = 0;
         for (int64_t i = 0; i < n; ++i) {
-            place[i].gate = place[i].chosen = false;
-            if (place[i].usable) room.order[usable++] = i;
+            position[i].gate = position[i].chosen = false;
+            if (position[i].usable) room.order[usable++] = i;
         }
-        const int64_t* order = sort_by_score(place, room.order, room.other, usable);
-        gate(place, n, row, order, usable, room.before);
+        const int64_t* order = sort_by_score(position, room.order, room.other, usable);
+        gate(position, n, row, order, usable, room.before);
         const RemaskOptions& options = a_.options;
         if (options.finish && row.step >= row.num_steps - 1) {
-            for (int64_t r = 0; r < usable; ++r) place[order[r]].chosen = true;
+            for (int64_t r = 0; r < usable; ++r) position[order[r]].chosen = true;
         } else if (options.schedule == RemaskChoice::coin || options.schedule == RemaskChoice::posterior) {
-            for (int64_t r = 0; r < usable; ++r) place[order[r]].chosen = place[order[r]].gate || place[order[r]].drawn;
+            for (int64_t r = 0; r < usable; ++r)
+                position[order[r]].chosen = position[order[r]].gate || position[order[r]].drawn;
         } else {
-            combine(place, n, row, owes, order, usable);
+            combine(position, n, row, due, order, usable);
         }
     }
 
    private:
-    double value(const RemaskPlace& place) const {
-        return a_.options.gate_on == RemaskChoice::on_score ? place.score : place.confidence;
+    double value(const RemaskCandidate& position) const {
+        return a_.options.gate_on == RemaskChoice::on_score ? position.score : position.confidence;
     }
     double as_value(double x) const { return exact_value_ ? x : double(float(x)); }
 
-    // order: the usable places, best first.
-    void gate(RemaskPlace* place, int64_t n, const RemaskRow& row, const int64_t* order, int64_t usable,
+    // order: the usable positions, best first.
+    void gate(RemaskCandidate* position, int64_t n, const RemaskRow& row, const int64_t* order, int64_t usable,
               int64_t* rank) const {
         const RemaskOptions& options = a_.options;
         const RemaskBounds& bounds = a_.bounds;
@@ -89,43 +90,43 @@ class RemaskSelection {
             double least = bound;
             if (options.has_gate_slack && usable > 0) {
                 double best = -__builtin_inf();
-                for (int64_t r = 0; r < usable; ++r) best = larger(best, value(place[order[r]]));
+                for (int64_t r = 0; r < usable; ++r) best = larger(best, value(position[order[r]]));
                 least = smaller(least, as_value(best - as_value(bounds.gate_slack)));
             }
             for (int64_t r = 0; r < usable; ++r) {
-                const double v = value(place[order[r]]);
-                place[order[r]].gate = options.strict ? v > least : v >= least;
+                const double v = value(position[order[r]]);
+                position[order[r]].gate = options.strict ? v > least : v >= least;
             }
         } else if (options.gate == RemaskChoice::factor) {
             int64_t prefix = 0;
             while (prefix < usable) {
                 const double slack = as_value(bound / double(prefix + 2));  // rank j = prefix + 1
-                if (prefix > 0 && !(value(place[order[prefix]]) >= as_value(1 - slack))) break;
+                if (prefix > 0 && !(value(position[order[prefix]]) >= as_value(1 - slack))) break;
                 ++prefix;
             }
             if (options.factor_last_free && prefix == usable - 1) prefix = usable;
-            for (int64_t r = 0; r < prefix; ++r) place[order[r]].gate = true;
+            for (int64_t r = 0; r < prefix; ++r) position[order[r]].gate = true;
         } else if (options.gate == RemaskChoice::entropy_sum) {
             double sum = 0;
             for (int64_t r = 0; r < usable; ++r) {
-                const double with = sum + place[order[r]].entropy;
+                const double with = sum + position[order[r]].entropy;
                 const double spent = options.entropy_includes_self ? with : sum;
                 if (!(options.strict ? spent < row.gate_bound : spent <= row.gate_bound)) break;
-                place[order[r]].gate = true;
+                position[order[r]].gate = true;
                 sum = with;
             }
         }
         if (!options.has_run_threshold) return;
         for (int64_t r = 0; r < usable; ++r) rank[order[r]] = r;
         for (int64_t begin = 0; begin < n;) {
-            if (!place[begin].usable) {
+            if (!position[begin].usable) {
                 ++begin;
                 continue;
             }
             int64_t best = begin, end = begin;
-            for (; end < n && place[end].usable; ++end)
+            for (; end < n && position[end].usable; ++end)
                 if (rank[end] < rank[best]) best = end;
-            if (value(place[best]) > as_value(bounds.run_threshold)) place[best].gate = true;
+            if (value(position[best]) > as_value(bounds.run_threshold)) position[best].gate = true;
             begin = end;
         }
     }
@@ -138,22 +139,22 @@ class RemaskSelection {
         return length;
     }
 
-    void combine(RemaskPlace* place, int64_t n, const RemaskRow& row, bool owes, const int64_t* order,
+    void combine(RemaskCandidate* position, int64_t n, const RemaskRow& row, bool due, const int64_t* order,
                  int64_t usable) const {
         const RemaskOptions& options = a_.options;
         int64_t waiting = 0, length = 0, passed = 0, first = n;
         int64_t least = options.min_commits;
         for (int64_t i = 0; i < n; ++i) {
-            if (place[i].waiting && first == n) first = i;
-            waiting += place[i].waiting;
-            length += place[i].valid;
-            passed += place[i].gate;
-            least += place[i].sent_back;
+            if (position[i].waiting && first == n) first = i;
+            waiting += position[i].waiting;
+            length += position[i].valid;
+            passed += position[i].gate;
+            least += position[i].sent_back;
         }
-        const int64_t q = owes ? larger(quota(a_, row, initial_of(row, waiting, length), waiting, length), least) : 0;
-        if (!owes) least = 0;
+        const int64_t q = due ? larger(quota(a_, row, initial_of(row, waiting, length), waiting, length), least) : 0;
+        if (!due) least = 0;
         for (int64_t r = 0, others = passed; r < usable; ++r) {
-            RemaskPlace& p = place[order[r]];
+            RemaskCandidate& p = position[order[r]];
             const bool scheduled = options.window ? order[r] - first < q : r < q;
             if (options.combine == RemaskChoice::cap)
                 p.chosen = (p.gate && scheduled) || r < least;

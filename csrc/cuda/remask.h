@@ -1,5 +1,6 @@
-// What the kernels of a remasking step are told, and what they leave for each other. The definition of the step is
-// reference/remask.py; the launcher is twotower_kernels/cuda/remask.py.
+// What the kernels of a remasking step share, and what they leave for each other. Each takes the step (`Remask`, in
+// remask_arguments.h) by value. The definition of the step is reference/remask.py; the launcher is
+// twotower_kernels/cuda/remask.py.
 //
 //     remask_filter.cu  where top-k or top-p are asked for: the least logit that each position keeps
 //     remask_scan.cu    reads the logits once, all processors over pieces of positions: what a piece says
@@ -10,6 +11,7 @@
 #include "philox.h"
 
 #define REMASK_FUNCTION __device__ inline
+#define REMASK_METHOD __device__
 // (cos and sin themselves keep room for the bits of a large argument.) At 1, the cosine is that of the double next to
 // pi / 2, so that the schedules that end there end as in the definition.
 REMASK_FUNCTION double quarter_cosine(double t) {
@@ -18,63 +20,18 @@ REMASK_FUNCTION double quarter_cosine(double t) {
 REMASK_FUNCTION double quarter_sine(double t) {
     return sinpi(0.5 * t);
 }
+// clang-format off
 #include "../common/remask_policy.h"
+#include "../common/remask_arguments.h"
 #include "../common/remask_rule.h"
 #include "../common/remask_schedule.h"
+// clang-format on
 
 __device__ inline float infinity() {
     return __uint_as_float(0x7f800000u);
 }
 
-// --- arguments ------------------------------------------------------------------------------------------------------
-
-// A parameter per row: numbers [B] (or null) with their stride, and the number of all rows where there are none.
-#define REMASK_COLUMN(X, type, name) X(const type*, name##_rows) X(int64, name##_stride) X(type, name)
-
-// clang-format off
-// What all kernels take, between the logits and arguments of their own: this, then the policy's options and bounds.
-#define REMASK_STEP(X) \
-    X(int64, logits_type) X(int64, logits_row) X(int64, logits_place) X(int64, logits_token) /* [B, S, V] */ \
-    X(int64, block) X(int64, vocabulary) /* S, V */ \
-    X(const void*, tokens) X(int64, tokens_type) X(int64, tokens_row) X(int64, tokens_place) /* [B, S] */ \
-    X(int64, mask) \
-    X(const int64*, suppressed) X(int64, suppressed_count) /* never proposed, no probability */ \
-    X(const int64*, unscored) X(int64, unscored_count) /* no probability in the statistics */ \
-    X(const bool*, editable) X(int64, editable_row) X(int64, editable_place) /* [B, S] or null */ \
-    X(const int64*, valid_lens) X(int64, valid_lens_stride) /* [B] or null */ \
-    X(const int64*, candidates) X(int64, candidates_row) X(int64, candidates_place) /* [B, S], -1: draw; or null */ \
-    X(const double*, rank_noise) X(int64, rank_noise_row) X(int64, rank_noise_place) /* [B, S] or null */ \
-    REMASK_COLUMN(X, int64, step) REMASK_COLUMN(X, int64, num_steps) REMASK_COLUMN(X, int64, top_k) \
-    REMASK_COLUMN(X, int64, seed) REMASK_COLUMN(X, int64, offset) \
-    REMASK_COLUMN(X, int64, initial) /* -1: not known */ \
-    REMASK_COLUMN(X, double, temperature) REMASK_COLUMN(X, double, top_p) REMASK_COLUMN(X, double, gate_bound)
-
-#define REMASK_FIELD(type, name) type name;
-struct Remask {
-    const void* logits;
-    REMASK_STEP(REMASK_FIELD)
-    RemaskOptions options;
-    RemaskBounds bounds;
-};
-
-#define REMASK_PARAMETER(type, name) type name,
-#define REMASK_OPTION(name) int64 name,
-#define REMASK_BOUND(name) double name,
-#define REMASK_PARAMETERS REMASK_STEP(REMASK_PARAMETER) REMASK_OPTIONS(REMASK_OPTION) REMASK_BOUNDS(REMASK_BOUND)
-
-#define REMASK_VALUE(type, name) name,
-#define REMASK_NAME(name) name,
-#define REMASK_ARGUMENTS \
-    {logits, REMASK_STEP(REMASK_VALUE) {REMASK_OPTIONS(REMASK_NAME)}, {REMASK_BOUNDS(REMASK_NAME)}}
-// clang-format on
-
-// --- what a row is told ---------------------------------------------------------------------------------------------
-
-template <class T>
-__device__ inline T column(const T* rows, int64 stride, T whole, int64 b) {
-    return rows ? rows[b * stride] : whole;
-}
-#define REMASK_AT(a, name, b) column(a.name##_rows, a.name##_stride, a.name, b)
+// --- a row and its positions ----------------------------------------------------------------------------------------
 
 struct Row {
     int64 step, num_steps, top_k, initial;
@@ -86,19 +43,19 @@ struct Row {
 // All but `leave`, which only selection needs and takes long.
 __device__ inline Row row_of(const Remask& a, int64 b) {
     Row row;
-    row.step = REMASK_AT(a, step, b);
-    row.num_steps = REMASK_AT(a, num_steps, b);
-    row.top_k = REMASK_AT(a, top_k, b);
-    row.initial = REMASK_AT(a, initial, b);
-    row.temperature = REMASK_AT(a, temperature, b);
-    row.top_p = REMASK_AT(a, top_p, b);
-    row.gate_bound = REMASK_AT(a, gate_bound, b);
+    row.step = a.step[b];
+    row.num_steps = a.num_steps[b];
+    row.top_k = a.top_k[b];
+    row.initial = a.initial_num_masked[b];
+    row.temperature = a.temperature[b];
+    row.top_p = a.top_p[b];
+    row.gate_bound = a.gate_bound[b];
     derive(a, a.vocabulary, row);
     return row;
 }
 
 __device__ inline Stream stream_of(const Remask& a, const Row& row, int64 b, int64 s) {
-    return stream_of(REMASK_AT(a, seed, b), REMASK_AT(a, offset, b), row.step, s);
+    return stream_of(a.seed[b], a.offset[b], row.step, s);
 }
 
 // The temperature of the draw, and of the statistics.
@@ -110,28 +67,45 @@ __device__ inline float own_temperature(const Remask& a, const Row& row) {
 }
 
 __device__ inline int64 token_at(const Remask& a, int64 b, int64 s) {
-    const int64 at = b * a.tokens_row + s * a.tokens_place;
-    return a.tokens_type == type_int64 ? static_cast<const int64*>(a.tokens)[at]
-                                       : int64(static_cast<const int*>(a.tokens)[at]);
+    const int64 i = b * a.tokens.stride_b + s * a.tokens.stride_s;
+    return a.tokens_dtype == type_int64 ? static_cast<const int64*>(a.tokens.data)[i]
+                                        : int64(static_cast<const int*>(a.tokens.data)[i]);
 }
 
 __device__ inline bool valid(const Remask& a, int64 b, int64 s) {
-    return !a.valid_lens || s < a.valid_lens[b * a.valid_lens_stride];
+    return s < a.valid_lens[b];
 }
 
 // Whether the step may write there. Positions outside neither wait nor count.
 __device__ inline bool reaches(const Remask& a, int64 b, int64 s) {
-    return valid(a, b, s) && (!a.editable || a.editable[b * a.editable_row + s * a.editable_place]);
+    return valid(a, b, s) && (!a.editable || a.editable.at(b, s));
 }
 
 __device__ inline bool masked(const Remask& a, int64 b, int64 s) {
-    return a.mask >= 0 && token_at(a, b, s) == a.mask;
+    return a.mask_token_id >= 0 && token_at(a, b, s) == a.mask_token_id;
 }
 
-// Whether the position is looked at: it holds a mask, or the policy judges committed ones. The logits of others are not
-// read.
+// Whether the position is looked at: it holds a mask, or the policy looks at committed ones, too. What this hangs on is
+// all read at once, whatever comes of it.
 __device__ inline bool looked(const Remask& a, int64 b, int64 s) {
-    return (masked(a, b, s) || judges_all(a.options)) && reaches(a, b, s);
+    const int64 length = a.valid_lens[b];
+    const bool open = !a.editable || a.editable.at(b, s), waits = masked(a, b, s);
+    return (waits | looks_at_committed(a.options)) & (s < length) & open;
+}
+
+// --- kernels that overlap -------------------------------------------------------------------------------------------
+
+// Programmatic dependent launch (PTX ISA, griddepcontrol), if the launcher asks for it: a kernel lets the next one
+// start once all its blocks have, and that one waits for what this one writes. Otherwise neither does anything.
+__device__ inline void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ inline void await_last() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // --- what kernels leave for each other ------------------------------------------------------------------------------
@@ -144,7 +118,7 @@ struct Filter {
 
 // What a piece of a position says. Sums are over what the statistics see and lies below `top`, which `tops` tokens
 // have: of e^u and of -u e^u, u = (z - top) / t.
-struct Partial {
+struct alignas(16) Partial {
     float top, mass, drop;
     unsigned tops;
     float best;  // of what may be proposed
@@ -154,7 +128,7 @@ struct Partial {
     uint64 drawn[2];  // the two best with noise, as `drawn_key` orders them; 0: there is none
     // Of the posterior: sums of e^(z - best) over what may be proposed, of e^((z - best) / temperature) over what of it
     // the filter keeps, both below `best`, which `bests` tokens have. Only builds for it write them.
-    float all, kept;
+    float all, survivors;
     unsigned bests;
 };
 
@@ -194,23 +168,23 @@ __device__ inline Two<Key> warp_two(Two<Key> own) {
 // --- tokens that are left out ---------------------------------------------------------------------------------------
 
 // By a block: sets the bits of the tokens [first, first + 32 * words) that are listed. Begins and ends with a barrier.
-__device__ inline void mark(unsigned* bits, int words, int64 first, const int64* ids, int64 count) {
+__device__ inline void mark(unsigned* bits, int words, int64 first, const RemaskIds& listed) {
     __syncthreads();
 #pragma unroll 1
     for (int i = threadIdx.x; i < words; i += blockDim.x) bits[i] = 0;
     __syncthreads();
 #pragma unroll 1
-    for (int64 i = threadIdx.x; i < count; i += blockDim.x) {
-        const int64 at = ids[i] - first;
+    for (int64 i = threadIdx.x; i < listed.count; i += blockDim.x) {
+        const int64 at = listed.ids[i] - first;
         if (at >= 0 && at < int64(words) * 32) atomicOr(&bits[at / 32], 1u << (at % 32));
     }
     __syncthreads();
 }
 
 // By a warp: whether the token is listed.
-__device__ inline bool listed(int64 token, const int64* ids, int64 count) {
+__device__ inline bool is_listed(int64 token, const RemaskIds& listed) {
     bool found = false;
 #pragma unroll 1
-    for (int64 i = lane_id(); i < count; i += lanes) found |= ids[i] == token;
+    for (int64 i = lane_id(); i < listed.count; i += lanes) found |= listed.ids[i] == token;
     return __ballot_sync(whole_warp, found) != 0;
 }

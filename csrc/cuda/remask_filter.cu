@@ -6,9 +6,6 @@
 // 10. Weights are integers (1, or the probability times 2^62), so that their sums do not depend on the order in which
 // the atomic operations come. Every pass reads the position's logits, from the second on out of the L2.
 //
-// Predicted, not measured: 131072 tokens on an H200 in 80 us with top-k, 150 us with top-p, for up to 132 positions at
-// once: 4 and 6 passes, each of which one processor reads out of the L2 in 20 us.
-//
 // Under the posterior the mask token is filtered with the others, by the logit that a pass of its own finds for it.
 //
 // Compiled for LOGIT_TYPE (warp.h) and POSTERIOR 0 or 1.
@@ -46,23 +43,22 @@ struct Values {
     __device__ void each(const F& f) const {
         constexpr int ahead = 4;  // loads under way
 #pragma unroll 1
-        for (int64 first = 0; first < a.vocabulary; first += section) {
-            const int64 end = a.vocabulary < first + section ? a.vocabulary : first + section;
-            if (a.suppressed_count > 0)
-                mark(shared.suppressed, int(end - first + 31) / 32, first, a.suppressed, a.suppressed_count);
+        for (int first = 0; first < int(a.vocabulary); first += section) {  // a token is an int
+            const int end = int(a.vocabulary) - first < section ? int(a.vocabulary) : first + section;
+            if (a.suppressed.count > 0) mark(shared.suppressed, (end - first + 31) / 32, first, a.suppressed);
 #pragma unroll 1
-            for (int64 base = first + threadIdx.x; base < end; base += ahead * blockDim.x) {
+            for (int base = first + int(threadIdx.x); base < end; base += ahead * int(blockDim.x)) {
                 float z[ahead];
 #pragma unroll
                 for (int i = 0; i < ahead; ++i) {
-                    const int64 token = base + i * int(blockDim.x);
-                    z[i] = token < end ? widen(logits[token * a.logits_token]) : -infinity();
+                    const int token = base + i * int(blockDim.x);
+                    z[i] = token < end ? widen(logits[int64(token) * a.logits_stride_v]) : -infinity();
                 }
 #pragma unroll
                 for (int i = 0; i < ahead; ++i) {
-                    const int64 token = base + i * int(blockDim.x), at = token - first;
-                    if (z[i] == -infinity() || (a.options.suppress_mask && token == a.mask)) continue;
-                    if (a.suppressed_count > 0 && shared.suppressed[at / 32] >> (at % 32) & 1) continue;
+                    const int token = base + i * int(blockDim.x), at = token - first;
+                    if (z[i] == -infinity() || (a.options.suppress_mask && token == a.mask_token_id)) continue;
+                    if (a.suppressed.count > 0 && shared.suppressed[at / 32] >> (at % 32) & 1) continue;
                     f(z[i]);
                 }
             }
@@ -101,7 +97,7 @@ __device__ inline uint64 weight_of(const Shared& shared, int bin) {
     return uint64(shared.high[bin]) << 32 | shared.low[bin];
 }
 
-// By one warp: the bin in which the last kept value lies, see `least_kept`.
+// By one warp: the bin in which the last kept value lies, see `least_survivor`.
 template <class Weigh>
 __device__ inline void choose(Shared& shared, int shift, uint64 budget, bool itself, const Weigh& weigh) {
     const int start = lane_id() * bins_per_lane;  // counted from the highest bin
@@ -130,8 +126,8 @@ __device__ inline void choose(Shared& shared, int shift, uint64 budget, bool its
 // Of what value_of makes of them (-infinity: none), largest first: the least one for which the weight of the larger
 // ones (with `itself`: and its own) is at most `budget`; at least the largest.
 template <class Value, class Weigh>
-__device__ inline float least_kept(const Values& values, uint64 budget, bool itself, const Value& value_of,
-                                   const Weigh& weigh) {
+__device__ inline float least_survivor(const Values& values, uint64 budget, bool itself, const Value& value_of,
+                                       const Weigh& weigh) {
     Shared& shared = values.shared;
     unsigned prefix = 0;
     if (threadIdx.x == 0) shared.above = 0;
@@ -173,7 +169,7 @@ __device__ inline float nucleus(const Values& values, float t, double top_p, flo
     const double mass = block_sum(double(own), values.shared);
     const auto weigh = [&](float x) { return uint64(double(float(double(expf(x - top)) / mass)) * 0x1p62); };
     const uint64 budget = uint64(top_p * 0x1p62);
-    const float least_x = least_kept(values, budget, !a.options.top_p_keep_crossing, value_of, weigh);
+    const float least_x = least_survivor(values, budget, !a.options.top_p_keep_crossing, value_of, weigh);
     unsigned least = 0;  // the largest of keys in reverse
     values.each([&](float z) {
         const unsigned key = ~ordered(z);
@@ -183,16 +179,15 @@ __device__ inline float nucleus(const Values& values, float t, double top_p, flo
 }
 
 extern "C" __global__ void __launch_bounds__(POSTERIOR ? 512 : 768, 1)
-    remask_filter_kernel(const void* logits, REMASK_PARAMETERS Filter* out) {
+    remask_filter_kernel(const __grid_constant__ Remask a, Filter* out) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const Remask a = REMASK_ARGUMENTS;
     const int64 b = blockIdx.x / a.block, s = blockIdx.x % a.block;
     if (!looked(a, b, s)) return;
     const Row row = row_of(a, b);
     if (!row.filtered) return;
     const float t = temperature_of(row);  // here, so that a float stays in registers and no double
-    const Logit* z = static_cast<const Logit*>(a.logits) + b * a.logits_row + s * a.logits_place;
+    const Logit* z = static_cast<const Logit*>(a.logits.data) + b * a.logits.stride_b + s * a.logits.stride_s;
     Values values = {a, z, shared, -infinity()};
 
     unsigned most = 0;
@@ -211,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(POSTERIOR ? 512 : 768, 1)
         if (values.mask > largest) largest = values.mask;
     }
     if (usable && row.top_k > 0 && row.top_k < a.vocabulary)
-        least = least_kept(
+        least = least_survivor(
             values, uint64(row.top_k - 1), false, [](float logit) { return logit; }, [](float) { return uint64(1); });
     if (usable && row.top_p < 1)  // the posterior of a mask that stays for certain has no nucleus of tokens
         least = largest == infinity() ? largest : nucleus(values, t, row.top_p, largest, least);

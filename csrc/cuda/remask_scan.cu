@@ -14,10 +14,6 @@
 // whose bound lies below it cannot be among the two best; of the others, a handful in a block, noise is computed. The
 // margin is wider than all rounding, so the two best are those of the definition.
 //
-// Predicted, not measured, float32 on an H200: 16 x 131072 in 4.5 us greedy with the launch, of which reading takes 2;
-// 1024 x 131072 in 150 us greedy, where reading takes 125 and the instructions, 20 a token, 95; in 250 us sampled,
-// bound by Philox's products and the bounds of the noise, 25 instructions more. The posterior adds 20: 190 us greedy.
-//
 // The posterior asks for two sums more, of all that may be proposed and of what the filter keeps; only builds for it
 // have them, so that others keep their registers.
 //
@@ -26,6 +22,10 @@
 #include "remask_logit.h"
 
 constexpr int per_thread = 32, width = 16 / int(sizeof(Logit)), vectors = per_thread / width, most_warps = 8;
+// Vectors that are asked for before it is known whether the position is looked at: as much as memory delivers until
+// that is known. With a quarter of them the rest follows without a gap; a position that is not looked at costs that
+// quarter.
+constexpr int early = vectors / 4;
 
 struct Shared {
     unsigned most[most_warps], scored_most[most_warps];
@@ -35,7 +35,7 @@ struct Shared {
     unsigned best_token[most_warps];
     Two<unsigned> scored[most_warps];
     Two<uint64> drawn[most_warps];
-    float all[most_warps], kept[most_warps];
+    float all[most_warps], survivors[most_warps];
     int bests[most_warps];
     // and behind it the bits of the piece's suppressed and unscored tokens
 };
@@ -46,23 +46,32 @@ __device__ inline int token_of(int i) {
     return (i / width * int(blockDim.x) + int(threadIdx.x)) * width + i % width;
 }
 
-__device__ inline void load(float* x, const Remask& a, const Logit* logits, int64 begin) {
-    const int64 size = a.vocabulary - begin;
-    const Logit* from = logits + (begin + token_of(0)) * a.logits_token;
-    if (a.logits_token == 1 && size >= int64(per_thread) * blockDim.x && uint64(from) % 16 == 0) {
+// Whether a piece is read in vectors: all of it is there, side by side and aligned.
+__device__ inline bool in_vectors(const Remask& a, const Logit* piece, int64 begin) {
+    return a.logits_stride_v == 1 && a.vocabulary - begin >= int64(per_thread) * blockDim.x && uint64(piece) % 16 == 0;
+}
+__device__ inline uint4 vector_at(const Logit* piece, int j) {
+    return reinterpret_cast<const uint4*>(piece)[j * blockDim.x + threadIdx.x];
+}
+
+// The tokens of this thread, of which the first vectors are there already if there are any.
+__device__ inline void load(float* x, const Remask& a, const Logit* piece, int64 begin, bool vectors_there,
+                            const uint4* first) {
+    if (vectors_there) {
         uint4 all[vectors];
 #pragma unroll
-        for (int j = 0; j < vectors; ++j) all[j] = reinterpret_cast<const uint4*>(from)[j * blockDim.x];
+        for (int j = 0; j < vectors; ++j) all[j] = j < early ? first[j] : vector_at(piece, j);
 #pragma unroll
         for (int j = 0; j < vectors; ++j) unpack(all[j], x + j * width);
         return;
     }
-    const int64 next = int64(blockDim.x) * width * a.logits_token;
+    const int64 size = a.vocabulary - begin, next = int64(blockDim.x) * width * a.logits_stride_v;
+    const Logit* from = piece + token_of(0) * a.logits_stride_v;
 #pragma unroll
     for (int i = 0; i < per_thread; i += width, from += next)
 #pragma unroll
         for (int j = 0; j < width; ++j)
-            x[i + j] = token_of(i + j) < size ? widen(from[j * a.logits_token]) : -infinity();
+            x[i + j] = token_of(i + j) < size ? widen(from[j * a.logits_stride_v]) : -infinity();
 }
 
 // Bit i: token i of this thread is among the marked ones.
@@ -112,7 +121,7 @@ __device__ inline void draw(float* x, const Remask& a, const Row& row, int64 b, 
     const float t = temperature_of(row), per = 1 / t;
     const auto noisy = [&](int i) {
         const int64 token = begin + token_of(i);
-        return widen(logits[token * a.logits_token]) / t + gumbel(philox_word(stream, unsigned(token)));
+        return widen(logits[token * a.logits_stride_v]) / t + gumbel(philox_word(stream, unsigned(token)));
     };
     float most = -infinity();
     int at = 0;
@@ -152,48 +161,56 @@ __device__ inline void draw(float* x, const Remask& a, const Row& row, int64 b, 
 #endif
 
 extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
-    remask_scan_kernel(const void* logits, REMASK_PARAMETERS const Filter* filters, Partial* partials, int64 pieces) {
+    remask_scan_kernel(const __grid_constant__ Remask a, const Filter* filters, Partial* partials, int64 pieces) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const Remask a = REMASK_ARGUMENTS;
     const unsigned position = blockIdx.x / unsigned(pieces);
     const int64 b = position / unsigned(a.block), s = position % unsigned(a.block);
+    const int64 begin = int64(blockIdx.x % unsigned(pieces)) * per_thread * blockDim.x;
+    const Logit* z = static_cast<const Logit*>(a.logits.data) + b * a.logits.stride_b + s * a.logits.stride_s;
+    const Logit* piece = z + begin * a.logits_stride_v;
+    const bool is_in_vectors = in_vectors(a, piece, begin);
+    uint4 first[early];
+    if (is_in_vectors) {
+#pragma unroll
+        for (int j = 0; j < early; ++j) first[j] = vector_at(piece, j);
+    }
+    let_next_start();
     if (!looked(a, b, s)) return;
     const int lane = lane_id(), warps = int(blockDim.x) / lanes, words = int(blockDim.x);
-    const int64 begin = int64(blockIdx.x % unsigned(pieces)) * per_thread * blockDim.x;
-    const Logit* z = static_cast<const Logit*>(a.logits) + b * a.logits_row + s * a.logits_place;
     Partial& out = partials[blockIdx.x];
 
     float x[per_thread];
-    load(x, a, z, begin);
+    load(x, a, piece, begin, is_in_vectors, first);
     const Row row = row_of(a, b);
     const bool tempered = a.options.statistics == RemaskChoice::filtered;
 
     // Which tokens are left out, of all or of the statistics.
     unsigned excluded = 0, scored = ~0u;
-    if (a.options.suppress_mask && a.mask >= begin && a.mask < begin + int64(per_thread) * blockDim.x) {
-        const int at = int(a.mask - begin), vector = at / width;
+    if (a.options.suppress_mask && a.mask_token_id >= begin &&
+        a.mask_token_id < begin + int64(per_thread) * blockDim.x) {
+        const int at = int(a.mask_token_id - begin), vector = at / width;
         if (vector % int(blockDim.x) == int(threadIdx.x))
             excluded |= 1u << (vector / int(blockDim.x) * width + at % width);
     }
-    if (a.suppressed_count > 0) {
+    if (a.suppressed.count > 0) {
         unsigned* bits = reinterpret_cast<unsigned*>(&shared + 1);
-        mark(bits, words, begin, a.suppressed, a.suppressed_count);
+        mark(bits, words, begin, a.suppressed);
         excluded |= marked(bits);
     }
-    if (a.unscored_count > 0) {
+    if (a.unscored.count > 0) {
         unsigned* bits = reinterpret_cast<unsigned*>(&shared + 1) + words;
-        mark(bits, words, begin, a.unscored, a.unscored_count);
+        mark(bits, words, begin, a.unscored);
         scored = ~marked(bits);
     }
     keep_only(x, ~excluded);
-    unsigned kept = ~0u;
+    unsigned survivors = ~0u;
     if (row.filtered) {
         const float least = filters[position].least;
-        kept = 0;
+        survivors = 0;
 #pragma unroll
-        for (int i = 0; i < per_thread; ++i) kept |= unsigned(x[i] >= least) << i;
-        if (tempered) scored &= kept;
+        for (int i = 0; i < per_thread; ++i) survivors |= unsigned(x[i] >= least) << i;
+        if (tempered) scored &= survivors;
     }
 
     // The largest, of all and of what the statistics see. NaN and +infinity have the two largest keys.
@@ -225,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
 
 #if POSTERIOR
     // Below the largest as well, which is that of what the filter keeps, unless it keeps no token of the piece.
-    float all[4] = {}, kept_all[4] = {};
+    float all[4] = {}, survivor_sums[4] = {};
     int bests = 0;
     if (best > -infinity()) {
         const Exponential untempered(1.0f), draws(temperature_of(row));
@@ -233,15 +250,16 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
 #pragma unroll
         for (int i = 0; i < per_thread; ++i) {
             untempered.add(x[i] - best, all[i % 4], unused);
-            draws.add(kept >> i & 1 ? x[i] - best : -infinity(), kept_all[i % 4], unused);
+            draws.add(survivors >> i & 1 ? x[i] - best : -infinity(), survivor_sums[i % 4], unused);
             bests += x[i] == best;
         }
     }
     bests = warp_sum(bests);
     const float warp_all = warp_sum((all[0] + all[1]) + (all[2] + all[3]));
-    const float warp_kept = warp_sum((kept_all[0] + kept_all[1]) + (kept_all[2] + kept_all[3]));
+    const float warp_survivors =
+        warp_sum((survivor_sums[0] + survivor_sums[1]) + (survivor_sums[2] + survivor_sums[3]));
     if (lane == 0)
-        shared.all[warp_id()] = warp_all, shared.kept[warp_id()] = warp_kept, shared.bests[warp_id()] = bests;
+        shared.all[warp_id()] = warp_all, shared.survivors[warp_id()] = warp_survivors, shared.bests[warp_id()] = bests;
 #endif
 
     // The sums over tokens below the largest; those that are as large are counted, so that what little there may be
@@ -281,7 +299,7 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
     }
 #if SAMPLED
     if (row.sampled) {
-        keep_only(x, kept);
+        keep_only(x, survivors);
         draw(x, a, row, b, s, z, begin, shared);
     }
 #endif
@@ -298,9 +316,10 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
     if (lane == 0) out.drawn[0] = drawn.first, out.drawn[1] = drawn.second;
 #endif
 #if POSTERIOR
-    const float all_all = warp_sum(has ? shared.all[lane] : 0.0f), all_kept = warp_sum(has ? shared.kept[lane] : 0.0f);
+    const float all_all = warp_sum(has ? shared.all[lane] : 0.0f),
+                all_survivors = warp_sum(has ? shared.survivors[lane] : 0.0f);
     bests = warp_sum(has ? shared.bests[lane] : 0);
-    if (lane == 0) out.all = all_all, out.kept = all_kept, out.bests = unsigned(bests);
+    if (lane == 0) out.all = all_all, out.survivors = all_survivors, out.bests = unsigned(bests);
 #endif
     if (lane == 0) {
         out.top = top;

@@ -1,29 +1,26 @@
 // Stage B of a remasking step: candidates, scores, selection, results. A block for each sequence.
 //
-// First a warp for each position merges what the position's pieces say (remask_merge.h) and judges it; then the block
+// First a warp for each position merges what the position's pieces say (remask_merge.h) and scores it; then the block
 // selects (remask_selection.h) and writes.
 //
 // What is known of the positions lies in shared memory, or, where a block is too long for that, in scratch:
 // its arrays are read often and stay in the L1.
 //
-// Predicted, not measured: 3 us on an H200 for 16 positions of 131072 tokens, most of it the launch, one wait for the
-// partials and one for the exponentials of doubles that scale them. 4096 positions in scratch take 2 ms, half of it for
-// judging them, as there is one block, and half for ranking them, which is quadratic.
-//
-// Compiled for LONG 0 or 1: where the places are.
+// Compiled for LONG 0 or 1: where the positions are.
 #include "remask_merge.h"
 #include "remask_selection.h"
 
 // --- one position, by a warp ----------------------------------------------------------------------------------------
 
 __device__ inline float logit_at(const Remask& a, int64 b, int64 s, int64 token) {
-    return number_at<float>(a.logits, a.logits_type, b * a.logits_row + s * a.logits_place + token * a.logits_token);
+    return number_at<float>(a.logits.data, a.logits_dtype,
+                            b * a.logits.stride_b + s * a.logits.stride_s + token * a.logits_stride_v);
 }
 
 // The proposal: the caller's, the sample, or the argmax.
-__device__ inline int64 proposal(const Remask& a, const Row& row, int64 b, int64 s, const Findings& f) {
+__device__ inline int64 proposal(const Remask& a, const Row& row, int64 b, int64 s, const Summary& f) {
     if (a.candidates) {
-        const int64 given = a.candidates[b * a.candidates_row + s * a.candidates_place];
+        const int64 given = a.candidates.at(b, s);
         if (given >= 0 && given < a.vocabulary) return given;
     }
     if (!row.sampled || !noise_matters(f.best, row.temperature)) return f.best_token;
@@ -39,31 +36,30 @@ __device__ inline int64 proposal(const Remask& a, const Row& row, int64 b, int64
 
 // The caller's number of a position, or the op's own.
 __device__ inline double position_noise(const Remask& a, const Row& row, int64 b, int64 s, unsigned draw) {
-    if (a.rank_noise) return a.rank_noise[b * a.rank_noise_row + s * a.rank_noise_place];
+    if (a.rank_noise) return a.rank_noise.at(b, s);
     return uniform(philox_word(stream_of(a, row, b, s), draw));
 }
 
 // What one position's logits come to: candidate, confidence, entropy, score; NaN where they are not usable. By one
 // lane: whether the schedule has drawn it.
-__device__ inline bool judge(const Remask& a, const Row& row, int64 b, int64 s, const Filter* filter,
-                             const Partial* partials, int64 pieces, const Places& place) {
+__device__ inline bool evaluate(const Remask& a, const Row& row, int64 b, int64 s, const Filter* filter,
+                                const Pieces& pieces, const Positions& positions) {
     const bool tempered = a.options.statistics == RemaskChoice::filtered;
     const bool posterior = a.options.schedule == RemaskChoice::posterior;
     const double t = double(own_temperature(a, row));
-    const Findings f = merged(partials, pieces, t);
+    const Summary f = merged(pieces, t, row.sampled, a.options.score == RemaskChoice::margin);
     if (lane_id() == 0) {  // until it is known to be usable
-        place.candidate[s] = -1;
-        place.score[s] = place.confidence[s] = place.entropy[s] = __uint_as_float(0x7fc00000u);
+        positions.candidate[s] = -1;
+        positions.score[s] = positions.confidence[s] = positions.entropy[s] = __uint_as_float(0x7fc00000u);
     }
     if (f.wrong || f.mass == 0) return false;
     Posterior<float> q = {};
-    if (posterior) q = posterior_of(a, row, f, filter, partials, pieces);
+    if (posterior) q = posterior_of(a, row, f, filter, pieces);
     if (tempered && q.mask == infinity()) return false;  // nothing is left to tokens
     const int64 candidate = proposal(a, row, b, s, f);
     float z = candidate == f.best_token ? f.best : logit_at(a, b, s, candidate);
-    const bool suppressed = (a.options.suppress_mask && candidate == a.mask) ||
-                            listed(candidate, a.suppressed, a.suppressed_count) ||
-                            listed(candidate, a.unscored, a.unscored_count);
+    const bool suppressed = (a.options.suppress_mask && candidate == a.mask_token_id) ||
+                            is_listed(candidate, a.suppressed) || is_listed(candidate, a.unscored);
     if (suppressed || (tempered && row.filtered && !(z >= filter->least))) z = -infinity();
     if (lane_id() > 0) return false;
 
@@ -74,46 +70,44 @@ __device__ inline bool judge(const Remask& a, const Row& row, int64 b, int64 s, 
     if (a.options.score == RemaskChoice::neg_entropy) score = -entropy;
     if (a.options.score == RemaskChoice::random) score = position_noise(a, row, b, s, ranking_draw);
     if (a.options.score == RemaskChoice::leftmost) score = -double(s);
-    place.candidate[s] = int(candidate);
-    place.confidence[s] = confidence;
-    place.entropy[s] = entropy;
-    place.score[s] = score;
+    positions.candidate[s] = int(candidate);
+    positions.confidence[s] = confidence;
+    positions.entropy[s] = entropy;
+    positions.score[s] = score;
     if (a.options.schedule == RemaskChoice::coin) return position_noise(a, row, b, s, ranking_draw) < row.leave;
     return posterior && position_noise(a, row, b, s, posterior_draw) < token_probability(q, row.temperature);
 }
 
-__device__ inline RemaskPosition position_of(const Remask& a, int64 b, int64 s, const Places& place) {
-    const bool looked = place.has(s, Places::looked);
+__device__ inline RemaskPosition position_of(const Remask& a, int64 b, int64 s, const Positions& positions) {
+    const bool looked = positions.has(s, Positions::looked);
     RemaskPosition p;
     p.before = token_at(a, b, s);
-    p.candidate = looked ? place.candidate[s] : -1;
-    p.confidence = looked ? place.confidence[s] : 0;
+    p.candidate = looked ? positions.candidate[s] : -1;
+    p.confidence = looked ? positions.confidence[s] : 0;
     p.looked = looked;
-    p.masked = place.has(s, Places::masked);
+    p.masked = positions.has(s, Positions::masked);
     return p;
 }
 
 // --- a sequence, by a block -----------------------------------------------------------------------------------------
 
-// Whether a stretch owes its quota: the one before is committed to the fraction that the policy wants.
-__device__ inline bool owes(const Remask& a, const Stretch& before, const Places& place) {
+// Whether a stretch's quota is due: the one before is committed to the fraction that the policy wants.
+__device__ inline bool due(const Remask& a, const Stretch& before, const Positions& positions) {
     if (!a.options.has_complete_threshold || before.end == before.begin) return true;
-    const int length = count(before, place, Places::within);
-    const int committed =
-        count(before, [&](int i) { return int(place.has(i, Places::within) && !place.has(i, Places::masked)); });
+    const int length = count(before, positions, Positions::within);
+    const int committed = count(
+        before, [&](int i) { return positions.has(i, Positions::within) && !positions.has(i, Positions::masked); });
     return double(committed) >= a.bounds.complete_threshold * double(length);
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1)
-    remask_select_kernel(const void* logits, REMASK_PARAMETERS const Filter* filters, const Partial* partials,
-                         int64 pieces, uint64* scratch, int64 scratch_row, void* tokens_out, bool* transfer_mask,
-                         int64* candidate, float* confidence, float* entropy, int64* num_masked, bool* done) {
+    remask_select_kernel(const __grid_constant__ Remask a, const Filter* filters, const Partial* partials, int64 pieces,
+                         uint64* scratch, int64 scratch_row) {
     SHARED_MEMORY(memory);
-    const Remask a = REMASK_ARGUMENTS;
     const int64 b = blockIdx.x;
     const Stretch all = {0, int(a.block), true};
     const int warps = int(blockDim.x) / lanes;
-    const Places place = places_at(LONG ? scratch + b * scratch_row : memory + 1, a.block);
+    const Positions positions = positions_at(LONG ? scratch + b * scratch_row : memory + 1, a.block);
     unsigned* left = reinterpret_cast<unsigned*>(memory);  // positions that are left to do
     Row row = row_of(a, b);
     row.leave = 0;
@@ -122,22 +116,26 @@ extern "C" __global__ void __launch_bounds__(512, 1)
         row.leave = leave_probability(a, row.step, row.num_steps);
 
     if (threadIdx.x == 0) *left = 0;
+    await_last();
 #pragma unroll 1
     for (int s = warp_id(); s < all.end; s += warps) {
-        const bool is_looked = looked(a, b, s);
         const int64 at = b * a.block + s;
+        const Pieces of_position(partials + at * pieces,
+                                 pieces);  // read whether or not it is looked at: it is under way
+        const bool is_looked = looked(a, b, s);
         bool drawn = false;
-        if (is_looked) drawn = judge(a, row, b, s, filters + at, partials + at * pieces, pieces, place);
+        if (is_looked) drawn = evaluate(a, row, b, s, filters + at, of_position, positions);
         if (lane_id() > 0) continue;
-        place.is[s] = (masked(a, b, s) ? Places::masked : 0u) | (is_looked ? Places::looked : 0u);
-        const RemaskPosition p = position_of(a, b, s, place);
-        place.is[s] |= (valid(a, b, s) ? Places::within : 0u) | (sent_back<float>(a, p) ? Places::returned : 0u) |
-                       (waits<float>(a, p) ? Places::waiting : 0u) |
-                       (usable<float>(a, a.mask, p) ? Places::usable : 0u) | (drawn ? Places::drawn : 0u);
+        positions.is[s] = (masked(a, b, s) ? Positions::masked : 0u) | (is_looked ? Positions::looked : 0u);
+        const RemaskPosition p = position_of(a, b, s, positions);
+        positions.is[s] |=
+            (valid(a, b, s) ? Positions::within : 0u) | (sent_back<float>(a, p) ? Positions::returned : 0u) |
+            (waits<float>(a, p) ? Positions::waiting : 0u) |
+            (usable<float>(a, a.mask_token_id, p) ? Positions::usable : 0u) | (drawn ? Positions::drawn : 0u);
     }
     __syncthreads();
 
-    Selection selection(a, row, place);
+    Selection selection(a, row, positions);
     const int size = a.options.sub_block > 0 && a.options.sub_block < all.end ? int(a.options.sub_block) : all.end;
     if (a.bounds.position_penalty != 0) selection.penalize(all);
     selection.rank(all, size);
@@ -147,28 +145,28 @@ extern "C" __global__ void __launch_bounds__(512, 1)
 #pragma unroll 1
     for (int begin = warp_id() * size; begin < all.end; begin += warps * size) {
         Stretch stretch = stretch_at(begin);
-        stretch.owes = owes(a, begin > 0 ? stretch_at(begin - size) : Stretch{0, 0, true}, place);
+        stretch.due = due(a, begin > 0 ? stretch_at(begin - size) : Stretch{0, 0, true}, positions);
         selection.select(stretch);
 #pragma unroll 1
         for (int i = begin + lane_id(); i < stretch.end; i += lanes) {
             const int64 at = b * a.block + i;
-            const RemaskPosition p = position_of(a, b, i, place);
+            const RemaskPosition p = position_of(a, b, i, positions);
             const auto uniform = [&] { return position_noise(a, row, b, i, renoise_draw); };
-            const RemaskOutcome o = outcome<float>(a, a.mask, a.vocabulary, p, place.taken(i), uniform);
-            if (a.tokens_type == type_int64)
-                static_cast<int64*>(tokens_out)[at] = o.token;
+            const RemaskOutcome o = outcome<float>(a, a.mask_token_id, a.vocabulary, p, positions.taken(i), uniform);
+            if (a.tokens_dtype == type_int64)
+                static_cast<int64*>(a.tokens_out)[at] = o.token;
             else
-                static_cast<int*>(tokens_out)[at] = int(o.token);
-            transfer_mask[at] = o.written;
-            candidate[at] = p.candidate;
-            confidence[at] = float(p.confidence);
-            entropy[at] = p.looked ? place.entropy[i] : 0;
+                static_cast<int*>(a.tokens_out)[at] = int(o.token);
+            a.transfer_mask[at] = o.written;
+            a.candidate[at] = p.candidate;
+            static_cast<float*>(a.confidence)[at] = float(p.confidence);
+            static_cast<float*>(a.entropy)[at] = p.looked ? positions.entropy[i] : 0;
             if (o.left) atomicAdd(left, 1u);
         }
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        num_masked[b] = *left;
-        done[b] = a.options.renoise ? row.step >= row.num_steps - 1 : *left == 0;
+        a.num_masked[b] = *left;
+        a.done[b] = a.options.renoise ? row.step >= row.num_steps - 1 : *left == 0;
     }
 }

@@ -1,5 +1,6 @@
 """CUDA C++ kernels: all are in the table of builds, and what is kept on disk can be trusted."""
 
+import ctypes
 import importlib
 import os
 import re
@@ -11,6 +12,7 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -161,7 +163,11 @@ def test_what_to_install_is_said(gone: str, monkeypatch: pytest.MonkeyPatch) -> 
         cuda._nvrtc_version.cache_clear()
 
 
-def launched() -> None:
+class Pair(ctypes.Structure):
+    _fields_ = [("number", ctypes.c_int64), ("pointer", ctypes.c_void_p)]
+
+
+def launched(*before: Any, **options: Any) -> None:
     """Launches a kernel on a GPU, of which the driver alone says that it is there; run in a process of its own."""
     stand_in = dict(
         device=lambda device: nullcontext(),
@@ -172,7 +178,8 @@ def launched() -> None:
     tensor = torch.zeros(2)
     tensor_there = SimpleNamespace(device=torch.device("cuda", 0), data_ptr=tensor.data_ptr)
     with patch.multiple(torch.cuda, **stand_in), patch.object(cuda, "Tensor", SimpleNamespace):
-        cuda.launch(cuda.Kernel("moe_plan", "moe_plan_kernel"), 2, 64, 100, (tensor_there, None, True, 3, 2.5))
+        arguments = (*before, tensor_there, None, True, 3, 2.5)
+        cuda.launch(cuda.Kernel("moe_plan", "moe_plan_kernel"), 2, 64, 100, arguments, **options)
     print(f"{tensor.data_ptr():x}")
 
 
@@ -196,11 +203,26 @@ def test_a_launch_reaches_the_driver(tmp_path: Path) -> None:
     assert arguments.split() == [address, "0", "1", "3", struct.pack(">d", 2.5).hex()]
 
 
+def test_a_struct_is_passed_by_value(tmp_path: Path) -> None:
+    """Its first eight bytes stand where the first argument is; what it points into says on which device."""
+    launch = with_fake_driver(tmp_path, "pair = Pair(77); pair.tensors = {}; launched(pair)")[-2]
+    assert launch.split(": ")[1].split()[0] == f"{77:x}"
+
+
+def test_a_kernel_starts_early_if_it_may(tmp_path: Path) -> None:
+    """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION is number 6 (CUDA driver API, CUlaunchAttributeID)."""
+    said = with_fake_driver(
+        tmp_path, "launched(after_last=True); cuda.PDL = True; launched(); launched(after_last=True)"
+    )
+    launches = [line.split(":")[0] for line in said if line.startswith("launch")]
+    assert ["attribute 6 = 1" in launch for launch in launches] == [False, False, True]
+
+
 def test_every_thread_has_a_context(tmp_path: Path) -> None:
     """Made current at its first launch, even of a kernel that another thread loaded; and a stream is made once."""
     twice = "[launched() for _ in range(2)]"
     said = with_fake_driver(tmp_path, f"import threading; {twice}; t = threading.Thread(target=lambda: {twice}); "
-                            "t.start(); t.join(); print(cuda._stream.cache_info().misses)")  # fmt: skip
+                            "t.start(); t.join(); print(cuda._config.cache_info().misses)")  # fmt: skip
     kinds = [line.split()[0] for line in said]
     assert kinds.count("load") == 1 and kinds.count("launch") == 4 and kinds.count("current") == 2
     assert kinds[0] == kinds[7] == "current"

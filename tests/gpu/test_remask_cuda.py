@@ -125,11 +125,11 @@ def test_every_sequence_has_its_own_scratch() -> None:
     """The executor runs one block after the other, so that shared scratch would not be seen in the results."""
     found = []
 
-    def spy(kernel: cuda.Kernel, grid: int, block: int, shared: int, arguments: Any) -> None:
-        scratch = arguments[-9]
+    def spy(kernel: cuda.Kernel, grid: int, block: int, shared: int, arguments: Any, **options: Any) -> None:
         if kernel.name == "remask_select_kernel":
+            *_, scratch, _ = arguments
             found.append(scratch.fill_(-1))
-        launch(kernel, grid, block, shared, arguments)
+        launch(kernel, grid, block, shared, arguments, **options)
 
     with cuda_kernels(), patch.object(cuda_remask, "_LONGEST", 0):
         launch = cuda.launch
@@ -242,7 +242,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[tuple[Any,
     """What is launched for tensors without data, from which nothing can be read."""
     made: list[tuple[Any, ...]] = []
 
-    def launch(kernel: cuda.Kernel, grid: int, block: int, shared: int, arguments: Any) -> None:
+    def launch(kernel: cuda.Kernel, grid: int, block: int, shared: int, arguments: Any, **_: Any) -> None:
         made.append((kernel.name, dict(kernel.defines), grid, block))
         assert shared <= cuda.SHARED_LIMIT
 

@@ -137,6 +137,25 @@ def result_of_certainty() -> tt.RemaskResult:
 JUDGES = [RemaskPolicy.llada2(0.6, edit_threshold=0.9, remask_threshold=0.5), RemaskPolicy.diffusion_gemma()]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shift", [0.0, -50.0])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_nan_is_found_wherever_it_lies(sign: int, shift: float, dtype: torch.dtype) -> None:
+    """Of either sign, in any stretch of a long row, beside logits of both signs and beside negative ones alone."""
+    places = [0, 2047, 2048, 5000, 9000, 16384, 16999, 23999]
+    logits = (torch.randn(1, len(places) + 1, 24000, generator=torch.Generator().manual_seed(1)) + shift).to(dtype)
+    quiet = {torch.float32: (torch.int32, 22), torch.bfloat16: (torch.int16, 6), torch.float16: (torch.int16, 9)}
+    integer, bit = quiet[dtype]  # the lowest that is set in a NaN without a payload
+    bits = torch.tensor(-(2**bit) if sign < 0 else torch.iinfo(integer).max - 2**bit + 1, dtype=integer)
+    assert bits.view(dtype).isnan() and bits.view(dtype).signbit() == (sign < 0)
+    for s, token in enumerate(places):
+        logits.view(integer)[0, s, token] = bits
+    tokens = torch.full((1, len(places) + 1), MASK)
+    got = tt.remask(logits, tokens, mask_token_id=MASK, num_steps=4, policy=RemaskPolicy(suppress_mask=False))
+    assert got.candidate[0, :-1].eq(-1).all() and got.confidence[0, :-1].isnan().all()
+    assert got.candidate[0, -1] == logits[0, -1].float().argmax() and got.confidence[0, -1] > 0
+
+
 @pytest.mark.parametrize("policy", [RemaskPolicy(), *JUDGES])
 def test_rows_that_are_not_looked_at_are_not_read(policy: RemaskPolicy) -> None:
     """Committed positions, unless the policy judges them, fixed and padded ones may hold anything; suppressed tokens

@@ -94,6 +94,7 @@ constexpr int count(void (*)(A...)) {
 
 #define __global__
 #define __device__
+#define __grid_constant__
 #define __launch_bounds__(...)
 #ifndef SIMT_APPROXIMATE
 #define EXP2(x) std::exp2(x)

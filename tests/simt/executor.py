@@ -143,7 +143,7 @@ def launch(
     seed: int = 0,
 ) -> None:
     """Runs a kernel of the source `text`. Arguments as for `launch` in twotower_kernels/cuda: arrays, integers, floats,
-    None.
+    None, structs.
 
     Raises:
         SimtError: it did what CUDA forbids, and what that was.
@@ -155,11 +155,19 @@ def launch(
         raise SimtError(f"{kernel} takes {wanted} arguments, got {len(arguments)}")
     guarded: list[_Guarded] = []
 
+    def inside(array: Any) -> int:
+        guarded.append(_Guarded(*span(array), build))
+        return guarded[-1].pointer
+
     def values() -> Iterator[Any]:
         for argument in arguments:
             if hasattr(argument, "shape"):
-                guarded.append(_Guarded(*span(argument), build))
-                yield ctypes.c_void_p(guarded[-1].pointer)
+                yield ctypes.c_void_p(inside(argument))
+            elif isinstance(argument, ctypes.Structure):  # by value, with pointers into its tensors
+                copy = type(argument).from_buffer_copy(argument)
+                for name, tensor in argument.tensors.items():
+                    setattr(copy, name, inside(tensor))
+                yield copy
             else:
                 yield ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(int(argument or 0))
 

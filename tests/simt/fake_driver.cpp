@@ -6,9 +6,19 @@
 
 using Result = int;
 
-struct Config {  // the beginning of CUlaunchConfig
+struct Attribute {  // CUlaunchAttribute
+    int id;
+    char gap[4];
+    union {
+        int number;
+        char room[64];
+    } value;
+};
+struct Config {  // CUlaunchConfig
     unsigned grid[3], block[3], shared;
     void* stream;
+    const Attribute* attributes;
+    unsigned attribute_count;
 };
 
 static char thing;  // what every handle points to
@@ -50,8 +60,11 @@ static Result kernel(void** found, void* library, const char* name) {
     return handle(found);
 }
 static Result launch(const Config* config, void* function, void** arguments) {
-    std::printf("launch %u blocks of %u threads, %u bytes, stream %p:", config->grid[0], config->block[0],
+    std::printf("launch %u blocks of %u threads, %u bytes, stream %p", config->grid[0], config->block[0],
                 config->shared, config->stream);
+    for (unsigned i = 0; i < config->attribute_count; i++)
+        std::printf(", attribute %d = %d", config->attributes[i].id, config->attributes[i].value.number);
+    std::printf(":");
     for (int i = 0; i < 5; i++) std::printf(" %llx", *static_cast<unsigned long long*>(arguments[i]));
     std::printf("\n");
     return std::fflush(stdout);

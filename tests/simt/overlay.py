@@ -20,7 +20,14 @@ from twotower_kernels.cuda import remask as cuda_remask
 def simulated(*, build: str = "plain", seed: int = 0) -> Iterator[None]:
     """Inside, `twotower_kernels.cuda.build.launch` runs the same sources on the host."""
 
-    def launch(kernel: cuda.Kernel, grid: int, block: int, shared: int, arguments: Sequence[cuda.Argument]) -> None:
+    def launch(
+        kernel: cuda.Kernel,
+        grid: int,
+        block: int,
+        shared: int,
+        arguments: Sequence[cuda.Argument],
+        after_last: bool = False,
+    ) -> None:
         text = (executor.SOURCES / f"{kernel.source}.cu").read_text(encoding="utf-8")
         executor.launch(text, kernel.name, dict(kernel.defines), grid, block, shared, arguments, build=build, seed=seed)
 

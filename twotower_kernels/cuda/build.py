@@ -5,6 +5,7 @@ NVRTC compiles them through cuda-python, so that nobody needs nvcc and nothing i
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib
 import importlib.metadata
@@ -13,7 +14,7 @@ import stat
 import tempfile
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -26,7 +27,11 @@ from torch import Tensor
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)  # as in warp.h
 SHARED_LIMIT = 48 * 1024  # bytes of shared memory that a block may have on every GPU without asking
 
-Argument = Tensor | None | int | float
+# Whether a kernel that asks for it is set up while the one before it runs (programmatic dependent launch): written,
+# compiled, not yet measured (docs/gpu.md).
+PDL = False
+
+Argument = Tensor | None | int | float | ctypes.Structure
 
 
 @dataclass(frozen=True)
@@ -202,12 +207,33 @@ def _read(path: Path, key: str) -> bytes:
 
 
 @cache
-def _loaded(kernel: Kernel, device: int) -> Any:
-    """The kernel on a device, ready to launch."""
+def _driver() -> ModuleType:
+    """The driver's interface in cuda-python. cuda.core's own launcher takes no struct, and before its version 0.5 no
+    attribute of a launch."""
+    return importlib.import_module("cuda.bindings.driver")
+
+
+def _called(function: str, *arguments: Any) -> Any:
+    """What a function of the driver returns beside its status.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
+    driver = _driver()
+    status, *results = getattr(driver, function)(*arguments)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"{function}: {status.name}")
+    return results[0] if results else None
+
+
+@cache
+def _loaded(kernel: Kernel, device: int) -> int:
+    """The handle of the kernel on a device, ready to launch; its library stays loaded."""
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"{kernel.name} is not loaded yet, which cannot be captured; call it once before capturing")
     content = cubin(kernel.source, kernel.defines, architecture(device))
-    return _core().ObjectCode.from_cubin(content).get_kernel(kernel.name)
+    library = _called("cuLibraryLoadData", content, [], [], 0, [], [], 0)
+    return int(_called("cuLibraryGetKernel", library, kernel.name.encode()))
 
 
 class _Thread(threading.local):
@@ -227,31 +253,56 @@ def _make_current(device: int) -> None:
         _thread.devices.add(device)
 
 
-@lru_cache(maxsize=256)
-def _stream(device: int, handle: int) -> Any:
-    """A stream of PyTorch's, as cuda.core knows it; made once, since that takes longer than the rest of a launch. The
-    handle of the default stream is the same on every device."""
-    return _core().Stream.from_handle(handle)
+@lru_cache(maxsize=1024)
+def _config(grid: int, block: int, shared: int, stream: int, early: bool) -> Any:
+    """How to launch, as the driver takes it; made once, since that takes longer than the rest of a launch."""
+    driver = _driver()
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+    config.sharedMemBytes, config.hStream = shared, stream
+    if early:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [attribute], 1
+    return config
 
 
-def launch(kernel: Kernel, grid: int, block: int, shared: int, arguments: Sequence[Argument]) -> None:
+def launch(
+    kernel: Kernel, grid: int, block: int, shared: int, arguments: Sequence[Argument], *, after_last: bool = False
+) -> None:
     """Runs `grid` blocks of `block` threads with `shared` bytes each, on the current stream of the tensors' device.
 
-    Tensors become pointers (None: a null pointer), integers and booleans 64-bit integers, floats doubles: no kernel
-    takes anything else.
+    Tensors become pointers (None: a null pointer), integers and booleans 64-bit integers, floats doubles, structs are
+    passed by value: no kernel takes anything else. A struct's attribute `tensors` holds what its pointers point into.
+
+    after_last: with `PDL`, on GPUs that can, the kernel may start before the one launched last on this stream is done,
+    and waits for it by itself.
     """
-    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    device = next(tensor.device for tensor in _tensors(arguments))
     with torch.cuda.device(device):
         _make_current(device.index)
-        function, core = _loaded(kernel, device.index), _core()
-        stream = _stream(device.index, torch.cuda.current_stream(device).cuda_stream)
-        config = core.LaunchConfig(grid=grid, block=block, shmem_size=shared)
-        core.launch(stream, config, function, *map(_value, arguments))
+        function = _loaded(kernel, device.index)
+        early = PDL and after_last and torch.cuda.get_device_capability(device.index) >= (9, 0)
+        config = _config(grid, block, shared, torch.cuda.current_stream(device).cuda_stream, early)
+        values = [_value(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        _called("cuLaunchKernelEx", config, function, ctypes.addressof(pointers), 0)
 
 
-def _value(argument: Argument) -> int | float:
+def _tensors(arguments: Sequence[Argument]) -> Iterator[Tensor]:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, ctypes.Structure):
+            yield from argument.tensors.values()
+
+
+def _value(argument: Argument) -> Any:
+    """In memory, as the driver takes it from there."""
     if isinstance(argument, Tensor):
-        return argument.data_ptr()
-    if isinstance(argument, float):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, ctypes.Structure):
         return argument
-    return int(argument or 0)
+    return ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(int(argument or 0))

@@ -13,17 +13,17 @@ from torch import Tensor
 from twotower_kernels.cuda import build as cuda
 from twotower_kernels.cuda.build import Kernel
 from twotower_kernels.ops.remask import results
-from twotower_kernels.ops.remask_checks import PER_ROW, WHOLE, Arguments
-from twotower_kernels.options.remask_policy import CHOICES, OPTIONS
+from twotower_kernels.ops.remask_checks import Arguments
+from twotower_kernels.ops.remask_fields import filled
+from twotower_kernels.options.remask_policy import CHOICES
 
 _TYPES = {torch.float32: "type_float32", torch.bfloat16: "type_bfloat16", torch.float16: "type_float16"}  # in warp.h
 _PER_THREAD = 32  # tokens of a piece that a thread takes
-_PARTIAL_BYTES, _PLACE_BYTES = 64, 36  # Partial in remask.h, Places in remask_selection.h
+_PARTIAL_BYTES, _POSITION_BYTES = 64, 36  # Partial in remask.h, Positions in remask_selection.h
 _SCAN_SHARED = 544  # bytes of Shared in remask_scan.cu; two bits for each token come behind it
 _FILTER_SHARED = 26_384  # bytes of Shared in remask_filter.cu
-_LONGEST = (cuda.SHARED_LIMIT - 8) // _PLACE_BYTES  # positions whose places fit into shared memory
+_LONGEST = (cuda.SHARED_LIMIT - 8) // _POSITION_BYTES  # positions that fit into shared memory
 
-_GREEDY, _STATISTICS, _SCHEDULE = (OPTIONS.index(name) for name in ("greedy", "statistics", "schedule"))
 _FILTERED, _POSTERIOR = CHOICES["statistics"].index("filtered"), CHOICES["schedule"].index("posterior")
 
 
@@ -41,73 +41,43 @@ def remask(*arguments: Any) -> tuple[Tensor, ...]:
     out = results(logits, tokens)
     if batch == 0:
         return out
-    columns: list[cuda.Argument] = []
-    for name, rows, number in zip(PER_ROW, a.per_row, [*a.whole, *map(float, a.real)], strict=True):
-        columns += _column(rows, number, torch.int64 if name in WHOLE else torch.float64, batch)
-    common: list[cuda.Argument] = [
-        logits,
-        *(cuda.DTYPES.index(logits.dtype), *logits.stride(), block, vocabulary),
-        tokens,
-        *(cuda.DTYPES.index(tokens.dtype), *tokens.stride()),
-        a.mask,
-        *_ids(a.suppressed, a.suppress_ids, logits.device),
-        *_ids(a.unscored, a.confidence_suppress_ids, logits.device),
-        *_strided(a.editable, torch.bool, 2),
-        *_strided(a.valid_lens, torch.int64, 1),
-        *_strided(a.candidates, torch.int64, 2),
-        *_strided(a.rank_noise, torch.float64, 2),
-        *columns,
-        *a.options,
-        *a.bounds,
-    ]
+    step = filled(
+        a,
+        _ids(a.suppressed, a.suppress_ids, logits.device),
+        _ids(a.unscored, a.confidence_suppress_ids, logits.device),
+        out,
+    )
     warps = min(8, -(-vocabulary // (32 * _PER_THREAD)))
     pieces = -(-vocabulary // (32 * _PER_THREAD * warps))
     partials = logits.new_empty((batch * block * pieces, _PARTIAL_BYTES // 8), dtype=torch.int64)
-    sampled = not a.options[_GREEDY] and (a.temperature is not None or a.real[0] > 0)
-    some_filter = a.top_k is not None or 0 < a.whole[2] < vocabulary or a.top_p is not None or a.real[1] < 1
-    posterior = a.options[_SCHEDULE] == _POSTERIOR
+    sampled = not step.greedy and (a.temperature is not None or step.temperature > 0)
+    some_filter = a.top_k is not None or 0 < step.top_k < vocabulary or a.top_p is not None or step.top_p < 1
+    posterior = step.schedule == _POSTERIOR
     filters = None
-    if block > 0 and some_filter and (sampled or posterior or a.options[_STATISTICS] == _FILTERED):
+    if block > 0 and some_filter and (sampled or posterior or step.statistics == _FILTERED):
         filters = logits.new_empty((batch * block, 2), dtype=torch.float32)  # Filter in remask.h
         kernel = Kernel("remask_filter", "remask_filter_kernel", _filter_defines(logits.dtype, posterior))
         threads = 32 * min(16 if posterior else 24, -(-vocabulary // (32 * _PER_THREAD)))
-        cuda.launch(kernel, batch * block, threads, _FILTER_SHARED, (*common, filters))
+        cuda.launch(kernel, batch * block, threads, _FILTER_SHARED, (step, filters))
     if block > 0:
         kernel = Kernel("remask_scan", "remask_scan_kernel", _scan_defines(logits.dtype, posterior, sampled))
         shared = _SCAN_SHARED + 2 * 4 * 32 * warps
-        cuda.launch(kernel, batch * block * pieces, 32 * warps, shared, (*common, filters, partials, pieces))
+        cuda.launch(kernel, batch * block * pieces, 32 * warps, shared, (step, filters, partials, pieces))
     fits = block <= _LONGEST
-    words = -(-_PLACE_BYTES * block // 8)  # of the places, of 8 bytes
+    words = -(-_POSITION_BYTES * block // 8)  # of 8 bytes, of what is known of the positions
     scratch = None if fits else logits.new_empty((batch, words), dtype=torch.int64)
     kernel = Kernel("remask_select", "remask_select_kernel", _select_defines(not fits))
     shared = 8 if scratch is not None else 8 * (1 + words)
-    arguments = (*common, filters, partials, pieces, scratch, words, *out)
-    cuda.launch(kernel, batch, 32 * max(1, min(16, block)), shared, arguments)
+    arguments = (step, filters, partials, pieces, scratch, words)
+    cuda.launch(kernel, batch, 32 * max(1, min(16, block)), shared, arguments, after_last=block > 0)
     return out
 
 
-def _column(rows: Tensor | None, number: int | float, dtype: torch.dtype, batch: int) -> list[cuda.Argument]:
-    """A parameter per row, as `column` in remask.h reads it."""
-    if rows is None:
-        return [None, 0, number]
-    rows = rows.to(dtype).expand(batch)
-    return [rows, rows.stride(0), number]
-
-
-def _strided(tensor: Tensor | None, dtype: torch.dtype, ndim: int) -> list[cuda.Argument]:
+def _ids(numbers: list[int], tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """Token numbers in any order, int64 `[n]`."""
     if tensor is None:
-        return [None, *[0] * ndim]
-    tensor = tensor.to(dtype)
-    return [tensor, *tensor.stride()]
-
-
-def _ids(numbers: list[int], tensor: Tensor | None, device: torch.device) -> list[cuda.Argument]:
-    """Token numbers in any order, and how many."""
-    if tensor is None and numbers:
-        tensor = _listed(tuple(numbers), device)
-    if tensor is None:
-        return [None, 0]
-    return [tensor.to(torch.int64).contiguous(), len(tensor)]
+        return _listed(tuple(numbers), device) if numbers else None
+    return tensor.to(torch.int64).contiguous()
 
 
 @cache

@@ -87,19 +87,48 @@ class Arguments(NamedTuple):
     @property
     def per_row(self) -> tuple[Tensor | None, ...]:
         """In the order of `PER_ROW`."""
-        return self[7:16]
+        whole = self.step, self.num_steps, self.top_k, self.seed, self.offset, self.initial_num_masked
+        return *whole, self.temperature, self.top_p, self.gate_bound
+
+    @property
+    def gives_tensors(self) -> bool:
+        """Whether one of the arguments that may be tensors is one, beside logits and tokens."""
+        whole = None is self.step is self.num_steps is self.top_k is self.seed is self.offset is self.initial_num_masked
+        real = None is self.temperature is self.top_p is self.gate_bound
+        ids = None is self.suppress_ids is self.confidence_suppress_ids
+        others = None is self.editable is self.valid_lens is self.candidates is self.rank_noise
+        return not (whole and real and ids and others)
 
 
-def split_all(rules: dict[str, PerRow], values: tuple[Any, ...], logits: Tensor) -> tuple[list[Any], list[Any]]:
+# Per parameter: the type, the range and the stand-in of a number that needs no second look.
+_PLAIN = {
+    name: (
+        int if rule.whole else float,
+        max(rule.low, _LEAST) if rule.whole else rule.low,
+        min(rule.high, _MOST) if rule.whole else rule.high,
+        rule.absent,
+    )
+    for name, rule in PER_ROW.items()
+}
+PLAIN_WHOLE, PLAIN_REAL = ([(name, *_PLAIN[name]) for name in names] for names in (WHOLE, REAL))
+
+
+def split_all(plain: list[Any], values: tuple[Any, ...], logits: Tensor) -> tuple[list[Any], list[Any]]:
     """Parameters of one kind as the op takes them: the numbers, and the tensors that replace them. Plain numbers, which
-    nearly all are in nearly all calls, are through at the first comparison."""
+    nearly all are in nearly all calls, are through at the first comparison.
+
+    Args:
+        plain: `PLAIN_WHOLE` or `PLAIN_REAL`.
+        values: of the parameters, in their order.
+        logits: that they are for.
+    """
     numbers, tensors = [], []
-    for (name, rule), value in zip(rules.items(), values, strict=True):
-        if rule.whole:
-            plain = type(value) is int and rule.absent is None and _LEAST <= value <= _MOST
-        else:
-            plain = type(value) is float
-        number, tensor = (value, None) if plain and rule.low <= value <= rule.high else split(name, value, logits)
+    for (name, kind, low, high, absent), value in zip(plain, values, strict=True):
+        number, tensor = value, None
+        if value is None and absent is not None:
+            number = absent
+        elif type(value) is not kind or absent is not None or not low <= value <= high:
+            number, tensor = split(name, value, logits)
         numbers.append(number)
         tensors.append(tensor)
     return numbers, tensors
@@ -162,11 +191,14 @@ def check_kinds(
     """
     if not isinstance(policy, RemaskPolicy):
         raise TypeError(f"policy: expected a RemaskPolicy, got {type(policy).__name__}")
-    required = (("logits", logits), ("tokens", tokens))
-    optional = (("editable", editable), ("valid_lens", valid_lens), ("candidates", candidates))
-    for name, tensor in (*required, *optional, ("rank_noise", rank_noise)):
-        if not isinstance(tensor, Tensor) and (tensor is not None or name == "logits" or name == "tokens"):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if not (isinstance(logits, Tensor) and isinstance(tokens, Tensor)):
+        name, wrong = ("tokens", tokens) if isinstance(logits, Tensor) else ("logits", logits)
+        raise TypeError(f"{name}: expected a tensor, got {type(wrong).__name__}")
+    if not (editable is valid_lens is candidates is rank_noise is None):
+        optional = (("editable", editable), ("valid_lens", valid_lens), ("candidates", candidates))
+        for name, tensor in (*optional, ("rank_noise", rank_noise)):
+            if not isinstance(tensor, Tensor) and tensor is not None:
+                raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     mask: int | None = None if mask_token_id is None else whole("mask_token_id", mask_token_id, "an int")
     _check_logits(logits)
     refuse_gradients("remask", logits=logits)
@@ -180,18 +212,35 @@ def _check_logits(logits: Tensor) -> None:
 
 def check_arguments(a: Arguments) -> None:
     """TypeError or ValueError unless shapes, dtypes, devices and numbers fit, whatever tensors hold."""
-    check_float(logits=a.logits)
-    _check_logits(a.logits)
-    batch, block, vocabulary = a.logits.shape
-    _tensor("tokens", a.tokens, INTEGERS, [batch, block])
+    logits, tokens = a.logits, a.tokens
+    if logits.dtype not in FLOATING:
+        check_float(logits=logits)
+    _check_logits(logits)
+    batch, block, vocabulary = logits.shape
+    _tensor("tokens", tokens, INTEGERS, (batch, block))
     policy = _policy(tuple(a.options), tuple(a.bounds))
     if a.mask_token_id is None:
         if not policy.renoise or policy.schedule == "posterior":
             raise ValueError("mask_token_id: expected a token, as only a policy with renoise has no mask, got None")
     elif not 0 <= a.mask_token_id < vocabulary:
         raise ValueError(f"mask_token_id: expected a token in [0, {vocabulary - 1}], got {a.mask_token_id}")
-    _check_numbers("whole", WHOLE, a.whole, block)
-    _check_numbers("real", REAL, a.real, block)
+    if not _fit(a.whole, a.real, block):  # which nearly all do; else what does not is named
+        _check_numbers("whole", WHOLE, a.whole, block)
+        _check_numbers("real", REAL, a.real, block)
+    if a.suppressed or a.unscored:
+        for name, ids in (("suppress_ids", a.suppressed), ("confidence_suppress_ids", a.unscored)):
+            for token in ids:
+                if not 0 <= token < vocabulary:
+                    raise ValueError(f"{name}: expected token numbers in [0, {vocabulary - 1}], got {token}")
+    if a.gives_tensors:
+        _check_tensors(a)
+    if tokens.device != logits.device:
+        same_device(logits, tokens=tokens)
+
+
+def _check_tensors(a: Arguments) -> None:
+    """Those beside logits and tokens."""
+    batch, block, _ = a.logits.shape
     for name, tensor in zip(PER_ROW, a.per_row, strict=True):
         if tensor is not None:
             rule = PER_ROW[name]
@@ -201,10 +250,6 @@ def check_arguments(a: Arguments) -> None:
             if tensor.ndim and tensor.shape != a.logits.shape[:1]:
                 raise ValueError(f"{name}: expected shape [{batch}], got {list(tensor.shape)}")
             same_device(a.logits, **{name: tensor})
-    for name, tokens in (("suppress_ids", a.suppressed), ("confidence_suppress_ids", a.unscored)):
-        for token in tokens:
-            if not 0 <= token < vocabulary:
-                raise ValueError(f"{name}: expected token numbers in [0, {vocabulary - 1}], got {token}")
     ids = (("suppress_ids", a.suppress_ids), ("confidence_suppress_ids", a.confidence_suppress_ids))
     for name, listed in ids:
         if listed is not None and listed.dtype not in INTEGERS:
@@ -218,10 +263,9 @@ def check_arguments(a: Arguments) -> None:
     kinds = (torch.bool,), INTEGERS, INTEGERS, FLOATING
     for (name, tensor), dtypes in zip(others, kinds, strict=True):
         if tensor is not None:
-            _tensor(name, tensor, dtypes, [batch] if name == "valid_lens" else [batch, block])
-    device = a.logits.device
-    for name, tensor in (("tokens", a.tokens), *ids, *others):
-        if tensor is not None and tensor.device != device:
+            _tensor(name, tensor, dtypes, (batch,) if name == "valid_lens" else (batch, block))
+    for name, tensor in (*ids, *others):
+        if tensor is not None:
             same_device(a.logits, **{name: tensor})
 
 
@@ -244,6 +288,24 @@ def _policy(options: tuple[int, ...], bounds: tuple[float, ...]) -> RemaskPolicy
     return RemaskPolicy(**fields)
 
 
+def _fit(whole: Sequence[Any], real: Sequence[Any], block: int) -> bool:
+    """Whether these are all the numbers, each in its range, as `WHOLE` and `REAL` have it."""
+    if len(whole) != len(WHOLE) or len(real) != len(REAL):
+        return False
+    step, num_steps, top_k, _, offset, initial_num_masked = whole
+    temperature, top_p, gate_bound = real
+    return bool(
+        step >= 0
+        and num_steps >= 1
+        and top_k >= 0
+        and 0 <= offset < 2**32
+        and -1 <= initial_num_masked <= block
+        and 0 <= temperature <= 1e6
+        and 0 <= top_p <= 1
+        and gate_bound == gate_bound
+    )
+
+
 def _check_numbers(what: str, rules: dict[str, PerRow], numbers: Sequence[Any], block: int) -> None:
     if len(numbers) != len(rules):
         raise ValueError(f"{what}: expected {len(rules)} numbers, {', '.join(rules)}, got {len(numbers)}")
@@ -253,32 +315,25 @@ def _check_numbers(what: str, rules: dict[str, PerRow], numbers: Sequence[Any], 
             raise ValueError(f"{name}: expected a number in [{rule.low:g}, {high:g}], got {number}")
 
 
-def check_values(
-    logits: Tensor,
-    per_row: dict[str, Tensor],
-    ids: dict[str, Tensor | None],
-    valid_lens: Tensor | None,
-    candidates: Tensor | None,
-    rank_noise: Tensor | None,
-) -> None:
+def check_values(a: Arguments) -> None:
     """ValueError unless what the tensors hold lies in its range: for the entry of a kernel on the host."""
-    _, block, vocabulary = logits.shape
-    for name, tensor in per_row.items():
+    _, block, vocabulary = a.logits.shape
+    for name, tensor in zip(PER_ROW, a.per_row, strict=True):
         rule = PER_ROW[name]
         _within(name, tensor, rule.low, block if name == "initial_num_masked" else rule.high)
-    for name, listed in ids.items():
-        _within(name, listed, 0, vocabulary - 1)
-    _within("valid_lens", valid_lens, 0, block)
-    _within("candidates", candidates, -1, vocabulary - 1)
-    if rank_noise is not None and not ((rank_noise >= 0) & (rank_noise < 1)).all():
+    _within("suppress_ids", a.suppress_ids, 0, vocabulary - 1)
+    _within("confidence_suppress_ids", a.confidence_suppress_ids, 0, vocabulary - 1)
+    _within("valid_lens", a.valid_lens, 0, block)
+    _within("candidates", a.candidates, -1, vocabulary - 1)
+    if a.rank_noise is not None and not ((a.rank_noise >= 0) & (a.rank_noise < 1)).all():
         raise ValueError("rank_noise: expected numbers in [0, 1), got others")
 
 
-def _tensor(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], shape: list[int]) -> None:
+def _tensor(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {value.dtype}")
-    if list(value.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
 
 
 def _within(name: str, value: Tensor | None, low: float, high: float) -> None:
