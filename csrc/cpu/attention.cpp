@@ -59,19 +59,19 @@ struct Problem {
           width(Columns(dim).width),
           kv_heads(a.k ? a.k.size[2] : a.k_context.size[2]),
           group(a.q.size[2] / kv_heads),
-          rows(length * group),
+          query_rows(length * group),
           piece(smaller(smaller(rows_of_piece, larger(numbers_of_piece / dim / widest, int64_t(1)) * widest),
-                        up_to(rows, L))),
-          pieces(piece ? (rows + piece - 1) / piece : 0) {}
+                        up_to(query_rows, L))),
+          pieces(piece ? (query_rows + piece - 1) / piece : 0) {}
 
     const BlockAttention& a;
     Softmax softmax;
-    int64_t batch, length, dim, width, kv_heads, group, rows, piece, pieces;
+    int64_t batch, length, dim, width, kv_heads, group, query_rows, piece, pieces;
 
     // A work item: some query rows of one key head of one batch row, and the keys they see.
     struct Item {
-        int64_t b, head, first, rows, real;  // rows from `real` on are padding
-        int64_t begin, end, own;             // context [begin, end), then own keys [0, own)
+        int64_t b, head, first, query_rows, real_rows;  // those from real_rows on are padding
+        int64_t begin, end, own;                        // context [begin, end), then own keys [0, own)
         int64_t context_tiles, tiles;
     };
     Item item(int64_t n) const {  // the last pieces first: under a causal mask they see the most
@@ -79,16 +79,16 @@ struct Problem {
         item.head = n % kv_heads;
         item.b = n / kv_heads % batch;
         item.first = (pieces - 1 - n / kv_heads / batch) * piece;
-        item.rows = smaller(piece, rows - item.first);
+        item.query_rows = smaller(piece, query_rows - item.first);
         const int64_t tokens = index_or(a.block_lens, item.b, length);
-        item.real = smaller(larger(tokens * group - item.first, int64_t(0)), item.rows);
+        item.real_rows = smaller(larger(tokens * group - item.first, int64_t(0)), item.query_rows);
         item.begin = item.end = item.own = 0;
-        if (item.real && a.k_context) {
+        if (item.real_rows && a.k_context) {
             const Context context(a.k_context, a.context_index, a.block_table, item.b);
             item.end = index_or(a.context_lens, item.b, context.tokens());
             if (a.window >= 0) item.begin = larger(item.end - a.window, int64_t(0));
         }
-        if (item.real && a.k) item.own = a.causal ? (item.first + item.real - 1) / group + 1 : tokens;
+        if (item.real_rows && a.k) item.own = a.causal ? (item.first + item.real_rows - 1) / group + 1 : tokens;
         item.context_tiles = (item.end - item.begin + keys_of_tile - 1) / keys_of_tile;
         item.tiles = item.context_tiles + (item.own + keys_of_tile - 1) / keys_of_tile;
         return item;
@@ -119,12 +119,12 @@ struct Problem {
         using Factors = typename Kind::Factors;
         const int64_t factors = factors_of<Kind>(dim), line = up_to(factors, L);
         std::memset(lines, 0, size_t(L * line) * sizeof(Factor));
-        each_panel(queries, nullptr, 0, item.real, [&](const Panel<Kind>& panel, int64_t first) {
+        each_panel(queries, nullptr, 0, item.real_rows, [&](const Panel<Kind>& panel, int64_t first) {
             for (int64_t j = 0; j < panel.vectors; ++j) {
                 for (int64_t i = 0; i < L; ++i) {
                     const int64_t r = first + j * L + i;
                     Factor* to = lines + i * line;
-                    if (r < item.real)
+                    if (r < item.real_rows)
                         Kind::widen_row(to, a.q.as<T>() + offset(a.q, item, r), dim);
                     else
                         std::memset(to, 0, size_t(factors) * sizeof(Factor));
@@ -164,20 +164,20 @@ struct Problem {
     void look_ahead(Ahead& ahead, const Item& item, int64_t t) const {
         with_tile(item, t, [&](int64_t n, auto key, auto value) {
             for (int64_t i = 0; i < n; ++i) {
-                ahead.rows[2 * i] = reinterpret_cast<const char*>(key(i));
-                ahead.rows[2 * i + 1] = reinterpret_cast<const char*>(value(i));
+                ahead.addresses[2 * i] = reinterpret_cast<const char*>(key(i));
+                ahead.addresses[2 * i + 1] = reinterpret_cast<const char*>(value(i));
             }
             ahead.count = 2 * n;
         });
         ahead.bytes = dim * int64_t(sizeof(T));
         ahead.next = ahead.offset = 0;
-        const int64_t goes = (item.real + widest - 1) / widest * (keys_of_tile / 6);
-        ahead.lines = (ahead.count * up_to(ahead.bytes, 64) / 64 + goes - 1) / goes;
+        const int64_t calls = (item.real_rows + widest - 1) / widest * (keys_of_tile / 6);
+        ahead.lines = (ahead.count * up_to(ahead.bytes, 64) / 64 + calls - 1) / calls;
     }
 
     // What a thread works with.
-    struct Room {
-        explicit Room(const Problem& p)
+    struct Workspace {
+        explicit Workspace(const Problem& p)
             : queries_size(up_to(p.piece * factors_of<Kind>(p.dim), 16)),
               tile_size(up_to(Tile<Kind>::size(p.dim), 16)),
               lines_size(up_to(L * up_to(p.width, L), 16)),
@@ -198,22 +198,23 @@ struct Problem {
     };
 
     // All of an item's keys in tiles [begin, end), into a fresh state.
-    void attend(const Item& item, int64_t begin, int64_t end, Room& room, W* state) const {
-        pack(item, room.queries, room.lines);
+    void attend(const Item& item, int64_t begin, int64_t end, Workspace& workspace, W* state) const {
+        pack(item, workspace.queries, workspace.lines);
         if (begin == end)
-            each_panel(room.queries, state, 0, item.real,
+            each_panel(workspace.queries, state, 0, item.real_rows,
                        [&](const Panel<Kind>& panel, int64_t) { panel.clear(width); });
         Ahead ahead;
         for (int64_t t = begin; t < end; ++t) {
-            with_tile(item, t, [&](int64_t n, auto key, auto value) { room.tile.read(n, key, value); });
+            with_tile(item, t, [&](int64_t n, auto key, auto value) { workspace.tile.read(n, key, value); });
             ahead.count = 0;
             if (t + 1 < end) look_ahead(ahead, item, t + 1);
             const bool causal = a.causal && t >= item.context_tiles;
             const int64_t own = (t - item.context_tiles) * keys_of_tile;
-            each_panel(room.queries, state, 0, item.real, [&](const Panel<Kind>& panel, int64_t r) {
-                const int64_t hidden = causal ? own * group - item.first - r : -room.tile.keys * group;  // from no row
+            each_panel(workspace.queries, state, 0, item.real_rows, [&](const Panel<Kind>& panel, int64_t r) {
+                const int64_t hidden =
+                    causal ? own * group - item.first - r : -workspace.tile.keys * group;  // from no row
                 if (hidden < panel.vectors * L)
-                    panel.add(room.tile, softmax, hidden, group, t == begin, room.logits, ahead);
+                    panel.add(workspace.tile, softmax, hidden, group, t == begin, workspace.logits, ahead);
                 else if (t == begin)
                     panel.clear(width);
             });
@@ -224,22 +225,22 @@ struct Problem {
     void merge(W* states, int64_t parts, int64_t begin, int64_t end) const {
         each_panel(nullptr, states, begin, end, [&](const Panel<Kind>& first, int64_t) {
             for (int64_t j = 0; j < first.vectors; ++j) {
-                auto at = [&](W* place, int64_t part, int64_t row) -> Lanes& {
-                    return reinterpret_cast<Lanes*>(place + part * state_size())[row * first.vectors + j];
+                auto at = [&](W* state, int64_t part, int64_t row) -> Lanes& {
+                    return reinterpret_cast<Lanes*>(state + part * state_size())[row * first.vectors + j];
                 };
-                Lanes top = at(first.max, 0, 0), all{};
-                for (int64_t p = 1; p < parts; ++p) top = larger_of(top, at(first.max, p, 0));
+                Lanes top = at(first.m_i, 0, 0), all{};
+                for (int64_t p = 1; p < parts; ++p) top = larger_of(top, at(first.m_i, p, 0));
                 const Lanes base = replaced(top, W(-INFINITY), W(0));
                 for (int64_t p = 0; p < parts; ++p) {
-                    const Lanes weight = weight_of(at(first.max, p, 0) - base);
-                    all += weight * at(first.all, p, 0);
+                    const Lanes weight = weight_of(at(first.m_i, p, 0) - base);
+                    all += weight * at(first.l_i, p, 0);
                     for (int64_t d = 0; d < dim; ++d) {
-                        const Lanes sum = weight * at(first.sum, p, d);
-                        at(first.sum, 0, d) = p ? at(first.sum, 0, d) + sum : sum;
+                        const Lanes sum = weight * at(first.acc, p, d);
+                        at(first.acc, 0, d) = p ? at(first.acc, 0, d) + sum : sum;
                     }
                 }
-                at(first.max, 0, 0) = top;
-                at(first.all, 0, 0) = all;
+                at(first.m_i, 0, 0) = top;
+                at(first.l_i, 0, 0) = all;
             }
         });
     }
@@ -248,10 +249,10 @@ struct Problem {
     // lines: [L, up_to(dim, L)].
     void finish(const Item& item, W* state, int64_t begin, int64_t end, W* lines) const {
         const int64_t line = up_to(dim, L);
-        each_panel(nullptr, state, begin, smaller(end, item.real), [&](const Panel<Kind>& panel, int64_t first) {
-            for (int64_t j = 0; j < panel.vectors && first + j * L < item.real; ++j) {
-                const Lanes* sums = reinterpret_cast<Lanes*>(panel.sum) + j;
-                const Lanes all = reinterpret_cast<Lanes*>(panel.all)[j];
+        each_panel(nullptr, state, begin, smaller(end, item.real_rows), [&](const Panel<Kind>& panel, int64_t first) {
+            for (int64_t j = 0; j < panel.vectors && first + j * L < item.real_rows; ++j) {
+                const Lanes* sums = reinterpret_cast<Lanes*>(panel.acc) + j;
+                const Lanes all = reinterpret_cast<Lanes*>(panel.l_i)[j];
                 const Lanes weights = replaced(all, W(0), W(1));
                 for (int64_t d = 0; d < dim; d += L) {
                     Lanes block[L];
@@ -260,15 +261,15 @@ struct Problem {
                     transpose(block);
                     for (int64_t i = 0; i < L; ++i) *reinterpret_cast<Lanes*>(lines + i * line + d) = block[i];
                 }
-                for (int64_t i = 0; i < smaller(L, item.real - first - j * L); ++i) {
+                for (int64_t i = 0; i < smaller(L, item.real_rows - first - j * L); ++i) {
                     const int64_t r = first + j * L + i;
                     T* out = a.out.as<T>() + offset(a.out, item, r);
                     for (int64_t d = 0; d < dim; ++d) out[d] = narrow<T>(lines[i * line + d]);
-                    a.lse.as<W>()[offset(a.lse, item, r)] = panel.max[j * L + i] + std::log(panel.all[j * L + i]);
+                    a.lse.as<W>()[offset(a.lse, item, r)] = panel.m_i[j * L + i] + std::log(panel.l_i[j * L + i]);
                 }
             }
         });
-        for (int64_t r = larger(begin, item.real); r < end; ++r) {
+        for (int64_t r = larger(begin, item.real_rows); r < end; ++r) {
             T* out = a.out.as<T>() + offset(a.out, item, r);
             for (int64_t d = 0; d < dim; ++d) out[d] = narrow<T>(W(0));
             a.lse.as<W>()[offset(a.lse, item, r)] = -INFINITY;
@@ -290,11 +291,11 @@ struct Problem {
             parts = larger(smaller((2 * threads + items - 1) / items, longest), int64_t(1));
         if (parts == 1) {
             parallel_for(items, 1, [&](int64_t begin, int64_t end) {
-                Room room(*this);
+                Workspace workspace(*this);
                 for (int64_t n = begin; n < end; ++n) {
                     const Item item = this->item(n);
-                    attend(item, 0, item.tiles, room, room.state);
-                    finish(item, room.state, 0, item.rows, reinterpret_cast<W*>(room.lines));
+                    attend(item, 0, item.tiles, workspace, workspace.state);
+                    finish(item, workspace.state, 0, item.query_rows, reinterpret_cast<W*>(workspace.lines));
                 }
             });
             return;
@@ -302,11 +303,12 @@ struct Problem {
         Scratch<W> states(items, parts, state_size());
         W* all = states;
         parallel_for(items * parts, 1, [&](int64_t begin, int64_t end) {
-            Room room(*this);
+            Workspace workspace(*this);
             for (int64_t n = begin; n < end; ++n) {
                 const Item item = this->item(n / parts);
                 const int64_t part = n % parts;
-                attend(item, item.tiles * part / parts, item.tiles * (part + 1) / parts, room, all + n * state_size());
+                attend(item, item.tiles * part / parts, item.tiles * (part + 1) / parts, workspace,
+                       all + n * state_size());
             }
         });
         const int64_t panels = (piece + widest - 1) / widest;
@@ -315,10 +317,10 @@ struct Problem {
             for (int64_t n = begin; n < end; ++n) {
                 const Item item = this->item(n / panels);
                 const int64_t row = n % panels * widest;
-                if (row >= item.rows) continue;
+                if (row >= item.query_rows) continue;
                 W* state = all + n / panels * parts * state_size();
-                merge(state, parts, row, smaller(row + widest, item.real));
-                finish(item, state, row, smaller(row + widest, item.rows), lines);
+                merge(state, parts, row, smaller(row + widest, item.real_rows));
+                finish(item, state, row, smaller(row + widest, item.query_rows), lines);
             }
         });
     }
@@ -330,11 +332,11 @@ void merge_rows(const MergeAttention& m) {
     const int64_t dim = m.out.size[1];
     parallel_for(m.out.size[0], 64, [&](int64_t begin, int64_t end) {
         for (int64_t n = begin; n < end; ++n) {
-            const auto told = [n](const View& lse) {  // -inf, or +inf as others write it: a side without keys
+            const auto lse_at = [n](const View& lse) {  // -inf, or +inf as others write it: a side without keys
                 const W value = lse.as<W>()[n * lse.stride[0]];
                 return value == INFINITY ? W(-INFINITY) : value;
             };
-            const W a = told(m.lse_a), b = told(m.lse_b);
+            const W a = lse_at(m.lse_a), b = lse_at(m.lse_b);
             const T* out_a = m.out_a.as<T>() + n * m.out_a.stride[0];
             const T* out_b = m.out_b.as<T>() + n * m.out_b.stride[0];
             T* out = m.out.as<T>() + n * m.out.stride[0];

@@ -235,13 +235,13 @@ struct Tile {
 struct Ahead {
     void fetch() {
         for (int64_t line = 0; line < lines && next < count; ++line) {
-            __builtin_prefetch(rows[next] + offset, 0, 2);
+            __builtin_prefetch(addresses[next] + offset, 0, 2);
             offset += 64;
             if (offset >= bytes) offset = 0, ++next;
         }
     }
-    const char* rows[2 * keys_of_tile];
-    int64_t bytes = 0, lines = 0;  // of a row; of a go
+    const char* addresses[2 * keys_of_tile];
+    int64_t bytes = 0, lines = 0;  // of a row; of a call
     int64_t count = 0, next = 0, offset = 0;
 };
 
@@ -261,14 +261,14 @@ struct Panel {
     static constexpr int L = lanes_of<W>;
 
     Factor* q;    // [row, lanes]
-    W* sum;       // [width, lanes], of values
-    W* max;       // [lanes]
-    W* all;       // [lanes], of weights
+    W* acc;       // [width, lanes], of values
+    W* m_i;       // [lanes]
+    W* l_i;       // [lanes], of weights
     int vectors;  // lanes are so many vectors
 
     void clear(int64_t width) const {
-        for (int64_t i = 0; i < width * vectors * L; ++i) sum[i] = 0;
-        for (int64_t i = 0; i < vectors * L; ++i) max[i] = -INFINITY, all[i] = 0;
+        for (int64_t i = 0; i < width * vectors * L; ++i) acc[i] = 0;
+        for (int64_t i = 0; i < vectors * L; ++i) m_i[i] = -INFINITY, l_i[i] = 0;
     }
 
     // Adds a tile's keys. Key i is hidden from the first hidden + i * group lanes. logits: [keys_of_tile, lanes].
@@ -286,48 +286,48 @@ struct Panel {
                 Ahead& ahead) const {
         const int64_t n = tile.keys;
         const W scale = W(softmax.scale);
-        Lanes before[N], top[N];
-        for (int j = 0; j < N; ++j) before[j] = top[j] = first ? Lanes{} - W(INFINITY) : lanes(max)[j];
+        Lanes m_old[N], m_new[N];
+        for (int j = 0; j < N; ++j) m_old[j] = m_new[j] = first ? Lanes{} - W(INFINITY) : lanes(m_i)[j];
         for (int64_t i = 0; i < n; i += 6) {
             ahead.fetch();
             if (n - i <= 4)
-                dot<4, N>(tile, i, scale, logits, top);
+                dot<4, N>(tile, i, scale, logits, m_new);
             else
-                dot<6, N>(tile, i, scale, logits, top);
+                dot<6, N>(tile, i, scale, logits, m_new);
         }
         const bool masked = hidden + (n - 1) * group > 0;
         if (softmax.softcap > 0) cap(n * N, W(softmax.softcap), logits);
         if (masked) mask<N>(n, hidden, group, logits);
         if (masked || softmax.softcap > 0)
             for (int j = 0; j < N; ++j) {
-                top[j] = before[j];
-                for (int64_t i = 0; i < n; ++i) top[j] = larger_of(top[j], lanes(logits)[i * N + j]);
+                m_new[j] = m_old[j];
+                for (int64_t i = 0; i < n; ++i) m_new[j] = larger_of(m_new[j], lanes(logits)[i * N + j]);
             }
 
-        Lanes base[N], kept[N], sums[N] = {};
+        Lanes base[N], alpha[N], sums[N] = {};
         for (int j = 0; j < N; ++j) {
-            base[j] = replaced(top[j], W(-INFINITY), W(0));  // no key yet: -inf less -inf would be NaN
-            kept[j] = weight_of(before[j] - base[j]);
+            base[j] = replaced(m_new[j], W(-INFINITY), W(0));  // no key yet: -inf less -inf would be NaN
+            alpha[j] = weight_of(m_old[j] - base[j]);
         }
         const int64_t steps = weigh<N>(n, base, logits, sums);
         for (int j = 0; j < N; ++j) {
-            lanes(max)[j] = top[j];
-            lanes(all)[j] = first ? sums[j] : lanes(all)[j] * kept[j] + sums[j];
+            lanes(m_i)[j] = m_new[j];
+            lanes(l_i)[j] = first ? sums[j] : lanes(l_i)[j] * alpha[j] + sums[j];
         }
         const Factor* weights = reinterpret_cast<const Factor*>(logits);
         const Factor* v = tile.v;
-        Lanes* to = lanes(sum);
+        Lanes* to = lanes(acc);
         for (int64_t c = 0; c < tile.columns.sixes; ++c, v += Tile<Kind>::block6, to += 6 * N)
-            gather<6, N>(v, steps, weights, kept, first, to);
+            accumulate<6, N>(v, steps, weights, alpha, first, to);
         for (int64_t c = 0; c < tile.columns.fours; ++c, v += Tile<Kind>::block4, to += 4 * N)
-            gather<4, N>(v, steps, weights, kept, first, to);
+            accumulate<4, N>(v, steps, weights, alpha, first, to);
     }
 
     static Lanes* lanes(W* at) { return reinterpret_cast<Lanes*>(at); }
 
     // Logits of R keys from i on, and the largest so far.
     template <int R, int N>
-    void dot(const Tile<Kind>& tile, int64_t i, W scale, W* logits, Lanes (&top)[N]) const {
+    void dot(const Tile<Kind>& tile, int64_t i, W scale, W* logits, Lanes (&m_new)[N]) const {
         constexpr int64_t terms = terms_of_sum / Kind::fold;
         Lanes sums[R][N], more[R][N];
         const Factor* keys = tile.k + i * tile.row;
@@ -342,7 +342,7 @@ struct Panel {
 #pragma GCC unroll 4
             for (int j = 0; j < N; ++j) {
                 const Lanes logit = sums[r][j] * scale;
-                top[j] = larger_of(top[j], logit);
+                m_new[j] = larger_of(m_new[j], logit);
                 lanes(logits)[(i + r) * N + j] = logit;
             }
     }
@@ -389,8 +389,8 @@ struct Panel {
 
     // A block of R columns of values times the weights.
     template <int R, int N>
-    static void gather(const Factor* v, int64_t steps, const Factor* weights, const Lanes (&kept)[N], bool first,
-                       Lanes* to) {
+    static void accumulate(const Factor* v, int64_t steps, const Factor* weights, const Lanes (&alpha)[N], bool first,
+                           Lanes* to) {
         Lanes sums[R][N];
         constexpr int64_t most = Kind::keys_of_sum / Kind::fold;
         product<Kind>(sums, v, 1, R, weights, smaller(steps, most));
@@ -404,7 +404,7 @@ struct Panel {
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-            for (int j = 0; j < N; ++j) to[r * N + j] = first ? sums[r][j] : to[r * N + j] * kept[j] + sums[r][j];
+            for (int j = 0; j < N; ++j) to[r * N + j] = first ? sums[r][j] : to[r * N + j] * alpha[j] + sums[r][j];
     }
 };
 

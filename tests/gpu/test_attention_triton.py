@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -169,6 +170,38 @@ def test_a_row_alone_is_the_row_in_a_batch() -> None:
         for b in range(3):
             alone = tt.block_attention(**{name: x[b : b + 1] for name, x in inputs.items()})
             assert torch.equal(alone[0], together[b])
+
+
+@pytest.mark.parametrize("sizes", [{}, {"window": 70}, {"page": 16}, {"causal": True, "block": 40}])
+@pytest.mark.parametrize("splits", [1, 4])
+def test_masks_change_nothing_in_tiles_that_cross_no_bound(sizes: dict[str, Any], splits: int) -> None:
+    """With masks on all tiles as with masks on those alone that need them. Only a window's first tile comes later."""
+    sizes = {"batch": 3, "heads": 8, "context": 160, "context_lens": [155, 64, 7]} | sizes
+    inputs = attention.make_inputs("block_attention", sizes)
+    results = []
+    for peeling in ((), (90,)):
+        with pinned(splits, Tuning(16, 16, 4, 2)), mock.patch.object(kernels, "PEELING", peeling):
+            results.append(tt.block_attention(**inputs, return_lse=True))
+    for masked, peeled in zip(*results, strict=True):
+        if "window" in sizes:
+            torch.testing.assert_close(peeled, masked, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(peeled, masked)
+
+
+def test_keys_may_lie_further_apart_than_32_bits_reach(tmp_path: Path) -> None:
+    """Within a row of the context, beyond 2**31 numbers. (Of this file only what is written exists.)"""
+    tokens, step, dim = 20, 2**27, 16
+    file = str(tmp_path / "sparse")
+    storage = torch.from_file(file, shared=True, size=tokens * step, dtype=torch.bfloat16)
+    inputs = attention.make_inputs("context_attention", {"batch": 1, "kv_heads": 1, "context": tokens, "head_dim": dim})
+    inputs = {name: x.bfloat16() for name, x in inputs.items() if name in ("q", "k_context", "v_context")}
+    far = {name: storage[i * dim :].as_strided((1, tokens, 1, dim), (0, step, 0, 1)) for i, name in enumerate(inputs)}
+    for name in ("k_context", "v_context"):
+        far[name].copy_(inputs[name])
+    with pinned(1, Tuning(16, 16, 4, 2)):
+        expected = tt.context_attention(**inputs)
+        assert torch.equal(tt.context_attention(**far | {"q": inputs["q"]}), expected)
 
 
 @pytest.mark.parametrize(

@@ -9,21 +9,19 @@ how many depends on shapes alone, what each of them takes on the row's length, w
 their sums in float32, and a second kernel merges them. Merging in the same launch, by the last split to arrive, would
 need a counter that somebody sets to zero, for the microsecond that a launch costs in a graph.
 
-Predicted for an H200, not measured (16 queries, 32 query heads on 2 key heads, head_dim 128, bfloat16, batch 1):
-  context of 131072: 134 MB, 31 us at 4.3 TB/s; 34 GFLOP, 44 us at 790 TFLOP/s. Loads run two tiles ahead, but products
-    and exponentials of a tile wait for each other: 65 to 75 us, at 60 to 65 % of the tensor cores' peak.
-  context of 4096: 4 MB and 1 GFLOP in 33 splits of two tiles, 9 MB of sums through the cache: latency, about 10 us.
-  causal prefill of 4096 without context: 137 GFLOP under the diagonal, 0.3 ms at 450 TFLOP/s.
-  head_dim 512, 256 queries, 8 query heads per key head: 300 to 350 TFLOP/s. A tile of keys comes from the cache once
-    for 128 rows, 85 FLOP a byte, and a third of the products are made by another program too.
-Tiles of 128 rows and 64 keys in eight warps take 190 registers and 128 KB of shared memory. Tried, by compiling: 64
-keys at head_dim 256, and four warps in float32, spill registers; head_dim as a run-time number hides from the compiler
-that rows are whole, and nothing is loaded ahead.
+Most tiles of keys lie within all bounds: they come in a loop of their own, without masks, where one address moves from
+tile to tile and the scale is part of the exponents' multiply-add. Those that cross an end of the context or of the
+block, or the diagonal, come behind them. `docs/gpu.md` counts the instructions, and has predictions.
+
+Tiles of 128 rows and 64 keys in eight warps take 203 registers and 128 KB of shared memory. Tried, by compiling: 64
+keys at head_dim 256 spill registers, as does a second loop on sm_80; head_dim as a run-time number hides from the
+compiler that rows are whole, and nothing is loaded ahead; queries multiplied by the scale's sign at run time are read
+from shared memory again for every tile, so the sign is a constant.
 
 Above head_dim 256 two programs share a tile of rows: each takes the logits of the whole head and sums 256 columns of
 the values. Tried, by compiling, 512 columns on sm_90: with 64 rows they fill 128 registers of eight warps, spill some
 120 bytes however few keys a tile has, and 64 rows are one warp group's, so that the other makes the same logits, 16
-keys at a time. Halves let 128 rows and 32 keys do, in 234 registers and 224 KB; four warps with 64 rows spill. On
+keys at a time. Halves let 128 rows and 32 keys do, in 251 registers and 224 KB; four warps with 64 rows spill. On
 sm_100 that takes all registers and spills with a softcap, as do 64 rows and 64 keys: there it is 64 rows and 32 keys.
 Warps that make products alone (sm_80, sm_120) read all rows of queries each, and make the same logits as others when a
 tile has fewer than 8 keys per warp: hence 64 keys for eight warps, or 32 for four, where memory is short.
@@ -33,6 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,17 +39,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower_kernels.triton import launch
 from twotower_kernels.triton.attention_merge import merge_splits
-from twotower_kernels.triton.attention_tuning import WIDEST, splits_for, tuning, unit
+from twotower_kernels.triton.attention_tuning import PEELING, WIDEST, splits_for, tuning, unit
 from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, machine, on_device_of, rows_contiguous
 from twotower_kernels.triton.rows import length_at, row_at
 
 COUNTS = ("length", "kv_heads", "group", "capacity", "context_rows", "pages", "window", "splits")
-STRIDES = (
-    *("q_batch", "q_token", "q_head", "k_batch", "k_token", "k_head", "v_batch", "v_token", "v_head"),
-    *("k_row", "k_place", "k_context_head", "v_row", "v_place", "v_context_head", "out_batch", "out_token", "out_head"),
-    *("lens_stride", "index_stride", "table_row", "table_page", "tokens_stride"),
-)
+# Of tensors: b batch, cb row of the context or page, t token (kct: among those of a row or page), h head, last 1.
+TENSORS = ("qb", "qt", "qh", "kb", "kt", "kh", "vb", "vt", "vh")
+CONTEXT_AND_OUT = ("kcb", "kct", "kch", "vcb", "vct", "vch", "ob", "ot", "oh")
+INDICES = ("context_lens", "context_index", "table_row", "table_page", "block_lens")
+INDEX_STRIDES = tuple(f"stride_{x}" for x in INDICES)
+STRIDES = (*(f"stride_{x}" for x in (*TENSORS, *CONTEXT_AND_OUT)), *INDEX_STRIDES)
 
 
 @triton.jit
@@ -66,41 +67,53 @@ def capped(x, inner, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def logits_of(q, keys, factor, inner, SOFTCAP: tl.constexpr):
-    """Logits [M, N] of queries [M, D] and keys [N, D], natural or of base 2 as `factor` makes them."""
-    return capped(tl.dot(q, tl.trans(keys), input_precision="ieee"), inner, SOFTCAP) * factor
+def products_of(q, keys, inner, SOFTCAP: tl.constexpr):
+    """What `factor` makes logits [M, N] of queries [M, D] and keys [N, D]."""
+    return capped(tl.dot(q, tl.trans(keys), input_precision="ieee"), inner, SOFTCAP)
 
 
 @triton.jit
-def add_keys(x, values, sums, top, total, UNIT: tl.constexpr):
-    """Takes keys of logits x [M, N] and values [N, D] into the softmax so far: sums of values [M, D] and of weights
-    [M], both relative to 2**(top * UNIT)."""
-    above = tl.maximum(top, tl.max(x, 1))
-    base = tl.where(above == float("-inf"), 0.0, above)  # no key yet: -inf less -inf would be NaN
-    kept = tl.exp2((top - base) * UNIT)
-    weights = tl.exp2((x - base[:, None]) * UNIT)
-    total = total * kept + tl.sum(weights, 1)
-    sums = tl.dot(weights.to(values.dtype), values, sums * kept[:, None], input_precision="ieee")
-    return sums, above, total
+def add_keys(qk, values, acc, m_i, l_i, factor, UNIT: tl.constexpr):
+    """Takes keys of logits x * factor [M, N] and values [N, D] into the softmax so far: sums of values [M, D] and of
+    weights [M], both relative to 2**(top * UNIT). factor > 0: so the largest is known before all are multiplied by it,
+    which then takes no instruction of its own."""
+    m_new = tl.maximum(m_i, tl.max(qk, 1) * factor)
+    base = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key yet: -inf less -inf would be NaN
+    alpha = tl.exp2((m_i - base) * UNIT)
+    p = tl.exp2((qk * factor - base[:, None]) * UNIT)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision="ieee")
+    return acc, m_new, l_i
 
 
 @triton.jit
-def places(
-    start, seen, entry, table_page, pages, k_row, k_place, v_row, v_place, PAGE: tl.constexpr, BLOCK_N: tl.constexpr
+def page_and_slot(
+    start, seen, entry, stride_table_page, pages, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, FAR: tl.constexpr
 ):
-    """Offsets of the keys and of the values of a tile that begins at `start`: within a context row, or among pages."""
-    position = start + tl.arange(0, BLOCK_N)
+    """Where the tile of keys that begins at `start` lies: page and slot of its first key if the others follow there, as
+    they do in dense storage, which is one page; else of each key."""
+    wide: tl.constexpr = tl.int64 if FAR else tl.int32
     if PAGE == 0:
-        place = position.to(tl.int64)
-        return place * k_place, place * v_place
+        return 0, tl.cast(start, wide)
     else:
-        if PAGE % BLOCK_N == 0:  # the tile lies within one page
-            page = tl.load(entry + start // PAGE * table_page)
+        if PAGE % BLOCK_N == 0:
+            position = start
+            page = tl.load(entry + position // PAGE * stride_table_page)
         else:
-            page = tl.load(entry + position // PAGE * table_page, mask=seen, other=0)
-        page = tl.minimum(tl.maximum(page.to(tl.int64), 0), pages - 1)
-        place = (position % PAGE).to(tl.int64)
-        return page * k_row + place * k_place, page * v_row + place * v_place
+            position = start + tl.arange(0, BLOCK_N)
+            page = tl.load(entry + position // PAGE * stride_table_page, mask=seen, other=0)
+        return tl.minimum(tl.maximum(page.to(tl.int64), 0), pages - 1), tl.cast(position % PAGE, wide)
+
+
+@triton.jit
+def tile_of(base, page, slot, stride_page, stride_slot, column, BLOCK_N: tl.constexpr):
+    """Pointers to a tile [N, columns]. Where its keys follow each other, one address moves from tile to tile; what is
+    added to it for a key stays the same."""
+    if len(slot.shape) == 0:
+        key = tl.arange(0, BLOCK_N).to(slot.dtype)
+        return base + page * stride_page + slot * stride_slot + (key[:, None] * stride_slot + column[None, :])
+    else:
+        return base + ((page * stride_page + slot * stride_slot)[:, None] + column[None, :])
 
 
 @triton.jit
@@ -111,6 +124,17 @@ def within(rows, column, dim: tl.constexpr):
         return rows[:, None]
     else:
         return rows[:, None] & (column < dim)[None, :]
+
+
+@triton.jit
+def load_tile(pointers, rows, column, DIM: tl.constexpr):
+    """The tile, with 0 for the rows that are not there. rows None: all are."""
+    if rows is not None:
+        return tl.load(pointers, mask=within(rows, column, DIM), other=0)
+    elif DIM // column.shape[0] * column.shape[0] == DIM:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(column < DIM)[None, :], other=0)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -136,30 +160,30 @@ def block_attention_kernel(
     pages,
     window,
     splits,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
-    k_row,
-    k_place,
-    k_context_head,
-    v_row,
-    v_place,
-    v_context_head,
-    out_batch,
-    out_token,
-    out_head,
-    lens_stride,
-    index_stride,
-    table_row,
-    table_page,
-    tokens_stride,
-    factor,  # from products, or their tanh, to logits; to those of base 2 unless float32, see unit
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_kcb,
+    stride_kct,
+    stride_kch,
+    stride_vcb,
+    stride_vct,
+    stride_vch,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    stride_context_lens,
+    stride_context_index,
+    stride_table_row,
+    stride_table_page,
+    stride_block_lens,
+    factor,  # from products, or their tanh, to logits; to those of base 2 unless float32, see unit; above 0
     inner,  # from products to the argument of tanh
     CAUSAL: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -170,9 +194,15 @@ def block_attention_kernel(
     DIM: tl.constexpr,  # D
     BLOCK_D: tl.constexpr,  # a power of two, at least D
     BLOCK_V: tl.constexpr,  # columns of values and results of a program: BLOCK_D, or a divisor of it
+    SIGN: tl.constexpr,  # of the factor as it was, -1, 0 or 1: the queries take it
+    FAR: tl.constexpr,  # offsets within a row of the context, a page or a block need 64 bits
+    PEEL: tl.constexpr,  # tiles that lie within all bounds come in a loop of their own, without masks
+    PDL: tl.constexpr,  # the merge may be launched as soon as all programs run: it waits for them by itself
 ):
-    rows = length * group
-    tiles = tl.cdiv(rows, BLOCK_M)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    query_rows = length * group
+    tiles = tl.cdiv(query_rows, BLOCK_M)
     PARTS: tl.constexpr = (DIM + BLOCK_V - 1) // BLOCK_V
     item, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     pair = item // tiles
@@ -180,89 +210,120 @@ def block_attention_kernel(
     split = tl.program_id(1)
     head = pair % kv_heads
     b = (pair // kv_heads).to(tl.int64)
-    tokens = length_at(block_lens, b * tokens_stride, length)
+    tokens = length_at(block_lens, b * stride_block_lens, length)
     r = first + tl.arange(0, BLOCK_M)
     token = r // group
-    real = token < tokens
+    is_real = token < tokens
     q_heads = head * group + r % group
     column = tl.arange(0, BLOCK_D)
-    mine = part * BLOCK_V + tl.arange(0, BLOCK_V)
+    v_column = part * BLOCK_V + tl.arange(0, BLOCK_V)
 
     # Tiles of keys: the context's, then the block's own. Every split takes its share of what there is.
-    begin, end, own = 0, 0, 0
+    begin, end, own_keys = 0, 0, 0
     if k_context is not None:
-        end = length_at(context_lens, b * lens_stride, capacity)
+        end = length_at(context_lens, b * stride_context_lens, capacity)
         begin = tl.maximum(end - window, 0)
     if k is not None:
-        own = tl.minimum(tokens, (first + BLOCK_M - 1) // group + 1) if CAUSAL else tokens
-    past = tl.cdiv(end, BLOCK_N) - begin // BLOCK_N
-    past = tl.where(end > begin, past, 0)
-    count = tl.where(first < tokens * group, past + tl.cdiv(own, BLOCK_N), 0).to(tl.int64)
+        own_keys = tl.minimum(tokens, (first + BLOCK_M - 1) // group + 1) if CAUSAL else tokens
+    context_tiles = tl.cdiv(end, BLOCK_N) - begin // BLOCK_N
+    context_tiles = tl.where(end > begin, context_tiles, 0)
+    count = tl.where(first < tokens * group, context_tiles + tl.cdiv(own_keys, BLOCK_N), 0).to(tl.int64)
     low, high = (count * split // splits).to(tl.int32), (count * (split + 1) // splits).to(tl.int32)
 
-    at = b * q_batch + token.to(tl.int64) * q_token + q_heads.to(tl.int64) * q_head
-    here = real & (low < high)
+    at = b * stride_qb + token.to(tl.int64) * stride_qt + q_heads.to(tl.int64) * stride_qh
+    here = is_real & (low < high)
     queries = tl.load(q + at[:, None] + column[None, :], mask=within(here, column, DIM), other=0)
-    sums = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if SIGN != 1:
+        queries *= SIGN
+    acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
 
     if k_context is not None:
-        row = row_at(context_index, b, index_stride, context_rows)
-        k_past = k_context + head.to(tl.int64) * k_context_head
-        v_past = v_context + head.to(tl.int64) * v_context_head
+        context_row = row_at(context_index, b, stride_context_index, context_rows)
+        k_past = k_context + head.to(tl.int64) * stride_kch
+        v_past = v_context + head.to(tl.int64) * stride_vch
         entry = block_table
         if PAGE == 0:
-            k_past += row * k_row
-            v_past += row * v_row
+            k_past += context_row * stride_kcb
+            v_past += context_row * stride_vcb
         else:
-            entry += row * table_row
-        for t in range(low, tl.minimum(high, past)):
-            start = (begin // BLOCK_N + t) * BLOCK_N
-            position = start + tl.arange(0, BLOCK_N)
-            seen = (position >= begin) & (position < end)
-            k_at, v_at = places(start, seen, entry, table_page, pages, k_row, k_place, v_row, v_place, PAGE, BLOCK_N)
-            there = within(seen, column, DIM)
-            keys = tl.load(k_past + k_at[:, None] + column[None, :], mask=there, other=0)
-            x = logits_of(queries, keys, factor, inner, SOFTCAP) + tl.where(seen, 0.0, float("-inf"))[None, :]
-            values = tl.load(v_past + v_at[:, None] + mine[None, :], mask=within(seen, mine, DIM), other=0)
-            sums, top, total = add_keys(x, values, sums, top, total, UNIT)
+            entry += context_row * stride_table_row
+        # Tiles [whole, rest) lie between begin and end. The first and the last may not: they come by themselves, and no
+        # other is masked.
+        skipped = begin // BLOCK_N
+        whole = tl.cdiv(begin, BLOCK_N) - skipped
+        rest = tl.maximum(end // BLOCK_N - skipped, whole)
+        for CROSSING in tl.static_range(1 - PEEL, 2):
+            if not PEEL:
+                since, until, step = low, tl.minimum(high, context_tiles), 1
+            elif CROSSING:
+                since = tl.where(low < whole, low, tl.maximum(low, rest))
+                until, step = tl.minimum(high, context_tiles), tl.maximum(rest - since, 1)
+            else:
+                since, until, step = tl.maximum(low, whole), tl.minimum(high, rest), 1
+            for t in range(since, until, step):
+                start = (skipped + t) * BLOCK_N
+                position = start + tl.arange(0, BLOCK_N)
+                seen = (position >= begin) & (position < end)
+                there = seen if CROSSING else None
+                page, slot = page_and_slot(start, seen, entry, stride_table_page, pages, PAGE, BLOCK_N, FAR)
+                keys = load_tile(
+                    tile_of(k_past, page, slot, stride_kcb, stride_kct, column, BLOCK_N), there, column, DIM
+                )
+                qk = products_of(queries, keys, inner, SOFTCAP)
+                if CROSSING:
+                    qk += tl.where(seen, 0.0, float("-inf"))[None, :]
+                values = load_tile(
+                    tile_of(v_past, page, slot, stride_vcb, stride_vct, v_column, BLOCK_N), there, v_column, DIM
+                )
+                acc, m_i, l_i = add_keys(qk, values, acc, m_i, l_i, factor, UNIT)
 
     if k is not None:
-        k_own = k + b * k_batch + head.to(tl.int64) * k_head
-        v_own = v + b * v_batch + head.to(tl.int64) * v_head
-        for t in range(tl.maximum(low, past) - past, high - past):
-            position = t * BLOCK_N + tl.arange(0, BLOCK_N)
-            seen = position < own
-            place = position.to(tl.int64)
-            there = within(seen, column, DIM)
-            keys = tl.load(k_own + place[:, None] * k_token + column[None, :], mask=there, other=0)
-            x = logits_of(queries, keys, factor, inner, SOFTCAP)
-            if CAUSAL:
-                x = tl.where((position[None, :] <= token[:, None]) & seen[None, :], x, float("-inf"))
-            else:
-                x += tl.where(seen, 0.0, float("-inf"))[None, :]
-            values = tl.load(v_own + place[:, None] * v_token + mine[None, :], mask=within(seen, mine, DIM), other=0)
-            sums, top, total = add_keys(x, values, sums, top, total, UNIT)
+        k_own = k + b * stride_kb + head.to(tl.int64) * stride_kh
+        v_own = v + b * stride_vb + head.to(tl.int64) * stride_vh
+        whole = (
+            tl.minimum(own_keys, first // group + 1) if CAUSAL else own_keys
+        ) // BLOCK_N  # tiles that every row sees all of
+        for CROSSING in tl.static_range(1 - PEEL, 2):
+            since, until = tl.maximum(low - context_tiles, 0), high - context_tiles
+            if not CROSSING:
+                until = tl.minimum(until, whole)
+            elif PEEL:
+                since = tl.maximum(since, whole)
+            for t in range(since, until):
+                _, start = page_and_slot(t * BLOCK_N, None, None, 0, 0, 0, BLOCK_N, FAR)
+                position = t * BLOCK_N + tl.arange(0, BLOCK_N)
+                seen = position < own_keys
+                there = seen if CROSSING else None
+                keys = load_tile(tile_of(k_own, 0, start, 0, stride_kt, column, BLOCK_N), there, column, DIM)
+                qk = products_of(queries, keys, inner, SOFTCAP)
+                if CROSSING:
+                    if CAUSAL:
+                        qk = tl.where((position[None, :] <= token[:, None]) & seen[None, :], qk, float("-inf"))
+                    else:
+                        qk += tl.where(seen, 0.0, float("-inf"))[None, :]
+                values = load_tile(tile_of(v_own, 0, start, 0, stride_vt, v_column, BLOCK_N), there, v_column, DIM)
+                acc, m_i, l_i = add_keys(qk, values, acc, m_i, l_i, factor, UNIT)
 
-    inside = r < rows
+    inside = r < query_rows
     if partial is None:
-        weights = tl.where(total == 0, 1.0, total)
-        result = tl.where(real[:, None], sums / weights[:, None], 0.0)
-        at = b * out_batch + token.to(tl.int64) * out_token + q_heads.to(tl.int64) * out_head
-        where = within(inside, mine, DIM)
-        tl.store(out + at[:, None] + mine[None, :], result.to(out.dtype.element_ty), mask=where)
+        l_safe = tl.where(l_i == 0, 1.0, l_i)
+        result = tl.where(is_real[:, None], acc / l_safe[:, None], 0.0)
+        at = b * stride_ob + token.to(tl.int64) * stride_ot + q_heads.to(tl.int64) * stride_oh
+        where = within(inside, v_column, DIM)
+        tl.store(out + at[:, None] + v_column[None, :], result.to(out.dtype.element_ty), mask=where)
         at = (b * length + token) * kv_heads * group + q_heads
-        logarithm = top * (UNIT * 0.6931471805599453) + tl.log2(weights) * 0.6931471805599453
-        tl.store(lse + at, tl.where(real, logarithm, float("-inf")), mask=inside & (part == 0))
+        logarithm = m_i * (UNIT * 0.6931471805599453) + tl.log2(l_safe) * 0.6931471805599453
+        tl.store(lse + at, tl.where(is_real, logarithm, float("-inf")), mask=inside & (part == 0))
     else:
-        total = tl.where(real, total, 0.0)
-        total_rows = (tl.num_programs(0) // PARTS // tiles).to(tl.int64) * rows
-        at = split * total_rows + pair.to(tl.int64) * rows + r
-        tl.store(stats + at, top, mask=inside & (part == 0))
-        tl.store(stats + splits * total_rows + at, total, mask=inside & (part == 0))
-        where = within(inside & (total != 0), mine, DIM)  # NaN is no 0
-        tl.store(partial + at[:, None] * DIM + mine[None, :], sums, mask=where)
+        l_i = tl.where(is_real, l_i, 0.0)
+        total_rows = (tl.num_programs(0) // PARTS // tiles).to(tl.int64) * query_rows
+        at = split * total_rows + pair.to(tl.int64) * query_rows + r
+        tl.store(stats + at, m_i, mask=inside & (part == 0))
+        tl.store(stats + splits * total_rows + at, l_i, mask=inside & (part == 0))
+        where = within(inside & (l_i != 0), v_column, DIM)  # NaN is no 0
+        tl.store(partial + at[:, None] * DIM + v_column[None, :], acc, mask=where)
 
 
 def arguments_of(
@@ -270,7 +331,7 @@ def arguments_of(
     context_lens: Tensor | None, context_index: Tensor | None, block_table: Tensor | None, block_lens: Tensor | None,
     causal: bool, window: int | None, scale: float | None, softcap: float, out: Tensor,
 ) -> dict[str, Any]:  # fmt: skip
-    """What all of attention's kernels are told, by name. A context without room for a token is none."""
+    """What all of attention's kernels are given, by name. A context without room for a token is none."""
     check_dtype(op, q=q)
     dim = q.shape[3]
     if dim > WIDEST:
@@ -287,6 +348,9 @@ def arguments_of(
             capacity = page = 0
     tensors = {"q": q, "k": k, "v": v, "k_context": k_context, "v_context": v_context}
     tensors = {name: rows_contiguous(x) for name, x in tensors.items()}
+    # Whether a row of the context, a page or a block is so long that 32 bits do not hold every offset in it.
+    own_and_past = [x for name, x in tensors.items() if name != "q" and x is not None]
+    far = any(x.shape[1] * x.stride(1) + dim >= 2**31 for x in own_and_past)
     strides = [n for x in (*tensors.values(), out) for n in ((0, 0, 0) if x is None else x.stride()[:3])]
     strides += [0 if x is None else x.stride(0) for x in (context_lens, context_index)]
     strides += (0, 0) if block_table is None else block_table.stride()
@@ -303,8 +367,15 @@ def arguments_of(
         | {"factor": (softcap or scale) * math.log2(math.e) / unit(q.dtype)}
         | {"inner": scale / softcap if softcap else 0.0}
         | {"CAUSAL": causal, "SOFTCAP": softcap > 0, "UNIT": unit(q.dtype), "PAGE": page}
-        | {"DIM": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
+        | {"DIM": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "FAR": far}
     )
+
+
+def forward(given: dict[str, Any], arch: int) -> dict[str, Any]:
+    """What the forward kernel takes: a factor above 0, and its sign by itself."""
+    factor = given["factor"]
+    sign = (factor > 0) - (factor < 0)
+    return given | {"factor": abs(factor) or 1.0, "SIGN": sign, "PEEL": arch in PEELING}
 
 
 def block_attention_out(q: Tensor, k: Tensor | None, *arguments: Any) -> None:
@@ -318,27 +389,29 @@ def block_attention_out(q: Tensor, k: Tensor | None, *arguments: Any) -> None:
         return
     batch, length, heads, dim = q.shape
     arch, processors = machine(q.device)
-    rows = length * given["group"]
-    tune = tuning(q.dtype, rows, dim, arch)
-    items = batch * given["kv_heads"] * -(-rows // tune.block_m) * tune.parts(dim)
+    query_rows = length * given["group"]
+    tune = tuning(q.dtype, query_rows, dim, arch)
+    items = batch * given["kv_heads"] * -(-query_rows // tune.block_m) * tune.parts(dim)
     tiles = -(-given["window"] // tune.block_n) + (0 if k is None else -(-length // tune.block_n))
     splits = splits_for(items, tiles, processors)
     partial = stats = None
+    pdl = splits > 1 and launch.PDL and q.is_cuda and arch >= 90
     if splits > 1:
         partial = q.new_empty((splits, batch * length * heads, dim), dtype=torch.float32)
         stats = q.new_empty((2, splits, batch * length * heads), dtype=torch.float32)
     with on_device_of(q):
         block_attention_kernel[(items, splits)](
-            **given,
+            **forward(given, arch),
             out=written[0],
             lse=written[1],
             partial=partial,
             stats=stats,
             splits=splits,
+            PDL=pdl,
             **tune.launch(given["BLOCK_D"]),
         )
         if partial is not None and stats is not None:
-            merge_splits(partial, stats, written[0], written[1], given["kv_heads"], given["UNIT"])
+            merge_splits(partial, stats, written[0], written[1], given["kv_heads"], given["UNIT"], pdl)
     for x, result in zip((out, lse), written, strict=True):
         if result is not x:
             x.copy_(result)
@@ -363,13 +436,18 @@ def context_attention(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 def builds(arch: int) -> Iterator[Build]:
     """What the launchers ask for at head_dim 64, 128 and 256: denoising over a dense and a paged context, commit and
-    prefill, cut into splits and whole. At 512 one kind of tiles serves all numbers of rows."""
+    prefill, cut into splits and whole. At 512 one kind of tiles serves all numbers of rows. At the released size also
+    what they ask for with `launch.PDL`, a context of far strides, and a scale below 0."""
     for dim in (64, 128, 256):
         for dtype in DTYPES:
             yield _build(dtype, dim, 256, arch, causal=False, split=True)
             yield _build(dtype, dim, 256, arch, causal=True, split=False, paged=True)
         yield _build(torch.bfloat16, dim, 16, arch, causal=True, split=True, paged=True)
         yield _build(torch.bfloat16, dim, 65536, arch, causal=True, split=False, context=False)
+    dense = _build(torch.bfloat16, 128, 256, arch, causal=False, split=True)
+    yield replace(dense, constants={**dense.constants, "FAR": True, "SIGN": -1})
+    if arch >= 90:
+        yield replace(dense, constants={**dense.constants, "PDL": True}, needs=(*dense.needs, "griddepcontrol"))
     yield _build(torch.bfloat16, WIDEST, 256, arch, causal=False, split=True)
     for dtype in (torch.bfloat16, torch.float32):
         yield _build(dtype, WIDEST, 256, arch, causal=True, split=False, paged=True)
@@ -388,8 +466,8 @@ def _build(
     types |= {x: "i32" for x in COUNTS + STRIDES} | {"factor": "fp32", "inner": "fp32"}
     constants: dict[str, Any] = {x: None for x in pointers if x not in types}
     constants |= {"CAUSAL": causal, "SOFTCAP": False, "UNIT": unit(dtype), "PAGE": 64 if context and paged else 0}
-    constants |= {"DIM": dim, "BLOCK_D": dim}
+    constants |= {"DIM": dim, "BLOCK_D": dim, "FAR": False, "SIGN": 1, "PEEL": arch in PEELING, "PDL": False}
     constants |= {name: x for name, x in tune.launch(dim).items() if name.startswith("BLOCK")}
     needs = ("wgmma",) if dtype != torch.float32 else ()
-    odd = frozenset(COUNTS) | {x for x in STRIDES if x.endswith("_stride") or x.startswith("table")}
+    odd = frozenset(COUNTS + INDEX_STRIDES)
     return Build(block_attention_kernel, types, constants, tune.num_warps, tune.num_stages, odd, needs)

@@ -11,8 +11,8 @@ log-sum-exp: ds = p * (grad_out . v - delta + g), grad_q = scale * ds k, grad_k 
 Where a head is wide, programs share a tile as in the forward kernel: each makes both products of whole heads and sums
 its own columns of the gradients. Tried, by compiling, for queries at head_dim 256 on sm_90: 64 rows and 32 keys fit
 whole (227 registers), but 64 rows are one warp group's, and the other makes the same products. 128 rows, 32 keys and
-halves of 128 columns take 255 registers without a spill, and are predicted to be twice as fast; likewise 128 keys and
-32 rows for the gradients of keys (244). At 512, 64 rows leave room for 16 keys and a quarter of the columns, which
+halves of 128 columns take 254 registers without a spill, and every group its own rows; likewise 128 keys and
+32 rows for the gradients of keys (240). At 512, 64 rows leave room for 16 keys and a quarter of the columns, which
 reads shared memory more than 32 rows and 32 keys, whole, in products of single warps: no wgmma there.
 float32: operands in shared memory are read into registers early, but not past a barrier, and one for this step's tile
 came later. So they stayed: 230 registers at head_dim 64, kilobytes of spills at 256. With the barrier first (`settled`)
@@ -31,25 +31,22 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.triton import attention
-from twotower_kernels.triton.attention import COUNTS, STRIDES, capped, places, within
+from twotower_kernels.triton.attention import COUNTS, INDEX_STRIDES, STRIDES, capped, page_and_slot, tile_of, within
 from twotower_kernels.triton.attention_tuning import Tuning, gradient_tuning, tuning, unit
 from twotower_kernels.triton.launch import DTYPES, Build, machine, on_device_of, rows_contiguous
 from twotower_kernels.triton.rows import length_at, row_at
 
 
 @triton.jit
-def weights_and_slopes(
-    products, towards, seen, base, inverse, delta, factor, inner, SOFTCAP: tl.constexpr, UNIT: tl.constexpr
-):
+def p_and_ds(products, dp, seen, base, inv_l, delta, factor, inner, SOFTCAP: tl.constexpr, UNIT: tl.constexpr):
     """Weights of the softmax and gradients of products (without the scale), from products q k and grad_out v. Of
     queries and keys either may come first: what belongs to a query's row comes with its axis."""
     bounded = capped(products, inner, SOFTCAP)
-    x = tl.where(seen, bounded * factor, float("-inf"))
-    weights = tl.exp2((x - base) * UNIT) * inverse
-    slopes = weights * (towards - delta)
+    p = tl.where(seen, tl.exp2((bounded * factor - base) * UNIT), 0.0) * inv_l
+    ds = p * (dp - delta)
     if SOFTCAP:
-        slopes *= 1 - bounded * bounded
-    return weights, slopes
+        ds *= 1 - bounded * bounded
+    return p, ds
 
 
 @triton.jit
@@ -74,7 +71,7 @@ def query_gradient_kernel(
     block_lens,
     grad_out,  # [B, S, Hq, D]
     grad_lse,  # [B, S, Hq] contiguous
-    sums,  # [B * Hkv * S * group, D], what the forward pass left of its values
+    acc,  # [B * Hkv * S * group, D], what the forward pass left of its values
     stats,  # [2, B * Hkv * S * group], and of its largest logits and weights
     delta,  # [B * Hkv * S * group] out: grad_out . out - grad_lse
     grad_q,  # [B, S, Hq, D] contiguous, out
@@ -85,29 +82,29 @@ def query_gradient_kernel(
     context_rows,
     pages,
     window,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
-    k_row,
-    k_place,
-    k_context_head,
-    v_row,
-    v_place,
-    v_context_head,
-    out_batch,
-    out_token,
-    out_head,
-    lens_stride,
-    index_stride,
-    table_row,
-    table_page,
-    tokens_stride,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_kcb,
+    stride_kct,
+    stride_kch,
+    stride_vcb,
+    stride_vct,
+    stride_vch,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    stride_context_lens,
+    stride_context_index,
+    stride_table_row,
+    stride_table_page,
+    stride_block_lens,
     scale,
     factor,
     inner,
@@ -120,107 +117,111 @@ def query_gradient_kernel(
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,  # columns of the gradient that a program sums
+    FAR: tl.constexpr,
 ):
-    rows = length * group
-    tiles = tl.cdiv(rows, BLOCK_M)
+    query_rows = length * group
+    tiles = tl.cdiv(query_rows, BLOCK_M)
     PARTS: tl.constexpr = (DIM + BLOCK_V - 1) // BLOCK_V
     item, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     pair = item // tiles
     first = (tiles - 1 - item % tiles) * BLOCK_M
     head = pair % kv_heads
     b = (pair // kv_heads).to(tl.int64)
-    tokens = length_at(block_lens, b * tokens_stride, length)
+    tokens = length_at(block_lens, b * stride_block_lens, length)
     r = first + tl.arange(0, BLOCK_M)
     token = r // group
-    real = token < tokens
+    is_real = token < tokens
     q_heads = (head * group + r % group).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
-    mine = part * BLOCK_V + tl.arange(0, BLOCK_V)
-    q_at = b * q_batch + token.to(tl.int64) * q_token + q_heads * q_head
-    out_at = b * out_batch + token.to(tl.int64) * out_token + q_heads * out_head
+    out_column = part * BLOCK_V + tl.arange(0, BLOCK_V)
+    q_at = b * stride_qb + token.to(tl.int64) * stride_qt + q_heads * stride_qh
+    out_at = b * stride_ob + token.to(tl.int64) * stride_ot + q_heads * stride_oh
 
-    total_rows = (tl.num_programs(0) // PARTS // tiles).to(tl.int64) * rows
-    packed = pair.to(tl.int64) * rows + r
-    top = tl.load(stats + packed, mask=real, other=float("-inf"))
-    total = tl.load(stats + total_rows + packed, mask=real, other=0)
-    some = real & (total != 0)  # NaN is no 0
-    inverse = 1 / tl.where(total == 0, 1.0, total)
-    base = tl.where(top == float("-inf"), 0.0, top)
-    below = tl.zeros((BLOCK_M,), tl.float32)
+    total_rows = (tl.num_programs(0) // PARTS // tiles).to(tl.int64) * query_rows
+    packed = pair.to(tl.int64) * query_rows + r
+    m_i = tl.load(stats + packed, mask=is_real, other=float("-inf"))
+    l_i = tl.load(stats + total_rows + packed, mask=is_real, other=0)
+    some = is_real & (l_i != 0)  # NaN is no 0
+    inv_l = 1 / tl.where(l_i == 0, 1.0, l_i)
+    base = tl.where(m_i == float("-inf"), 0.0, m_i)
+    delta_i = tl.zeros((BLOCK_M,), tl.float32)
     for one in tl.static_range(PARTS):
         columns = one * BLOCK_V + tl.arange(0, BLOCK_V)
         where = within(some, columns, DIM)
-        result = tl.load(sums + packed[:, None] * DIM + columns[None, :], mask=where, other=0)
-        grads = tl.load(grad_out + out_at[:, None] + columns[None, :], mask=where, other=0)
-        below += tl.sum(result * grads.to(tl.float32), 1)
-    below *= inverse
+        result = tl.load(acc + packed[:, None] * DIM + columns[None, :], mask=where, other=0)
+        do = tl.load(grad_out + out_at[:, None] + columns[None, :], mask=where, other=0)
+        delta_i += tl.sum(result * do.to(tl.float32), 1)
+    delta_i *= inv_l
     unpacked = (b * length + token) * kv_heads * group + q_heads
-    below -= tl.load(grad_lse + unpacked, mask=some, other=0)
-    tl.store(delta + packed, below, mask=real & (part == 0))
+    delta_i -= tl.load(grad_lse + unpacked, mask=some, other=0)
+    tl.store(delta + packed, delta_i, mask=is_real & (part == 0))
 
-    there = within(real, column, DIM)
+    there = within(is_real, column, DIM)
     queries = tl.load(q + q_at[:, None] + column[None, :], mask=there, other=0)
-    grads = tl.load(grad_out + out_at[:, None] + column[None, :], mask=there, other=0)
-    gradient = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    do = tl.load(grad_out + out_at[:, None] + column[None, :], mask=there, other=0)
+    dq = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     live = first < tokens * group
     if k_context is not None:
-        end = tl.where(live, length_at(context_lens, b * lens_stride, capacity), 0)
+        end = tl.where(live, length_at(context_lens, b * stride_context_lens, capacity), 0)
         begin = tl.maximum(end - window, 0)
-        row = row_at(context_index, b, index_stride, context_rows)
-        k_past = k_context + head.to(tl.int64) * k_context_head
-        v_past = v_context + head.to(tl.int64) * v_context_head
+        context_row = row_at(context_index, b, stride_context_index, context_rows)
+        k_past = k_context + head.to(tl.int64) * stride_kch
+        v_past = v_context + head.to(tl.int64) * stride_vch
         entry = block_table
         if PAGE == 0:
-            k_past += row * k_row
-            v_past += row * v_row
+            k_past += context_row * stride_kcb
+            v_past += context_row * stride_vcb
         else:
-            entry += row * table_row
+            entry += context_row * stride_table_row
         for t in range(begin // BLOCK_N, tl.cdiv(end, BLOCK_N)):
             start = t * BLOCK_N
             position = start + tl.arange(0, BLOCK_N)
             seen = (position >= begin) & (position < end)
-            k_at, v_at = places(start, seen, entry, table_page, pages, k_row, k_place, v_row, v_place, PAGE, BLOCK_N)
+            page, slot = page_and_slot(start, seen, entry, stride_table_page, pages, PAGE, BLOCK_N, FAR)
             inside = within(seen, column, DIM)
-            keys = settled(tl.load(k_past + k_at[:, None] + column[None, :], mask=inside, other=0))
+            k_at = tile_of(k_past, page, slot, stride_kcb, stride_kct, column, BLOCK_N)
+            v_at = tile_of(v_past, page, slot, stride_vcb, stride_vct, column, BLOCK_N)
+            keys = settled(tl.load(k_at, mask=inside, other=0))
             products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-            values = settled(tl.load(v_past + v_at[:, None] + column[None, :], mask=inside, other=0))
-            towards = tl.dot(grads, tl.trans(values), input_precision="ieee")
-            _, slopes = weights_and_slopes(
-                products, towards, seen[None, :], base[:, None], inverse[:, None], below[:, None],
+            values = settled(tl.load(v_at, mask=inside, other=0))
+            dp = tl.dot(do, tl.trans(values), input_precision="ieee")
+            _, ds = p_and_ds(
+                products, dp, seen[None, :], base[:, None], inv_l[:, None], delta_i[:, None],
                 factor, inner, SOFTCAP, UNIT,
             )  # fmt: skip
             if PARTS > 1:
-                keys = tl.load(k_past + k_at[:, None] + mine[None, :], mask=within(seen, mine, DIM), other=0)
-            gradient = tl.dot(slopes.to(keys.dtype), keys, gradient, input_precision="ieee")
+                k_at = tile_of(k_past, page, slot, stride_kcb, stride_kct, out_column, BLOCK_N)
+                keys = tl.load(k_at, mask=within(seen, out_column, DIM), other=0)
+            dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision="ieee")
 
     if k is not None:
-        own = tl.minimum(tokens, (first + BLOCK_M - 1) // group + 1) if CAUSAL else tokens
-        own = tl.where(live, own, 0)
-        k_own = k + b * k_batch + head.to(tl.int64) * k_head
-        v_own = v + b * v_batch + head.to(tl.int64) * v_head
-        for t in range(0, tl.cdiv(own, BLOCK_N)):
+        own_keys = tl.minimum(tokens, (first + BLOCK_M - 1) // group + 1) if CAUSAL else tokens
+        own_keys = tl.where(live, own_keys, 0)
+        k_own = k + b * stride_kb + head.to(tl.int64) * stride_kh
+        v_own = v + b * stride_vb + head.to(tl.int64) * stride_vh
+        for t in range(0, tl.cdiv(own_keys, BLOCK_N)):
             position = t * BLOCK_N + tl.arange(0, BLOCK_N)
-            inside = within(position < own, column, DIM)
-            place = position.to(tl.int64)
-            keys = settled(tl.load(k_own + place[:, None] * k_token + column[None, :], mask=inside, other=0))
+            inside = within(position < own_keys, column, DIM)
+            _, slot = page_and_slot(t * BLOCK_N, None, None, 0, 0, 0, BLOCK_N, FAR)
+            keys = settled(tl.load(tile_of(k_own, 0, slot, 0, stride_kt, column, BLOCK_N), mask=inside, other=0))
             products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-            values = settled(tl.load(v_own + place[:, None] * v_token + column[None, :], mask=inside, other=0))
-            towards = tl.dot(grads, tl.trans(values), input_precision="ieee")
-            seen = (position < own)[None, :]
+            values = settled(tl.load(tile_of(v_own, 0, slot, 0, stride_vt, column, BLOCK_N), mask=inside, other=0))
+            dp = tl.dot(do, tl.trans(values), input_precision="ieee")
+            seen = (position < own_keys)[None, :]
             if CAUSAL:
                 seen = seen & (position[None, :] <= token[:, None])
-            _, slopes = weights_and_slopes(
-                products, towards, seen, base[:, None], inverse[:, None], below[:, None], factor, inner, SOFTCAP, UNIT
+            _, ds = p_and_ds(
+                products, dp, seen, base[:, None], inv_l[:, None], delta_i[:, None], factor, inner, SOFTCAP, UNIT
             )
             if PARTS > 1:
-                inside = within(position < own, mine, DIM)
-                keys = tl.load(k_own + place[:, None] * k_token + mine[None, :], mask=inside, other=0)
-            gradient = tl.dot(slopes.to(keys.dtype), keys, gradient, input_precision="ieee")
+                inside = within(position < own_keys, out_column, DIM)
+                keys = tl.load(tile_of(k_own, 0, slot, 0, stride_kt, out_column, BLOCK_N), mask=inside, other=0)
+            dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision="ieee")
 
-    gradient = tl.where(real[:, None], gradient * scale, 0.0)
-    where = within(r < rows, mine, DIM)
-    to = grad_q + unpacked[:, None] * DIM + mine[None, :]
-    tl.store(to, gradient.to(grad_q.dtype.element_ty), mask=where)
+    dq = tl.where(is_real[:, None], dq * scale, 0.0)
+    where = within(r < query_rows, out_column, DIM)
+    to = grad_q + unpacked[:, None] * DIM + out_column[None, :]
+    tl.store(to, dq.to(grad_q.dtype.element_ty), mask=where)
 
 
 @triton.jit(do_not_specialize=("length", "kv_heads", "group"))
@@ -237,19 +238,19 @@ def key_gradient_kernel(
     length,
     kv_heads,
     group,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
-    out_batch,
-    out_token,
-    out_head,
-    tokens_stride,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    stride_block_lens,
     scale,
     factor,
     inner,
@@ -262,7 +263,7 @@ def key_gradient_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    rows = length * group
+    query_rows = length * group
     tiles = tl.cdiv(length, BLOCK_N)
     PARTS: tl.constexpr = (DIM + BLOCK_V - 1) // BLOCK_V
     item, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
@@ -270,57 +271,57 @@ def key_gradient_kernel(
     start = item % tiles * BLOCK_N  # under a causal mask the first keys are seen by the most
     head = pair % kv_heads
     b = (pair // kv_heads).to(tl.int64)
-    tokens = length_at(block_lens, b * tokens_stride, length)
+    tokens = length_at(block_lens, b * stride_block_lens, length)
     position = start + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_D)
-    mine = part * BLOCK_V + tl.arange(0, BLOCK_V)
+    out_column = part * BLOCK_V + tl.arange(0, BLOCK_V)
     there = within(position < tokens, column, DIM)
-    place = position.to(tl.int64)
-    at = b * k_batch + place * k_token + head.to(tl.int64) * k_head
+    position_64 = position.to(tl.int64)
+    at = b * stride_kb + position_64 * stride_kt + head.to(tl.int64) * stride_kh
     keys = tl.load(k + at[:, None] + column[None, :], mask=there, other=0)
-    at = b * v_batch + place * v_token + head.to(tl.int64) * v_head
+    at = b * stride_vb + position_64 * stride_vt + head.to(tl.int64) * stride_vh
     values = tl.load(v + at[:, None] + column[None, :], mask=there, other=0)
 
-    of_keys = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    of_values = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    total_rows = (tl.num_programs(0) // PARTS // tiles).to(tl.int64) * rows
+    dk = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    total_rows = (tl.num_programs(0) // PARTS // tiles).to(tl.int64) * query_rows
     begin = start * group // BLOCK_M if CAUSAL else 0
     end = tl.where(start < tokens, tl.cdiv(tokens * group, BLOCK_M), 0)
     for t in range(begin, end):
         r = t * BLOCK_M + tl.arange(0, BLOCK_M)
         token = r // group
-        real = token < tokens
+        is_real = token < tokens
         q_heads = (head * group + r % group).to(tl.int64)
-        inside = within(real, column, DIM)
-        q_at = b * q_batch + token.to(tl.int64) * q_token + q_heads * q_head
-        out_at = b * out_batch + token.to(tl.int64) * out_token + q_heads * out_head
-        packed = pair.to(tl.int64) * rows + r
-        top = tl.load(stats + packed, mask=real, other=float("-inf"))
-        total = tl.load(stats + total_rows + packed, mask=real, other=0)
-        below = tl.load(delta + packed, mask=real, other=0)
-        inverse = 1 / tl.where(total == 0, 1.0, total)
-        base = tl.where(top == float("-inf"), 0.0, top)
+        inside = within(is_real, column, DIM)
+        q_at = b * stride_qb + token.to(tl.int64) * stride_qt + q_heads * stride_qh
+        out_at = b * stride_ob + token.to(tl.int64) * stride_ot + q_heads * stride_oh
+        packed = pair.to(tl.int64) * query_rows + r
+        m_i = tl.load(stats + packed, mask=is_real, other=float("-inf"))
+        l_i = tl.load(stats + total_rows + packed, mask=is_real, other=0)
+        delta_i = tl.load(delta + packed, mask=is_real, other=0)
+        inv_l = 1 / tl.where(l_i == 0, 1.0, l_i)
+        base = tl.where(m_i == float("-inf"), 0.0, m_i)
         queries = settled(tl.load(q + q_at[:, None] + column[None, :], mask=inside, other=0))
         products = tl.dot(keys, tl.trans(queries), input_precision="ieee")
-        grads = settled(tl.load(grad_out + out_at[:, None] + column[None, :], mask=inside, other=0))
-        towards = tl.dot(values, tl.trans(grads), input_precision="ieee")
-        seen = real[None, :] & (position < tokens)[:, None]
+        do = settled(tl.load(grad_out + out_at[:, None] + column[None, :], mask=inside, other=0))
+        dp = tl.dot(values, tl.trans(do), input_precision="ieee")
+        seen = is_real[None, :] & (position < tokens)[:, None]
         if CAUSAL:
             seen = seen & (position[:, None] <= token[None, :])
-        weights, slopes = weights_and_slopes(
-            products, towards, seen, base[None, :], inverse[None, :], below[None, :], factor, inner, SOFTCAP, UNIT
+        p, ds = p_and_ds(
+            products, dp, seen, base[None, :], inv_l[None, :], delta_i[None, :], factor, inner, SOFTCAP, UNIT
         )
         if PARTS > 1:
-            inside = within(real, mine, DIM)
-            queries = tl.load(q + q_at[:, None] + mine[None, :], mask=inside, other=0)
-            grads = tl.load(grad_out + out_at[:, None] + mine[None, :], mask=inside, other=0)
-        of_values = tl.dot(weights.to(grads.dtype), grads, of_values, input_precision="ieee")
-        of_keys = tl.dot(slopes.to(queries.dtype), queries, of_keys, input_precision="ieee")
+            inside = within(is_real, out_column, DIM)
+            queries = tl.load(q + q_at[:, None] + out_column[None, :], mask=inside, other=0)
+            do = tl.load(grad_out + out_at[:, None] + out_column[None, :], mask=inside, other=0)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision="ieee")
 
-    where = within(position < length, mine, DIM)
-    to = ((b * length + place) * kv_heads + head)[:, None] * DIM + mine[None, :]
-    tl.store(grad_k + to, (of_keys * scale).to(grad_k.dtype.element_ty), mask=where)
-    tl.store(grad_v + to, of_values.to(grad_v.dtype.element_ty), mask=where)
+    where = within(position < length, out_column, DIM)
+    to = ((b * length + position_64) * kv_heads + head)[:, None] * DIM + out_column[None, :]
+    tl.store(grad_k + to, (dk * scale).to(grad_k.dtype.element_ty), mask=where)
+    tl.store(grad_v + to, dv.to(grad_v.dtype.element_ty), mask=where)
 
 
 def attention_backward(
@@ -334,30 +335,30 @@ def attention_backward(
         return grad_q, grad_k, grad_v
     batch, length, heads, dim = q.shape
     arch, _ = machine(q.device)
-    rows, pairs = length * given["group"], batch * given["kv_heads"]
+    query_rows, pairs = length * given["group"], batch * given["kv_heads"]
     scale = arguments[-2]
     scale = dim**-0.5 if scale is None else scale
-    sums = q.new_empty((batch * length * heads, dim), dtype=torch.float32)
+    acc = q.new_empty((batch * length * heads, dim), dtype=torch.float32)
     stats = q.new_empty((2, batch * length * heads), dtype=torch.float32)
     delta = q.new_empty(batch * length * heads, dtype=torch.float32)
-    forward = tuning(q.dtype, rows, dim, arch)
-    of_queries, of_keys = gradient_tuning(q.dtype, dim, arch)
+    tune = tuning(q.dtype, query_rows, dim, arch)
+    dq_tuning, dkv_tuning = gradient_tuning(q.dtype, dim, arch)
     depth = given["BLOCK_D"]
     with on_device_of(q):
-        attention.block_attention_kernel[(pairs * -(-rows // forward.block_m) * forward.parts(dim), 1)](
-            **given,
-            **{"out": None, "lse": None, "partial": sums, "stats": stats, "splits": 1},
-            **forward.launch(depth),
+        attention.block_attention_kernel[(pairs * -(-query_rows // tune.block_m) * tune.parts(dim), 1)](
+            **attention.forward(given, arch),
+            **{"out": None, "lse": None, "partial": acc, "stats": stats, "splits": 1, "PDL": False},
+            **tune.launch(depth),
         )
         given |= {"grad_out": grad_out, "stats": stats, "delta": delta, "scale": scale}
-        query_gradient_kernel[(pairs * -(-rows // of_queries.block_m) * of_queries.parts(dim),)](
-            **given, **of_queries.launch(depth), grad_lse=grad_lse, sums=sums, grad_q=grad_q
+        query_gradient_kernel[(pairs * -(-query_rows // dq_tuning.block_m) * dq_tuning.parts(dim),)](
+            **given, **dq_tuning.launch(depth), grad_lse=grad_lse, acc=acc, grad_q=grad_q
         )
         if k is not None:
             names = key_gradient_kernel.arg_names
             given |= {"grad_k": grad_k, "grad_v": grad_v}
-            key_gradient_kernel[(pairs * -(-length // of_keys.block_n) * of_keys.parts(dim),)](
-                **{name: x for name, x in given.items() if name in names}, **of_keys.launch(depth)
+            key_gradient_kernel[(pairs * -(-length // dkv_tuning.block_n) * dkv_tuning.parts(dim),)](
+                **{name: x for name, x in given.items() if name in names}, **dkv_tuning.launch(depth)
             )
     return grad_q, grad_k, grad_v
 
@@ -375,24 +376,24 @@ def builds(arch: int) -> Iterator[Build]:
 
 def _builds(dtype: torch.dtype, dim: int, arch: int, *, causal: bool, context: bool) -> Iterator[Build]:
     """The gradient of keys, then of queries."""
-    of_queries, of_keys = gradient_tuning(dtype, dim, arch)
+    dq_tuning, dkv_tuning = gradient_tuning(dtype, dim, arch)
     name = f"*{DTYPES[dtype]}"
     constants: dict[str, Any] = {"CAUSAL": causal, "SOFTCAP": False, "UNIT": unit(dtype), "DIM": dim, "BLOCK_D": dim}
     types = {x: name for x in ("q", "k", "v", "grad_out")} | {"block_lens": "*i64"}
     types |= {x: "*fp32" for x in ("stats", "delta")} | {x: "fp32" for x in ("scale", "factor", "inner")}
-    yield _build(key_gradient_kernel, types | {x: name for x in ("grad_k", "grad_v")}, constants, of_keys, dtype)
+    yield _build(key_gradient_kernel, types | {x: name for x in ("grad_k", "grad_v")}, constants, dkv_tuning, dtype)
 
-    types |= {"grad_q": name, "sums": "*fp32", "grad_lse": "*fp32"}
+    types |= {"grad_q": name, "acc": "*fp32", "grad_lse": "*fp32"}
     past = {"k_context": name, "v_context": name, "context_lens": "*i64", "context_index": "*i64"}
-    constants |= {"PAGE": 0, "block_table": None} | ({} if context else {x: None for x in past})
-    yield _build(query_gradient_kernel, types | (past if context else {}), constants, of_queries, dtype)
+    constants |= {"PAGE": 0, "block_table": None, "FAR": False} | ({} if context else {x: None for x in past})
+    yield _build(query_gradient_kernel, types | (past if context else {}), constants, dq_tuning, dtype)
 
 
 def _build(kernel: Any, types: dict[str, str], constants: dict[str, Any], tune: Tuning, dtype: torch.dtype) -> Build:
     launch = tune.launch(constants["BLOCK_D"])
     constants = constants | {name: x for name, x in launch.items() if name.startswith("BLOCK")}
     integers = {x: "i32" for x in (*COUNTS, *STRIDES) if x in kernel.arg_names}
-    odd = frozenset(COUNTS) | {x for x in STRIDES if x.endswith("_stride") or x.startswith("table")}
+    odd = frozenset(COUNTS + INDEX_STRIDES)
     fewest = tune.block_m if kernel is query_gradient_kernel else tune.block_n  # rows of the products' first side
     needs = ("wgmma",) if dtype != torch.float32 and fewest >= 64 else ()
     return Build(kernel, types | integers, constants, tune.num_warps, tune.num_stages, odd, needs)

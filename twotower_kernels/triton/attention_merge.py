@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,40 +30,47 @@ def merge_splits_kernel(
     length,
     kv_heads,
     group,
-    out_batch,
-    out_token,
-    out_head,
+    stride_ob,
+    stride_ot,
+    stride_oh,
     UNIT: tl.constexpr,
     SPLITS: tl.constexpr,  # a power of two, at least splits
     DIM: tl.constexpr,
     COLUMNS: tl.constexpr,  # of a row for one program
+    PDL: tl.constexpr,  # launched while the splits are still computed
 ):
-    row = tl.program_id(0).to(tl.int64)
-    rows = tl.num_programs(0).to(tl.int64)
-    pair, r = row // (length * group), row % (length * group)
-    b, head, token = pair // kv_heads, pair % kv_heads * group + r % group, r // group
+    row, query_rows = tl.program_id(0), tl.num_programs(0)
     split = tl.arange(0, SPLITS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    at = split * rows + row
+    at = split * query_rows + row
     there = split < splits
-    total = tl.load(stats + splits * rows + at, mask=there, other=0)
-    there = there & (total != 0)
-    top = tl.load(stats + at, mask=there, other=float("-inf"))
-    above = tl.max(top, 0)
-    weight = tl.exp2((top - tl.where(above == float("-inf"), 0.0, above)) * UNIT)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    # All loads are on their way before one is looked at: also those of splits without a key, which left no sums.
     where = there[:, None] & (column < DIM)[None, :]
-    parts = tl.load(partial + at[:, None] * DIM + column[None, :], mask=where, other=0)
-    total = tl.sum(weight * total, 0)
-    total = tl.where(total == 0, 1.0, total)
-    result = tl.sum(weight[:, None] * parts, 0) / total
-    to = out + b * out_batch + token * out_token + head * out_head
+    acc = tl.load(partial + at[:, None] * DIM + column[None, :], mask=where, other=0)
+    m_i = tl.load(stats + at, mask=there, other=float("-inf"))
+    l_i = tl.load(stats + splits * query_rows + at, mask=there, other=0)
+    m_i = tl.where(l_i != 0, m_i, float("-inf"))  # NaN is no 0
+    acc = tl.where((l_i != 0)[:, None], acc, 0.0)
+    m = tl.max(m_i, 0)
+    alpha = tl.exp2((m_i - tl.where(m == float("-inf"), 0.0, m)) * UNIT)
+    l_i = tl.sum(alpha * l_i, 0)
+    l_i = tl.where(l_i == 0, 1.0, l_i)
+    result = tl.sum(alpha[:, None] * acc, 0) / l_i
+    pair, r = row // (length * group), row % (length * group)
+    b, head, token = (pair // kv_heads).to(tl.int64), pair % kv_heads * group + r % group, r // group
+    to = out + b * stride_ob + token.to(tl.int64) * stride_ot + head.to(tl.int64) * stride_oh
     tl.store(to + column, result.to(out.dtype.element_ty), mask=column < DIM)
-    logarithm = above * (UNIT * 0.6931471805599453) + tl.log2(total) * 0.6931471805599453
+    logarithm = m * (UNIT * 0.6931471805599453) + tl.log2(l_i) * 0.6931471805599453
     tl.store(lse + (b * length + token) * kv_heads * group + head, logarithm, mask=tl.program_id(1) == 0)
 
 
-def merge_splits(partial: Tensor, stats: Tensor, out: Tensor, lse: Tensor, kv_heads: int, unit: float) -> None:
-    """Merges what the splits of the keys have left, into out [B, S, Hq, D] of any strides and lse."""
+def merge_splits(
+    partial: Tensor, stats: Tensor, out: Tensor, lse: Tensor, kv_heads: int, unit: float, pdl: bool = False
+) -> None:
+    """Merges what the splits of the keys have left, into out [B, S, Hq, D] of any strides and lse. pdl: the kernel that
+    leaves it lets this one be launched meanwhile."""
     splits, rows, dim = partial.shape
     parts, columns, warps = _tuning(splits, dim)
     merge_splits_kernel[(rows, triton.cdiv(dim, columns))](
@@ -72,6 +80,8 @@ def merge_splits(partial: Tensor, stats: Tensor, out: Tensor, lse: Tensor, kv_he
         DIM=dim,
         COLUMNS=columns,
         num_warps=warps,
+        PDL=pdl,
+        **({"launch_pdl": True} if pdl else {}),
     )
 
 
@@ -92,34 +102,34 @@ def merge_attention_kernel(
     lse,  # [rows] contiguous
     rows,
     dim,
-    a_row,
-    b_row,
-    lse_a_row,
-    lse_b_row,
+    stride_a,
+    stride_b,
+    stride_lse_a,
+    stride_lse_b,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_D)
     inside = row < rows
-    a = tl.load(lse_a + row * lse_a_row, mask=inside, other=0)
-    b = tl.load(lse_b + row * lse_b_row, mask=inside, other=0)
+    a = tl.load(lse_a + row * stride_lse_a, mask=inside, other=0)
+    b = tl.load(lse_b + row * stride_lse_b, mask=inside, other=0)
     # -inf, or +inf as others write it: a side without keys.
     a = tl.where(a == float("inf"), float("-inf"), a)
     b = tl.where(b == float("inf"), float("-inf"), b)
     no_a, no_b = a == float("-inf"), b == float("-inf")
-    top = tl.where(a > b, a, b)
-    exp_a = tl.where(no_a, 0.0, tl.exp(a - top))
-    exp_b = tl.where(no_b, 0.0, tl.exp(b - top))
+    m = tl.where(a > b, a, b)
+    exp_a = tl.where(no_a, 0.0, tl.exp(a - m))
+    exp_b = tl.where(no_b, 0.0, tl.exp(b - m))
     total = exp_a + exp_b
     weights = tl.where(no_a & no_b, 1.0, total)
     where = inside[:, None] & (column < dim)[None, :]
     # A side without keys may hold anything, NaN too: it is not read.
-    from_a = tl.load(out_a + row[:, None] * a_row + column[None, :], mask=where & ~no_a[:, None], other=0)
-    from_b = tl.load(out_b + row[:, None] * b_row + column[None, :], mask=where & ~no_b[:, None], other=0)
+    from_a = tl.load(out_a + row[:, None] * stride_a + column[None, :], mask=where & ~no_a[:, None], other=0)
+    from_b = tl.load(out_b + row[:, None] * stride_b + column[None, :], mask=where & ~no_b[:, None], other=0)
     result = (exp_a / weights)[:, None] * from_a.to(tl.float32) + (exp_b / weights)[:, None] * from_b.to(tl.float32)
     tl.store(out + row[:, None] * dim + column[None, :], result.to(out.dtype.element_ty), mask=where)
-    both = top + tl.log(weights)
+    both = m + tl.log(weights)
     tl.store(lse + row, tl.where(no_a, b, tl.where(no_b, a, both)), mask=inside)
 
 
@@ -161,48 +171,50 @@ def append_kv_kernel(
     context_rows,
     pages,
     page,
-    k_row,
-    k_place,
-    k_context_head,
-    v_row,
-    v_place,
-    v_context_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
-    lens_stride,
-    index_stride,
-    table_row,
-    table_page,
-    tokens_stride,
+    stride_kcb,
+    stride_kct,
+    stride_kch,
+    stride_vcb,
+    stride_vct,
+    stride_vch,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_context_lens,
+    stride_context_index,
+    stride_table_row,
+    stride_table_page,
+    stride_block_lens,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     b, s = tl.program_id(0).to(tl.int64) // length, tl.program_id(0).to(tl.int64) % length
-    start = tl.load(context_lens + b * lens_stride).to(tl.int64)
+    start = tl.load(context_lens + b * stride_context_lens).to(tl.int64)
     position = start + s
     # What has no place is not written: neither lengths nor pages are known on the host.
     writes = (start >= 0) & (position < capacity)
     if block_lens is not None:
-        writes = writes & (s < tl.load(block_lens + b * tokens_stride))
+        writes = writes & (s < tl.load(block_lens + b * stride_block_lens))
     row = b
     if context_index is not None:
-        row = tl.load(context_index + b * index_stride).to(tl.int64)
+        row = tl.load(context_index + b * stride_context_index).to(tl.int64)
         writes = writes & (row >= 0) & (row < context_rows)
     if block_table is not None:
-        row = tl.load(block_table + row * table_row + position // page * table_page, mask=writes, other=-1).to(tl.int64)
+        row = tl.load(
+            block_table + row * stride_table_row + position // page * stride_table_page, mask=writes, other=-1
+        ).to(tl.int64)
         writes = writes & (row >= 0) & (row < pages)
         position = position % page
     head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :]
     where = (head < heads) & (column < dim) & writes
-    key = tl.load(k + b * k_batch + s * k_token + head * k_head + column, mask=where)
-    value = tl.load(v + b * v_batch + s * v_token + head * v_head + column, mask=where)
-    tl.store(k_context + row * k_row + position * k_place + head * k_context_head + column, key, mask=where)
-    tl.store(v_context + row * v_row + position * v_place + head * v_context_head + column, value, mask=where)
+    key = tl.load(k + b * stride_kb + s * stride_kt + head * stride_kh + column, mask=where)
+    value = tl.load(v + b * stride_vb + s * stride_vt + head * stride_vh + column, mask=where)
+    tl.store(k_context + row * stride_kcb + position * stride_kct + head * stride_kch + column, key, mask=where)
+    tl.store(v_context + row * stride_vcb + position * stride_vct + head * stride_vch + column, value, mask=where)
 
 
 def append_kv(
@@ -234,28 +246,32 @@ def append_kv(
 
 
 def builds(arch: int) -> Iterator[Build]:
-    """What the launchers ask for in every dtype, at the released head_dim and the widest. The same on every
-    architecture."""
+    """What the launchers ask for in every dtype, at the released head_dim and the widest; with `launch.PDL`, too."""
     for dtype, name in DTYPES.items():
         for dim, splits in ((128, 33), (512, 129)):
             unit = math.log2(math.e) if dtype == torch.float32 else 1.0
             parts, columns, warps = _tuning(splits, dim)
-            constants: dict[str, object] = {"UNIT": unit, "SPLITS": parts, "DIM": dim, "COLUMNS": columns}
+            constants: dict[str, object] = {"UNIT": unit, "SPLITS": parts, "DIM": dim, "COLUMNS": columns, "PDL": False}
             types = {"partial": "*fp32", "stats": "*fp32", "out": f"*{name}", "lse": "*fp32"}
             types |= _integers(merge_splits_kernel, types, constants)
-            yield Build(merge_splits_kernel, types, constants, num_warps=warps, odd=frozenset(COUNTS))
+            merge = Build(merge_splits_kernel, types, constants, num_warps=warps, odd=frozenset(COUNTS))
+            yield merge
+            if arch >= 90:
+                yield replace(merge, constants=constants | {"PDL": True}, needs=("griddepcontrol",))
 
             constants = {"BLOCK_ROWS": 2048 // dim, "BLOCK_D": dim}
             types = {x: f"*{name}" for x in ("out_a", "out_b", "out")} | {x: "*fp32" for x in ("lse_a", "lse_b", "lse")}
             types |= _integers(merge_attention_kernel, types, constants)
-            odd = frozenset(("rows", "dim", "lse_a_row", "lse_b_row"))
+            odd = frozenset(("rows", "dim", "stride_lse_a", "stride_lse_b"))
             yield Build(merge_attention_kernel, types, constants, odd=odd)
 
             constants = {"context_index": None, "BLOCK_H": 2, "BLOCK_D": dim}
             types = {x: f"*{name}" for x in ("k_context", "v_context", "k", "v")}
             types |= {"context_lens": "*i64", "block_table": "*i32", "block_lens": "*i64"}
             types |= _integers(append_kv_kernel, types, constants)
-            yield Build(append_kv_kernel, types, constants, odd=frozenset((*APPENDED, "table_row", "table_page")))
+            yield Build(
+                append_kv_kernel, types, constants, odd=frozenset((*APPENDED, "stride_table_row", "stride_table_page"))
+            )
 
 
 def _integers(kernel: Any, *others: dict[str, Any]) -> dict[str, str]:
