@@ -25,9 +25,9 @@ struct Vectors {
     int64_t sequence = -1;
 };
 
-// x: what the residual is stored in; Y: what y is (narrower where the residual is kept in float32).
+// x: what the residual is stored in; Y: what y is (narrower where the residual is float32).
 template <class X, class Y>
-void row(const GatedResidualAdalnNorm& a, int64_t b, int64_t s, Vectors<Wide<X>>& vectors, Wide<X>* kept) {
+void token_row(const GatedResidualAdalnNorm& a, int64_t b, int64_t s, Vectors<Wide<X>>& vectors, Wide<X>* residual) {
     using W = Wide<X>;
     using V = Vector<W>;
     const int64_t n = a.x.size[2];
@@ -48,20 +48,20 @@ void row(const GatedResidualAdalnNorm& a, int64_t b, int64_t s, Vectors<Wide<X>>
         }
         if (h_out) store_some<X>(h_out + i, h, count);
         if (before) h = round(round(h * unaligned<V>(scale + i)) + unaligned<V>(shift + i));
-        Rounding<W>::store(kept + i, h);
+        Rounding<W>::store(residual + i, h);
         squares.add(h);  // zeros beyond the row
     });
     if (!out) return;
     const W inverse = squares.inverse_root(n, a.eps);
     for_vectors<W>(n, [=](int64_t i, auto count) {
-        V normed = unaligned<V>(kept + i) * inverse * unaligned<V>(weight + i);
+        V normed = unaligned<V>(residual + i) * inverse * unaligned<V>(weight + i);
         if (after) normed = round(round(normed) * unaligned<V>(scale + i)) + unaligned<V>(shift + i);
         store_some<X>(out + i, normed, count);
     });
 }
 
 template <class X, class Y>
-void rows(const GatedResidualAdalnNorm& a) {
+void token_rows(const GatedResidualAdalnNorm& a) {
     using W = Wide<X>;
     const int64_t length = a.x.size[1], n = a.x.size[2];
     parallel_for(a.x.size[0] * length, 4, [&](int64_t begin, int64_t end) {
@@ -80,7 +80,7 @@ void rows(const GatedResidualAdalnNorm& a) {
                     for (int64_t i = 0; i < n; ++i) scale[i] = rounded<X>(1 + scale[i]);
                 }
             }
-            row<X, Y>(a, b, r % length, vectors, h);
+            token_row<X, Y>(a, b, r % length, vectors, h);
         }
     });
 }
@@ -90,10 +90,10 @@ void rows(const GatedResidualAdalnNorm& a) {
 void gated_residual_adaln_norm(const GatedResidualAdalnNorm& a) {
     const auto run = [&](auto type) {
         using X = typename decltype(type)::type;
-        if (!a.y || a.y.dtype == a.x.dtype) return rows<X, X>(a);
+        if (!a.y || a.y.dtype == a.x.dtype) return token_rows<X, X>(a);
         for_float(a.y.dtype, [&](auto other) {  // never a wider one
             using Y = typename decltype(other)::type;
-            if constexpr (sizeof(Y) < sizeof(X)) rows<X, Y>(a);
+            if constexpr (sizeof(Y) < sizeof(X)) token_rows<X, Y>(a);
         });
     };
     for_fast(a.x.dtype, run, [&] { baseline::gated_residual_adaln_norm(a); });

@@ -216,14 +216,14 @@ struct Scan {
     }
 
     // What a group's heads share, for one row and chunk: first B [tokens, n]; then
-    int64_t wide() const { return padded<W>(n); }
-    int64_t c_at() const { return chunk_tokens * wide(); }           // C [n, lanes]
-    int64_t scores_at() const { return 2 * chunk_tokens * wide(); }  // B_u.C_t [tokens u, lanes t]
+    int64_t padded_n() const { return padded<W>(n); }
+    int64_t c_at() const { return chunk_tokens * padded_n(); }           // C [n, lanes]
+    int64_t scores_at() const { return 2 * chunk_tokens * padded_n(); }  // B_u.C_t [tokens u, lanes t]
     int64_t shared_size() const { return scores_at() + chunk_tokens * chunk_tokens; }
 
     void share(W* shared, int64_t b, int64_t group, int64_t from, int64_t to) const {
         Convolution<X> conv(a, n);
-        Scratch<W> c(chunk_tokens, wide());
+        Scratch<W> c(chunk_tokens, padded_n());
         W one[chunk_tokens];
         for (W& w : one) w = 1;
         for (int part = 0; part < 2; ++part) {
@@ -233,9 +233,9 @@ struct Scan {
                 if (count == 0) continue;
                 conv(part ? static_cast<W*>(c) : shared, b, state_row(b), start(chunk), count);
                 if (part == 0) continue;
-                std::memset(c + count * wide(), 0, size_t((lanes - count) * wide()) * sizeof(W));
-                transpose<W>(shared + c_at(), lanes, c, wide(), lanes, wide());
-                read_state<W>(shared + scores_at(), shared, wide(), count, {shared + c_at(), one, n},
+                std::memset(c + count * padded_n(), 0, size_t((lanes - count) * padded_n()) * sizeof(W));
+                transpose<W>(shared + c_at(), lanes, c, padded_n(), lanes, padded_n());
+                read_state<W>(shared + scores_at(), shared, padded_n(), count, {shared + c_at(), one, n},
                               {nullptr, 0, 0, nullptr, true}, lanes);
             }
             shared -= (to - from) * a.groups * shared_size();
@@ -244,9 +244,9 @@ struct Scan {
 
     // How the tokens of one head and chunk decay.
     struct Decays {
-        W left[chunk_tokens];                   // exp(a_t)
+        W from_start[chunk_tokens];             // exp(a_t)
         W mixing[chunk_tokens * chunk_tokens];  // [tokens u, lanes t]: how much of x_u is in y_t
-        W kept[chunk_tokens];                   // how much of x_u B_u is in the state after the chunk
+        W to_end[chunk_tokens];  // exp(a_T - a_u) delta_u: how much of x_u B_u is in the state after the chunk
     };
     void decay(Decays& result, const W* scores, int64_t lanes, int64_t b, int64_t head, double rate, int64_t first,
                int64_t count) const {
@@ -273,13 +273,13 @@ struct Scan {
         for (int64_t u = count - 2; u >= -1; --u, row -= chunk_tokens)
             for (int t = 0; t < chunk_tokens; ++t) row[t - chunk_tokens] = t > u ? row[t] + log_decay[u + 1] : 0;
         exponentials(left, since, (count + 1) * chunk_tokens);
-        for (int t = 0; t < chunk_tokens; ++t) result.left[t] = left[t];
+        for (int t = 0; t < chunk_tokens; ++t) result.from_start[t] = left[t];
         for (int64_t u = 0; u < count; ++u) {
             const W* from_u = left + (u + 1) * chunk_tokens;
             W* mixing = result.mixing + u * lanes;
             for (int64_t t = 0; t < lanes; ++t) mixing[t] = t < u ? 0 : scores[u * lanes + t] * (from_u[t] * delta[u]);
             mixing[u] += d;
-            result.kept[u] = from_u[count - 1] * delta[u];
+            result.to_end[u] = from_u[count - 1] * delta[u];
         }
     }
 
@@ -300,15 +300,16 @@ struct Scan {
         return copy;
     }
 
-    // Chunks [from, to) of one head of one row. kept: the head's state between slabs, null if there is only one slab.
-    void scan_head(const W* shared, W* kept, int64_t b, int64_t head, int64_t from, int64_t to) const {
+    // Chunks [from, to) of one head of one row. carried_state: the head's state between slabs, null if there is only
+    // one slab.
+    void scan_head(const W* shared, W* carried_state, int64_t b, int64_t head, int64_t from, int64_t to) const {
         Convolution<X> conv(a, p);
-        const int64_t wide_p = conv.stride;
-        Scratch<W> scratch(chunk_tokens * 3, wide_p), own(kept ? 0 : p, n);
-        W *x = scratch, *y = x + chunk_tokens * wide_p, *columns = y + chunk_tokens * wide_p, *weighted = y;
-        W* state_scratch = kept ? kept : static_cast<W*>(own);
+        const int64_t padded_p = conv.stride;
+        Scratch<W> scratch(chunk_tokens * 3, padded_p), own(carried_state ? 0 : p, n);
+        W *x = scratch, *y = x + chunk_tokens * padded_p, *columns = y + chunk_tokens * padded_p, *weighted = y;
+        W* state_scratch = carried_state ? carried_state : static_cast<W*>(own);
         int64_t stride = n;
-        const W* state = kept;
+        const W* state = carried_state;
         if (from == 0)
             state = seed(b, head, state_scratch, stride);
         else if (a.ssm_out && ends_block(from - 1))
@@ -330,11 +331,11 @@ struct Scan {
             } else {
                 const bool finite = conv(x, b, state_row(b), first, count);
                 decay(decays, shared + scores_at(), lanes, b, head, rate, first, count);
-                read_state<W>(columns, state, stride, p, {shared + c_at(), decays.left, n},
-                              {x, wide_p, count, decays.mixing, finite}, lanes);
-                transpose(y, wide_p, columns, lanes, wide_p, lanes);
+                read_state<W>(columns, state, stride, p, {shared + c_at(), decays.from_start, n},
+                              {x, padded_p, count, decays.mixing, finite}, lanes);
+                transpose(y, padded_p, columns, lanes, padded_p, lanes);
                 for (int64_t t = 0; t < count; ++t) {
-                    const W* from_row = y + t * wide_p;
+                    const W* from_row = y + t * padded_p;
                     X* to_row = out + t * a.y.stride[1];
                     for_vectors<W>(p, [=](int64_t i, auto size) {
                         store_some<X>(to_row + i, unaligned<Vector<W>>(from_row + i), size);
@@ -342,9 +343,10 @@ struct Scan {
                 }
                 if (!a.ssm_out && chunk + 1 == chunks) return;
                 for (int64_t t = 0; t < count; ++t)
-                    for (int64_t i = 0; i < wide_p; ++i) weighted[t * wide_p + i] = decays.kept[t] * x[t * wide_p + i];
-                advance_state<W>(next, state, stride, p, n, decays.left[count - 1], weighted, wide_p, shared, wide(),
-                                 count);
+                    for (int64_t i = 0; i < padded_p; ++i)
+                        weighted[t * padded_p + i] = decays.to_end[t] * x[t * padded_p + i];
+                advance_state<W>(next, state, stride, p, n, decays.from_start[count - 1], weighted, padded_p, shared,
+                                 padded_n(), count);
             }
             state = next;
             stride = n;
@@ -375,29 +377,29 @@ struct Scan {
     }
 
     void run() const {
-        const int64_t batch = a.xbc.size[0], deep = smaller(chunks, int64_t(slab_pairs));
+        const int64_t batch = a.xbc.size[0], slab_chunks = smaller(chunks, int64_t(slab_pairs));
         if (batch == 0 || chunks == 0 || (length == 0 && !a.ssm_out)) return;  // then there are no results
-        const int64_t wide = smaller(batch, slab_pairs / deep);
-        Scratch<W> shared(wide * deep, a.groups, shared_size());
-        Scratch<W> kept(chunks > deep ? heads : 0, p, n);  // then a slab is of one row
-        const int64_t row_shared = deep * a.groups * shared_size();
-        for (int64_t row = 0; row < batch; row += wide) {
-            const int64_t rows = smaller(wide, batch - row);
-            for (int64_t from = 0; from < chunks; from += deep) {
-                const int64_t to = smaller(from + deep, chunks);
+        const int64_t slab_rows = smaller(batch, slab_pairs / slab_chunks);
+        Scratch<W> shared(slab_rows * slab_chunks, a.groups, shared_size());
+        Scratch<W> carried_states(chunks > slab_chunks ? heads : 0, p, n);  // then a slab is of one row
+        const int64_t row_shared = slab_chunks * a.groups * shared_size();
+        for (int64_t row = 0; row < batch; row += slab_rows) {
+            const int64_t batch_rows = smaller(slab_rows, batch - row);
+            for (int64_t from = 0; from < chunks; from += slab_chunks) {
+                const int64_t to = smaller(from + slab_chunks, chunks);
                 const int64_t runs = (to - from + 3) / 4;  // of 4 chunks: few groups must keep all threads busy
-                parallel_for(rows * runs * a.groups, 1, [&](int64_t begin, int64_t end) {
+                parallel_for(batch_rows * runs * a.groups, 1, [&](int64_t begin, int64_t end) {
                     for (int64_t i = begin; i < end; ++i) {
                         const int64_t group = i % a.groups, chunk = i / a.groups % runs * 4, r = i / a.groups / runs;
                         W* here = shared + r * row_shared + (chunk * a.groups + group) * shared_size();
                         share(here, row + r, group, from + chunk, smaller(from + chunk + 4, to));
                     }
                 });
-                parallel_for(rows * heads, 1, [&](int64_t begin, int64_t end) {
+                parallel_for(batch_rows * heads, 1, [&](int64_t begin, int64_t end) {
                     for (int64_t i = begin; i < end; ++i) {
                         const int64_t r = i / heads, j = i % heads, group = j * a.groups / heads;
                         scan_head(shared + r * row_shared + group * shared_size(),
-                                  chunks > deep ? kept + j * p * n : nullptr, row + r, j, from, to);
+                                  chunks > slab_chunks ? carried_states + j * p * n : nullptr, row + r, j, from, to);
                     }
                 });
             }

@@ -95,7 +95,9 @@ constexpr int count(void (*)(A...)) {
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
+#ifndef SIMT_APPROXIMATE
 #define EXP2(x) std::exp2(x)
+#endif
 #define LARGER(a, b) simt::larger(a, b)
 #define SHARED_MEMORY(name) uint64* const name = static_cast<uint64*>(simt::shared_memory())
 #define threadIdx simt::thread_index
@@ -175,6 +177,49 @@ inline double sinpi(double x) {
     return std::sin(3.141592653589793 * x);
 }
 using std::exp;
+
+#ifdef SIMT_APPROXIMATE
+// Functions that CUDA does not round correctly (C++ Programming Guide, mathematical functions: 1 unit in the last place
+// of expf, logf, exp, log; 2 of log1pf and ex2.approx) err by up to two here: by 1.5 before rounding, up or down by the
+// operand's bits, so that the same number always has the same result. 0 and what is not finite stay as they are.
+namespace simt {
+
+inline bool drawn(uint64_t bits) {
+    bits *= 0x9e3779b97f4a7c15u;
+    return (bits ^ bits >> 29) * 0xbf58476d1ce4e5b9u >> 63;
+}
+template <class T>
+T approximated(long double exact, T operand) {
+    const T nearest = T(exact);
+    if (nearest == 0 || nearest - nearest != 0) return nearest;
+    const long double unit = std::nextafter(std::fabs(nearest), T(INFINITY)) - std::fabs(nearest);
+    return T(exact + (drawn(packed(operand)) ? 1.5L : -1.5L) * unit);
+}
+#define SIMT_FUNCTION(name, type, function)                                      \
+    inline type name(type x) {                                                   \
+        return x == 0 ? function(x) : approximated(function((long double)x), x); \
+    }
+SIMT_FUNCTION(near_exp, float, std::exp)
+SIMT_FUNCTION(near_exp, double, std::exp)
+SIMT_FUNCTION(near_log, float, std::log)
+SIMT_FUNCTION(near_log, double, std::log)
+SIMT_FUNCTION(near_log1p, float, std::log1p)
+SIMT_FUNCTION(near_log1p, double, std::log1p)
+inline float near_exp2(float x) {  // ex2.approx.ftz
+    const float result = x == 0 ? 1 : approximated(std::exp2((long double)x), x);
+    return std::fabs(result) < 0x1p-126f ? 0 : result;
+}
+
+}  // namespace simt
+
+#define EXP2(x) simt::near_exp2(x)
+#define expf(x) simt::near_exp(float(x))
+#define logf(x) simt::near_log(float(x))
+#define log1pf(x) simt::near_log1p(float(x))
+#define exp(x) simt::near_exp(double(x))
+#define log(x) simt::near_log(double(x))
+#define log1p(x) simt::near_log1p(double(x))
+#endif
 
 // At the end of a translation unit, for each of its kernels.
 #define SIMT_EXPORT(kernel)                                \

@@ -1,7 +1,8 @@
 """CUDA C++ kernels on a host: compiled by g++ with cuda_on_host.h, run by executor.cpp. Needs no PyTorch.
 
-Three builds of the same source: "plain"; "race", which reports unordered accesses to shared memory; and "address", with
-AddressSanitizer, which a process can load only if it started with that library (see `sanitized_environment`).
+Four builds of the same source: "plain"; "approximate", whose exponentials and logarithms err by two units in the last
+place; "race", which reports unordered accesses to shared memory; and "address", with AddressSanitizer, which a process
+can load only if it started with that library (see `sanitized_environment`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ SOURCES = HERE.parents[1] / "csrc" / "cuda"  # beside it lies csrc/common
 BUILT = HERE.parents[1] / "build" / "simt"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", "-Wno-unknown-pragmas"]
-BUILDS = {"plain": [], "race": ["-fsanitize=thread"], "address": ["-fsanitize=address"]}
+BUILDS = {
+    "plain": [],
+    "approximate": ["-DSIMT_APPROXIMATE"],
+    "race": ["-fsanitize=thread"],
+    "address": ["-fsanitize=address"],
+}
 GUARD = 256  # bytes on either side of every array
 POISON = 0xFF
 

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, on_device_of, rows_contiguous
 
+# Volatile loads keep their order, so all of them are under way before the first shuffle waits for x. Of plain ones the
+# compiler moved those of weight, shift and scale, which are used last, behind it, and a row waited twice.
+IN_ORDER = tl.constexpr(True)
+
 
 @triton.jit
 def adaln_norm_kernel(
@@ -44,26 +48,33 @@ def adaln_norm_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < size
     X = x.dtype.element_ty
-    value = tl.load(x + b * x_batch + s * x_token + column, mask=inside, other=0).to(tl.float32)
+    if normed is not None:
+        w = tl.load(weight + column, mask=inside, other=0, volatile=IN_ORDER)
+        if scale is not None:
+            factor = tl.load(scale + b * scale_batch + column, mask=inside, other=0, volatile=IN_ORDER)
+            term = tl.load(shift + b * shift_batch + column, mask=inside, other=0, volatile=IN_ORDER)
+    value = tl.load(x + b * x_batch + s * x_token + column, mask=inside, other=0, volatile=IN_ORDER)
+    if y is not None:
+        added = tl.load(y + b * y_batch + s * y_token + column, mask=inside, other=0, volatile=IN_ORDER)
+        if gate is not None:
+            by = tl.load(gate + b * gate_batch + column, mask=inside, other=0, volatile=IN_ORDER)
+    value = value.to(tl.float32)
     if y is not None:
         Y = y.dtype.element_ty
-        added = tl.load(y + b * y_batch + s * y_token + column, mask=inside, other=0).to(tl.float32)
+        added = added.to(tl.float32)
         if gate is not None:
-            by = tl.load(gate + b * gate_batch + column, mask=inside, other=0).to(Y).to(tl.float32)
-            added = (by * added).to(Y).to(tl.float32)
+            added = (by.to(Y).to(tl.float32) * added).to(Y).to(tl.float32)
         value = (value + added).to(X).to(tl.float32)
     if h is not None:
         tl.store(h + row * size + column, value.to(X), mask=inside)
     if normed is not None:
-        w = tl.load(weight + column, mask=inside, other=0).to(tl.float32)
         if scale is not None:
-            factor = tl.load(scale + b * scale_batch + column, mask=inside, other=0).to(X).to(tl.float32)
-            factor = (1 + factor).to(X).to(tl.float32)
-            term = tl.load(shift + b * shift_batch + column, mask=inside, other=0).to(X).to(tl.float32)
-            if not NORM_FIRST:
-                value = ((value * factor).to(X).to(tl.float32) + term).to(X).to(tl.float32)
+            factor = (1 + factor.to(X).to(tl.float32)).to(X).to(tl.float32)
+            term = term.to(X).to(tl.float32)
+        if scale is not None and not NORM_FIRST:
+            value = ((value * factor).to(X).to(tl.float32) + term).to(X).to(tl.float32)
         inverse = 1 / tl.sqrt_rn(tl.sum(value * value) / size + eps)
-        value = value * inverse * w
+        value = value * inverse * w.to(tl.float32)
         if scale is not None and NORM_FIRST:
             value = (value.to(X).to(tl.float32) * factor).to(X).to(tl.float32) + term
         tl.store(normed + row * size + column, value.to(X), mask=inside)

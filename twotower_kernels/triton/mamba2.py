@@ -41,7 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, machine, on_device_of, rows_contiguous
-from twotower_kernels.triton.mamba2_chunk import activated, bounds, product, steps
+from twotower_kernels.triton.mamba2_chunk import activated, bounds, exponential, product, steps
 from twotower_kernels.triton.rows import length_at, row_at
 
 TILE = (32, 128)  # tokens and channels of a program of the convolution
@@ -169,7 +169,7 @@ def mamba2_states_kernel(
         step, log_decay = steps(dt, time, there, dt_token, dt_bias, a_log, head, dt_min, dt_max)
         # Of the tokens after each: sums of their own, since differences of running sums would cancel.
         _, later = steps(dt, time + 1, t + 1 < count, dt_token, dt_bias, a_log, head, dt_min, dt_max)
-        kept = step * tl.exp(tl.cumsum(later, 0, reverse=True))
+        kept = step * exponential(tl.cumsum(later, 0, reverse=True))
         x = tl.load(
             u + time[None, :] * channels + (head * DIM + p)[:, None], mask=(p < DIM)[:, None] & there[None, :], other=0
         )
@@ -179,11 +179,22 @@ def mamba2_states_kernel(
             other=0,
         )
         added = product(x.to(tl.float32) * kept[None, :], inputs, tl.zeros((ROWS, DEPTH), tl.float32))
-        state = tl.exp(tl.sum(log_decay)) * state + added
+        state = exponential(tl.sum(log_decay)) * state + added
         if ssm_out is not None and ((chunk + 1) % block_chunks == 0 or chunk + 1 == all_chunks):
             blocks = (all_chunks + block_chunks - 1) // block_chunks
             tl.store(ssm_out + (b * blocks + chunk // block_chunks) * size + at, state, mask=here)
     tl.store(seeds + (b * (chunks + 1) + chunks) * size + at, state, mask=here)
+
+
+@triton.jit
+def fetch_state(ssm_state, ssm_dim, p, DIM: tl.constexpr, STATE: tl.constexpr, DEPTH: tl.constexpr):
+    """Rows p of a head's state into the L2. The compiler puts their loads behind the convolution's sums, where they
+    would wait for the memory anew. So one number of every 32 bytes is read beforehand, and used by nobody; the barrier
+    keeps it there."""
+    n = 8 * tl.arange(0, DEPTH // 8)
+    here = (p < DIM)[None, :] & (n < STATE)[:, None]
+    tl.load(ssm_state + p.to(tl.int64)[None, :] * ssm_dim + n[:, None], mask=here, volatile=True)
+    tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -229,6 +240,8 @@ def mamba2_scan_kernel(
     ROWS: tl.constexpr,  # of head_dim
     DEPTH: tl.constexpr,  # of the state at a time
 ):
+    # Where registers suffice, nothing is loaded from afar behind a barrier.
+    AT_ONCE: tl.constexpr = TOKENS == 16 and ROWS <= 32 and DEPTH >= STATE
     parts: tl.constexpr = (DIM + ROWS - 1) // ROWS
     part = tl.program_id(0) % parts
     head = tl.program_id(0) // parts % heads
@@ -247,9 +260,15 @@ def mamba2_scan_kernel(
     if ssm_state is not None:
         ssm_state += row_at(state_index, b, 1, state_rows) * ssm_row
         ssm_state += pair % chunks * tl.cast(ssm_slot, tl.int64) + head.to(tl.int64) * ssm_head
+        if AT_ONCE:
+            fetch_state(ssm_state, ssm_dim, p, DIM, STATE, DEPTH)
 
-    step, log_decay = steps(dt + b * dt_batch, time, real, dt_token, dt_bias, a_log, head, dt_min, dt_max)
-    skip = tl.load(d + head).to(tl.float32)
+    if AT_ONCE:
+        step, log_decay = steps(dt + b * dt_batch, time, real, dt_token, dt_bias, a_log, head, dt_min, dt_max)
+        x = activated(
+            xbc, conv_weight, conv_bias, conv_state, time, real, head * DIM + p, p < DIM, xbc_token, weight_row,
+            conv_channel, WIDTH,
+        )  # fmt: skip
     scores = tl.zeros((TOKENS, TOKENS), tl.float32)
     total = tl.zeros((TOKENS, ROWS), tl.float32)
     for k in range(0, STATE, DEPTH):
@@ -270,17 +289,20 @@ def mamba2_scan_kernel(
             total = product(outputs, seed.to(tl.float32), total)
         scores = product(outputs, tl.trans(inputs), scores)
 
+    if not AT_ONCE:
+        step, log_decay = steps(dt + b * dt_batch, time, real, dt_token, dt_bias, a_log, head, dt_min, dt_max)
+        x = activated(
+            xbc, conv_weight, conv_bias, conv_state, time, real, head * DIM + p, p < DIM, xbc_token, weight_row,
+            conv_channel, WIDTH,
+        )  # fmt: skip
+    skip = tl.load(d + head).to(tl.float32)
     # [t, u]: of the tokens after u up to t. Sums of their own, since differences of running sums would cancel.
     between = tl.cumsum(tl.where(t[:, None] > t[None, :], log_decay[:, None], 0), 0)
-    mixing = tl.where(t[:, None] >= t[None, :], scores * tl.exp(between) * step[None, :], 0)
-    x = activated(
-        xbc, conv_weight, conv_bias, conv_state, time, real, head * DIM + p, p < DIM, xbc_token, weight_row,
-        conv_channel, WIDTH,
-    )  # fmt: skip
+    mixing = tl.where(t[:, None] >= t[None, :], scores * exponential(between) * step[None, :], 0)
     # An x that is not finite must not reach the tokens before it: their 0 would make NaN of it.
     wide = x.to(tl.float32)
     finite = wide - wide == 0
-    total *= tl.exp(tl.cumsum(log_decay, 0))[:, None]
+    total *= exponential(tl.cumsum(log_decay, 0))[:, None]
     total = product(mixing, tl.where(finite, x, 0), total) + skip * wide
     spoiled = tl.cumsum(tl.where(finite, 0, 1), 0) > 0
     total = tl.where(spoiled, float("nan"), total)

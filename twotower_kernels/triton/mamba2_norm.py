@@ -14,6 +14,8 @@ from torch import Tensor
 
 from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, on_device_of, rows_contiguous
 
+IN_ORDER = tl.constexpr(True)  # the loads, see adaln.py: without it weight's came behind the first exponentials
+
 
 @triton.jit
 def gated_rms_norm_kernel(
@@ -36,12 +38,13 @@ def gated_rms_norm_kernel(
     n = tl.arange(0, BLOCK)
     inside = n < SIZE
     column = tl.program_id(0) % groups * SIZE + n
-    value = tl.load(y + b * y_batch + t * y_token + column, mask=inside, other=0).to(tl.float32)
-    gate = tl.load(z + b * z_batch + t * z_token + column, mask=inside, other=0).to(tl.float32)
-    by = tl.load(weight + column, mask=inside, other=0).to(tl.float32)
+    by = tl.load(weight + column, mask=inside, other=0, volatile=IN_ORDER)
+    value = tl.load(y + b * y_batch + t * y_token + column, mask=inside, other=0, volatile=IN_ORDER).to(tl.float32)
+    gate = tl.load(z + b * z_batch + t * z_token + column, mask=inside, other=0, volatile=IN_ORDER).to(tl.float32)
     value *= gate / (1 + tl.exp(-gate))
     inverse = 1 / tl.sqrt_rn(tl.sum(value * value) / SIZE + eps)
-    tl.store(out + row * groups * SIZE + column, (value * inverse * by).to(out.dtype.element_ty), mask=inside)
+    value = value * inverse * by.to(tl.float32)
+    tl.store(out + row * groups * SIZE + column, value.to(out.dtype.element_ty), mask=inside)
 
 
 def _tuning(size: int) -> tuple[int, int]:
