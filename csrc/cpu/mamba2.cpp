@@ -89,6 +89,20 @@ inline void exponentials(float* out, const double* x, int64_t n) {
     for (int64_t i = 0; i < n; ++i) out[i] = ::exp(x[i]);
 }
 
+// high[i] + low[i] = e^x[i] of chunk_tokens numbers, for float's sake to 1e-9; x <= 0.
+inline void split_exponentials(float* high, float* low, const double* x) {
+    for (int i = 0; i < chunk_tokens; i += lanes_of<double>) {
+        const DoubleVector e = exponential(unaligned<DoubleVector>(x + i));
+        for (int j = 0; j < lanes_of<double>; ++j) {
+            high[i + j] = float(e[j]);
+            low[i + j] = float(e[j] - double(high[i + j]));
+        }
+    }
+}
+[[maybe_unused]] inline void split_exponentials(double* high, double* low, const double* x) {
+    for (int i = 0; i < chunk_tokens; ++i) high[i] = ::exp(x[i]), low[i] = 0;
+}
+
 // Column t < 0 of the convolution's input, before the first token, for a run of channels.
 template <class X>
 void seed_column(Wide<X>* column, const Mamba2Scan& a, int64_t state_row, int64_t t, int64_t first, int64_t n) {
@@ -349,15 +363,15 @@ struct Scan {
                     for (int64_t i = 0; i < p; ++i)
                         std::memcpy(next + i * n, state + i * stride, size_t(n) * sizeof(W));
             } else if (const bool finite = conv(x, b, state_row(b), first, count); token_by_token(b)) {
-                W delta[chunk_tokens], left[chunk_tokens];
+                W delta[chunk_tokens], left[chunk_tokens], rest[chunk_tokens];
                 double log_decay[chunk_tokens] = {};
                 steps(delta, log_decay, b, head, rate, first, count);
-                exponentials(left, log_decay, chunk_tokens);
+                split_exponentials(left, rest, log_decay);
                 weighted = columns;
                 for (int64_t t = 0; t < count; ++t)
                     for (int64_t i = 0; i < padded_p; ++i) weighted[t * padded_p + i] = delta[t] * x[t * padded_p + i];
                 recur<W>(next, state, stride, p, n,
-                         {left, weighted, shared, shared + c_at(), padded_p, padded_n(), count}, y);
+                         {left, rest, weighted, shared, shared + c_at(), padded_p, padded_n(), count}, y);
                 const W d = value_at<W>(a.d, head);
                 for (int64_t t = 0; t < count; ++t)
                     for (int64_t i = 0; i < p; ++i) y[t * padded_p + i] += d * x[t * padded_p + i];

@@ -16,9 +16,9 @@ namespace TT_ISA {
 // Of some tokens: how much of the state each leaves, what each adds, and what it reads.
 template <class W>
 struct Recurrence {
-    const W* decay;  // [tokens]
-    const W* x;      // [tokens, x_stride], times the step
-    const W *b, *c;  // [tokens, n_stride], zeros from n on
+    const W *decay, *rest;  // [tokens], their sum is what is left: a rounded factor would err in all of a state alike
+    const W* x;             // [tokens, x_stride], times the step
+    const W *b, *c;         // [tokens, n_stride], zeros from n on
     int64_t x_stride, n_stride;
     int64_t tokens;
 };
@@ -29,13 +29,14 @@ void recur_rows(W* to, const W* from, int64_t stride, int64_t n, const Recurrenc
     using V = Vector<W>;
     constexpr int lanes = lanes_of<W>;
     for (int64_t t = 0; t < r.tokens; ++t, x += r.x_stride, y += r.x_stride) {
-        const W *b = r.b + t * r.n_stride, *c = r.c + t * r.n_stride, decay = r.decay[t];
+        const W *b = r.b + t * r.n_stride, *c = r.c + t * r.n_stride, decay = r.decay[t], rest = r.rest[t];
         V sums[lanes] = {};
         for_vectors<W>(n, [&](int64_t i, auto size) {
             const V in = unaligned<V>(b + i), out = unaligned<V>(c + i);
 #pragma GCC unroll 16
             for (int q = 0; q < Rows; ++q) {
-                V s = decay * load_some<W>(from + q * stride + i, size) + x[q] * in;
+                const V before = load_some<W>(from + q * stride + i, size);
+                V s = decay * before + (rest * before + x[q] * in);
                 store_some<W>(to + q * n + i, s, size);
                 if (size < lanes) s = load_some<W>(to + q * n + i, size);  // an infinite x times zero is not zero
                 sums[q] += s * out;
