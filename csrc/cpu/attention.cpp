@@ -6,9 +6,11 @@
 // S * Hq / Hkv of them; attention_tile.h has what is done with it. Sums over a tile start from zero, which errs less
 // than one running sum.
 //
-// Work is split over batch rows, key heads and pieces of the query rows; when those would leave threads idle, also over
-// the keys, and the parts are merged by their maxima and sums. How many parts there are depends on shapes, lengths and
-// the number of threads, and so do the last bits of the result.
+// A row's bits depend on the row alone. Work is split over batch rows, key heads and pieces of the query rows; keys are
+// split into parts at fixed tiles, each with a state of its own, and the states are added up in order, by one thread or
+// by many. Under a causal mask context and block are one sequence whose tiles start at multiples of their size, so it
+// does not matter where the block begins: tokens at once see what they see one by one. (A key that is hidden weighs
+// exactly 0, and so does a part of which a row sees nothing.)
 #include "attention.h"
 
 #include "attention_tile.h"
@@ -21,6 +23,21 @@ namespace {
 
 constexpr int64_t rows_of_piece = 256;         // query rows of a piece, and
 constexpr int64_t numbers_of_piece = 1 << 15;  // its numbers: queries and sums take 128 KB each
+
+// Keys are split into parts of 4 tiles, and beyond 64 tiles of a sixteenth of what lies before them: enough to do for
+// many threads, and little to add up. The tile with which a part begins, and the part that holds a tile.
+constexpr int64_t tiles_of_part = 4, parts_of_octave = 16;
+inline int64_t first_tile(int64_t part) {
+    if (part < parts_of_octave) return part * tiles_of_part;
+    const int64_t octave = part / parts_of_octave - 1, rest = part % parts_of_octave;
+    return (parts_of_octave + rest) * (tiles_of_part << octave);
+}
+inline int64_t part_of(int64_t tile) {
+    int64_t octave = 0;
+    while ((2 * parts_of_octave * tiles_of_part << octave) <= tile) ++octave;
+    return octave * parts_of_octave + tile / (tiles_of_part << octave);
+}
+constexpr int64_t most_states = 1 << 27;  // numbers, of parts at a time
 
 int64_t index_or(const View& view, int64_t i, int64_t otherwise) {
     return view ? index_at(view, i) : otherwise;
@@ -72,7 +89,14 @@ struct Problem {
     struct Item {
         int64_t b, head, first, query_rows, real_rows;  // those from real_rows on are padding
         int64_t begin, end, own;                        // context [begin, end), then own keys [0, own)
-        int64_t context_tiles, tiles;
+        int64_t context_tiles, tiles;                   // context_tiles: only where there is no causal mask
+        int64_t skipped;                                // tiles before the first
+        int64_t first_part() const { return part_of(skipped); }
+        int64_t parts() const { return tiles ? part_of(skipped + tiles - 1) + 1 - first_part() : 1; }
+        // Of a part, counted from the item's first: its tiles, counted from the item's first.
+        int64_t part_begin(int64_t part) const {
+            return smaller(larger(first_tile(first_part() + part) - skipped, int64_t(0)), tiles);
+        }
     };
     Item item(int64_t n) const {  // the last pieces first: under a causal mask they see the most
         Item item;
@@ -89,8 +113,13 @@ struct Problem {
             if (a.window >= 0) item.begin = larger(item.end - a.window, int64_t(0));
         }
         if (item.real_rows && a.k) item.own = a.causal ? (item.first + item.real_rows - 1) / group + 1 : tokens;
-        item.context_tiles = (item.end - item.begin + keys_of_tile - 1) / keys_of_tile;
-        item.tiles = item.context_tiles + (item.own + keys_of_tile - 1) / keys_of_tile;
+        const auto tiles = [](int64_t keys) { return (keys + keys_of_tile - 1) / keys_of_tile; };
+        item.skipped = a.causal ? item.begin / keys_of_tile : 0;
+        item.context_tiles = a.causal ? 0 : tiles(item.end - item.begin);
+        if (!a.causal)
+            item.tiles = item.context_tiles + tiles(item.own);
+        else
+            item.tiles = item.begin < item.end + item.own ? tiles(item.end + item.own) - item.skipped : 0;
         return item;
     }
 
@@ -140,9 +169,27 @@ struct Problem {
         });
     }
 
+    // Where a tile of a causal item begins, as a position in context and block.
+    int64_t position(const Item& item, int64_t t) const {
+        return larger(item.begin, (item.skipped + t) * keys_of_tile);
+    }
+
     // f(tokens, key, value) for a tile; key(i) and value(i) point to a token's.
     template <class F>
     void with_tile(const Item& item, int64_t t, F f) const {
+        if (a.causal) {
+            const int64_t begin = position(item, t), end = (item.skipped + t + 1) * keys_of_tile;
+            auto at = [&](const View& storage, const View& block) {
+                const Context context(storage, a.context_index, a.block_table, item.b);
+                const int64_t own = item.b * block.stride[0] + item.head * block.stride[2];
+                return [&storage, &block, &item, context, begin, own](int64_t i) {
+                    const int64_t at = begin + i;
+                    if (at < item.end) return storage.as<T>() + context.offset(at) + item.head * storage.stride[2];
+                    return block.as<T>() + own + (at - item.end) * block.stride[1];
+                };
+            };
+            return f(smaller(end, item.end + item.own) - begin, at(a.k_context, a.k), at(a.v_context, a.v));
+        }
         if (t >= item.context_tiles) {
             const int64_t begin = (t - item.context_tiles) * keys_of_tile;
             auto at = [&](const View& view) {
@@ -182,24 +229,25 @@ struct Problem {
               tile_size(up_to(Tile<Kind>::size(p.dim), 16)),
               lines_size(up_to(L * up_to(p.width, L), 16)),
               memory((queries_size + tile_size + lines_size) * int64_t(sizeof(Factor)) +
-                     (keys_of_tile * widest + p.state_size()) * int64_t(sizeof(W))),
+                     (keys_of_tile * widest + 2 * p.state_size()) * int64_t(sizeof(W))),
               queries(reinterpret_cast<Factor*>(static_cast<char*>(memory))),
               tile(queries + queries_size, p.dim),
               lines(queries + queries_size + tile_size),
               logits(reinterpret_cast<W*>(lines + lines_size)),
-              state(logits + keys_of_tile * widest) {}
+              state(logits + keys_of_tile * widest),
+              part(state + p.state_size()) {}
         int64_t queries_size, tile_size, lines_size;
         Scratch<char> memory;
         Factor* queries;  // [piece, factors], panel by panel
         Tile<Kind> tile;
         Factor* lines;  // [L, up_to(width, L)], for transpositions
         W* logits;      // [keys_of_tile, widest]
-        W* state;
+        W *state, *part;
     };
 
-    // All of an item's keys in tiles [begin, end), into a fresh state.
-    void attend(const Item& item, int64_t begin, int64_t end, Workspace& workspace, W* state) const {
-        pack(item, workspace.queries, workspace.lines);
+    // All of an item's keys in tiles [begin, end), into a fresh state. The queries are packed. next: the tile that this
+    // thread comes to after them, to be fetched ahead.
+    void attend(const Item& item, int64_t begin, int64_t end, int64_t next, Workspace& workspace, W* state) const {
         if (begin == end)
             each_panel(workspace.queries, state, 0, item.real_rows,
                        [&](const Panel<Kind>& panel, int64_t) { panel.clear(width); });
@@ -207,12 +255,11 @@ struct Problem {
         for (int64_t t = begin; t < end; ++t) {
             with_tile(item, t, [&](int64_t n, auto key, auto value) { workspace.tile.read(n, key, value); });
             ahead.count = 0;
-            if (t + 1 < end) look_ahead(ahead, item, t + 1);
-            const bool causal = a.causal && t >= item.context_tiles;
-            const int64_t own = (t - item.context_tiles) * keys_of_tile;
+            if (t + 1 < end || next < item.tiles) look_ahead(ahead, item, t + 1 < end ? t + 1 : next);
+            const int64_t own = a.causal ? position(item, t) - item.end : 0;
             each_panel(workspace.queries, state, 0, item.real_rows, [&](const Panel<Kind>& panel, int64_t r) {
                 const int64_t hidden =
-                    causal ? own * group - item.first - r : -workspace.tile.keys * group;  // from no row
+                    a.causal ? own * group - item.first - r : -workspace.tile.keys * group;  // from no row
                 if (hidden < panel.vectors * L)
                     panel.add(workspace.tile, softmax, hidden, group, t == begin, workspace.logits, ahead);
                 else if (t == begin)
@@ -221,26 +268,22 @@ struct Problem {
         }
     }
 
-    // Merges the states of an item's parts into the first, for the panels of rows [begin, end).
-    void merge(W* states, int64_t parts, int64_t begin, int64_t end) const {
-        each_panel(nullptr, states, begin, end, [&](const Panel<Kind>& first, int64_t) {
-            for (int64_t j = 0; j < first.vectors; ++j) {
-                auto at = [&](W* state, int64_t part, int64_t row) -> Lanes& {
-                    return reinterpret_cast<Lanes*>(state + part * state_size())[row * first.vectors + j];
-                };
-                Lanes top = at(first.m_i, 0, 0), all{};
-                for (int64_t p = 1; p < parts; ++p) top = larger_of(top, at(first.m_i, p, 0));
+    // Adds a part's state to what came before it, for the panels of rows [begin, end).
+    void merge(W* states, W* part, int64_t begin, int64_t end) const {
+        const int64_t to_part = part - states;
+        each_panel(nullptr, states, begin, end, [&](const Panel<Kind>& panel, int64_t) {
+            const auto at = [](W* numbers, int64_t i) -> Lanes& { return reinterpret_cast<Lanes*>(numbers)[i]; };
+            for (int64_t j = 0; j < panel.vectors; ++j) {
+                Lanes &m_i = at(panel.m_i, j), &l_i = at(panel.l_i, j);
+                const Lanes part_m = at(panel.m_i + to_part, j), top = larger_of(m_i, part_m);
                 const Lanes base = replaced(top, W(-INFINITY), W(0));
-                for (int64_t p = 0; p < parts; ++p) {
-                    const Lanes weight = weight_of(at(first.m_i, p, 0) - base);
-                    all += weight * at(first.l_i, p, 0);
-                    for (int64_t d = 0; d < dim; ++d) {
-                        const Lanes sum = weight * at(first.acc, p, d);
-                        at(first.acc, 0, d) = p ? at(first.acc, 0, d) + sum : sum;
-                    }
+                const Lanes before = weight_of(m_i - base), more = weight_of(part_m - base);
+                l_i = before * l_i + more * at(panel.l_i + to_part, j);
+                for (int64_t d = 0; d < dim; ++d) {
+                    Lanes& sum = at(panel.acc, d * panel.vectors + j);
+                    sum = before * sum + more * at(panel.acc + to_part, d * panel.vectors + j);
                 }
-                at(first.m_i, 0, 0) = top;
-                at(first.l_i, 0, 0) = all;
+                m_i = top;
             }
         });
     }
@@ -276,27 +319,34 @@ struct Problem {
         }
     }
 
+    // An item by one thread.
+    void run_whole(const Item& item, Workspace& workspace) const {
+        pack(item, workspace.queries, workspace.lines);
+        for (int64_t part = 0; part < item.parts(); ++part) {
+            W* state = part ? workspace.part : workspace.state;
+            const int64_t end = item.part_begin(part + 1);
+            attend(item, item.part_begin(part), end, end, workspace, state);
+            if (part) merge(workspace.state, state, 0, item.real_rows);
+        }
+        finish(item, workspace.state, 0, item.query_rows, reinterpret_cast<W*>(workspace.lines));
+    }
+
     void run() const {
         const int64_t items = batch * kv_heads * pieces;
         const int64_t threads = max_threads();
         int64_t longest = 0, total = 0, parts = 1;
         for (int64_t n = 0; n < items; ++n) {
-            const int64_t tiles = item(n).tiles;
-            longest = larger(longest, tiles);
-            total += tiles;
+            const Item item = this->item(n);
+            longest = larger(longest, item.tiles);
+            parts = larger(parts, item.parts());
+            total += item.tiles;
         }
         const bool even = items % threads == 0 && longest * items <= total + total / 8;
         const bool fine = longest * threads * 4 <= total;
-        if (!even && !fine)  // two parts for every thread, each of a tile at least
-            parts = larger(smaller((2 * threads + items - 1) / items, longest), int64_t(1));
-        if (parts == 1) {
+        if (threads == 1 || even || fine || parts == 1 || items * parts > most_states / state_size()) {
             parallel_for(items, 1, [&](int64_t begin, int64_t end) {
                 Workspace workspace(*this);
-                for (int64_t n = begin; n < end; ++n) {
-                    const Item item = this->item(n);
-                    attend(item, 0, item.tiles, workspace, workspace.state);
-                    finish(item, workspace.state, 0, item.query_rows, reinterpret_cast<W*>(workspace.lines));
-                }
+                for (int64_t n = begin; n < end; ++n) run_whole(item(n), workspace);
             });
             return;
         }
@@ -306,9 +356,12 @@ struct Problem {
             Workspace workspace(*this);
             for (int64_t n = begin; n < end; ++n) {
                 const Item item = this->item(n / parts);
-                const int64_t part = n % parts;
-                attend(item, item.tiles * part / parts, item.tiles * (part + 1) / parts, workspace,
-                       all + n * state_size());
+                if (n == begin || n % parts == 0) pack(item, workspace.queries, workspace.lines);
+                const int64_t part = parts - 1 - n % parts;  // the last first: they are the longest
+                if (part < item.parts())
+                    attend(item, item.part_begin(part), item.part_begin(part + 1),
+                           part && n + 1 < end ? item.part_begin(part - 1) : item.tiles, workspace,
+                           all + (n / parts * parts + part) * state_size());
             }
         });
         const int64_t panels = (piece + widest - 1) / widest;
@@ -319,7 +372,8 @@ struct Problem {
                 const int64_t row = n % panels * widest;
                 if (row >= item.query_rows) continue;
                 W* state = all + n / panels * parts * state_size();
-                merge(state, parts, row, smaller(row + widest, item.real_rows));
+                for (int64_t part = 1; part < item.parts(); ++part)
+                    merge(state, state + part * state_size(), row, smaller(row + widest, item.real_rows));
                 finish(item, state, row, smaller(row + widest, item.query_rows), lines);
             }
         });

@@ -1,52 +1,85 @@
-// out = x weight^T + bias for a few rows of x, summed in float (double for double) and rounded once.
+// out = x weight^T + bias, summed in float (double for double) and rounded once, in one order of summation whatever
+// the number of rows (see linear_tile.h).
 //
-// With few rows this is the reading of the weight, so work is cut along its rows, 16 of them per piece, and every piece
-// takes all rows of x (see skinny.h). With many rows a library that blocks all three dimensions wins; the public side,
-// twotower_kernels/ops/linear.py, draws the line.
+// A piece of work is a chunk of rows of x by n_block rows of the weight. With few rows it is the reading of the weight.
+// With many, as many as a chunk has are packed at a time, which bounds the scratch memory.
 #include "linear.h"
 
+#include "linear_tile.h"
 #include "numeric.h"
 #include "parallel.h"
-#include "skinny.h"
 
 namespace tt {
 namespace TT_ISA {
 
 namespace {
 
+constexpr int64_t chunk_rows = 1024;
+
+// Columns [n, n + columns) of some rows of out. `total` and `bias` begin at column n, bias with n_block numbers.
 template <class T>
-void product(const Linear& a) {
+void store(const Wide<T>* total, int64_t rows, int64_t columns, const Wide<T>* bias, T* out, int64_t out_stride) {
     using W = Wide<T>;
-    using P = Panel<W, T>;
-    const int64_t m_size = a.x.size[0], k = a.x.size[1], n = a.weight.size[0], stride = a.weight.stride[0];
-    if (m_size == 0) return;
-    Scratch<typename P::Kept> x(m_size, P::padded(k));
-    parallel_for(m_size, larger<int64_t>(1, 16384 / larger<int64_t>(1, k)), [&](int64_t begin, int64_t end) {
-        for_panels<W, T>(x, m_size, k, [&](auto panel, int64_t first) {
-            for (int64_t m = larger<int64_t>(0, begin - first); m < smaller(panel.count, end - first); ++m)
-                panel.fill(m, a.x, (first + m) * a.x.stride[0], k);
+    for (int64_t m = 0; m < rows; ++m, total += n_block, out += out_stride)
+        for_vectors<W>(columns, [=](int64_t n, auto some) {
+            store_some<T>(out + n, unaligned<Vector<W>>(total + n) + unaligned<Vector<W>>(bias + n), some);
         });
-    });
-    const int64_t blocks = (n + skinny_rows - 1) / skinny_rows;
+}
+
+// out's rows from `out` on, of which x are packed.
+template <class T>
+void product(const Linear& a, const PackedRows<T>& x, T* out) {
+    using W = Wide<T>;
+    const int64_t n = a.weight.size[0], stride = a.weight.stride[0], blocks = (n + n_block - 1) / n_block;
+    const T* weight = a.weight.as<T>();
+    const auto rows_of = [=](int64_t block) {
+        const int64_t r = block * n_block;
+        return WeightRows<T>{weight + r * stride, stride, smaller<int64_t>(n_block, n - r)};
+    };
     // About 2^16 products are worth a thread's while.
-    const int64_t worth = larger<int64_t>(1, 65536 / larger<int64_t>(1, skinny_rows * k));
-    parallel_for(blocks, worth, [&](int64_t begin, int64_t end) {
-        W y[skinny_panel * skinny_rows], bias[skinny_rows] = {};
-        for (int64_t block = begin; block < end; ++block) {
-            const int64_t r0 = block * skinny_rows;
-            const int rows = int(smaller<int64_t>(skinny_rows, n - r0));
-            const T *w = a.weight.as<T>() + r0 * stride, *next = block + 1 < end ? w + skinny_rows * stride : w;
-            if (a.bias) load<W>(bias, a.bias, r0, rows);
-            for_panels<W, T>(x, m_size, k, [&](auto panel, int64_t first) {
-                skinny(w, stride, rows, panel, k, next, y);
-                next = w;  // fetched already
-                for (int64_t m = 0; m < panel.count; ++m) {
-                    T* out = a.out.as<T>() + (first + m) * n + r0;
-                    for (int r = 0; r < rows; ++r) out[r] = narrow<T>(y[m * skinny_rows + r] + bias[r]);
-                }
-            });
+    const int64_t products = n_block * larger<int64_t>(1, x.k) * x.rows;
+    parallel_for(blocks, larger<int64_t>(1, 65536 / products), [&](int64_t first, int64_t end) {
+        Scratch<typename Steps<T>::Packed> panel(n_block, k_block);
+        Scratch<W> total(x.rows, n_block);
+        for (int64_t block = first; block < end; ++block) {
+            const WeightRows<T> w = rows_of(block);
+            WeightRows<T> next = w;
+            if (block + 1 < end)
+                next = rows_of(block + 1);
+            else
+                next.rows = 0;
+            W bias[n_block] = {};
+            if (a.bias) load<W>(bias, a.bias, block * n_block, w.rows);
+            T* to = out + block * n_block;
+            const auto finish = [=, &total, &bias](int64_t m, int64_t rows, int64_t r, int64_t columns) {
+                store<T>(total + m * n_block + r, rows, columns, bias + r, to + m * n + r, n);
+            };
+            if (w.rows == n_block)
+                multiply<tile_vectors>(w, next, x, 0, x.rows, panel, total, finish);
+            else
+                multiply<1>(w, next, x, 0, x.rows, panel, total, finish);
+            if (x.k > 0) continue;
+            for (int64_t i = 0; i < x.rows * n_block; ++i) total[i] = 0;
+            finish(0, x.rows, 0, w.rows);
         }
     });
+}
+
+template <class T>
+void product(const Linear& a) {
+    using P = PackedRows<T>;
+    const int64_t rows = a.x.size[0], k = a.x.size[1], n = a.weight.size[0];
+    if (rows == 0 || n == 0) return;
+    const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
+    Scratch<typename P::Packed> data(smaller(rows, chunk_rows), P::width(k));
+    for (int64_t c = 0; c < chunks; ++c) {
+        const int64_t begin = rows * c / chunks;
+        const P x = {data, rows * (c + 1) / chunks - begin, k};
+        const auto from = [&](int64_t m) { return a.x.as<T>() + (begin + m) * a.x.stride[0]; };
+        parallel_for(x.rows, larger<int64_t>(1, 16384 / larger<int64_t>(1, k)),
+                     [&](int64_t first, int64_t end) { x.fill(first, end, from); });
+        product<T>(a, x, a.out.as<T>() + begin * n);
+    }
 }
 
 }  // namespace

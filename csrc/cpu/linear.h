@@ -5,7 +5,7 @@
 
 namespace tt {
 
-// out = x weight^T + bias, for few rows of x.
+// out = x weight^T + bias.
 struct Linear {
     View x;       // [M, K]
     View weight;  // [N, K], dtype of x

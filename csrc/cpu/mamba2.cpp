@@ -10,12 +10,17 @@
 // state is needed, exp(a_T) s + sum of exp(a_T - a_u) delta_u x_u B_u is another such product. A head's state (32 KB in
 // the released model) stays in the inner caches from one to the other.
 //
+// A row of at most 64 tokens whose last state is returned goes token by token instead (mamba2_recurrence.h): that is
+// what the tokens give one by one, to the bit, so a commit of several is the commits of each. The closed form rounds
+// otherwise for every split into chunks. A row's own length decides, so neighbours do not.
+//
 // Two parallel loops per slab of 16 (row, chunk) pairs, which bounds the scratch memory: over (row, chunks, group),
 // what the heads of a group share, B, C and C.B; then over (row, head). A token's sums see only the tokens before it,
 // so a NaN spoils no earlier token, and a row's result does not depend on the rows beside it.
 #include "mamba2.h"
 
 #include "mamba2_chunk.h"
+#include "mamba2_recurrence.h"
 #include "parallel.h"
 
 namespace tt {
@@ -25,6 +30,7 @@ namespace {
 
 constexpr int chunk_tokens = 16;
 constexpr int slab_pairs = 16;
+constexpr int64_t recurrence_tokens = 64;  // of a row, at most
 
 template <class W>
 inline int64_t padded(int64_t n) {  // to whole vectors
@@ -81,6 +87,20 @@ inline void exponentials(float* out, const double* x, int64_t n) {
 }
 [[maybe_unused]] inline void exponentials(double* out, const double* x, int64_t n) {
     for (int64_t i = 0; i < n; ++i) out[i] = ::exp(x[i]);
+}
+
+// high[i] + low[i] = e^x[i] of chunk_tokens numbers, for float's sake to 1e-9; x <= 0.
+inline void split_exponentials(float* high, float* low, const double* x) {
+    for (int i = 0; i < chunk_tokens; i += lanes_of<double>) {
+        const DoubleVector e = exponential(unaligned<DoubleVector>(x + i));
+        for (int j = 0; j < lanes_of<double>; ++j) {
+            high[i + j] = float(e[j]);
+            low[i + j] = float(e[j] - double(high[i + j]));
+        }
+    }
+}
+[[maybe_unused]] inline void split_exponentials(double* high, double* low, const double* x) {
+    for (int i = 0; i < chunk_tokens; ++i) high[i] = ::exp(x[i]), low[i] = 0;
 }
 
 // Column t < 0 of the convolution's input, before the first token, for a run of channels.
@@ -201,6 +221,7 @@ struct Scan {
     int64_t block, blocks, block_chunks, chunks;
 
     int64_t row_length(int64_t b) const { return a.seq_lens ? index_at(a.seq_lens, b) : length; }
+    bool token_by_token(int64_t b) const { return a.ssm_out && !a.states_every && row_length(b) <= recurrence_tokens; }
     int64_t state_row(int64_t b) const { return a.state_index ? index_at(a.state_index, b) : b; }
     int64_t start(int64_t chunk) const { return chunk / block_chunks * block + chunk % block_chunks * chunk_tokens; }
     int64_t end(int64_t chunk) const {
@@ -217,7 +238,7 @@ struct Scan {
 
     // What a group's heads share, for one row and chunk: first B [tokens, n]; then
     int64_t padded_n() const { return padded<W>(n); }
-    int64_t c_at() const { return chunk_tokens * padded_n(); }           // C [n, lanes]
+    int64_t c_at() const { return chunk_tokens * padded_n(); }           // C [n, lanes]; token by token [tokens, n]
     int64_t scores_at() const { return 2 * chunk_tokens * padded_n(); }  // B_u.C_t [tokens u, lanes t]
     int64_t shared_size() const { return scores_at() + chunk_tokens * chunk_tokens; }
 
@@ -231,14 +252,33 @@ struct Scan {
             for (int64_t chunk = from; chunk < to; ++chunk, shared += a.groups * shared_size()) {
                 const int64_t count = tokens(b, chunk), lanes = token_lanes<W>(count);
                 if (count == 0) continue;
-                conv(part ? static_cast<W*>(c) : shared, b, state_row(b), start(chunk), count);
-                if (part == 0) continue;
+                const bool recurrence = token_by_token(b);
+                W* to_convolve = part == 0 ? shared : recurrence ? shared + c_at() : static_cast<W*>(c);
+                conv(to_convolve, b, state_row(b), start(chunk), count);
+                if (part == 0 || recurrence) continue;
                 std::memset(c + count * padded_n(), 0, size_t((lanes - count) * padded_n()) * sizeof(W));
                 transpose<W>(shared + c_at(), lanes, c, padded_n(), lanes, padded_n());
                 read_state<W>(shared + scores_at(), shared, padded_n(), count, {shared + c_at(), one, n},
                               {nullptr, 0, 0, nullptr, true}, lanes);
             }
             shared -= (to - from) * a.groups * shared_size();
+        }
+    }
+
+    // The steps of one head's tokens, and the logarithms of what they leave of the state.
+    void steps(W* delta, double* log_decay, int64_t b, int64_t head, double rate, int64_t first, int64_t count) const {
+        double step[chunk_tokens] = {};
+        const double bias = value_at<W>(a.dt_bias, head);
+        for_float(a.dt.dtype, [&](auto type) {
+            using T = typename decltype(type)::type;
+            const T* from = a.dt.as<T>() + b * a.dt.stride[0] + first * a.dt.stride[1] + head;
+            for (int64_t t = 0; t < count; ++t) step[t] = double(widen(from[t * a.dt.stride[1]])) + bias;
+        });
+        softplus(step, W());
+        for (int64_t t = 0; t < count; ++t) {
+            const double bounded = smaller(larger(step[t], a.dt_min), a.dt_max);
+            delta[t] = W(bounded);
+            log_decay[t] = bounded * rate;
         }
     }
 
@@ -250,22 +290,10 @@ struct Scan {
     };
     void decay(Decays& result, const W* scores, int64_t lanes, int64_t b, int64_t head, double rate, int64_t first,
                int64_t count) const {
-        double steps[chunk_tokens] = {};
         W delta[chunk_tokens], left[(chunk_tokens + 1) * chunk_tokens];
-        const double bias = value_at<W>(a.dt_bias, head);
         const W d = value_at<W>(a.d, head);
-        for_float(a.dt.dtype, [&](auto type) {
-            using T = typename decltype(type)::type;
-            const T* from = a.dt.as<T>() + b * a.dt.stride[0] + first * a.dt.stride[1] + head;
-            for (int64_t t = 0; t < count; ++t) steps[t] = double(widen(from[t * a.dt.stride[1]])) + bias;
-        });
-        softplus(steps, W());
         double log_decay[chunk_tokens + 1] = {}, since[(chunk_tokens + 1) * chunk_tokens];
-        for (int64_t t = 0; t < count; ++t) {
-            const double step = smaller(larger(steps[t], a.dt_min), a.dt_max);
-            delta[t] = W(step);
-            log_decay[t] = step * rate;
-        }
+        steps(delta, log_decay, b, head, rate, first, count);
         // since[u + 1][t]: sums of their own rather than differences of running sums, which would cancel when steps are
         // large; in double, since an error here scales a seeded state, which may be large.
         double* row = since + count * chunk_tokens;
@@ -300,13 +328,19 @@ struct Scan {
         return copy;
     }
 
+    // Tokens [count, p] of y, rounded.
+    void write_rows(X* out, const W* y, int64_t stride, int64_t count) const {
+        for (int64_t t = 0; t < count; ++t, out += a.y.stride[1], y += stride)
+            for_vectors<W>(p, [=](int64_t i, auto size) { store_some<X>(out + i, unaligned<Vector<W>>(y + i), size); });
+    }
+
     // Chunks [from, to) of one head of one row. carried_state: the head's state between slabs, null if there is only
     // one slab.
     void scan_head(const W* shared, W* carried_state, int64_t b, int64_t head, int64_t from, int64_t to) const {
         Convolution<X> conv(a, p);
         const int64_t padded_p = conv.stride;
         Scratch<W> scratch(chunk_tokens * 3, padded_p), own(carried_state ? 0 : p, n);
-        W *x = scratch, *y = x + chunk_tokens * padded_p, *columns = y + chunk_tokens * padded_p, *weighted = y;
+        W *x = scratch, *y = x + chunk_tokens * padded_p, *columns = y + chunk_tokens * padded_p, *weighted;
         W* state_scratch = carried_state ? carried_state : static_cast<W*>(own);
         int64_t stride = n;
         const W* state = carried_state;
@@ -328,19 +362,27 @@ struct Scan {
                 if (next != state)
                     for (int64_t i = 0; i < p; ++i)
                         std::memcpy(next + i * n, state + i * stride, size_t(n) * sizeof(W));
+            } else if (const bool finite = conv(x, b, state_row(b), first, count); token_by_token(b)) {
+                W delta[chunk_tokens], left[chunk_tokens], rest[chunk_tokens];
+                double log_decay[chunk_tokens] = {};
+                steps(delta, log_decay, b, head, rate, first, count);
+                split_exponentials(left, rest, log_decay);
+                weighted = columns;
+                for (int64_t t = 0; t < count; ++t)
+                    for (int64_t i = 0; i < padded_p; ++i) weighted[t * padded_p + i] = delta[t] * x[t * padded_p + i];
+                recur<W>(next, state, stride, p, n,
+                         {left, rest, weighted, shared, shared + c_at(), padded_p, padded_n(), count}, y);
+                const W d = value_at<W>(a.d, head);
+                for (int64_t t = 0; t < count; ++t)
+                    for (int64_t i = 0; i < p; ++i) y[t * padded_p + i] += d * x[t * padded_p + i];
+                write_rows(out, y, padded_p, count);
             } else {
-                const bool finite = conv(x, b, state_row(b), first, count);
+                weighted = y;
                 decay(decays, shared + scores_at(), lanes, b, head, rate, first, count);
                 read_state<W>(columns, state, stride, p, {shared + c_at(), decays.from_start, n},
                               {x, padded_p, count, decays.mixing, finite}, lanes);
                 transpose(y, padded_p, columns, lanes, padded_p, lanes);
-                for (int64_t t = 0; t < count; ++t) {
-                    const W* from_row = y + t * padded_p;
-                    X* to_row = out + t * a.y.stride[1];
-                    for_vectors<W>(p, [=](int64_t i, auto size) {
-                        store_some<X>(to_row + i, unaligned<Vector<W>>(from_row + i), size);
-                    });
-                }
+                write_rows(out, y, padded_p, count);
                 if (!a.ssm_out && chunk + 1 == chunks) return;
                 for (int64_t t = 0; t < count; ++t)
                     for (int64_t i = 0; i < padded_p; ++i)

@@ -49,7 +49,8 @@ def mamba2_scan(
         state_index: `[B]` integers, the state row that each row starts from; None: the row itself (Bc = B).
         seq_lens: `[B]` integers in [0, L]. Tokens beyond are not read, y is 0 there, states are taken there.
         time_step_limit: what softplus(dt + dt_bias) is clamped to.
-        return_states: also return the states after the last token. Without it, none is written.
+        return_states: also return the states after the last token. Without it, none is written. On a CPU, a row of at
+            most 64 tokens then goes token by token: y and states are, to the bit, those of its tokens in calls of one.
         states_every: S > 0: return the states after every S tokens, and after the last, shorter block, instead.
 
     Returns:
