@@ -347,8 +347,8 @@ def test_state_index_gathers_states(index_dtype: torch.dtype) -> None:
 
 
 def test_states_are_new_and_optional() -> None:
-    """Asking for states changes no bit of a long row's y, and a short one's by rounding alone, since that then goes token
-    by token; an empty block hands its seeds through, as tensors of their own."""
+    """Asking for states changes no bit of a long row's y, and a short one's by rounding alone, which then goes token by
+    token; an empty block hands its seeds through, as tensors of their own."""
     long = sized(65)
     assert torch.equal(scan(**long), scan(**long, return_states=True)[0])
     inputs = sized(18)
