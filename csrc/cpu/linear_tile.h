@@ -327,19 +327,24 @@ void multiply(const WeightRows<T>& w, const WeightRows<T>& next, const PackedRow
               int64_t count, typename Steps<T>::Packed* panel, typename Steps<T>::W* total, Finish finish) {
     constexpr int64_t fold = Steps<T>::fold, group = V * square_rows<T>;
     const int64_t tiles = (count + tile_rows - 1) / tile_rows * ((w.rows + group - 1) / group);
+    const bool few = count <= tile_rows;
     for (int64_t begin = 0, block = 0; begin < x.k; begin += x.block_numbers, ++block) {
         const int64_t end = smaller(begin + x.block_numbers, x.k);
         const int64_t steps = filled_up<T>(end - begin) / fold;
-        for_squares<T>(w, begin, end, [&](const T* square, int64_t stride, int64_t r, int64_t i) {
-            pack_square<V>(panel + r / group * (group * k_block) + r % group + i / fold * group, square, stride);
-        });
         const bool last = end == x.k;
         const WeightRows<T>& soon = last ? next : w;
         const int64_t from = last ? 0 : end;
         Lookahead ahead = {reinterpret_cast<const char*>(soon.w + from), soon.stride * int64_t(sizeof(T)),
                            smaller(x.block_numbers, x.k - from) * int64_t(sizeof(T)), soon.rows};
-        const int64_t places = tiles * (steps / unrolled);
+        // Fetched evenly, for a burst would be what the processor waits for: between all steps, and between squares
+        // where these take as long.
+        const int64_t squares = (w.rows + square_rows<T> - 1) / square_rows<T> * (steps / square_rows<T>);
+        const int64_t places = (few ? squares : 0) + tiles * (steps / unrolled);
         const int pieces = int((soon.rows + places - 1) / places);
+        for_squares<T>(w, begin, end, [&](const T* square, int64_t stride, int64_t r, int64_t i) {
+            if (few) ahead.fetch(pieces);
+            pack_square<V>(panel + r / group * (group * k_block) + r % group + i / fold * group, square, stride);
+        });
         for (int64_t r = 0; r < w.rows; r += group)
             multiply_panel<V>(panel + r * k_block, x.at(block, first_row), count, steps, begin == 0, total + r, ahead,
                               pieces, [&](int64_t m, int64_t rows) {
