@@ -22,7 +22,7 @@ void store(const Wide<T>* total, int64_t rows, int64_t columns, const Wide<T>* b
     using W = Wide<T>;
     for (int64_t m = 0; m < rows; ++m, total += n_block, out += out_stride)
         for_vectors<W>(columns, [=](int64_t n, auto some) {
-            store_some<T>(out + n, unaligned<Vector<W>>(total + n) + unaligned<Vector<W>>(bias + n), some);
+            store_some<T>(out + n, load_some<W>(total + n, some) + load_some<W>(bias + n, some), some);
         });
 }
 
