@@ -106,13 +106,13 @@ struct PackedRows {
     }
 };
 
-// Pieces of rows of w that will be wanted soon, brought into the second-level cache between other work.
+// Pieces of rows of w that will be wanted soon, brought near between other work.
 struct Lookahead {
     const char* row;
     int64_t stride, bytes, rows;
     void fetch(int count) {
         for (int i = 0; i < count && rows > 0; ++i, --rows, row += stride)
-            for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(row + offset, 0, 2);
+            for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(row + offset);
     }
 };
 
