@@ -14,9 +14,10 @@ namespace TT_ISA {
 
 namespace {
 
-constexpr int64_t packed_bytes = 1 << 23;  // of rows of x at a time, and chunk_rows at least
-constexpr int64_t chunk_rows = 1024;       // rows of x that share one transposition of the weight, at most
-constexpr int64_t part_rows = 128;         // as few of them cost little more time each
+constexpr int64_t packed_bytes = 1 << 23, packed_rows = 1024;  // of x at a time, the larger of the two
+// Parts of x that share one transposition of the weight: at most so many bytes, which the last-level cache keeps, and
+// rows; at least so many rows, as each part transposes the weight anew.
+constexpr int64_t part_bytes = 1 << 22, most_rows = 1024, least_rows = 128;
 
 // Columns [n, n + columns) of some rows of out. `total` and `bias` begin at column n, bias with n_block numbers.
 template <class T>
@@ -38,9 +39,11 @@ void product(const Linear& a, const PackedRows<T>& x, T* out) {
         const int64_t r = block * n_block;
         return WeightRows<T>{weight + r * stride, stride, smaller<int64_t>(n_block, n - r)};
     };
+    const int64_t row_bytes = larger<int64_t>(1, x.width(x.k) * int64_t(sizeof(*x.data)));
+    const int64_t cached = smaller(most_rows, larger(least_rows, part_bytes / row_bytes));
     // Where blocks are few, the rows of x are parted as well, so that all threads finish together.
-    const int64_t wanted = smaller((8 * max_threads() + blocks - 1) / blocks, x.rows / part_rows);
-    const int64_t parts = larger((x.rows + chunk_rows - 1) / chunk_rows, wanted), most = (x.rows + parts - 1) / parts;
+    const int64_t wanted = smaller((8 * max_threads() + blocks - 1) / blocks, x.rows / least_rows);
+    const int64_t parts = larger((x.rows + cached - 1) / cached, wanted), most = (x.rows + parts - 1) / parts;
     // About 2^16 products are worth a thread's while.
     const int64_t products = n_block * larger<int64_t>(1, x.k) * most;
     parallel_for(parts * blocks, larger<int64_t>(1, 65536 / products), [&](int64_t begin, int64_t end) {
@@ -75,7 +78,7 @@ void product(const Linear& a) {
     const int64_t rows = a.x.size[0], k = a.x.size[1], n = a.weight.size[0];
     if (rows == 0 || n == 0) return;
     const int64_t row_bytes = P::width(k) * int64_t(sizeof(typename P::Packed));
-    const int64_t chunk = larger(chunk_rows, packed_bytes / larger<int64_t>(1, row_bytes));
+    const int64_t chunk = larger(packed_rows, packed_bytes / larger<int64_t>(1, row_bytes));
     const int64_t chunks = (rows + chunk - 1) / chunk;
     Scratch<typename P::Packed> data(smaller(rows, chunk), P::width(k));
     for (int64_t c = 0; c < chunks; ++c) {

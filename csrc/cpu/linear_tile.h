@@ -7,12 +7,16 @@
 // sums are added in ascending order. A step is one k, or a pair where the processor multiplies pairs of bfloat16. So a
 // row's result is bit for bit the same alone as in any batch; and short sums err less than one long sum.
 //
-// Rows of w lie along the lanes, so w, which is stored row by row, is transposed square by square in registers. That is
-// cheap beside reading it from memory where rows of x are few, and beside arithmetic where they are many:
-// - few rows of x: each square is multiplied with all of them as it is (multiply_few);
-// - many: `n_block` rows of w by one block of k become a panel in the first-level cache, which serves all rows of x of
-//   a chunk; a tile of `tile_rows` rows of x by `tile_vectors` vectors of rows of w is summed in registers. That is the
-//   blocking of Goto and van de Geijn (Anatomy of high-performance matrix multiplication, ACM TOMS 34, 2008).
+// Rows of w lie along the lanes, so w, which is stored row by row, is transposed square by square in registers: cheap
+// beside reading it from memory where rows of x are few, and beside arithmetic where they are many. `n_block` rows of w
+// by one block of k become a panel in the first-level cache, which serves many rows of x; a tile of `tile_rows` rows of
+// x by `tile_vectors` vectors of rows of w is summed in registers. That is the blocking of Goto and van de Geijn
+// (Anatomy of high-performance matrix multiplication, ACM TOMS 34, 2008).
+//
+// Measured on one core of a Zen 5 (290 GFLOP/s of float multiply-adds, 579 of bfloat16 pairs): 98 % of that in
+// multiply_tile alone; 260 and 520 in the whole product with 256 rows of x and k 384. Tried and left: k along the lanes
+// as in skinny.h, 145 and 290 there, for each number's lanes are added up; squares multiplied as they are, without a
+// panel, which is slower from two rows of x on; blocks of 32 and of 128 steps, 2 % and 0 % slower.
 #pragma once
 
 #include "bf16_dot.h"
