@@ -13,11 +13,10 @@ import torch
 import twotower_kernels as tt
 from twotower_kernels.bench.baselines import pytorch
 from twotower_kernels.bench.cases.model import BLOCK, CONFIG, operations, random_model, random_state
-from twotower_kernels.ops.linear import linear
 from twotower_kernels.ops.moe import moe_router
 
 # The operations that a step is made of: those that the baselines replace, here the package's own.
-INNER = {"linear": linear, "moe_router": moe_router}
+INNER = {"moe_router": moe_router}
 OPERATIONS = {name: INNER.get(name) or getattr(tt, name) for name in pytorch.BEST}
 NORMS = ("adaln_norm", "gated_residual_adaln_norm", "gated_rms_norm")
 OTHER = "other"  # embedding, splits and activations between the operations, and Python

@@ -1,8 +1,8 @@
 // out = x weight^T + bias, summed in float (double for double) and rounded once, in one order of summation whatever
 // the number of rows (see linear_tile.h).
 //
-// A piece of work is a chunk of rows of x by n_block rows of the weight. With few rows it is the reading of the weight.
-// With many, as many as a chunk has are packed at a time, which bounds the scratch memory.
+// A piece of work is n_block rows of the weight by all rows of x. With few rows it is the reading of the weight. With
+// many, a chunk of them is packed at a time, which bounds the scratch memory.
 #include "linear.h"
 
 #include "linear_tile.h"
@@ -14,7 +14,10 @@ namespace TT_ISA {
 
 namespace {
 
-constexpr int64_t chunk_rows = 1024;
+constexpr int64_t packed_bytes = 1 << 23, packed_rows = 1024;  // of x at a time, the larger of the two
+// Parts of x that share one transposition of the weight: at most so many bytes, which the last-level cache keeps, and
+// rows; at least so many rows, as each part transposes the weight anew.
+constexpr int64_t part_bytes = 1 << 22, most_rows = 1024, least_rows = 128;
 
 // Columns [n, n + columns) of some rows of out. `total` and `bias` begin at column n, bias with n_block numbers.
 template <class T>
@@ -22,7 +25,7 @@ void store(const Wide<T>* total, int64_t rows, int64_t columns, const Wide<T>* b
     using W = Wide<T>;
     for (int64_t m = 0; m < rows; ++m, total += n_block, out += out_stride)
         for_vectors<W>(columns, [=](int64_t n, auto some) {
-            store_some<T>(out + n, unaligned<Vector<W>>(total + n) + unaligned<Vector<W>>(bias + n), some);
+            store_some<T>(out + n, load_some<W>(total + n, some) + load_some<W>(bias + n, some), some);
         });
 }
 
@@ -36,31 +39,35 @@ void product(const Linear& a, const PackedRows<T>& x, T* out) {
         const int64_t r = block * n_block;
         return WeightRows<T>{weight + r * stride, stride, smaller<int64_t>(n_block, n - r)};
     };
+    const int64_t row_bytes = larger<int64_t>(1, x.width(x.k) * int64_t(sizeof(*x.data)));
+    const int64_t cached = smaller(most_rows, larger(least_rows, part_bytes / row_bytes));
+    // Where blocks are few, the rows of x are parted as well, so that all threads finish together.
+    const int64_t wanted = smaller((8 * max_threads() + blocks - 1) / blocks, x.rows / least_rows);
+    const int64_t parts = larger((x.rows + cached - 1) / cached, wanted), most = (x.rows + parts - 1) / parts;
     // About 2^16 products are worth a thread's while.
-    const int64_t products = n_block * larger<int64_t>(1, x.k) * x.rows;
-    parallel_for(blocks, larger<int64_t>(1, 65536 / products), [&](int64_t first, int64_t end) {
+    const int64_t products = n_block * larger<int64_t>(1, x.k) * most;
+    parallel_for(parts * blocks, larger<int64_t>(1, 65536 / products), [&](int64_t begin, int64_t end) {
         Scratch<typename Steps<T>::Packed> panel(n_block, k_block);
-        Scratch<W> total(x.rows, n_block);
-        for (int64_t block = first; block < end; ++block) {
+        Scratch<W> total(most, n_block);
+        for (int64_t piece = begin; piece < end; ++piece) {
+            const int64_t part = piece / blocks, block = piece % blocks;
+            const int64_t first = x.rows * part / parts, count = x.rows * (part + 1) / parts - first;
             const WeightRows<T> w = rows_of(block);
-            WeightRows<T> next = w;
-            if (block + 1 < end)
-                next = rows_of(block + 1);
-            else
-                next.rows = 0;
+            WeightRows<T> next = rows_of((block + 1) % blocks);
+            if (piece + 1 == end) next.rows = 0;
             W bias[n_block] = {};
             if (a.bias) load<W>(bias, a.bias, block * n_block, w.rows);
-            T* to = out + block * n_block;
+            T* to = out + first * n + block * n_block;
             const auto finish = [=, &total, &bias](int64_t m, int64_t rows, int64_t r, int64_t columns) {
                 store<T>(total + m * n_block + r, rows, columns, bias + r, to + m * n + r, n);
             };
             if (w.rows == n_block)
-                multiply<tile_vectors>(w, next, x, 0, x.rows, panel, total, finish);
+                multiply<tile_vectors>(w, next, x, first, count, panel, total, finish);
             else
-                multiply<1>(w, next, x, 0, x.rows, panel, total, finish);
+                multiply<1>(w, next, x, first, count, panel, total, finish);
             if (x.k > 0) continue;
-            for (int64_t i = 0; i < x.rows * n_block; ++i) total[i] = 0;
-            finish(0, x.rows, 0, w.rows);
+            for (int64_t i = 0; i < count * n_block; ++i) total[i] = 0;
+            finish(0, count, 0, w.rows);
         }
     });
 }
@@ -70,8 +77,10 @@ void product(const Linear& a) {
     using P = PackedRows<T>;
     const int64_t rows = a.x.size[0], k = a.x.size[1], n = a.weight.size[0];
     if (rows == 0 || n == 0) return;
-    const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
-    Scratch<typename P::Packed> data(smaller(rows, chunk_rows), P::width(k));
+    const int64_t row_bytes = P::width(k) * int64_t(sizeof(typename P::Packed));
+    const int64_t chunk = larger(packed_rows, packed_bytes / larger<int64_t>(1, row_bytes));
+    const int64_t chunks = (rows + chunk - 1) / chunk;
+    Scratch<typename P::Packed> data(smaller(rows, chunk), P::width(k));
     for (int64_t c = 0; c < chunks; ++c) {
         const int64_t begin = rows * c / chunks;
         const P x = {data, rows * (c + 1) / chunks - begin, k};

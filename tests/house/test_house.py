@@ -16,7 +16,8 @@ from safetensors import safe_open
 import twotower_kernels as tt
 from tests.paths import GOLDEN, ROOT
 
-FAMILIES = ("adaln", "attention", "mamba2", "moe", "remask")  # one stem per family of ops, the same in every folder
+# One stem per family of ops, the same in every folder.
+FAMILIES = ("adaln", "attention", "linear", "mamba2", "moe", "remask")
 OPS = [(stem, op) for stem in FAMILIES for op in importlib.import_module(f"twotower_kernels.reference.{stem}").CASES]
 GENERATED = {"build", "dist", "__pycache__"}
 
@@ -144,6 +145,7 @@ def test_the_ops_are_the_public_ones() -> None:
     assert {stem: set(importlib.import_module(f"twotower_kernels.reference.{stem}").CASES) for stem in FAMILIES} == {
         "adaln": {"rms_norm", "adaln_norm", "gated_residual", "gated_residual_adaln_norm"},
         "attention": {"block_attention", "context_attention", "merge_attention", "append_kv"},
+        "linear": {"linear"},
         "mamba2": {"mamba2_scan", "gated_rms_norm"},
         "moe": {"moe_gate", "moe_route", "moe_plan", "moe_experts"},
         "remask": {"remask"},

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tests.conftest  # noqa: F401 (it loads the library that is under test)
 import twotower_kernels as tt
-from twotower_kernels.ops.linear import linear
 from twotower_kernels.ops.moe import moe_router
 from twotower_kernels.reference import adaln, attention, mamba2
 
@@ -106,7 +105,7 @@ def _other_calls() -> None:
             if "released" not in case:
                 op(**adaln.make_inputs(op.__name__, case))
     for dtype, bias in ((torch.float32, None), (torch.bfloat16, torch.randn(5).bfloat16())):
-        linear(torch.randn(2, 3, 7).to(dtype), torch.randn(5, 7).to(dtype), bias)
+        tt.linear(torch.randn(2, 3, 7).to(dtype), torch.randn(5, 7).to(dtype), bias)
     tt.gated_rms_norm(torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(8), n_groups=2, eps=1e-5)
     for case, options in (("unseeded", {}), ("ragged", {"return_states": True}), ("shared_state", {"states_every": 5})):
         tt.mamba2_scan(**mamba2.make_inputs("mamba2_scan", case), **options)

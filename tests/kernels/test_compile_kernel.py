@@ -93,6 +93,7 @@ INPUTS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "gated_residual": residual,
     "gated_residual_adaln_norm": lambda b, s: residual(b, s) | {k: v for k, v in modulated(b, s).items() if k != "x"},
     "gated_rms_norm": lambda b, s: dict(y=drawn(b, s, 24), z=drawn(b, s, 24), weight=drawn(24), n_groups=2, eps=1e-5),
+    "linear": lambda b, s: dict(x=drawn(b, s, 24), weight=drawn(20, 24), bias=drawn(20)),
     "mamba2_scan": scan_inputs,
     "merge_attention": lse,
     "moe_experts": experts_inputs,

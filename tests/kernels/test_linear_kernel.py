@@ -1,6 +1,10 @@
-"""The linear layers' kernel against F.linear on every instruction set, dtype and layout, and where it is used."""
+"""The linear kernel against reference/linear.py on every instruction set, dtype and layout, and a row's bits, which
+depend on nothing but the row."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,125 +13,208 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+import twotower_kernels as tt
 from tests.kernels.kernel_checks import DTYPES, EVERY_ISA, ISAS, assert_op_within_budget, awkward, instruction_set
 from twotower_kernels.model.layers import Linear
-from twotower_kernels.ops import linear as linear_module
-from twotower_kernels.ops.linear import MOST_ROWS, MOST_ROWS_WIDENED, linear
+from twotower_kernels.reference import linear as reference
+
+FEW_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def make_inputs(
-    shape: tuple[int, ...], n: int, *, bias: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0
+    rows: tuple[int, ...], k: int, r: int, *, bias: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> dict[str, Tensor | None]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator, dtype=torch.float64).to(dtype)
-
-    k = shape[-1]
-    return dict(x=normal(*shape), weight=normal(n, k) / max(k, 1) ** 0.5, bias=normal(n) if bias else None)
+    return reference.make_inputs("linear", dict(rows=rows, k=k, r=r, bias=bias), dtype=dtype, seed=seed)
 
 
 def assert_as_specified(inputs: dict[str, Tensor | None], layout: int = 0) -> None:
-    assert_op_within_budget(
-        lambda x, weight, bias: torch.ops.twotower.linear(x, weight, bias), F.linear, inputs, layout=layout
-    )
+    assert_op_within_budget(tt.linear, reference.linear, inputs, layout=layout)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- the numbers ------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=120)
 @given(
     lead=st.lists(st.integers(0, 3), max_size=2) | st.sampled_from([[5], [7], [21], [40], [65]]),
-    k=st.integers(0, 70) | st.sampled_from([255, 256, 257, 515]),
-    n=st.integers(0, 40),
+    k=st.integers(0, 70) | st.sampled_from([127, 128, 129, 255, 256, 257, 515]),
+    r=st.integers(0, 40) | st.sampled_from([63, 64, 65, 130]),
     bias=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     isa=st.sampled_from(EVERY_ISA),
     layout=st.integers(0, 3),
     seed=st.integers(0, 2**31),
 )
-def test_any_shape_and_layout(lead, k, n, bias, dtype, isa, layout, seed):  # type: ignore[no-untyped-def]
+def test_any_shape_and_layout(lead, k, r, bias, dtype, isa, layout, seed):  # type: ignore[no-untyped-def]
     with instruction_set(isa):
-        assert_as_specified(make_inputs((*lead, k), n, bias=bias, dtype=dtype, seed=seed), layout)
+        assert_as_specified(make_inputs((*lead,), k, r, bias=bias, dtype=dtype, seed=seed), layout)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_alone_is_bit_for_bit_the_same(dtype: torch.dtype, isa: str) -> None:
-    """Whatever the other rows are: up to 45 rows are blocked in every way there is."""
-    inputs = make_inputs((45, 1100), 37, bias=True, dtype=dtype)
-    x, rest = inputs.pop("x"), inputs.values()
-    assert x is not None
+def test_many_rows(dtype: torch.dtype, isa: str) -> None:
+    """More than are packed at a time."""
     with instruction_set(isa):
-        together = torch.ops.twotower.linear(x, *rest)
-        for rows in (*range(1, 24), 40):
-            assert torch.equal(torch.ops.twotower.linear(x[:rows], *rest), together[:rows])
-        for row in range(45):
-            assert torch.equal(torch.ops.twotower.linear(x[row : row + 1], *rest), together[row : row + 1])
-
-
-def test_threads_change_no_bit() -> None:
-    inputs = make_inputs((33, 500), 700, bias=True, dtype=torch.bfloat16)
-    alone = torch.ops.twotower.linear(*inputs.values())
-    torch.set_num_threads(3)
-    try:
-        assert torch.equal(torch.ops.twotower.linear(*inputs.values()), alone)
-    finally:
-        torch.set_num_threads(1)
+        assert_as_specified(make_inputs((1030,), 140, 70, bias=True, dtype=dtype))
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_nan_stays_in_its_row(isa: str) -> None:
-    inputs = make_inputs((9, 70), 20, dtype=torch.bfloat16)
-    x = inputs["x"]
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_stays_in_its_row_and_column(dtype: torch.dtype, isa: str) -> None:
+    inputs = make_inputs((9,), 150, 80, dtype=dtype)
+    x, weight = inputs["x"], inputs["weight"]
+    assert x is not None and weight is not None
+    with instruction_set(isa):
+        clean = tt.linear(x, weight)
+        x[3, 5], weight[70, 149] = torch.nan, torch.inf
+        got = tt.linear(x, weight)
+    assert got[3].isnan().all() and not got[:, 70].isfinite().any()
+    got[3], got[:, 70] = clean[3], clean[:, 70]
+    assert torch.equal(got, clean)
+
+
+# --- a row's bits -----------------------------------------------------------------------------------------------------
+
+
+def same(got: Tensor, expected: Tensor) -> bool:
+    """To the bit, the sign of zero included."""
+    whole = {8: torch.int64, 4: torch.int32, 2: torch.int16}[got.element_size()]
+    return torch.equal(got.view(whole), expected.view(whole))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    count=st.integers(1, 70) | st.sampled_from([256, 1025]),
+    k=st.integers(1, 300),
+    r=st.integers(1, 150),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(EVERY_ISA),
+    layout=st.integers(0, 3),
+    number=st.integers(1, 3),
+    scale=st.sampled_from([1.0, 1e-18, 1e-30]),
+    data=st.data(),
+)
+def test_a_rows_bits(count, k, r, dtype, isa, layout, number, scale, data):  # type: ignore[no-untyped-def]
+    """Alone on one thread; among others, anywhere, on several, from any layout. Products may underflow."""
+    inputs = make_inputs((count,), k, r, bias=True, dtype=dtype, seed=count)
+    x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
+    assert x is not None and weight is not None and bias is not None
+    x, bias = (x.double() * scale).to(dtype), (bias.double() * scale**2).to(dtype)
+    row = data.draw(st.integers(0, count - 1))
+    begin = data.draw(st.integers(0, row))
+    end = data.draw(st.integers(row + 1, count))
+    with instruction_set(isa):
+        with threads(1):
+            alone = tt.linear(x[row], weight, bias)
+        with threads(number):
+            together = tt.linear(awkward(x[begin:end], layout), awkward(weight, layout), awkward(bias, layout))
+            batch = tt.linear(x[begin:end].expand(2, end - begin, k), weight, bias)
+    assert same(together[row - begin], alone)
+    assert same(batch[0, row - begin], alone) and same(batch[1, row - begin], alone)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number_of_rows_gives_the_same_bits(dtype: torch.dtype, isa: str) -> None:
+    """Tiles of every height, the last of a chunk among them; whole and partial vectors of the weight's rows."""
+    inputs = make_inputs((300,), 330, 77, bias=True, dtype=dtype)
+    x, rest = inputs.pop("x"), list(inputs.values())
     assert x is not None
     with instruction_set(isa):
-        clean = torch.ops.twotower.linear(*inputs.values())
-        x[3, 5] = torch.nan
-        got = torch.ops.twotower.linear(*inputs.values())
-    assert got[3].isnan().all()
-    got[3] = clean[3]
-    assert torch.equal(got, clean)
+        together = tt.linear(x, *rest)
+        for rows in (*range(1, 24), 40, 63, 64, 65, 128, 257):
+            assert same(tt.linear(x[:rows], *rest), together[:rows])
+        for row in range(0, 300, 7):
+            assert same(tt.linear(x[row : row + 1], *rest), together[row : row + 1])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_columns_bits(dtype: torch.dtype, isa: str) -> None:
+    """The same for the weight's rows, which a vocabulary or a layer may be split by."""
+    inputs = make_inputs((20,), 200, 150, bias=True, dtype=dtype)
+    x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
+    assert x is not None and weight is not None and bias is not None
+    with instruction_set(isa):
+        whole = tt.linear(x, weight, bias)
+        for part in (slice(0, 64), slice(1, 66), slice(149, 150), slice(30, 150)):
+            assert same(tt.linear(x, weight[part], bias[part]), whole[:, part].contiguous())
+
+
+@pytest.mark.parametrize("dtype", FEW_DTYPES)
+def test_layers_of_every_batch(dtype: torch.dtype) -> None:
+    """What the model calls, beyond the numbers of rows at which it once handed over to another program."""
+    layer = Linear(96, 160, bias=False, dtype=dtype).requires_grad_(False)
+    layer.weight.copy_(torch.randn(160, 96))
+    x = torch.randn(8, 16, 96).to(dtype)
+    together = layer(x)
+    for batch in range(8):
+        assert same(layer(x[batch : batch + 1]), together[batch : batch + 1])
+
+
+# --- what it is to PyTorch --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("layout", [0, 3])
-def test_registration(layout: int, bias: bool) -> None:
-    inputs = make_inputs((2, 3, 17), 11, bias=bias, dtype=torch.bfloat16)
-    arguments = [value if value is None else awkward(value, layout) for value in inputs.values()]
+@pytest.mark.parametrize("gradient", [False, True])
+def test_registration(layout: int, bias: bool, gradient: bool) -> None:
+    inputs = make_inputs((2, 3), 17, 11, bias=bias, dtype=torch.float32 if gradient else torch.bfloat16)
+    arguments = [
+        value if value is None else awkward(value, layout).requires_grad_(gradient) for value in inputs.values()
+    ]
     torch.library.opcheck(torch.ops.twotower.linear.default, tuple(arguments))
-    torch.library.opcheck(torch.ops.twotower.linear.traced, tuple(arguments))
 
 
-def used(*arguments: Tensor | None) -> bool:
-    """Whether `linear` calls the kernel."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        linear(*arguments)  # type: ignore[arg-type]
-    return any(event.key == "twotower::linear" for event in profile.key_averages())
+@pytest.mark.parametrize(("rows", "k", "r"), [((), 7, 4), ((0,), 7, 4), ((5,), 7, 4), ((2, 3), 1, 1), ((2,), 7, 0)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradients(rows: tuple[int, ...], k: int, r: int, bias: bool) -> None:
+    made = make_inputs(rows, k, r, bias=bias, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in made.values() if x is not None]
+    assert torch.autograd.gradcheck(tt.linear, inputs)
+    assert torch.autograd.gradgradcheck(tt.linear, inputs)
 
 
-def test_where_the_kernel_is_used() -> None:
-    """One dtype without gradients, in float32 few rows; everything else is F.linear's."""
-    with torch.no_grad():
-        for dtype, most in MOST_ROWS.items():
-            x, weight, bias = make_inputs((most, 8), 4, bias=True, dtype=dtype).values()
-            assert x is not None and weight is not None
-            assert used(x, weight, bias) and used(x[None], weight)
-            assert used(torch.cat([x, x[:1]]), weight, bias) == (dtype != torch.float32)
-        x, weight, bias = make_inputs((3, 8), 4, bias=True, dtype=torch.float64).values()
-        assert not used(x, weight, bias)
-    x, weight = torch.ones(2, 8), torch.ones(4, 8, requires_grad=True)
-    assert not used(x, weight)
-    linear(x, weight).sum().backward()
-    assert torch.equal(weight.grad, torch.full((4, 8), 2.0))
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_gradients_are_those_of_pytorch(dtype: torch.dtype) -> None:
+    inputs = make_inputs((2, 30), 40, 20, bias=True, dtype=dtype)
+    grad = torch.randn(2, 30, 20).to(dtype)
+
+    def gradients(function: Callable[..., Tensor], **inputs: Tensor) -> tuple[Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in inputs.values()]
+        return torch.autograd.grad(function(*leaves), leaves, grad.to(leaves[0].dtype))
+
+    assert_op_within_budget(
+        lambda **inputs: gradients(tt.linear, **inputs), lambda **inputs: gradients(F.linear, **inputs), inputs
+    )
 
 
-@pytest.mark.parametrize("multiplies", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_many_rows_are_the_librarys(dtype: torch.dtype, multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With weights widened piece by piece, or not, as the processor needs it."""
-    monkeypatch.setattr(linear_module, "_multiplies", lambda dtype: multiplies)
-    monkeypatch.setattr(linear_module, "PIECE", 5)
-    for bias in (False, True):
-        assert_as_specified(make_inputs((MOST_ROWS_WIDENED + 1, 20), 13, bias=bias, dtype=dtype))
+def test_a_gradient_changes_no_bit_of_the_result() -> None:
+    x, weight, bias = make_inputs((90,), 70, 30, bias=True).values()
+    assert x is not None and weight is not None
+    assert same(tt.linear(x, weight.clone().requires_grad_(), bias).detach(), tt.linear(x, weight, bias))
+
+
+def test_a_backward_under_autocast_keeps_its_precision() -> None:
+    x, weight, _ = make_inputs((9,), 70, 30).values()
+    assert x is not None and weight is not None
+    leaf = weight.clone().requires_grad_()
+    total = tt.linear(x, leaf).square().sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (got,) = torch.autograd.grad(total, leaf)
+        assert tt.linear(x, weight).dtype == torch.bfloat16
+    (expected,) = torch.autograd.grad(tt.linear(x, leaf).square().sum(), leaf)
+    assert same(got, expected)
 
 
 def test_the_layer_compiles_into_one_graph() -> None:
@@ -140,6 +227,17 @@ def test_the_layer_compiles_into_one_graph() -> None:
         assert torch.equal(compiled(x), layer(x))
 
 
-def test_bad_shapes_are_named() -> None:
-    with pytest.raises(ValueError, match=r"weight: expected \[N, 8\] for x \[2, 8\], got \[4, 7\]"):
-        linear(torch.ones(2, 8), torch.ones(4, 7))
+def test_errors_are_named_on_every_device() -> None:
+    for device in ("cpu", "meta"):
+        x, weight = torch.ones(2, 8, device=device), torch.ones(4, 8, device=device)
+        assert tt.linear(x, weight).shape == (2, 4)
+        with pytest.raises(ValueError, match=r"weight: expected \[R, 8\] for x \[2, 8\], got \[4, 7\]"):
+            tt.linear(x, weight[:, :7])
+        with pytest.raises(ValueError, match=r"bias: expected \[4\], got \[3\]"):
+            tt.linear(x, weight, weight[:3, 0])
+        with pytest.raises(TypeError, match=r"weight: expected torch\.float32 as x, got torch\.float16"):
+            tt.linear(x, weight.half())
+        with pytest.raises(TypeError, match="x: expected float64, float32, bfloat16 or float16"):
+            tt.linear(x.int(), weight.int())
+    with pytest.raises(ValueError, match="weight: expected device cpu, got meta"):
+        tt.linear(torch.ones(2, 8), weight)

@@ -20,6 +20,7 @@ PLACES = [(op, argument) for op in OPS for argument in floating(op, arguments(op
 DIFFERENTIABLE = {
     "block_attention": {"q", "k", "v"},
     "context_attention": {"q"},
+    "linear": {"x", "weight", "bias"},
     "merge_attention": {"out_a", "lse_a", "out_b", "lse_b"},
 }
 

@@ -104,8 +104,18 @@ def test_agreement_in_half_precision(dtype: torch.dtype, wide_residual: bool) ->
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_time_is_embedded_to_the_bit(dtype: torch.dtype) -> None:
+    """What enters the linear layers, whose own sums have another order."""
     m, t = models("-", dtype), torch.linspace(0, 1, 65, dtype=torch.float64)
-    assert torch.equal(m.ours.t_embedder(t), m.naive.t_embedder(t))
+    entered: list[Tensor] = []
+    for embedder in (m.ours.t_embedder, m.naive.t_embedder):
+        with embedder.mlp[0].register_forward_pre_hook(lambda _, inputs: entered.append(*inputs)):
+            embedder(t)
+    assert torch.equal(*entered) and entered[0].dtype == dtype
+    ours, naive, exact = m.ours.t_embedder(t), m.naive.t_embedder(t), m.exact.t_embedder.mlp(entered[0].double())
+    if dtype == torch.float64:
+        torch.testing.assert_close(ours, exact, rtol=1e-13, atol=1e-13)
+    else:
+        assert_within_budget(ours, naive, exact)
 
 
 def test_a_number_is_a_time_for_every_row() -> None:

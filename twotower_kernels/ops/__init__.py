@@ -2,6 +2,7 @@
 
 from twotower_kernels.ops.adaln import adaln_norm, gated_residual, gated_residual_adaln_norm, rms_norm
 from twotower_kernels.ops.attention import append_kv, block_attention, context_attention, merge_attention
+from twotower_kernels.ops.linear import linear
 from twotower_kernels.ops.mamba2 import gated_rms_norm, mamba2_scan
 from twotower_kernels.ops.moe import MoePlan, moe_experts, moe_gate, moe_plan, moe_route
 from twotower_kernels.ops.remask import RemaskResult, remask
@@ -16,6 +17,7 @@ __all__ = [
     "gated_residual",
     "gated_residual_adaln_norm",
     "gated_rms_norm",
+    "linear",
     "mamba2_scan",
     "merge_attention",
     "moe_experts",
