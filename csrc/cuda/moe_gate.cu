@@ -15,7 +15,7 @@
 // instead of 4 spill on two architectures.
 //
 // Between two calls of a layer the experts' weights sweep the L2: so a block asks for all its rows at once, and waits
-// for memory once. Many tokens are moe_gate_tiled.cu's. Predictions: docs/gpu.md.
+// for memory once. Many tokens are moe_gate_tiled.cu's. Predictions: docs/gpu_kernels.md.
 #include "moe_gate.h"
 
 constexpr int tile = 4;  // tokens, and experts, of a block: TILE in twotower_kernels/cuda/moe.py

@@ -17,8 +17,8 @@
 // so that one computes while the other waits. Tiles of 64 by 64 would copy half as much, and leave half of an
 // H200 idle at 4096 tokens.
 //
-// Shared memory is what bounds it (docs/gpu.md). What is left: tensor cores multiply doubles at twice the rate, and
-// would read a third from shared memory.
+// Shared memory is what bounds it (docs/gpu_kernels.md). What is left: tensor cores multiply doubles at twice the rate,
+// and would read a third from shared memory.
 //
 // Compiled for X_TYPE and WEIGHT_TYPE: double, float, Bfloat16 or Float16.
 #include "moe_gate.h"

@@ -8,7 +8,7 @@
 // have of it, plus what the warp itself has met: stable without any order among threads. Within 32 pairs,
 // `__match_any_sync` finds those of the same expert. No block waits for another: each of several adds up the counts
 // of all, which are 48 KB for 96 blocks and 128 experts, instead of leaving that to a third launch between two.
-// One block would take long for many tokens (docs/gpu.md).
+// One block would take long for many tokens (docs/gpu_kernels.md).
 //
 // A pair whose expert is outside [0, E) is left out: a GPU cannot raise, and stopping the kernel would take the whole
 // process's GPU away. What stands in `sorted_token_ids` beyond the last offset is then undefined.

@@ -14,7 +14,7 @@
 // mask of the tokens that chose it. Its size is the expert's count, and the bits below a token's own are the token's
 // position among the expert's. The result is ordered by token whatever the order in which the bits arrived.
 //
-// More tokens than 64 take moe_route_kernel and moe_plan.cu. Predictions: docs/gpu.md.
+// More tokens than 64 take moe_route_kernel and moe_plan.cu. Predictions: docs/gpu_kernels.md.
 //
 // Compiled for LOGIT float or double.
 #include "moe_gate.h"

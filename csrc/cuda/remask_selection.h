@@ -2,7 +2,7 @@
 // (reference/remask_select.py).
 //
 // Positions are ranked by all threads: each asks for its positions how many of the others come before, which for the
-// some dozens of positions of a block is less than sorting (docs/gpu.md has what thousands cost). Then a warp
+// some dozens of positions of a block is less than sorting (docs/gpu_kernels.md has what thousands cost). Then a warp
 // for each stretch of positions (one, unless the policy has sub-blocks) finds how many this step commits, and which.
 //
 // Everything is double here, as in the CPU's kernel. Where the definition compares in float32, values and bounds are

@@ -28,7 +28,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int
 SHARED_LIMIT = 48 * 1024  # bytes of shared memory that a block may have on every GPU without asking
 
 # Whether a kernel that asks for it is set up while the one before it runs (programmatic dependent launch): written,
-# compiled, not yet measured (docs/gpu.md).
+# compiled, not yet measured (docs/gpu_kernels.md).
 PDL = False
 
 Argument = Tensor | None | int | float | ctypes.Structure

@@ -11,7 +11,7 @@ need a counter that somebody sets to zero, for the microsecond that a launch cos
 
 Most tiles of keys lie within all bounds: they come in a loop of their own, without masks, where one address moves from
 tile to tile and the scale is part of the exponents' multiply-add. Those that cross an end of the context or of the
-block, or the diagonal, come behind them. `docs/gpu.md` counts the instructions, and has predictions.
+block, or the diagonal, come behind them. `docs/gpu_kernels.md` counts the instructions, and has predictions.
 
 Tiles of 128 rows and 64 keys in eight warps take 203 registers and 128 KB of shared memory. Tried, by compiling: 64
 keys at head_dim 256 spill registers, as does a second loop on sm_80; head_dim as a run-time number hides from the

@@ -14,7 +14,7 @@ from torch import Tensor
 from twotower_kernels.cpu import rows_contiguous
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-PDL = False  # programmatic dependent launch: written, compiled, not yet measured (docs/gpu.md)
+PDL = False  # programmatic dependent launch: written, compiled, not yet measured (docs/gpu_kernels.md)
 
 
 @dataclass(frozen=True)

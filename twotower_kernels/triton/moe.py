@@ -23,7 +23,7 @@ next tile of tokens. Scratch is N k (H + I) + N (H + J) numbers.
 
 Decided on paper: no list of tiles from a launch of its own (about 2 us, where the search costs a program some 0.3 us
 while its neighbours read); no splitting of K (partial sums to write and add, for a tail of a few us); no TMA. What is
-predicted, and what the compiled code says: docs/gpu.md.
+predicted, and what the compiled code says: docs/gpu_kernels.md.
 """
 
 from __future__ import annotations
