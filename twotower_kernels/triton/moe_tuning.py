@@ -23,7 +23,7 @@ class Tuning:
 
 NARROW = 32  # pairs of a tile at most, whose time is that of its weights
 # block_k and num_stages of narrow tiles on GPUs with 227 KB of shared memory. A stage is a run of 2 block_k bytes in
-# each of 64 rows. `python -m bench.gpu_switches` compares them; docs/gpu_kernels.md says why this one is taken until then.
+# each of 64 rows. `python -m bench.gpu_switches` compares them; until then docs/gpu_kernels.md says why it is this one.
 STREAMS = {"deep": (128, 3), "deeper": (128, 4), "shallow": (64, 6)}
 STREAM = "deep"
 
