@@ -42,7 +42,7 @@ def test_a_commit_gets_these_benchmarks_where_they_fit(
         path.parent.mkdir(parents=True)
         path.touch()
     if fits:
-        (folder / "twotower_kernels" / "cli").mkdir(parents=True)
+        (folder / "twotower_kernels" / "options").mkdir(parents=True)
         (folder / "twotower_kernels" / "options" / "flags.py").touch()
     built: list[Path] = []
     monkeypatch.setattr(compare, "ROOT", tmp_path)

@@ -58,5 +58,5 @@ def test_another_size_is_refused() -> None:
 
 def test_dtypes_are_numbered_as_elsewhere() -> None:
     assert all(cuda.DTYPES[code] == dtype for dtype, code in remask_fields.CODES.items())
-    assert all(cpu._CODES[dtype] == code for dtype, code in remask_fields.CODES.items())
+    assert all(cpu._DTYPES[code] == dtype for dtype, code in remask_fields.CODES.items())
     assert torch.bool not in remask_fields.CODES

@@ -14,6 +14,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,20 @@ def span(array: Any) -> tuple[int, int]:
     return address, size + sum((n - 1) * stride for n, stride in zip(array.shape, strides, strict=True))
 
 
+@dataclass
+class Struct:
+    """An argument that is a struct: its bytes, and by their offsets the arrays that pointers in it lead to."""
+
+    content: bytes
+    arrays: dict[int, Any]
+
+    @classmethod
+    def of(cls, struct: Any) -> Struct:
+        """From one whose `tensors` are named as its fields are."""
+        offsets = {name: getattr(type(struct), name).offset for name in struct.tensors}
+        return cls(bytes(struct), {offsets[name]: tensor for name, tensor in struct.tensors.items()})
+
+
 def launch(
     text: str,
     kernel: str,
@@ -163,10 +178,11 @@ def launch(
         for argument in arguments:
             if hasattr(argument, "shape"):
                 yield ctypes.c_void_p(inside(argument))
-            elif isinstance(argument, ctypes.Structure):  # by value, with pointers into its tensors
-                copy = type(argument).from_buffer_copy(argument)
-                for name, tensor in argument.tensors.items():
-                    setattr(copy, name, inside(tensor))
+            elif isinstance(argument, ctypes.Structure | Struct):  # by value
+                struct = argument if isinstance(argument, Struct) else Struct.of(argument)
+                copy = ctypes.create_string_buffer(struct.content, len(struct.content))
+                for offset, array in struct.arrays.items():
+                    ctypes.c_void_p.from_buffer(copy, offset).value = inside(array)
                 yield copy
             else:
                 yield ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(int(argument or 0))
