@@ -92,7 +92,7 @@ void bind_attention(py::module_& m) {
 
 void bind_linear(py::module_& m) {
     m.def(
-        "linear", [](Matrix x, Matrix weight, Optional<1> bias, Matrix out) { tt::linear({x, weight, bias, out}); },
+        "linear", [](tt::Flat x, Matrix weight, Optional<1> bias, tt::Flat out) { tt::linear({x, weight, bias, out}); },
         Released());
 }
 

@@ -14,20 +14,25 @@ template <int Rank>
 struct Ranked : View {};  // of this rank
 template <int Rank>
 struct Optional : Ranked<Rank> {};  // or None
-struct Rows : View {};              // of any rank but 0, seen as [1, rows, H]
+struct Flat : View {};              // of any rank but 0, seen as [rows, H]
+struct Rows : View {};              // the same as [1, rows, H]; one of rank 3 is itself
 
 namespace py = pybind11;
 
 // The names that are asked for, and the dtypes in the order of DType: made once, never freed.
 struct TensorNames {
-    PyObject *data_ptr, *dtype, *shape, *stride, *contiguous;
+    PyObject *data_ptr, *dtype, *ndim, *shape, *stride, *contiguous;
     PyObject* dtypes;  // a tuple
 };
 inline TensorNames& tensor_names() {
     static TensorNames names = {
-        PyUnicode_InternFromString("data_ptr"),   PyUnicode_InternFromString("dtype"),
-        PyUnicode_InternFromString("shape"),      PyUnicode_InternFromString("stride"),
-        PyUnicode_InternFromString("contiguous"), nullptr,
+        PyUnicode_InternFromString("data_ptr"),
+        PyUnicode_InternFromString("dtype"),
+        PyUnicode_InternFromString("ndim"),
+        PyUnicode_InternFromString("shape"),
+        PyUnicode_InternFromString("stride"),
+        PyUnicode_InternFromString("contiguous"),
+        nullptr,
     };
     return names;
 }
@@ -110,33 +115,60 @@ inline bool read_fields(View& view, PyObject* fields, int rank) {
     return read_layout(view, PyTuple_GET_ITEM(fields, 2), PyTuple_GET_ITEM(fields, 3), rank);
 }
 
-// A tensor [..., H] as [1, rows, H], which one with contiguous memory is; another is copied, if it is none of rank 3.
-inline bool read_rows(View& view, PyObject* tensor, py::object& copy) {
+// A tensor [..., H] as [rows, H]. It is copied first only if its leading dimensions do not lie behind one another.
+inline bool read_flat(View& view, PyObject* tensor, py::object& copy) {
     const TensorNames& names = tensor_names();
-    auto sizes = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, names.shape));
-    if (!sizes || !PyTuple_Check(sizes.ptr())) {
+    const auto dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, names.dtype));
+    auto shape = py::reinterpret_steal<py::object>(dtype ? PyObject_GetAttr(tensor, names.shape) : nullptr);
+    auto strides = shape ? asked(tensor, names.stride) : py::object();
+    if (!strides || !PyTuple_Check(shape.ptr()) || !PyTuple_Check(strides.ptr())) {
         PyErr_Clear();
         return false;
     }
-    const Py_ssize_t rank = PyTuple_GET_SIZE(sizes.ptr());
-    if (rank == 3) return read_tensor(view, tensor, 3, copy);
+    const Py_ssize_t rank = PyTuple_GET_SIZE(shape.ptr());
     if (rank == 0) throw py::value_error("expected a tensor of rank 1 or more, got 0");
-    copy = asked(tensor, names.contiguous);  // itself, where it is
-    if (!copy) throw py::error_already_set();
-    const auto dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(copy.ptr(), names.dtype));
-    const auto pointer = asked(copy.ptr(), names.data_ptr);
-    if (!dtype || !pointer) throw py::error_already_set();
-    int64_t rows = 1;
-    for (Py_ssize_t i = 0; i + 1 < rank; ++i) rows *= PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), i));
-    const int64_t width = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), rank - 1));
+    const auto number = [](const py::object& tuple, Py_ssize_t i) {
+        return int64_t(PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i)));
+    };
+    const int64_t width = number(shape, rank - 1);
+    int64_t rows = 1, row = rank > 1 ? number(strides, rank - 2) : width;  // row: from one to the next
+    bool in_place = width <= 1 || number(strides, rank - 1) == 1;
+    for (Py_ssize_t i = rank - 2; i >= 0; --i) {
+        in_place &= number(shape, i) == 1 || number(strides, i) == rows * row || rows == 1;
+        if (rows == 1) row = number(strides, i);
+        rows *= number(shape, i);
+    }
+    if (PyErr_Occurred()) throw py::error_already_set();
+    if (!in_place && rows * width > 0) {
+        copy = asked(tensor, names.contiguous);
+        if (!copy) throw py::error_already_set();
+        tensor = copy.ptr();
+        row = width;
+    }
+    const auto pointer = asked(tensor, names.data_ptr);
+    if (!pointer) throw py::error_already_set();
     view.data = PyLong_AsVoidPtr(pointer.ptr());
     view.dtype = dtype_of(dtype.ptr());
-    view.ndim = 3;
-    const int64_t size[] = {1, rows, width}, stride[] = {rows * width, width, 1};
-    for (int i = 0; i < 3; ++i) view.size[i] = size[i], view.stride[i] = stride[i];
-    if (PyErr_Occurred()) throw py::error_already_set();
+    view.ndim = 2;
+    view.size[0] = rows, view.size[1] = width;
+    view.stride[0] = row, view.stride[1] = 1;
     if (view.data == nullptr && rows * width > 0)
         throw py::value_error("expected a tensor with memory, got a null pointer");
+    return true;
+}
+
+// A tensor [..., H] as [1, rows, H]; one of rank 3 as it is.
+inline bool read_rows(View& view, PyObject* tensor, py::object& copy) {
+    const auto rank = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, tensor_names().ndim));
+    if (!rank) {
+        PyErr_Clear();
+        return false;
+    }
+    if (PyLong_AsLong(rank.ptr()) == 3) return read_tensor(view, tensor, 3, copy);
+    if (!read_flat(view, tensor, copy)) return false;
+    view.ndim = 3;
+    for (int i = 2; i > 0; --i) view.size[i] = view.size[i - 1], view.stride[i] = view.stride[i - 1];
+    view.size[0] = 1, view.stride[0] = 0;
     return true;
 }
 
@@ -157,6 +189,15 @@ template <int Rank>
 struct type_caster<tt::Optional<Rank>> {
     PYBIND11_TYPE_CASTER(tt::Optional<Rank>, const_name("Tensor | None"));
     bool load(handle source, bool) { return source.is_none() || tt::read_view(value, source.ptr(), Rank, copy); }
+    object copy;
+};
+template <>
+struct type_caster<tt::Flat> {
+    PYBIND11_TYPE_CASTER(tt::Flat, const_name("Tensor"));
+    bool load(handle source, bool) {
+        if (PyTuple_Check(source.ptr())) return tt::read_fields(value, source.ptr(), 2);
+        return tt::read_flat(value, source.ptr(), copy);
+    }
     object copy;
 };
 template <>

@@ -213,7 +213,7 @@ def test_the_bindings_refuse_a_wrong_tensor(wrong: Any, error: type[Exception], 
     x, weight, out = zeros(2, 3), zeros(4, 3), zeros(2, 4)
     cpu.kernels().linear(x, weight, None, out)
     with pytest.raises(error, match=message):
-        cpu.kernels().linear(wrong, weight, None, out)
+        cpu.kernels().linear(x, wrong, None, out)
 
 
 @pytest.mark.parametrize("shape", [(3,), (0, 3), (2, 0, 3), (2, 2, 3), (2, 1, 2, 3), (5, 0), (1, 2, 3, 4, 2, 3, 3)])
@@ -226,6 +226,20 @@ def test_rows_of_any_rank_are_read(shape: tuple[int, ...], layout: int) -> None:
     torch.testing.assert_close(out, expected)
     with pytest.raises(ValueError, match="expected a tensor of rank 1 or more, got 0"):
         cpu.kernels().rms_norm(torch.tensor(1.0), weight, out, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (4, 3), (2, 2, 3), (2, 1, 3), (1, 2, 3), (2, 0, 3), (2, 1, 2, 3)])
+@pytest.mark.parametrize("layout", [0, 1, 2, 3])
+def test_leading_dimensions_are_read_as_one(shape: tuple[int, ...], layout: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(shape, generator=draw), torch.randn(5, 3, generator=draw)
+    out = torch.empty(*shape[:-1], 5)
+    cpu.kernels().linear(awkward(x, layout), weight, None, out)
+    torch.testing.assert_close(out, x @ weight.T)
+    repeated = x[:1].expand(3, *shape[1:]) if len(shape) > 1 and shape[0] else x
+    out = torch.empty(*repeated.shape[:-1], 5)
+    cpu.kernels().linear(repeated, weight, None, out)
+    torch.testing.assert_close(out, repeated @ weight.T)
 
 
 @pytest.mark.parametrize("code", [-1, 3, 2**40])

@@ -64,8 +64,7 @@ def _empty(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = _empty(x, weight, bias)
-    count = x.shape[:-1].numel()
-    cpu.call("linear", x.reshape(count, x.shape[-1]), weight, bias, out.view(count, weight.shape[0]))
+    cpu.call("linear", x, weight, bias, out)
     return out
 
 
