@@ -201,7 +201,7 @@ __device__ inline void route(const Routing& a, int64 token, const Scratch& scrat
     }
 }
 
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(512, 1)
     moe_route_kernel(const LOGIT* logits, int64 logits_row, int64 logits_column, const void* bias, int64 bias_type,
                      int64 bias_stride, float* topk_weights, int* topk_ids, int64 n, int64 e, int64 k, int64 softmax,
                      int64 n_group, int64 topk_group, int64 renormalize, double scaling) {

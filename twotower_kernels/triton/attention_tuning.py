@@ -73,7 +73,7 @@ def gradient_tuning(dtype: torch.dtype, dim: int, arch: int) -> tuple[Tuning, Tu
     if dim <= 256:
         if large:
             return Tuning(128, 32, 8, 2, columns=128), Tuning(32, 128, 8, 2, columns=128)
-        return Tuning(32, 32, 8, 2), Tuning(32, 32, 8, 2)
+        return Tuning(32, 16 if arch == 120 else 32, 8, 2), Tuning(32, 32, 8, 2)  # 32 keys under a causal mask spill
     return Tuning(32, 16 if least else 32, 8, 2, columns=512), Tuning(32, 16, 8, 2, columns=512)
 
 
