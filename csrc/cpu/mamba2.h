@@ -5,9 +5,10 @@
 
 namespace tt {
 
-// Causal depthwise convolution, SiLU and the selective scan of a block of tokens, seeded by a state. C = heads *
-// head_dim + 2 * groups * state. Null views are inputs that were not given (states: zeros, state_index: the row itself,
-// seq_lens: all L) or outputs that were not asked for. N: 1, or the number of blocks of `states_every` tokens.
+// Causal depthwise convolution, SiLU and the selective scan of a block of tokens, from initial states. C = heads *
+// head_dim + 2 * groups * state. Null views are inputs that were not given (conv_state, ssm_state: zeros; state_index:
+// the batch row itself; seq_lens: all L) or outputs that are not wanted. Bc: rows of stored states. N: 1, or the number
+// of blocks of `states_every` tokens.
 struct Mamba2Scan {
     View xbc;          // [B, L, C], laid out x | B | C
     View dt;           // [B, L, heads]

@@ -6,22 +6,23 @@
 namespace tt {
 namespace TT_ISA {
 
-// Sums in runs: a long float sum errs with its length, and its error is one of every element of the norm.
+// A sum of squares in two levels: a long float sum errs with its length, and its error is one of every element of the
+// norm.
 template <class W>
 struct Squares {
-    Vector<W> run{}, rest{};  // of 16 vectors, of the runs before
-    int vectors = 0;
+    Vector<W> partial{}, total{};  // of up to 16 vectors; of the full partial sums before
+    int count = 0;                 // of vectors
 
     void add(Vector<W> x) {
-        run += x * x;
-        if (++vectors % 16 == 0) {
-            rest += run;
-            run = Vector<W>{};
+        partial += x * x;
+        if (++count % 16 == 0) {
+            total += partial;
+            partial = Vector<W>{};
         }
     }
     // 1 / sqrt(mean + eps)
     W inverse_root(int64_t n, double eps) const {
-        return W(1 / __builtin_sqrt((sum_of(run) + sum_of(rest)) / double(n) + eps));
+        return W(1 / __builtin_sqrt((sum_of(partial) + sum_of(total)) / double(n) + eps));
     }
 };
 

@@ -167,7 +167,7 @@ def test_tiles_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     inputs = sized(20, b=1, heads=1, groups=1, head_dim=40, dtype=dtype)
     expected = scan(**inputs)
     tuning = kernels.scan_tuning
-    monkeypatch.setattr(kernels, "scan_tuning", lambda *sizes: replace(tuning(*sizes), rows=64))
+    monkeypatch.setattr(kernels, "scan_tuning", lambda *sizes: replace(tuning(*sizes), block_p=64))
     assert torch.equal(scan(**inputs), expected)
 
 
@@ -175,10 +175,10 @@ def test_released_tiles() -> None:
     def released(heads: int, tokens: int = 16, arch: int = 90) -> kernels.Tuning:
         return kernels.scan_tuning(torch.bfloat16, tokens, heads, 64, 128, arch, 132)
 
-    assert released(64) == kernels.Tuning(rows=32, depth=128, warps=8, stages=1)
-    assert [released(heads).rows for heads in (64, 128, 256)] == [32, 32, 64]
-    assert released(4096, 64) == kernels.Tuning(rows=64, depth=32, warps=8, stages=1)
-    assert released(4096, 64, 120) == kernels.Tuning(rows=32, depth=32, warps=8, stages=1)
+    assert released(64) == kernels.Tuning(block_p=32, block_n=128, num_warps=8, num_stages=1)
+    assert [released(heads).block_p for heads in (64, 128, 256)] == [32, 32, 64]
+    assert released(4096, 64) == kernels.Tuning(block_p=64, block_n=32, num_warps=8, num_stages=1)
+    assert released(4096, 64, 120) == kernels.Tuning(block_p=32, block_n=32, num_warps=8, num_stages=1)
     assert [kernels.chunk_tokens(n) for n in (0, 1, 16, 17, 64, 65, 4096)] == [16, 16, 16, 32, 64, 64, 64]
 
 

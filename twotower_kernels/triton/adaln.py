@@ -31,59 +31,59 @@ def adaln_norm_kernel(
     h,  # [B, S, H] contiguous, or None
     normed,  # [B, S, H] contiguous, or None
     length,
-    size,
-    x_batch,
-    x_token,
-    y_batch,
-    y_token,
-    gate_batch,
-    shift_batch,
-    scale_batch,
+    hidden_size,
+    stride_xb,
+    stride_xt,
+    stride_yb,
+    stride_yt,
+    stride_gate,
+    stride_shift,
+    stride_scale,
     eps,
     NORM_FIRST: tl.constexpr,
-    BLOCK: tl.constexpr,  # a power of two, at least H
+    BLOCK_H: tl.constexpr,  # a power of two, at least H
 ):
-    row = tl.program_id(0).to(tl.int64)
-    b, s = row // length, row % length
-    column = tl.arange(0, BLOCK)
-    inside = column < size
+    token_row = tl.program_id(0).to(tl.int64)
+    b, s = token_row // length, token_row % length
+    offs_h = tl.arange(0, BLOCK_H)
+    mask = offs_h < hidden_size
     X = x.dtype.element_ty
     if normed is not None:
-        w = tl.load(weight + column, mask=inside, other=0, volatile=IN_ORDER)
+        weight_value = tl.load(weight + offs_h, mask=mask, other=0, volatile=IN_ORDER)
         if scale is not None:
-            factor = tl.load(scale + b * scale_batch + column, mask=inside, other=0, volatile=IN_ORDER)
-            term = tl.load(shift + b * shift_batch + column, mask=inside, other=0, volatile=IN_ORDER)
-    value = tl.load(x + b * x_batch + s * x_token + column, mask=inside, other=0, volatile=IN_ORDER)
+            scale_value = tl.load(scale + b * stride_scale + offs_h, mask=mask, other=0, volatile=IN_ORDER)
+            shift_value = tl.load(shift + b * stride_shift + offs_h, mask=mask, other=0, volatile=IN_ORDER)
+    value = tl.load(x + b * stride_xb + s * stride_xt + offs_h, mask=mask, other=0, volatile=IN_ORDER)
     if y is not None:
-        added = tl.load(y + b * y_batch + s * y_token + column, mask=inside, other=0, volatile=IN_ORDER)
+        y_value = tl.load(y + b * stride_yb + s * stride_yt + offs_h, mask=mask, other=0, volatile=IN_ORDER)
         if gate is not None:
-            by = tl.load(gate + b * gate_batch + column, mask=inside, other=0, volatile=IN_ORDER)
+            gate_value = tl.load(gate + b * stride_gate + offs_h, mask=mask, other=0, volatile=IN_ORDER)
     value = value.to(tl.float32)
     if y is not None:
         Y = y.dtype.element_ty
-        added = added.to(tl.float32)
+        y_value = y_value.to(tl.float32)
         if gate is not None:
-            added = (by.to(Y).to(tl.float32) * added).to(Y).to(tl.float32)
-        value = (value + added).to(X).to(tl.float32)
+            y_value = (gate_value.to(Y).to(tl.float32) * y_value).to(Y).to(tl.float32)
+        value = (value + y_value).to(X).to(tl.float32)
     if h is not None:
-        tl.store(h + row * size + column, value.to(X), mask=inside)
+        tl.store(h + token_row * hidden_size + offs_h, value.to(X), mask=mask)
     if normed is not None:
         if scale is not None:
-            factor = (1 + factor.to(X).to(tl.float32)).to(X).to(tl.float32)
-            term = term.to(X).to(tl.float32)
+            scale_value = (1 + scale_value.to(X).to(tl.float32)).to(X).to(tl.float32)
+            shift_value = shift_value.to(X).to(tl.float32)
         if scale is not None and not NORM_FIRST:
-            value = ((value * factor).to(X).to(tl.float32) + term).to(X).to(tl.float32)
-        inverse = 1 / tl.sqrt_rn(tl.sum(value * value) / size + eps)
-        value = value * inverse * w.to(tl.float32)
+            value = ((value * scale_value).to(X).to(tl.float32) + shift_value).to(X).to(tl.float32)
+        rstd = 1 / tl.sqrt_rn(tl.sum(value * value) / hidden_size + eps)
+        value = value * rstd * weight_value.to(tl.float32)
         if scale is not None and NORM_FIRST:
-            value = (value.to(X).to(tl.float32) * factor).to(X).to(tl.float32) + term
-        tl.store(normed + row * size + column, value.to(X), mask=inside)
+            value = (value.to(X).to(tl.float32) * scale_value).to(X).to(tl.float32) + shift_value
+        tl.store(normed + token_row * hidden_size + offs_h, value.to(X), mask=mask)
 
 
-def _tuning(size: int) -> tuple[int, int]:
-    """(BLOCK, num_warps): about 16 numbers per thread, so that a row's loads are in flight together."""
-    block = triton.next_power_of_2(size)
-    return block, min(max(block // 512, 1), 16)
+def _tuning(hidden_size: int) -> tuple[int, int]:
+    """(BLOCK_H, num_warps): about 16 numbers per thread, so that a row's loads are in flight together."""
+    block_h = triton.next_power_of_2(hidden_size)
+    return block_h, min(max(block_h // 512, 1), 16)
 
 
 def _launch(
@@ -101,28 +101,28 @@ def _launch(
 ) -> None:
     check_dtype(op, x=x, y=y, gate=gate, weight=weight, shift=shift, scale=scale)
     x, y, gate, weight, shift, scale = map(rows_contiguous, (x, y, gate, weight, shift, scale))  # type: ignore[assignment]
-    batch, length, size = x.shape
+    batch, length, hidden_size = x.shape
     if x.numel() == 0:
         return
-    block, warps = _tuning(size)
+    block_h, num_warps = _tuning(hidden_size)
     strides = [0 if t is None else t.stride(0) for t in (gate, shift, scale)]
     with on_device_of(x):
         adaln_norm_kernel[(batch * length,)](
             *(x, y, gate, weight, shift, scale, h, normed),
-            *(length, size, *x.stride()[:2], *((0, 0) if y is None else y.stride()[:2]), *strides),
+            *(length, hidden_size, *x.stride()[:2], *((0, 0) if y is None else y.stride()[:2]), *strides),
             eps,
             NORM_FIRST=norm_first,
-            BLOCK=block,
-            num_warps=warps,
+            BLOCK_H=block_h,
+            num_warps=num_warps,
         )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     normed = x.new_empty(x.shape)
     if x.numel():
-        size = x.shape[-1]
-        rows = x.reshape(1, -1, size)
-        _launch("rms_norm", rows, None, None, weight, None, None, None, normed.view(1, -1, size), eps, False)
+        hidden_size = x.shape[-1]
+        flat = x.reshape(1, -1, hidden_size)
+        _launch("rms_norm", flat, None, None, weight, None, None, None, normed.view(1, -1, hidden_size), eps, False)
     return normed
 
 
@@ -158,15 +158,15 @@ def gated_residual_adaln_norm(
 def builds(arch: int) -> Iterator[Build]:
     """What the launchers ask for: every dtype, with and without what is optional, in the sizes of the released model
     and of small ones. The same on every architecture."""
-    integers = "length size x_batch x_token y_batch y_token gate_batch shift_batch scale_batch"
+    integers = "length hidden_size stride_xb stride_xt stride_yb stride_yt stride_gate stride_shift stride_scale"
     for dtype in DTYPES.values():
-        for size in (1024, 2688):
-            block, warps = _tuning(size)
-            for norm_first, modulated, added in ((True, True, True), (False, True, True), (False, False, False)):
-                given = {"x": 1, "y": added, "gate": added, "weight": 1, "shift": modulated, "scale": modulated}
-                given |= {"h": added, "normed": 1}
-                types = {name: f"*{dtype}" for name, there in given.items() if there}
+        for hidden_size in (1024, 2688):
+            block_h, num_warps = _tuning(hidden_size)
+            for norm_first, modulated, with_y in ((True, True, True), (False, True, True), (False, False, False)):
+                presence = {"x": 1, "y": with_y, "gate": with_y, "weight": 1, "shift": modulated, "scale": modulated}
+                presence |= {"h": with_y, "normed": 1}
+                types = {name: f"*{dtype}" for name, present in presence.items() if present}
                 types |= {name: "i32" for name in integers.split()} | {"eps": "fp32"}
-                constants: dict[str, object] = {name: None for name, there in given.items() if not there}
-                constants |= {"NORM_FIRST": norm_first, "BLOCK": block}
-                yield Build(adaln_norm_kernel, types, constants, num_warps=warps)
+                constants: dict[str, object] = {name: None for name, present in presence.items() if not present}
+                constants |= {"NORM_FIRST": norm_first, "BLOCK_H": block_h}
+                yield Build(adaln_norm_kernel, types, constants, num_warps=num_warps)

@@ -37,12 +37,15 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, machine, on_device_of, rows_contiguous
-from twotower_kernels.triton.mamba2_chunk import activated, bounds, exponential, product, steps
+from twotower_kernels.triton.mamba2_chunk import chunk_bounds, conv_silu, exponential, product, step_sizes
 from twotower_kernels.triton.rows import length_at, row_at
 
-TILE = (32, 128)  # tokens and channels of a program of the convolution
+CONV_TILE = (32, 128)  # tokens and channels of a program of the convolution
 SCRATCH = 2**26  # numbers of states at a time, 256 MB
-COUNTS = ("length", "conv_rows", "state_rows", "block", "block_chunks", "blocks", "first", "chunks", "all_chunks")
+COUNTS = (
+    *("length", "num_conv_states", "num_ssm_states", "block_length", "num_blocks"),
+    *("chunks_per_block", "first_chunk", "num_chunks", "total_chunks"),
+)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -53,150 +56,157 @@ def mamba2_convolve_kernel(
     conv_state,  # [rows, C, W-1] or None
     state_index,  # [B] or None
     seq_lens,  # [B] or None
-    u,  # [B, L, C] contiguous: written for the tokens that are there
-    conv_out,  # [B, blocks, C, W-1] contiguous
+    u,  # [B, L, C] contiguous: SiLU of the convolution, written for tokens before seq_lens
+    conv_out,  # [B, num_blocks, C, W-1] contiguous
     length,
     channels,
-    conv_rows,
-    block,
-    blocks,
-    xbc_batch,
-    xbc_token,
-    weight_row,
-    conv_row,
-    conv_channel,
+    num_conv_states,
+    block_length,
+    num_blocks,
+    stride_xb,
+    stride_xt,
+    stride_conv_weight,
+    stride_conv_row,
+    stride_conv_channel,
     WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    BLOCK_T: tl.constexpr,  # tokens of a tile
+    BLOCK_C: tl.constexpr,  # channels of a tile
 ):
     """Of a row and a tile of channels, some programs have a tile of tokens each, the others the end of a block each."""
-    channel_tiles = tl.cdiv(channels, CHANNELS)
-    tiles = tl.cdiv(length, TOKENS)
-    piece = tl.program_id(0) // channel_tiles % (tiles + blocks)
-    b = (tl.program_id(0) // channel_tiles // (tiles + blocks)).to(tl.int64)
-    channel = tl.program_id(0) % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channel < channels
+    channel_tiles = tl.cdiv(channels, BLOCK_C)
+    token_tiles = tl.cdiv(length, BLOCK_T)
+    item = tl.program_id(0) // channel_tiles % (token_tiles + num_blocks)
+    b = (tl.program_id(0) // channel_tiles // (token_tiles + num_blocks)).to(tl.int64)
+    channel = tl.program_id(0) % channel_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_mask = channel < channels
     tokens = length_at(seq_lens, b, length)
-    xbc += b * xbc_batch
+    xbc += b * stride_xb
     if conv_state is not None:
-        conv_state += row_at(state_index, b, 1, conv_rows) * conv_row
-    if piece < tiles:
-        time = piece.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-        real = time < tokens
-        value = activated(
-            xbc, conv_weight, conv_bias, conv_state, time, real, channel, inside, xbc_token, weight_row, conv_channel,
-            WIDTH,
+        conv_state += row_at(state_index, b, 1, num_conv_states) * stride_conv_row
+    if item < token_tiles:
+        t = item.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+        token_mask = t < tokens
+        value = conv_silu(
+            xbc, conv_weight, conv_bias, conv_state, t, token_mask, channel, channel_mask, stride_xt,
+            stride_conv_weight, stride_conv_channel, WIDTH,
         )  # fmt: skip
-        at = u + (b * length + time)[:, None] * channels + channel[None, :]
-        tl.store(at, value, mask=real[:, None] & inside[None, :])
+        u_ptrs = u + (b * length + t)[:, None] * channels + channel[None, :]
+        tl.store(u_ptrs, value, mask=token_mask[:, None] & channel_mask[None, :])
     else:
-        number = (piece - tiles).to(tl.int64)
-        newest = tl.minimum((number + 1) * block, tokens)
-        out = conv_out + ((b * blocks + number) * channels + channel) * (WIDTH - 1)
+        block = (item - token_tiles).to(tl.int64)
+        end = tl.minimum((block + 1) * block_length, tokens)
+        out_ptrs = conv_out + ((b * num_blocks + block) * channels + channel) * (WIDTH - 1)
         for w in tl.static_range(WIDTH - 1):
-            seen = newest + (w + 1 - WIDTH)
-            column = tl.load(xbc + seen * xbc_token + channel, mask=inside & (seen >= 0), other=0)
+            position = end + (w + 1 - WIDTH)
+            x = tl.load(xbc + position * stride_xt + channel, mask=channel_mask & (position >= 0), other=0)
             if conv_state is not None:
-                old = conv_state + channel.to(tl.int64) * conv_channel + (newest + w)
-                column = tl.where(seen < 0, tl.load(old, mask=inside & (seen < 0), other=0).to(column.dtype), column)
-            tl.store(out + w, column, mask=inside)
+                past_ptrs = conv_state + channel.to(tl.int64) * stride_conv_channel + (end + w)
+                x = tl.where(
+                    position < 0, tl.load(past_ptrs, mask=channel_mask & (position < 0), other=0).to(x.dtype), x
+                )
+            tl.store(out_ptrs + w, x, mask=channel_mask)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def mamba2_states_kernel(
-    u,  # [B, L, C] contiguous
+    u,  # [B, L, C] contiguous: SiLU of the convolution
     dt,  # [B, L, heads]
     a_log,  # [heads]
     dt_bias,  # [heads]
-    ssm_state,  # [rows, heads, DIM, STATE] or None: before the first chunk
+    ssm_state,  # [rows, heads, HEAD_DIM, D_STATE] or None: before the first chunk
     state_index,  # [B] or None
     seq_lens,  # [B] or None
-    seeds,  # [B, chunks + 1, heads, DIM, STATE] contiguous: before every chunk, and after the last
-    ssm_out,  # [B, blocks, heads, DIM, STATE] contiguous or None: after every block
+    chunk_states,  # [B, num_chunks + 1, heads, HEAD_DIM, D_STATE] contiguous: before every chunk, and after the last
+    ssm_out,  # [B, blocks, heads, HEAD_DIM, D_STATE] contiguous or None: after every block
     length,
     heads,
     groups,
-    state_rows,
-    block,
-    block_chunks,
-    first,
-    chunks,
-    all_chunks,
-    dt_batch,
-    dt_token,
-    ssm_row,
-    ssm_head,
-    ssm_dim,
+    num_ssm_states,
+    block_length,
+    chunks_per_block,
+    first_chunk,
+    num_chunks,  # of this launch
+    total_chunks,
+    stride_dt_b,
+    stride_dt_t,
+    stride_ssm_row,
+    stride_ssm_head,
+    stride_ssm_dim,
     dt_min,
     dt_max,
-    DIM: tl.constexpr,
-    STATE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,  # of head_dim
-    DEPTH: tl.constexpr,  # of the state
+    HEAD_DIM: tl.constexpr,
+    D_STATE: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,  # tokens of a chunk
+    BLOCK_P: tl.constexpr,  # of head_dim
+    BLOCK_N: tl.constexpr,  # of the state
 ):
-    across: tl.constexpr = (STATE + DEPTH - 1) // DEPTH
-    tiles: tl.constexpr = (DIM + ROWS - 1) // ROWS * across
+    n_tiles: tl.constexpr = (D_STATE + BLOCK_N - 1) // BLOCK_N
+    tiles: tl.constexpr = (HEAD_DIM + BLOCK_P - 1) // BLOCK_P * n_tiles
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles % heads
     b = (tl.program_id(0) // tiles // heads).to(tl.int64)
     group = head * groups // heads
-    p = tile // across * ROWS + tl.arange(0, ROWS)
-    n = tile % across * DEPTH + tl.arange(0, DEPTH)
-    here = (p < DIM)[:, None] & (n < STATE)[None, :]
-    channels = heads * DIM + 2 * groups * STATE
+    p = tile // n_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = tile % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    state_mask = (p < HEAD_DIM)[:, None] & (n < D_STATE)[None, :]
+    channels = heads * HEAD_DIM + 2 * groups * D_STATE
     tokens = length_at(seq_lens, b, length)
     u += b * length * channels
-    dt += b * dt_batch
-    size = tl.cast(heads, tl.int64) * DIM * STATE  # of a state
-    at = (head * DIM + p[:, None]) * STATE + n[None, :]
-    state = tl.zeros((ROWS, DEPTH), tl.float32)
+    dt += b * stride_dt_b
+    state_size = tl.cast(heads, tl.int64) * HEAD_DIM * D_STATE  # of all heads
+    state_offsets = (head * HEAD_DIM + p[:, None]) * D_STATE + n[None, :]
+    state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if ssm_state is not None:
-        from_row = ssm_state + row_at(state_index, b, 1, state_rows) * ssm_row + head.to(tl.int64) * ssm_head
-        state = tl.load(from_row + p.to(tl.int64)[:, None] * ssm_dim + n[None, :], mask=here, other=0).to(tl.float32)
-    t = tl.arange(0, TOKENS)
-    for chunk in range(first, first + chunks):
-        slot = seeds + (b * (chunks + 1) + (chunk - first)) * size
-        tl.store(slot + at, state, mask=here)
-        start, end = bounds(chunk, block, block_chunks, length, TOKENS)
+        head_ptr = ssm_state + row_at(state_index, b, 1, num_ssm_states) * stride_ssm_row
+        head_ptr += head.to(tl.int64) * stride_ssm_head
+        state_ptrs = head_ptr + p.to(tl.int64)[:, None] * stride_ssm_dim + n[None, :]
+        state = tl.load(state_ptrs, mask=state_mask, other=0).to(tl.float32)
+    offs_t = tl.arange(0, CHUNK_SIZE)
+    for chunk in range(first_chunk, first_chunk + num_chunks):
+        chunk_state = chunk_states + (b * (num_chunks + 1) + (chunk - first_chunk)) * state_size
+        tl.store(chunk_state + state_offsets, state, mask=state_mask)
+        start, end = chunk_bounds(chunk, block_length, chunks_per_block, length, CHUNK_SIZE)
         count = tl.minimum(end, tokens) - start
-        time = (start + t).to(tl.int64)
-        there = t < count
-        step, log_decay = steps(dt, time, there, dt_token, dt_bias, a_log, head, dt_min, dt_max)
+        t = (start + offs_t).to(tl.int64)
+        token_mask = offs_t < count
+        delta, log_decay = step_sizes(dt, t, token_mask, stride_dt_t, dt_bias, a_log, head, dt_min, dt_max)
         # Of the tokens after each: sums of their own, since differences of running sums would cancel.
-        _, later = steps(dt, time + 1, t + 1 < count, dt_token, dt_bias, a_log, head, dt_min, dt_max)
-        kept = step * exponential(tl.cumsum(later, 0, reverse=True))
-        decay = exponential(tl.sum(log_decay))
+        _, next_log_decay = step_sizes(dt, t + 1, offs_t + 1 < count, stride_dt_t, dt_bias, a_log, head, dt_min, dt_max)
+        x_scale = delta * exponential(tl.cumsum(next_log_decay, 0, reverse=True))  # delta_t exp(a_T - a_t)
+        chunk_decay = exponential(tl.sum(log_decay))
         x = tl.load(
-            u + time[None, :] * channels + (head * DIM + p)[:, None], mask=(p < DIM)[:, None] & there[None, :], other=0
-        )
-        inputs = tl.load(
-            u + time[:, None] * channels + (heads * DIM + group * STATE + n)[None, :],
-            mask=there[:, None] & (n < STATE)[None, :],
+            u + t[None, :] * channels + (head * HEAD_DIM + p)[:, None],
+            mask=(p < HEAD_DIM)[:, None] & token_mask[None, :],
             other=0,
         )
-        added = product(x.to(tl.float32) * kept[None, :], inputs, tl.zeros((ROWS, DEPTH), tl.float32))
-        state = decay * state + added
-        if ssm_out is not None and ((chunk + 1) % block_chunks == 0 or chunk + 1 == all_chunks):
-            blocks = (all_chunks + block_chunks - 1) // block_chunks
-            tl.store(ssm_out + (b * blocks + chunk // block_chunks) * size + at, state, mask=here)
-    tl.store(seeds + (b * (chunks + 1) + chunks) * size + at, state, mask=here)
+        b_tile = tl.load(  # B of the group, [tokens, n]
+            u + t[:, None] * channels + (heads * HEAD_DIM + group * D_STATE + n)[None, :],
+            mask=token_mask[:, None] & (n < D_STATE)[None, :],
+            other=0,
+        )
+        update = product(x.to(tl.float32) * x_scale[None, :], b_tile, tl.zeros((BLOCK_P, BLOCK_N), tl.float32))
+        state = chunk_decay * state + update
+        if ssm_out is not None and ((chunk + 1) % chunks_per_block == 0 or chunk + 1 == total_chunks):
+            num_blocks = (total_chunks + chunks_per_block - 1) // chunks_per_block
+            out_ptrs = ssm_out + (b * num_blocks + chunk // chunks_per_block) * state_size + state_offsets
+            tl.store(out_ptrs, state, mask=state_mask)
+    tl.store(chunk_states + (b * (num_chunks + 1) + num_chunks) * state_size + state_offsets, state, mask=state_mask)
 
 
 @triton.jit
-def fetch_state(ssm_state, ssm_dim, p, DIM: tl.constexpr, STATE: tl.constexpr, DEPTH: tl.constexpr):
+def prefetch_state(head_state, stride_ssm_dim, p, HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Rows p of a head's state into the L2. The compiler puts their loads behind the convolution's sums, where they
     would wait for the memory anew. So one number of every 32 bytes is read beforehand, and used by nobody; the barrier
     keeps it there."""
-    n = 8 * tl.arange(0, DEPTH // 8)
-    here = (p < DIM)[None, :] & (n < STATE)[:, None]
-    tl.load(ssm_state + p.to(tl.int64)[None, :] * ssm_dim + n[:, None], mask=here, volatile=True)
+    n = 8 * tl.arange(0, BLOCK_N // 8)
+    state_mask = (p < HEAD_DIM)[None, :] & (n < D_STATE)[:, None]
+    tl.load(head_state + p.to(tl.int64)[None, :] * stride_ssm_dim + n[:, None], mask=state_mask, volatile=True)
     tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def mamba2_scan_kernel(
-    xbc,  # [B, L, C], or without WIDTH what the convolution made of it
+    xbc,  # [B, L, C], or without WIDTH SiLU of its convolution
     dt,  # [B, L, heads]
     conv_weight,  # [C, W] or None
     conv_bias,  # [C] or None
@@ -204,165 +214,174 @@ def mamba2_scan_kernel(
     d,  # [heads]
     dt_bias,  # [heads]
     conv_state,  # [rows, C, W-1] or None
-    ssm_state,  # [rows, slots, heads, DIM, STATE] or None: before every chunk
+    ssm_state,  # [rows, chunks, heads, HEAD_DIM, D_STATE] or None: before every chunk
     state_index,  # [B] or None
     seq_lens,  # [B] or None
-    y,  # [B, L, heads * DIM] contiguous
+    y,  # [B, L, heads * HEAD_DIM] contiguous
     length,
     heads,
     groups,
-    conv_rows,
-    state_rows,
-    block,
-    block_chunks,
-    first,
-    chunks,
-    xbc_batch,
-    xbc_token,
-    dt_batch,
-    dt_token,
-    weight_row,
-    conv_row,
-    conv_channel,
-    ssm_row,
-    ssm_slot,
-    ssm_head,
-    ssm_dim,
+    num_conv_states,
+    num_ssm_states,
+    block_length,
+    chunks_per_block,
+    first_chunk,
+    num_chunks,  # of this launch
+    stride_xb,
+    stride_xt,
+    stride_dt_b,
+    stride_dt_t,
+    stride_conv_weight,
+    stride_conv_row,
+    stride_conv_channel,
+    stride_ssm_row,
+    stride_ssm_chunk,
+    stride_ssm_head,
+    stride_ssm_dim,
     dt_min,
     dt_max,
-    DIM: tl.constexpr,
-    STATE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D_STATE: tl.constexpr,
     WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,  # of head_dim
-    DEPTH: tl.constexpr,  # of the state at a time
+    CHUNK_SIZE: tl.constexpr,  # tokens of a chunk
+    BLOCK_P: tl.constexpr,  # of head_dim
+    BLOCK_N: tl.constexpr,  # of the state at a time
 ):
-    # Where registers suffice, nothing is loaded from afar behind a barrier.
-    AT_ONCE: tl.constexpr = TOKENS == 16 and ROWS <= 32 and DEPTH >= STATE
-    X_BEHIND_DECAYS: tl.constexpr = not AT_ONCE and (TOKENS < 64 or ROWS != 32)  # as registers suffice
-    STEPS_FIRST: tl.constexpr = TOKENS == 16 and xbc.dtype.element_ty != tl.float32
-    parts: tl.constexpr = (DIM + ROWS - 1) // ROWS
-    part = tl.program_id(0) % parts
-    head = tl.program_id(0) // parts % heads
-    pair = tl.program_id(0) // parts // heads
-    b = (pair // chunks).to(tl.int64)
+    # Where registers suffice, no load from global memory stands behind a barrier.
+    LOADS_FIRST: tl.constexpr = CHUNK_SIZE == 16 and BLOCK_P <= 32 and BLOCK_N >= D_STATE
+    X_AFTER_DECAYS: tl.constexpr = not LOADS_FIRST and (CHUNK_SIZE < 64 or BLOCK_P != 32)  # as registers suffice
+    DELTA_FIRST: tl.constexpr = CHUNK_SIZE == 16 and xbc.dtype.element_ty != tl.float32
+    p_tiles: tl.constexpr = (HEAD_DIM + BLOCK_P - 1) // BLOCK_P
+    p_tile = tl.program_id(0) % p_tiles
+    head = tl.program_id(0) // p_tiles % heads
+    row_and_chunk = tl.program_id(0) // p_tiles // heads
+    b = (row_and_chunk // num_chunks).to(tl.int64)
     group = head * groups // heads
-    start, end = bounds(first + pair % chunks, block, block_chunks, length, TOKENS)
+    start, end = chunk_bounds(
+        first_chunk + row_and_chunk % num_chunks, block_length, chunks_per_block, length, CHUNK_SIZE
+    )
     count = tl.minimum(end, length_at(seq_lens, b, length)) - start
-    p = part * ROWS + tl.arange(0, ROWS)
-    t = tl.arange(0, TOKENS)
-    real = t < count
-    time = (start + t).to(tl.int64)
-    xbc += b * xbc_batch
+    p = p_tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    offs_t = tl.arange(0, CHUNK_SIZE)
+    token_mask = offs_t < count
+    t = (start + offs_t).to(tl.int64)
+    xbc += b * stride_xb
     if conv_state is not None:
-        conv_state += row_at(state_index, b, 1, conv_rows) * conv_row
+        conv_state += row_at(state_index, b, 1, num_conv_states) * stride_conv_row
     if ssm_state is not None:
-        ssm_state += row_at(state_index, b, 1, state_rows) * ssm_row
-        ssm_state += pair % chunks * tl.cast(ssm_slot, tl.int64) + head.to(tl.int64) * ssm_head
-        if AT_ONCE:
-            fetch_state(ssm_state, ssm_dim, p, DIM, STATE, DEPTH)
+        ssm_state += row_at(state_index, b, 1, num_ssm_states) * stride_ssm_row
+        chunk_offset = row_and_chunk % num_chunks * tl.cast(stride_ssm_chunk, tl.int64)
+        ssm_state += chunk_offset + head.to(tl.int64) * stride_ssm_head
+        if LOADS_FIRST:
+            prefetch_state(ssm_state, stride_ssm_dim, p, HEAD_DIM, D_STATE, BLOCK_N)
 
-    if STEPS_FIRST:
-        step, log_decay = steps(dt + b * dt_batch, time, real, dt_token, dt_bias, a_log, head, dt_min, dt_max)
-    if AT_ONCE:
-        x = activated(
-            xbc, conv_weight, conv_bias, conv_state, time, real, head * DIM + p, p < DIM, xbc_token, weight_row,
-            conv_channel, WIDTH,
+    if DELTA_FIRST:
+        delta, log_decay = step_sizes(
+            dt + b * stride_dt_b, t, token_mask, stride_dt_t, dt_bias, a_log, head, dt_min, dt_max
+        )
+    if LOADS_FIRST:
+        x = conv_silu(
+            xbc, conv_weight, conv_bias, conv_state, t, token_mask, head * HEAD_DIM + p, p < HEAD_DIM, stride_xt,
+            stride_conv_weight, stride_conv_channel, WIDTH,
         )  # fmt: skip
-    scores = tl.zeros((TOKENS, TOKENS), tl.float32)
-    total = tl.zeros((TOKENS, ROWS), tl.float32)
-    for k in range(0, STATE, DEPTH):
-        n = k + tl.arange(0, DEPTH)
-        channel = heads * DIM + group * STATE + n
-        inputs = activated(
-            xbc, conv_weight, conv_bias, conv_state, time, real, channel, n < STATE, xbc_token, weight_row,
-            conv_channel, WIDTH,
+    scores = tl.zeros((CHUNK_SIZE, CHUNK_SIZE), tl.float32)  # [t, u]: C_t.B_u
+    acc = tl.zeros((CHUNK_SIZE, BLOCK_P), tl.float32)
+    for k in range(0, D_STATE, BLOCK_N):
+        n = k + tl.arange(0, BLOCK_N)
+        channel = heads * HEAD_DIM + group * D_STATE + n
+        b_tile = conv_silu(  # B of the group, [tokens, n]
+            xbc, conv_weight, conv_bias, conv_state, t, token_mask, channel, n < D_STATE, stride_xt,
+            stride_conv_weight, stride_conv_channel, WIDTH,
         )  # fmt: skip
-        channel += groups * STATE
-        outputs = activated(
-            xbc, conv_weight, conv_bias, conv_state, time, real, channel, n < STATE, xbc_token, weight_row,
-            conv_channel, WIDTH,
+        channel += groups * D_STATE
+        c_tile = conv_silu(  # its C
+            xbc, conv_weight, conv_bias, conv_state, t, token_mask, channel, n < D_STATE, stride_xt,
+            stride_conv_weight, stride_conv_channel, WIDTH,
         )  # fmt: skip
         if ssm_state is not None:
-            here = (p < DIM)[None, :] & (n < STATE)[:, None]
-            seed = tl.load(ssm_state + p.to(tl.int64)[None, :] * ssm_dim + n[:, None], mask=here, other=0)
-            total = product(outputs, seed.to(tl.float32), total)
-        scores = product(outputs, tl.trans(inputs), scores)
+            state_mask = (p < HEAD_DIM)[None, :] & (n < D_STATE)[:, None]
+            state_ptrs = ssm_state + p.to(tl.int64)[None, :] * stride_ssm_dim + n[:, None]
+            state = tl.load(state_ptrs, mask=state_mask, other=0)
+            acc = product(c_tile, state.to(tl.float32), acc)
+        scores = product(c_tile, tl.trans(b_tile), scores)
 
-    if not STEPS_FIRST:  # behind the loop, whose registers they would take
-        step, log_decay = steps(dt + b * dt_batch, time, real, dt_token, dt_bias, a_log, head, dt_min, dt_max)
-    if not AT_ONCE and not X_BEHIND_DECAYS:
-        x = activated(
-            xbc, conv_weight, conv_bias, conv_state, time, real, head * DIM + p, p < DIM, xbc_token, weight_row,
-            conv_channel, WIDTH,
+    if not DELTA_FIRST:  # behind the loop, whose registers they would take
+        delta, log_decay = step_sizes(
+            dt + b * stride_dt_b, t, token_mask, stride_dt_t, dt_bias, a_log, head, dt_min, dt_max
+        )
+    if not LOADS_FIRST and not X_AFTER_DECAYS:
+        x = conv_silu(
+            xbc, conv_weight, conv_bias, conv_state, t, token_mask, head * HEAD_DIM + p, p < HEAD_DIM, stride_xt,
+            stride_conv_weight, stride_conv_channel, WIDTH,
         )  # fmt: skip
     skip = tl.load(d + head).to(tl.float32)
     # [t, u]: of the tokens after u up to t. Sums of their own, since differences of running sums would cancel.
-    between = tl.cumsum(tl.where(t[:, None] > t[None, :], log_decay[:, None], 0), 0)
-    mixing = tl.where(t[:, None] >= t[None, :], scores * exponential(between) * step[None, :], 0)
-    if X_BEHIND_DECAYS:
-        x = activated(
-            xbc, conv_weight, conv_bias, conv_state, time, real, head * DIM + p, p < DIM, xbc_token, weight_row,
-            conv_channel, WIDTH,
+    log_decay_between = tl.cumsum(tl.where(offs_t[:, None] > offs_t[None, :], log_decay[:, None], 0), 0)
+    causal = offs_t[:, None] >= offs_t[None, :]
+    mixing = tl.where(causal, scores * exponential(log_decay_between) * delta[None, :], 0)
+    if X_AFTER_DECAYS:
+        x = conv_silu(
+            xbc, conv_weight, conv_bias, conv_state, t, token_mask, head * HEAD_DIM + p, p < HEAD_DIM, stride_xt,
+            stride_conv_weight, stride_conv_channel, WIDTH,
         )  # fmt: skip
     # An x that is not finite must not reach the tokens before it: their 0 would make NaN of it.
-    wide = x.to(tl.float32)
-    finite = wide - wide == 0
-    total *= exponential(tl.cumsum(log_decay, 0))[:, None]
-    total = product(mixing, tl.where(finite, x, 0), total) + skip * wide
-    spoiled = tl.cumsum(tl.where(finite, 0, 1), 0) > 0
-    total = tl.where(spoiled, float("nan"), total)
-    at = y + ((b * length + time) * heads * DIM)[:, None] + (head * DIM + p)[None, :]
-    value = tl.where(real[:, None], total, 0).to(y.dtype.element_ty)
-    tl.store(at, value, mask=(time < end)[:, None] & (p < DIM)[None, :])
+    x_float32 = x.to(tl.float32)
+    is_finite = x_float32 - x_float32 == 0
+    acc *= exponential(tl.cumsum(log_decay, 0))[:, None]
+    acc = product(mixing, tl.where(is_finite, x, 0), acc) + skip * x_float32
+    nonfinite_so_far = tl.cumsum(tl.where(is_finite, 0, 1), 0) > 0
+    acc = tl.where(nonfinite_so_far, float("nan"), acc)
+    y_ptrs = y + ((b * length + t) * heads * HEAD_DIM)[:, None] + (head * HEAD_DIM + p)[None, :]
+    value = tl.where(token_mask[:, None], acc, 0).to(y.dtype.element_ty)
+    tl.store(y_ptrs, value, mask=(t < end)[:, None] & (p < HEAD_DIM)[None, :])
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """A program's tile: `rows` of head_dim, `depth` of the state (at a time, in the scan)."""
+    """A program's tile: block_p of head_dim, block_n of the state (at a time, in the scan)."""
 
-    rows: int
-    depth: int
-    warps: int
-    stages: int
+    block_p: int
+    block_n: int
+    num_warps: int
+    num_stages: int
 
 
-def chunk_tokens(block: int) -> int:
+def chunk_tokens(block_length: int) -> int:
     """Tokens of a chunk, for blocks of so many."""
-    return min(max(triton.next_power_of_2(block), 16), 64)
+    return min(max(triton.next_power_of_2(block_length), 16), 64)
 
 
-def _fitted(tile: Tuning, dim: int, state: int) -> Tuning:
+def _fitted(tile: Tuning, head_dim: int, d_state: int) -> Tuning:
     """Not larger than there is to do, and at least what a product needs."""
-    rows, depth = (max(triton.next_power_of_2(size), 16) for size in (dim, state))
-    return replace(tile, rows=min(tile.rows, rows), depth=min(tile.depth, depth))
+    block_p, block_n = (max(triton.next_power_of_2(size), 16) for size in (head_dim, d_state))
+    return replace(tile, block_p=min(tile.block_p, block_p), block_n=min(tile.block_n, block_n))
 
 
 def scan_tuning(
-    dtype: torch.dtype, tokens: int, heads: int, dim: int, state: int, arch: int, processors: int
+    dtype: torch.dtype, chunk_size: int, heads: int, head_dim: int, d_state: int, arch: int, processors: int
 ) -> Tuning:
     """Tile for so many (chunk, head) pairs. Whole heads convolve B and C least often; halves of them keep more
     processors busy, and on sm_80 and sm_120, where factors are kept in registers, fit 64 tokens. Products without
     tensor cores keep them there everywhere."""
     if dtype != torch.bfloat16:
-        return _fitted(Tuning(32, 32, 8, 1) if tokens == 16 else Tuning(16, 16, 8, 1), dim, state)
-    whole = heads >= processors and (tokens < 64 or arch in (90, 100))
-    return _fitted(Tuning(64 if whole else 32, 128 if tokens == 16 else 32, 8, 1), dim, state)
+        return _fitted(Tuning(32, 32, 8, 1) if chunk_size == 16 else Tuning(16, 16, 8, 1), head_dim, d_state)
+    whole = heads >= processors and (chunk_size < 64 or arch in (90, 100))
+    return _fitted(Tuning(64 if whole else 32, 128 if chunk_size == 16 else 32, 8, 1), head_dim, d_state)
 
 
-def states_tuning(dtype: torch.dtype, dim: int, state: int) -> Tuning:
-    return _fitted(Tuning(32, 64, 8, 4) if dtype == torch.bfloat16 else Tuning(16, 32, 4, 2), dim, state)
+def states_tuning(dtype: torch.dtype, head_dim: int, d_state: int) -> Tuning:
+    return _fitted(Tuning(32, 64, 8, 4) if dtype == torch.bfloat16 else Tuning(16, 32, 4, 2), head_dim, d_state)
 
 
 def _options(tile: Tuning) -> dict[str, int]:
-    return dict(ROWS=tile.rows, DEPTH=tile.depth, num_warps=tile.warps, num_stages=tile.stages)
+    return dict(BLOCK_P=tile.block_p, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
-def _state(state: Tensor | None, index: Tensor | None) -> dict[str, Any]:
-    """What a kernel is told of the states before the first chunk."""
+def _state_arguments(state: Tensor | None, index: Tensor | None) -> dict[str, Any]:
+    """A kernel's arguments for the states before its first chunk, [rows, heads, head_dim, d_state]."""
     strides = (0, 0, 0) if state is None else state.stride()[:3]
-    told = dict(zip(("ssm_row", "ssm_head", "ssm_dim"), strides, strict=True))
-    return told | dict(ssm_state=state, state_index=index, state_rows=0 if state is None else len(state))
+    given = dict(zip(("stride_ssm_row", "stride_ssm_head", "stride_ssm_dim"), strides, strict=True))
+    return given | dict(ssm_state=state, state_index=index, num_ssm_states=0 if state is None else len(state))
 
 
 def mamba2_scan(
@@ -376,68 +395,71 @@ def mamba2_scan(
     xbc, dt, conv_weight, a_log, d, dt_bias = map(rows_contiguous, (xbc, dt, conv_weight, a_log, d, dt_bias))  # type: ignore[assignment]
     conv_bias, conv_state, ssm_state = map(rows_contiguous, (conv_bias, conv_state, ssm_state))
     state_index, seq_lens = (None if x is None else x.contiguous() for x in (state_index, seq_lens))
-    (batch, length, channels), heads, width = xbc.shape, dt.shape[2], conv_weight.shape[1]
-    state = (channels - heads * head_dim) // (2 * n_groups)
+    (batch, length, channels), heads, conv_width = xbc.shape, dt.shape[2], conv_weight.shape[1]
+    d_state = (channels - heads * head_dim) // (2 * n_groups)
     # Blocks, after each of which states are wanted, and the chunks that they are cut into.
-    states = return_states or states_every > 0
-    block = min(states_every or length, length) or 1
-    blocks = -(-length // block) if states_every else 1
-    tokens = chunk_tokens(block)
-    block_chunks = -(-block // tokens)
-    last = max(-(-(length - (blocks - 1) * block) // tokens), 1)  # of an empty block, one empty chunk
-    all_chunks = (blocks - 1) * block_chunks + last if blocks else 0
-    rows = [batch, blocks] if states_every else [batch]
+    wants_states = return_states or states_every > 0
+    block_length = min(states_every or length, length) or 1
+    num_blocks = -(-length // block_length) if states_every else 1
+    chunk_size = chunk_tokens(block_length)
+    chunks_per_block = -(-block_length // chunk_size)
+    last_length = length - (num_blocks - 1) * block_length
+    last_chunks = max(-(-last_length // chunk_size), 1)  # of an empty block, one empty chunk
+    total_chunks = (num_blocks - 1) * chunks_per_block + last_chunks if num_blocks else 0
+    out_shape = [batch, num_blocks] if states_every else [batch]
     y = xbc.new_empty(batch, length, heads * head_dim)
-    conv_out = xbc.new_empty([*rows, channels, width - 1] if states else 0)
-    ssm_out = xbc.new_empty([*rows, heads, head_dim, state] if states else 0, dtype=torch.float32)
-    if batch * all_chunks == 0:
+    conv_out = xbc.new_empty([*out_shape, channels, conv_width - 1] if wants_states else 0)
+    ssm_out = xbc.new_empty([*out_shape, heads, head_dim, d_state] if wants_states else 0, dtype=torch.float32)
+    if batch * total_chunks == 0:
         return y, conv_out, ssm_out
 
-    conv: dict[str, Any] = dict(conv_weight=conv_weight, conv_bias=conv_bias, conv_state=conv_state)
-    conv |= dict(weight_row=conv_weight.stride(0))
+    conv_arguments: dict[str, Any] = dict(conv_weight=conv_weight, conv_bias=conv_bias, conv_state=conv_state)
+    conv_arguments |= dict(stride_conv_weight=conv_weight.stride(0))
     conv_strides = (0, 0) if conv_state is None else conv_state.stride()[:2]
-    conv |= dict(conv_row=conv_strides[0], conv_channel=conv_strides[1], WIDTH=width)
-    conv |= dict(xbc=xbc, xbc_batch=xbc.stride(0), xbc_token=xbc.stride(1))
-    conv |= dict(conv_rows=0 if conv_state is None else len(conv_state))
+    conv_arguments |= dict(stride_conv_row=conv_strides[0], stride_conv_channel=conv_strides[1], WIDTH=conv_width)
+    conv_arguments |= dict(xbc=xbc, stride_xb=xbc.stride(0), stride_xt=xbc.stride(1))
+    conv_arguments |= dict(num_conv_states=0 if conv_state is None else len(conv_state))
     common: dict[str, Any] = dict(dt=dt, a_log=a_log, dt_bias=dt_bias, seq_lens=seq_lens)
     common |= dict(length=length, heads=heads, groups=n_groups)
-    common |= dict(block=block, block_chunks=block_chunks, dt_batch=dt.stride(0), dt_token=dt.stride(1))
-    common |= dict(dt_min=dt_min, dt_max=dt_max, DIM=head_dim, STATE=state, TOKENS=tokens)
+    common |= dict(block_length=block_length, chunks_per_block=chunks_per_block)
+    common |= dict(stride_dt_b=dt.stride(0), stride_dt_t=dt.stride(1))
+    common |= dict(dt_min=dt_min, dt_max=dt_max, HEAD_DIM=head_dim, D_STATE=d_state, CHUNK_SIZE=chunk_size)
     arch, processors = machine(xbc.device)
 
-    def scan(chunks: int, **given: Any) -> None:
-        tile = scan_tuning(xbc.dtype, tokens, batch * chunks * heads, head_dim, state, arch, processors)
-        grid = (batch * chunks * heads * triton.cdiv(head_dim, tile.rows),)
-        mamba2_scan_kernel[grid](**common, **given, d=d, y=y, chunks=chunks, **_options(tile))
+    def scan(num_chunks: int, **given: Any) -> None:
+        tile = scan_tuning(xbc.dtype, chunk_size, batch * num_chunks * heads, head_dim, d_state, arch, processors)
+        grid = (batch * num_chunks * heads * triton.cdiv(head_dim, tile.block_p),)
+        mamba2_scan_kernel[grid](**common, **given, d=d, y=y, num_chunks=num_chunks, **_options(tile))
 
     with on_device_of(xbc):
-        before = _state(ssm_state, state_index)
-        if not states and all_chunks == 1:
-            scan(1, **conv, **before, ssm_slot=0, first=0)
+        initial_state = _state_arguments(ssm_state, state_index)
+        if not wants_states and total_chunks == 1:
+            scan(1, **conv_arguments, **initial_state, stride_ssm_chunk=0, first_chunk=0)
             return y, conv_out, ssm_out
         u = xbc.new_empty(xbc.shape)
-        ends = blocks if states else 0
-        tiles = triton.cdiv(channels, TILE[1]) * (triton.cdiv(length, TILE[0]) + ends)
+        conv_blocks = num_blocks if wants_states else 0
+        tiles = triton.cdiv(channels, CONV_TILE[1]) * (triton.cdiv(length, CONV_TILE[0]) + conv_blocks)
         mamba2_convolve_kernel[(batch * tiles,)](
-            **conv, state_index=state_index, seq_lens=seq_lens, u=u, conv_out=conv_out, length=length,
-            channels=channels, block=block, blocks=ends, TOKENS=TILE[0], CHANNELS=TILE[1],
+            **conv_arguments, state_index=state_index, seq_lens=seq_lens, u=u, conv_out=conv_out, length=length,
+            channels=channels, block_length=block_length, num_blocks=conv_blocks, BLOCK_T=CONV_TILE[0],
+            BLOCK_C=CONV_TILE[1],
         )  # fmt: skip
-        activated: dict[str, Any] = dict(
-            conv_weight=None, conv_bias=None, conv_state=None, weight_row=0, conv_row=0, conv_channel=0
-        )
-        activated |= dict(xbc=u, xbc_batch=u.stride(0), xbc_token=channels, conv_rows=0, WIDTH=0)
-        tile = states_tuning(xbc.dtype, head_dim, state)
-        tiles = triton.cdiv(head_dim, tile.rows) * triton.cdiv(state, tile.depth)
-        most = max(SCRATCH // (batch * heads * head_dim * state), 1)
-        for first in range(0, all_chunks, most):
-            chunks = min(most, all_chunks - first)
-            seeds = ssm_out.new_empty(batch, chunks + 1, heads, head_dim, state)
+        convolved: dict[str, Any] = dict(conv_weight=None, conv_bias=None, conv_state=None, num_conv_states=0, WIDTH=0)
+        convolved |= dict(stride_conv_weight=0, stride_conv_row=0, stride_conv_channel=0)
+        convolved |= dict(xbc=u, stride_xb=u.stride(0), stride_xt=channels)
+        tile = states_tuning(xbc.dtype, head_dim, d_state)
+        tiles = triton.cdiv(head_dim, tile.block_p) * triton.cdiv(d_state, tile.block_n)
+        chunks_at_once = max(SCRATCH // (batch * heads * head_dim * d_state), 1)
+        for first_chunk in range(0, total_chunks, chunks_at_once):
+            num_chunks = min(chunks_at_once, total_chunks - first_chunk)
+            chunk_states = ssm_out.new_empty(batch, num_chunks + 1, heads, head_dim, d_state)
             mamba2_states_kernel[(batch * heads * tiles,)](
-                **common, **before, u=u, seeds=seeds, ssm_out=ssm_out if states else None, first=first, chunks=chunks,
-                all_chunks=all_chunks, **_options(tile),
+                **common, **initial_state, u=u, chunk_states=chunk_states, ssm_out=ssm_out if wants_states else None,
+                first_chunk=first_chunk, num_chunks=num_chunks, total_chunks=total_chunks, **_options(tile),
             )  # fmt: skip
-            before = _state(seeds[:, chunks], None)
-            scan(chunks, **activated, **_state(seeds[:, 0], None), ssm_slot=seeds.stride(1), first=first)
+            initial_state = _state_arguments(chunk_states[:, num_chunks], None)
+            before_chunks = _state_arguments(chunk_states[:, 0], None) | dict(stride_ssm_chunk=chunk_states.stride(1))
+            scan(num_chunks, **convolved, **before_chunks, first_chunk=first_chunk)
     return y, conv_out, ssm_out
 
 
@@ -446,25 +468,28 @@ def _build(kernel: Any, dtype: torch.dtype, tile: Tuning, fused: bool, **sizes: 
     names = kernel.arg_names
     pointers = names[: names.index("length")]
     absent = () if fused else ("conv_weight", "conv_bias", "conv_state", "state_index")
-    wide, indices = ("a_log", "d", "dt_bias", "ssm_state", "seeds", "ssm_out"), ("state_index", "seq_lens")
-    types = {name: "*fp32" if name in wide else "*i64" if name in indices else f"*{DTYPES[dtype]}" for name in pointers}
+    types = {name: f"*{DTYPES[dtype]}" for name in pointers}
+    types |= {
+        name: "*fp32" for name in ("a_log", "d", "dt_bias", "ssm_state", "chunk_states", "ssm_out") if name in names
+    }
+    types |= {name: "*i64" for name in ("state_index", "seq_lens") if name in names}
     types |= {name: "i32" for name in names if name.islower() and name not in pointers}
     types |= {name: "fp32" for name in ("dt_min", "dt_max") if name in names}
-    sizes |= dict(DIM=64, STATE=128, WIDTH=4 if fused else 0, ROWS=tile.rows, DEPTH=tile.depth)
+    sizes |= dict(HEAD_DIM=64, D_STATE=128, WIDTH=4 if fused else 0, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n)
     constants = {name: None for name in absent if name in names} | {n: x for n, x in sizes.items() if n in names}
     types = {name: type for name, type in types.items() if name not in constants}
-    odd = frozenset((*COUNTS, "heads", "groups", "conv_channel"))
-    return Build(kernel, types, constants, tile.warps, tile.stages, odd)
+    odd = frozenset((*COUNTS, "heads", "groups", "stride_conv_channel"))
+    return Build(kernel, types, constants, tile.num_warps, tile.num_stages, odd)
 
 
 def builds(arch: int) -> Iterator[Build]:
     """Denoising of 16, 32 and 64 tokens, few heads at a time and many; commit and prefill."""
     for dtype in DTYPES:
-        for tokens in (16, 32, 64) if dtype == torch.bfloat16 else (16, 64):
-            tiles = {scan_tuning(dtype, tokens, heads, 64, 128, arch, 132) for heads in (64, 4096)}
+        for chunk_size in (16, 32, 64) if dtype == torch.bfloat16 else (16, 64):
+            tiles = {scan_tuning(dtype, chunk_size, heads, 64, 128, arch, 132) for heads in (64, 4096)}
             for fused, tile in itertools.product((True, False), tiles):
-                if tokens != 32 or fused:
-                    yield _build(mamba2_scan_kernel, dtype, tile, fused, TOKENS=tokens)
-            yield _build(mamba2_states_kernel, dtype, states_tuning(dtype, 64, 128), False, TOKENS=tokens)
-        plain = Tuning(0, 0, 4, 3)
-        yield _build(mamba2_convolve_kernel, dtype, plain, True, TOKENS=TILE[0], CHANNELS=TILE[1])
+                if chunk_size != 32 or fused:
+                    yield _build(mamba2_scan_kernel, dtype, tile, fused, CHUNK_SIZE=chunk_size)
+            yield _build(mamba2_states_kernel, dtype, states_tuning(dtype, 64, 128), False, CHUNK_SIZE=chunk_size)
+        untiled = Tuning(0, 0, 4, 3)
+        yield _build(mamba2_convolve_kernel, dtype, untiled, True, BLOCK_T=CONV_TILE[0], BLOCK_C=CONV_TILE[1])

@@ -1,8 +1,8 @@
-"""What Mamba-2's Triton kernels share: chunks, the convolution, steps and decays, products.
+"""What Mamba-2's Triton kernels share: chunks, the convolution, step sizes and decays, products.
 
 A GPU's own functions are approximate: tl.exp multiplies by log2(e), which loses |x| / 2^24 of the result, and ends in
 an instruction that may be off by 2 units in the last place, as a quotient may. That doubled the error of float32
-states. So steps, decays and the SiLU of float32 are made of multiplications and additions, which a GPU rounds
+states. So step sizes, decays and the SiLU of float32 are made of multiplications and additions, which a GPU rounds
 correctly: a dozen, for an instruction of which a processor starts one where it starts eight of these. Activations of 16
 bits are rounded by more than that loses.
 """
@@ -14,41 +14,52 @@ import triton.language as tl
 
 
 @triton.jit
-def bounds(chunk, block, block_chunks, length, TOKENS: tl.constexpr):
+def chunk_bounds(chunk, block_length, chunks_per_block, length, CHUNK_SIZE: tl.constexpr):
     """First and last + 1 token of a chunk. Every block of `states_every` tokens has chunks of its own."""
-    number = chunk // block_chunks
-    start = number * block + chunk % block_chunks * TOKENS
-    return start, tl.minimum(tl.minimum(start + TOKENS, (number + 1) * block), length)
+    block = chunk // chunks_per_block
+    start = block * block_length + chunk % chunks_per_block * CHUNK_SIZE
+    return start, tl.minimum(tl.minimum(start + CHUNK_SIZE, (block + 1) * block_length), length)
 
 
 @triton.jit
-def activated(
-    xbc, weight, bias, conv_state, time, real, channel, inside, xbc_token, weight_row, conv_channel, WIDTH: tl.constexpr
+def conv_silu(
+    xbc,  # of one row: its token t, channel c at t * stride_xt + c
+    conv_weight,
+    conv_bias,
+    conv_state,  # of one row, or None: zeros
+    t,  # [tokens]
+    token_mask,
+    channel,  # [channels]
+    channel_mask,
+    stride_xt,
+    stride_conv_weight,
+    stride_conv_channel,
+    WIDTH: tl.constexpr,
 ):
-    """SiLU of the convolution, both rounded, [tokens, channels] for times [tokens] and channels of one row; 0 where no
-    token is `real` or no channel `inside`. WIDTH 0: xbc is that already."""
+    """SiLU of the causal convolution, both rounded, [tokens, channels]; 0 where a mask is false. WIDTH 0: xbc is that
+    already."""
     X = xbc.dtype.element_ty
-    there = real[:, None] & inside[None, :]
-    at = time[:, None] * xbc_token + channel[None, :]
+    mask = token_mask[:, None] & channel_mask[None, :]
+    offsets = t[:, None] * stride_xt + channel[None, :]
     if WIDTH == 0:
-        return tl.load(xbc + at, mask=there, other=0)
+        return tl.load(xbc + offsets, mask=mask, other=0)
     else:
-        at = tl.max_contiguous(at, (1, 2))  # two channels to a thread, not eight: their taps are scattered loads
-        total = tl.zeros(there.shape, tl.float32)
-        taps = weight + channel * weight_row
+        offsets = tl.max_contiguous(offsets, (1, 2))  # two channels to a thread, not eight: taps are scattered loads
+        acc = tl.zeros(mask.shape, tl.float32)
+        tap_ptrs = conv_weight + channel * stride_conv_weight
         if conv_state is not None:
-            conv_state += channel.to(tl.int64) * conv_channel
-        for before in tl.static_range(WIDTH - 1, -1, -1):
-            column = tl.load(xbc + at - before * xbc_token, mask=there & (time >= before)[:, None], other=0)
+            conv_state += channel.to(tl.int64) * stride_conv_channel
+        for lag in tl.static_range(WIDTH - 1, -1, -1):
+            x = tl.load(xbc + offsets - lag * stride_xt, mask=mask & (t >= lag)[:, None], other=0)
             if conv_state is not None:
-                for k in tl.static_range(before):  # before the first token
-                    old = tl.load(conv_state + (WIDTH - 1 - before + k), mask=inside, other=0).to(X)
-                    column = tl.where((time == k)[:, None], old[None, :], column)
-            tap = tl.load(taps + (WIDTH - 1 - before), mask=inside, other=0).to(tl.float32)
-            total += tap[None, :] * column.to(tl.float32)
-        if bias is not None:
-            total += tl.load(bias + channel, mask=inside, other=0).to(tl.float32)[None, :]
-        return tl.where(there, silu(total.to(X)), 0)
+                for k in tl.static_range(lag):  # tokens whose input at this lag lies before the first token
+                    past = tl.load(conv_state + (WIDTH - 1 - lag + k), mask=channel_mask, other=0).to(X)
+                    x = tl.where((t == k)[:, None], past[None, :], x)
+            tap = tl.load(tap_ptrs + (WIDTH - 1 - lag), mask=channel_mask, other=0).to(tl.float32)
+            acc += tap[None, :] * x.to(tl.float32)
+        if conv_bias is not None:
+            acc += tl.load(conv_bias + channel, mask=channel_mask, other=0).to(tl.float32)[None, :]
+        return tl.where(mask, silu(acc.to(X)), 0)
 
 
 @triton.jit
@@ -90,7 +101,7 @@ def softplus(x):
 @triton.jit
 def silu(x):
     """x / (1 + e^-x) in the dtype of x."""
-    wide = x.to(tl.float32)
+    x_float32 = x.to(tl.float32)
     if x.dtype == tl.float32:
         e = exponential(-tl.abs(x))
         numerator, denominator = tl.where(x < 0, x * e, x), 1 + e
@@ -99,18 +110,19 @@ def silu(x):
         refined = tl.fma(tl.fma(-denominator, quotient, numerator), inverse, quotient)
         return tl.where(quotient - quotient == 0, refined, quotient)
     else:
-        return (wide / (1 + tl.exp(-wide))).to(x.dtype)
+        return (x_float32 / (1 + tl.exp(-x_float32))).to(x.dtype)
 
 
 @triton.jit
-def steps(dt, time, there, dt_token, dt_bias, a_log, head, dt_min, dt_max):
-    """Steps of a head's tokens and the logarithms of their decays [tokens]; both 0 where no token is there."""
-    x = tl.load(dt + time * dt_token + head, mask=there, other=0).to(tl.float32)
+def step_sizes(dt, t, token_mask, stride_dt_t, dt_bias, a_log, head, dt_min, dt_max):
+    """Step sizes delta of a head's tokens, softplus(dt + bias) within [dt_min, dt_max], and the logarithms of their
+    decays, -exp(a_log) delta: [tokens] each, both 0 where the mask is false."""
+    x = tl.load(dt + t * stride_dt_t + head, mask=token_mask, other=0).to(tl.float32)
     x += tl.load(dt_bias + head).to(tl.float32)
-    step = softplus(x)
-    step = tl.where(step < dt_min, dt_min, step)  # NaN stays NaN
-    step = tl.where(there, tl.where(step > dt_max, dt_max, step), 0)
-    return step, -exponential(tl.load(a_log + head).to(tl.float32)) * step
+    delta = softplus(x)
+    delta = tl.where(delta < dt_min, dt_min, delta)  # NaN stays NaN
+    delta = tl.where(token_mask, tl.where(delta > dt_max, dt_max, delta), 0)
+    return delta, -exponential(tl.load(a_log + head).to(tl.float32)) * delta
 
 
 @triton.jit
@@ -123,15 +135,15 @@ def split(x):
 
 
 @triton.jit
-def product(a, b, total):
-    """total + a b, exact but for the float32 sums."""
+def product(a, b, acc):
+    """acc + a b, exact but for the float32 sums."""
     if a.dtype == b.dtype and a.dtype != tl.float32:
-        return tl.dot(a, b, total)
+        return tl.dot(a, b, acc)
     elif a.dtype == tl.bfloat16:
         high, middle, low = split(b)
-        return tl.dot(a, high, tl.dot(a, middle, tl.dot(a, low, total)))
+        return tl.dot(a, high, tl.dot(a, middle, tl.dot(a, low, acc)))
     elif b.dtype == tl.bfloat16:
         high, middle, low = split(a)
-        return tl.dot(high, b, tl.dot(middle, b, tl.dot(low, b, total)))
+        return tl.dot(high, b, tl.dot(middle, b, tl.dot(low, b, acc)))
     else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")

@@ -25,32 +25,32 @@ def gated_rms_norm_kernel(
     out,  # [B, L, D] contiguous
     length,
     groups,
-    y_batch,
-    y_token,
-    z_batch,
-    z_token,
+    stride_yb,
+    stride_yt,
+    stride_zb,
+    stride_zt,
     eps,
-    SIZE: tl.constexpr,  # of a group
-    BLOCK: tl.constexpr,  # a power of two, at least SIZE
+    GROUP_SIZE: tl.constexpr,  # of a group
+    BLOCK_SIZE: tl.constexpr,  # a power of two, at least GROUP_SIZE
 ):
-    row = (tl.program_id(0) // groups).to(tl.int64)
-    b, t = row // length, row % length
-    n = tl.arange(0, BLOCK)
-    inside = n < SIZE
-    column = tl.program_id(0) % groups * SIZE + n
-    by = tl.load(weight + column, mask=inside, other=0, volatile=IN_ORDER)
-    value = tl.load(y + b * y_batch + t * y_token + column, mask=inside, other=0, volatile=IN_ORDER).to(tl.float32)
-    gate = tl.load(z + b * z_batch + t * z_token + column, mask=inside, other=0, volatile=IN_ORDER).to(tl.float32)
+    token_row = (tl.program_id(0) // groups).to(tl.int64)
+    b, t = token_row // length, token_row % length
+    offs = tl.arange(0, BLOCK_SIZE)
+    mask = offs < GROUP_SIZE
+    channel = tl.program_id(0) % groups * GROUP_SIZE + offs
+    weight_value = tl.load(weight + channel, mask=mask, other=0, volatile=IN_ORDER)
+    value = tl.load(y + b * stride_yb + t * stride_yt + channel, mask=mask, other=0, volatile=IN_ORDER).to(tl.float32)
+    gate = tl.load(z + b * stride_zb + t * stride_zt + channel, mask=mask, other=0, volatile=IN_ORDER).to(tl.float32)
     value *= gate / (1 + tl.exp(-gate))
-    inverse = 1 / tl.sqrt_rn(tl.sum(value * value) / SIZE + eps)
-    value = value * inverse * by.to(tl.float32)
-    tl.store(out + row * groups * SIZE + column, value.to(out.dtype.element_ty), mask=inside)
+    rstd = 1 / tl.sqrt_rn(tl.sum(value * value) / GROUP_SIZE + eps)
+    value = value * rstd * weight_value.to(tl.float32)
+    tl.store(out + token_row * groups * GROUP_SIZE + channel, value.to(out.dtype.element_ty), mask=mask)
 
 
-def _tuning(size: int) -> tuple[int, int]:
-    """(BLOCK, num_warps): about 16 numbers per thread, so that a group's loads are in flight together."""
-    block = triton.next_power_of_2(size)
-    return block, min(max(block // 512, 1), 16)
+def _tuning(group_size: int) -> tuple[int, int]:
+    """(BLOCK_SIZE, num_warps): about 16 numbers per thread, so that a group's loads are in flight together."""
+    block_size = triton.next_power_of_2(group_size)
+    return block_size, min(max(block_size // 512, 1), 16)
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float) -> Tensor:
@@ -60,25 +60,27 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: flo
     if out.numel() == 0:
         return out
     batch, length, width = y.shape
-    size = width // n_groups
-    block, warps = _tuning(size)
+    group_size = width // n_groups
+    block_size, num_warps = _tuning(group_size)
     with on_device_of(y):
         gated_rms_norm_kernel[(batch * length * n_groups,)](
             *(y, z, weight, out, length, n_groups, *y.stride()[:2], *z.stride()[:2], eps),
-            SIZE=size,
-            BLOCK=block,
-            num_warps=warps,
+            GROUP_SIZE=group_size,
+            BLOCK_SIZE=block_size,
+            num_warps=num_warps,
         )
     return out
 
 
 def builds(arch: int) -> Iterator[Build]:
     """Every dtype, in groups of the released model and larger ones. The same on every architecture."""
-    integers = ("length", "groups", "y_batch", "y_token", "z_batch", "z_token")
+    integers = ("length", "groups", "stride_yb", "stride_yt", "stride_zb", "stride_zt")
     for dtype in DTYPES.values():
-        for size in (512, 4096):
-            block, warps = _tuning(size)
+        for group_size in (512, 4096):
+            block_size, num_warps = _tuning(group_size)
             types = {name: f"*{dtype}" for name in ("y", "z", "weight", "out")}
             types |= {name: "i32" for name in integers} | {"eps": "fp32"}
             odd = frozenset(("length", "groups"))
-            yield Build(gated_rms_norm_kernel, types, {"SIZE": size, "BLOCK": block}, warps, odd=odd)
+            yield Build(
+                gated_rms_norm_kernel, types, {"GROUP_SIZE": group_size, "BLOCK_SIZE": block_size}, num_warps, odd=odd
+            )

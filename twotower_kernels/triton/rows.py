@@ -1,4 +1,4 @@
-"""What kernels read of a row of the batch: how long it is, and which row of stored state or context it goes with."""
+"""What kernels read of a batch row: its length, and which row of the stored states or contexts belongs to it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import triton.language as tl
 
 
 @triton.jit
-def length_at(lens, place, most):
-    """A length from the device, within what there is room for: nothing beyond is ever read."""
-    if lens is None:
-        return most
+def length_at(lengths, offset, limit):
+    """A length from the device, clamped to [0, limit]: nothing beyond is ever read. lengths None: limit."""
+    if lengths is None:
+        return limit
     else:
-        return tl.minimum(tl.maximum(tl.load(lens + place), 0), most).to(tl.int32)
+        return tl.minimum(tl.maximum(tl.load(lengths + offset), 0), limit).to(tl.int32)
 
 
 @triton.jit
-def row_at(index, b, stride, rows):
-    """The row of contexts or states that batch row b reads."""
+def row_at(index, b, stride, num_rows):
+    """The row of contexts or states that batch row b reads, clamped to [0, num_rows). index None: b."""
     if index is None:
         return b
     else:
-        return tl.minimum(tl.maximum(tl.load(index + b * stride).to(tl.int64), 0), rows - 1)
+        return tl.minimum(tl.maximum(tl.load(index + b * stride).to(tl.int64), 0), num_rows - 1)
