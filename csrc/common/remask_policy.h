@@ -1,6 +1,6 @@
-// A RemaskPolicy as numbers, in the order of OPTIONS and BOUNDS in twotower_kernels/options/remask_policy.py. Choices are
-// numbered in the order of the enumerations below; has_* says whether the bound of that name is given. Included by both
-// the CPU's kernel and the GPU's, inside their namespaces, where `int64` is declared.
+// A RemaskPolicy as numbers, in the order of OPTIONS and BOUNDS in twotower_kernels/options/remask_policy.py. Choices
+// are numbered in the order of the enumerations below; has_* says whether the bound of that name is given. Included by
+// both the CPU's kernel and the GPU's, inside their namespaces, where `int64` is declared.
 #pragma once
 
 struct RemaskOptions {
