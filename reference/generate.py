@@ -15,22 +15,23 @@ batch, so it costs nothing.
 
 import math
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from twotower_kernels.options.arguments import are_several, integers, real, whole, wholes
-from twotower_kernels.options.remask_policy import HIGHEST_TEMPERATURE, RemaskPolicy
+from twotower_kernels.options.arguments import Integers
+from twotower_kernels.options.generation import MODES, GenerationConfig, Prompts, prompt_rows
+from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.reference.model import ContextState, TwoTower
 from twotower_kernels.reference.philox import row_seeds
 from twotower_kernels.reference.remask import remask
 from twotower_kernels.reference.remask_schedule import model_time
 
-MODES = ("mask_diffusion", "mock_ar", "ar")
+__all__ = ["MODES", "GenerateResult", "StepEvent", "generate"]
+
 FINISH = RemaskPolicy(finish=True)  # in the last step of its schedule: every candidate, none of which is the mask
 PROPOSE = RemaskPolicy(suppress_mask=False)  # a rule that leaves the candidate alone
 
@@ -123,7 +124,7 @@ class _Run:
 @torch.no_grad()
 def generate(
     model: TwoTower,
-    prompts: Tensor | Sequence[Tensor | Sequence[int]],
+    prompts: Prompts,
     *,
     mode: str = "mask_diffusion",
     max_new_tokens: int,
@@ -134,9 +135,9 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    mask_token_id: int = 3,
-    eos_token_id: int | Sequence[int] | None = None,
-    seed: int | Sequence[int] | Tensor = 0,
+    mask_token_id: int | None = None,
+    eos_token_id: int | Integers | None = None,
+    seed: int | Integers = 0,
     logprobs: bool = False,
     on_step: Callable[[StepEvent], object] | None = None,
 ) -> GenerateResult:
@@ -158,7 +159,8 @@ def generate(
             gets one more, which commits its best tokens everywhere, so it ends in any case and without a mask.
         temperature, top_k, top_p: sampling; temperature 0 is greedy (as 1e-36 is, and less), 1e6 the highest; top_k 0
             and top_p 1 are no filter.
-        mask_token_id: what a position to be filled holds (mask_diffusion only; the other modes treat it as any token).
+        mask_token_id: what a position to be filled holds (mask_diffusion only; the other modes treat it as any token);
+            None: the config's.
         eos_token_id: a token, or several: a row ends with the first of them among its new tokens.
         seed: the request's seed, or one per row. Row b draws with the key `philox.sequence_seed(seed, b)`, or with its
             own seed as the key. In mask_diffusion the counter holds (token, position in the block, step, index of the
@@ -175,31 +177,41 @@ def generate(
         FloatingPointError: the model's logits are NaN or infinite.
     """
     start = time.perf_counter()
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    vocab_size = model.config.vocab_size
-    max_new_tokens = _new_tokens(max_new_tokens)
+    config = GenerationConfig(
+        mode=mode,
+        max_new_tokens=max_new_tokens,
+        block_size=block_size,
+        steps_per_block=steps_per_block,
+        confidence_threshold=confidence_threshold,
+        policy=policy,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        mask_token_id=mask_token_id,
+        eos_token_id=eos_token_id,
+        seed=seed,
+        logprobs=logprobs,
+    ).for_model(model.config)
     device = next(model.parameters()).device
-    rows = _prompt_rows(prompts, vocab_size, device)
+    rows = prompt_rows(prompts, model.config.vocab_size, device)
     run = _Run(
         model=model,
         prompts=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
         lengths=torch.tensor([len(row) for row in rows], device=device),
-        max_new_tokens=max_new_tokens,
-        ends=_ends(eos_token_id, vocab_size),
-        sampling=_sampling(temperature, top_k, top_p, vocab_size),
-        seeds=torch.tensor(row_seeds(seed, len(rows)), device=device),
+        max_new_tokens=config.max_new_tokens,
+        ends=list(config.ends),
+        sampling=config.sampling,
+        seeds=torch.tensor(row_seeds(config.seed, len(rows)), device=device),
         on_step=on_step,
         nfe=torch.zeros(len(rows), dtype=torch.int64, device=device),
         with_logprobs=logprobs,
         blocks=[[] for _ in rows],
         logprobs=[[] for _ in rows],
     )
-    if mode == "mask_diffusion":
-        checked = _checked_blocks(model, block_size, steps_per_block, confidence_threshold, mask_token_id, policy)
-        if max_new_tokens:
-            _diffuse(run, *checked)
-    elif max_new_tokens:
+    if config.max_new_tokens and mode == "mask_diffusion":
+        assert config.mask_token_id is not None  # the model's, if no other was given
+        _diffuse(run, config.unmasking, config.block_size, config.steps_per_block, config.mask_token_id)
+    elif config.max_new_tokens:
         _autoregress(run, with_denoiser=mode == "mock_ar")
     new_tokens, of_new, reasons = zip(*(run.cut(b) for b in range(len(rows))), strict=True)
     sequences = [torch.cat(pair) for pair in zip(rows, new_tokens, strict=True)]
@@ -316,84 +328,3 @@ def _check_finite(confidence: Tensor, rows: Tensor) -> None:
 def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """What the tokens' probabilities are logarithms of: logits [R, S, V], tokens [R, S] -> float32 [R, S]."""
     return (logits.double() - logits.double().logsumexp(-1, keepdim=True)).gather(2, tokens[..., None])[..., 0].float()
-
-
-def _prompt_rows(prompts: Any, vocab_size: int, device: torch.device) -> list[Tensor]:
-    """B checked one-dimensional int64 prompts on the model's device."""
-    if isinstance(prompts, Tensor) and prompts.ndim != 2:
-        raise ValueError(f"prompts must be [B, T] or a list of rows, got a tensor of shape {list(prompts.shape)}")
-    if not len(prompts):
-        raise ValueError("prompts must hold at least one row, got none")
-    rows = []
-    for b, prompt in enumerate(prompts):
-        row = integers(f"prompts[{b}]", prompt)
-        if row.ndim != 1 or not row.numel():
-            raise ValueError(f"prompts[{b}] must hold one token or more in one dimension, got shape {list(row.shape)}")
-        if row.dtype != torch.int64:
-            raise TypeError(f"prompts[{b}]: expected integers, got {row.dtype}")
-        wrong = row[(row < 0) | (row >= vocab_size)]
-        if len(wrong):
-            raise ValueError(f"prompts[{b}] holds token {int(wrong[0])}, outside the vocabulary of {vocab_size}")
-        rows.append(row.to(device))
-    return rows
-
-
-def _new_tokens(max_new_tokens: int) -> int:
-    count = whole("max_new_tokens", max_new_tokens)
-    if count < 0:
-        raise ValueError(f"max_new_tokens must be 0 or more, got {count}")
-    return count
-
-
-def _sampling(temperature: float, top_k: int, top_p: float, vocab_size: int) -> dict[str, Any]:
-    """The arguments of the sampler. Comparisons are written so that NaN fails them."""
-    temperature, top_k, top_p = real("temperature", temperature), whole("top_k", top_k), real("top_p", top_p)
-    if not 0 <= temperature <= HIGHEST_TEMPERATURE:
-        raise ValueError(f"temperature must be a number from 0 to {HIGHEST_TEMPERATURE:g}, got {temperature}")
-    if not 0 <= top_k <= vocab_size:
-        raise ValueError(f"top_k must be between 0 and the vocabulary size {vocab_size}, got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
-    return {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-
-
-def _ends(eos_token_id: Any, vocab_size: int) -> list[int]:
-    """The tokens with which a row ends."""
-    if eos_token_id is None:
-        return []
-    ends = wholes("eos_token_id", eos_token_id if are_several(eos_token_id) else [eos_token_id])
-    for token in ends:
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"eos_token_id must be inside the vocabulary of {vocab_size}, got {token}")
-    return ends
-
-
-def _checked_blocks(
-    model: TwoTower,
-    block_size: int,
-    steps_per_block: int,
-    confidence_threshold: float,
-    mask_token_id: int,
-    policy: RemaskPolicy | None,
-) -> tuple[RemaskPolicy, int, int, int]:
-    """What only mask_diffusion reads: policy, block size, steps, mask token."""
-    vocab_size = model.config.vocab_size
-    block_size, steps = whole("block_size", block_size), whole("steps_per_block", steps_per_block)
-    threshold, mask = real("confidence_threshold", confidence_threshold), whole("mask_token_id", mask_token_id)
-    if block_size < 1:
-        raise ValueError(f"block_size must be 1 or more, got {block_size}")
-    if steps < 1:
-        raise ValueError(f"steps_per_block must be 1 or more, got {steps}")
-    if policy is not None and policy.renoise:
-        raise ValueError("policy must un-mask: a renoise rule starts from random tokens and never has a mask")
-    if math.isnan(threshold):
-        raise ValueError(f"confidence_threshold must be a number, got {threshold}")
-    if not 0 <= mask < vocab_size:
-        raise ValueError(f"mask_token_id must be inside the vocabulary of {vocab_size}, got {mask}")
-    trained = getattr(model.config, "block_size", None)
-    if trained is not None and block_size > trained:
-        warnings.warn(
-            f"block_size {block_size} is larger than the {trained} the model was trained with: sampling may collapse",
-            stacklevel=3,
-        )
-    return policy or RemaskPolicy.twotower(threshold=threshold), block_size, steps, mask

@@ -124,8 +124,7 @@ def test_prompts_may_be_a_tensor_or_rows_of_any_kind() -> None:
 
 def test_the_arguments_are_those_of_the_specification() -> None:
     wanted = {name: p.default for name, p in inspect.signature(specification.generate).parameters.items()}
-    assert TwoTowerConfig(1, 1, "-", intermediate_size=1).mask_token_id == wanted["mask_token_id"]
-    wanted["mask_token_id"] = None  # the config's
+    assert wanted["mask_token_id"] is None  # the config's
     assert {name: p.default for name, p in inspect.signature(generate).parameters.items()} == wanted
     del wanted["on_step"]
     assert {name: p.default for name, p in inspect.signature(stream).parameters.items()} == wanted

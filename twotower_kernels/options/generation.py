@@ -15,12 +15,11 @@ from torch import Tensor
 
 from twotower_kernels.options.arguments import Integers, are_several, integers, real, whole, wholes
 from twotower_kernels.options.config import TwoTowerConfig
-from twotower_kernels.options.remask_policy import RemaskPolicy
+from twotower_kernels.options.remask_policy import HIGHEST_TEMPERATURE, RemaskPolicy
 
 MODES = ("mask_diffusion", "mock_ar", "ar")
 MOST_BLOCK = 2**16  # tokens; a block is denoised whole, its logits over the vocabulary too
 MOST_STEPS = 2**31 - 1
-HIGHEST_TEMPERATURE = 1e6  # that the sampler takes
 
 Prompts = Tensor | np.ndarray | Sequence[Integers]
 
