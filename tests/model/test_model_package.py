@@ -237,10 +237,8 @@ def test_the_denoiser_compiles_as_one_graph() -> None:
 
 
 def test_generation_has_the_specifications_signature() -> None:
-    """Defaults included; but the mask token is the config's, which is the specification's by default."""
+    """Defaults included."""
     wanted = {name: p.default for name, p in inspect.signature(generate).parameters.items()}
-    assert wanted["mask_token_id"] == models("-", torch.float32).ours.config.mask_token_id
-    wanted["mask_token_id"] = None
     assert {name: p.default for name, p in inspect.signature(TwoTowerModel.generate).parameters.items()} == wanted
     del wanted["on_step"]
     assert {name: p.default for name, p in inspect.signature(TwoTowerModel.stream).parameters.items()} == wanted
