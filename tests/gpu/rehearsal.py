@@ -83,7 +83,7 @@ def compiled_only() -> Iterator[None]:
         with clocked("Triton"):
             return run(self, *arguments, grid=grid, warmup=True, **options)
 
-    def nvrtc_compiles(kernel: cuda.Kernel, grid: int, block: int, shared: int, arguments: Sequence[Any]) -> None:
+    def nvrtc_compiles(kernel: cuda.Kernel, *launched: Any, after_last: bool = False) -> None:
         with clocked("NVRTC"):
             cuda.cubin(kernel.source, kernel.defines, ARCHITECTURE)
 
