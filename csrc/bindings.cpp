@@ -54,9 +54,6 @@ void bind_adaln(py::module_& m) {
             tt::gated_residual_adaln_norm({x, y, gate, weight, shift, scale, h, normed, eps, norm_first});
         },
         Released());
-}
-
-void bind_norm(py::module_& m) {
     m.def(
         "rms_norm",
         [](tt::Rows x, Vector weight, tt::Rows normed, double eps) {
@@ -185,7 +182,6 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of twotower_kernels; pointers in, nothing out.";
     bind_machine(m);
     bind_adaln(m);
-    bind_norm(m);
     bind_attention(m);
     bind_linear(m);
     bind_moe(m);

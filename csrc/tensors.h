@@ -73,31 +73,54 @@ inline bool read_layout(View& view, PyObject* sizes, PyObject* strides, int rank
     return true;
 }
 
-// A tensor's view. One whose last dimension is strided is copied first, into `copy`: kernels rely on contiguous rows.
-// Whoever passes what a kernel writes makes sure that it is none of that kind. Returns false for what is no tensor.
-inline bool read_tensor(View& view, PyObject* tensor, int rank, py::object& copy) {
-    const TensorNames& names = tensor_names();
-    const auto dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, names.dtype));
-    auto sizes = py::reinterpret_steal<py::object>(dtype ? PyObject_GetAttr(tensor, names.shape) : nullptr);
-    auto strides = sizes ? asked(tensor, names.stride) : py::object();
-    if (strides && PyTuple_Check(strides.ptr()) && PyTuple_GET_SIZE(strides.ptr()) > 0) {
-        const Py_ssize_t last = PyTuple_GET_SIZE(strides.ptr()) - 1;
-        if (PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), last)) != 1 && PyTuple_Check(sizes.ptr()) &&
-            PyTuple_GET_SIZE(sizes.ptr()) > last && PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), last)) > 1) {
-            copy = asked(tensor, names.contiguous);
-            if (!copy) throw py::error_already_set();
-            tensor = copy.ptr();
-            strides = asked(tensor, names.stride);
-        }
+// What a tensor says of itself; of what is no tensor the rank is -1.
+struct Layout {
+    explicit Layout(PyObject* tensor) {
+        const TensorNames& names = tensor_names();
+        dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, names.dtype));
+        if (dtype) sizes = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, names.shape));
+        if (sizes) strides = asked(tensor, names.stride);
+        if (strides && PyTuple_Check(sizes.ptr()) && PyTuple_Check(strides.ptr()))
+            rank = PyTuple_GET_SIZE(sizes.ptr());
+        else
+            PyErr_Clear();
     }
-    const auto pointer = strides ? asked(tensor, names.data_ptr) : py::object();
-    if (!pointer) {
-        PyErr_Clear();
+    int64_t size(Py_ssize_t i) const { return PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), i)); }
+    int64_t stride(Py_ssize_t i) const { return PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), i)); }
+    // Kernels rely on it. True of an empty tensor, which PyTorch calls contiguous whatever its strides, and never
+    // copies.
+    bool rows_contiguous() const {
+        if (rank < 1 || stride(rank - 1) == 1 || size(rank - 1) <= 1) return true;
+        for (Py_ssize_t i = 0; i < rank; ++i)
+            if (size(i) == 0) return true;
         return false;
     }
+
+    py::object dtype, sizes, strides;
+    Py_ssize_t rank = -1;
+};
+
+inline void read_memory(View& view, PyObject* tensor, const Layout& layout) {
+    const py::object pointer = asked(tensor, tensor_names().data_ptr);
+    if (!pointer) throw py::error_already_set();
     view.data = PyLong_AsVoidPtr(pointer.ptr());
-    view.dtype = dtype_of(dtype.ptr());
-    return read_layout(view, sizes.ptr(), strides.ptr(), rank);
+    view.dtype = dtype_of(layout.dtype.ptr());
+}
+
+inline PyObject* copied(PyObject* tensor, py::object& copy) {
+    copy = asked(tensor, tensor_names().contiguous);
+    if (!copy) throw py::error_already_set();
+    return copy.ptr();
+}
+
+// A tensor's view. One whose last dimension is strided is copied first, into `copy`. Whoever passes what a kernel
+// writes makes sure that it is none of that kind. Returns false for what is no tensor.
+inline bool read_tensor(View& view, PyObject* tensor, int rank, py::object& copy) {
+    const Layout layout(tensor);
+    if (layout.rank < 0) return false;
+    if (!layout.rows_contiguous()) return read_tensor(view, copied(tensor, copy), rank, copy);
+    read_memory(view, tensor, layout);
+    return read_layout(view, layout.sizes.ptr(), layout.strides.ptr(), rank);
 }
 
 // From what is no tensor of PyTorch's: (pointer, code of the dtype, sizes, strides).
@@ -117,38 +140,20 @@ inline bool read_fields(View& view, PyObject* fields, int rank) {
 
 // A tensor [..., H] as [rows, H]. It is copied first only if its leading dimensions do not lie behind one another.
 inline bool read_flat(View& view, PyObject* tensor, py::object& copy) {
-    const TensorNames& names = tensor_names();
-    const auto dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, names.dtype));
-    auto shape = py::reinterpret_steal<py::object>(dtype ? PyObject_GetAttr(tensor, names.shape) : nullptr);
-    auto strides = shape ? asked(tensor, names.stride) : py::object();
-    if (!strides || !PyTuple_Check(shape.ptr()) || !PyTuple_Check(strides.ptr())) {
-        PyErr_Clear();
-        return false;
+    const Layout layout(tensor);
+    if (layout.rank < 0) return false;
+    if (layout.rank == 0) throw py::value_error("expected a tensor of rank 1 or more, got 0");
+    const int64_t width = layout.size(layout.rank - 1);
+    int64_t rows = 1, row = width;  // row: from one to the next
+    bool in_place = layout.rows_contiguous();
+    for (Py_ssize_t i = layout.rank - 2; i >= 0; --i) {
+        if (layout.size(i) == 1) continue;
+        if (rows == 1) row = layout.stride(i);
+        in_place &= layout.stride(i) == rows * row;
+        rows *= layout.size(i);
     }
-    const Py_ssize_t rank = PyTuple_GET_SIZE(shape.ptr());
-    if (rank == 0) throw py::value_error("expected a tensor of rank 1 or more, got 0");
-    const auto number = [](const py::object& tuple, Py_ssize_t i) {
-        return int64_t(PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i)));
-    };
-    const int64_t width = number(shape, rank - 1);
-    int64_t rows = 1, row = rank > 1 ? number(strides, rank - 2) : width;  // row: from one to the next
-    bool in_place = width <= 1 || number(strides, rank - 1) == 1;
-    for (Py_ssize_t i = rank - 2; i >= 0; --i) {
-        in_place &= number(shape, i) == 1 || number(strides, i) == rows * row || rows == 1;
-        if (rows == 1) row = number(strides, i);
-        rows *= number(shape, i);
-    }
-    if (PyErr_Occurred()) throw py::error_already_set();
-    if (!in_place && rows * width > 0) {
-        copy = asked(tensor, names.contiguous);
-        if (!copy) throw py::error_already_set();
-        tensor = copy.ptr();
-        row = width;
-    }
-    const auto pointer = asked(tensor, names.data_ptr);
-    if (!pointer) throw py::error_already_set();
-    view.data = PyLong_AsVoidPtr(pointer.ptr());
-    view.dtype = dtype_of(dtype.ptr());
+    if (!in_place && rows * width > 0) return read_flat(view, copied(tensor, copy), copy);
+    read_memory(view, tensor, layout);
     view.ndim = 2;
     view.size[0] = rows, view.size[1] = width;
     view.stride[0] = row, view.stride[1] = 1;

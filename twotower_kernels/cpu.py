@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # The order of DType in csrc/cpu/view.h.
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 
 
 @cache
@@ -28,7 +28,7 @@ def kernels() -> ModuleType:
             "twotower_kernels._C, the compiled CPU kernels, cannot be imported "
             f"({error}); build it with `python setup.py build_ext --inplace`, or reinstall twotower-kernels"
         ) from error
-    module.set_dtypes(_DTYPES)
+    module.set_dtypes(DTYPES)
     return module
 
 

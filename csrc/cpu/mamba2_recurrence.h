@@ -3,8 +3,8 @@
 //     s <- decay_t s + x_t B_t,    y_t = C_t.s
 //
 // A vector's worth of the state's rows goes through all tokens before the next ones do, so it stays in the innermost
-// cache (8 KB of a released head's 32). A row has a sum of its own for y, the other rows' hide its latency, and one
-// transposition adds the lanes of all. The state is rounded after every token, as it is where tokens come one by one.
+// cache (8 KB of a released head's 32). A row has a sum of its own for y, whose latency the other rows' hide, and their
+// lanes are added together. The state is rounded after every token, as it is where tokens come one by one.
 #pragma once
 
 #include "rounding.h"
@@ -42,11 +42,7 @@ void recur_rows(W* to, const W* from, int64_t stride, int64_t n, const Recurrenc
                 sums[q] += s * out;
             }
         });
-        transpose(sums);
-        // In pairs, then pairs of pairs: a sum of 16 in 4 roundings.
-        for (int half = lanes / 2; half > 0; half /= 2)
-            for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-        const V all = sums[0];
+        const V all = sums_across(sums);
         for (int q = 0; q < Rows; ++q) y[q] = all[q];
         from = to;
         stride = n;

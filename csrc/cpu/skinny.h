@@ -225,14 +225,8 @@ template <class W>
         for (int r = 0; r < skinny_rows; r += lanes) {
             Vector<W> v[lanes];
             for (int i = 0; i < lanes; ++i) v[i] = r + i < rows ? total[(r + i) * count + m] : Vector<W>{};
-#pragma GCC unroll 4
-            for (int half = lanes / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-                for (int i = 0; i < half; ++i) {
-                    interleave(v[i], v[i + half]);
-                    v[i] += v[i + half];
-                }
-            std::memcpy(out + m * skinny_rows + r, v, sizeof(v[0]));
+            const Vector<W> sums = sums_across(v);
+            std::memcpy(out + m * skinny_rows + r, &sums, sizeof(sums));
         }
 }
 

@@ -228,6 +228,14 @@ def test_rows_of_any_rank_are_read(shape: tuple[int, ...], layout: int) -> None:
         cpu.kernels().rms_norm(torch.tensor(1.0), weight, out, 1e-5)
 
 
+def test_an_empty_tensor_of_strided_rows_is_read_as_it_lies() -> None:
+    """PyTorch calls it contiguous, and makes no copy of it."""
+    x, out = torch.empty_strided((0, 3), (1, 2)), zeros(0, 4)
+    assert x.stride(1) != 1 and x.contiguous() is x
+    cpu.kernels().linear(x, zeros(4, 3), None, out)
+    cpu.kernels().moe_gate(x, zeros(4, 3), out.double())
+
+
 @pytest.mark.parametrize("shape", [(3,), (1, 3), (4, 3), (2, 2, 3), (2, 1, 3), (1, 2, 3), (2, 0, 3), (2, 1, 2, 3)])
 @pytest.mark.parametrize("layout", [0, 1, 2, 3])
 def test_leading_dimensions_are_read_as_one(shape: tuple[int, ...], layout: int) -> None:

@@ -3,12 +3,14 @@
 import functools
 import json
 import string
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from twotower_kernels import TwoTowerModel
 from twotower_kernels.options.config import TwoTowerConfig
 from twotower_kernels.reference.model import TwoTower
 
@@ -60,3 +62,10 @@ def save_small_model(folder: Path) -> Path:
     tokenizer.add_special_tokens(words[:4])
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+@functools.cache
+def package_model() -> TwoTowerModel:
+    """The small model as the package loads it."""
+    with tempfile.TemporaryDirectory() as folder:
+        return TwoTowerModel.from_pretrained(save_small_model(Path(folder)), dtype=torch.float64)

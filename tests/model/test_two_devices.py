@@ -14,8 +14,8 @@ from torch import Tensor
 from tests.gpu.test_capture import Recorder
 from tests.model.random_models import models, random_ids
 from tests.model.second_device import DEVICE, SecondDevice, apart, second_device
-from tests.model.small_model import save_small_model
-from tests.model.test_generate_package import package_model, told
+from tests.model.small_model import package_model, save_small_model
+from tests.model.test_generate_package import values_of
 from twotower_kernels import TwoTowerConfig, TwoTowerModel
 from twotower_kernels.model.capture import CapturedModel
 from twotower_kernels.model.generate import MODES, generate, stream
@@ -48,10 +48,10 @@ def test_two_devices_write_what_one_writes(mode: str, options: dict[str, Any]) -
     options = {"mode": mode, "max_new_tokens": 14, "block_size": 4, **options}
     one = package_model()
     wanted = stream(one, ROWS, **options)
-    events = [told(event) for event in wanted]
+    events = [values_of(event) for event in wanted]
     with second_device():
         got = stream(apart(copy.deepcopy(one)), ROWS, **options)
-        assert [told(event) for event in got] == events
+        assert [values_of(event) for event in got] == events
         mine, theirs = got.result(), wanted.result()
         assert [t.tolist() for t in mine.sequences] == [t.tolist() for t in theirs.sequences]
         assert (mine.nfe, mine.finish_reason) == (theirs.nfe, theirs.finish_reason)

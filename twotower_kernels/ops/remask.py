@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from twotower_kernels import cpu
 from twotower_kernels.ops._library import as_index, define
@@ -112,21 +111,7 @@ def remask(
         *(suppressed, suppress_tensor, unscored, unscore_tensor, editable, as_index(valid_lens)),
         *(as_index(candidates), rank_noise),
     )
-    if _differentiates(arguments):
-        return RemaskResult(*call("remask", *arguments))
-    with torch._C._AutoDispatchBelowAutograd():
-        return RemaskResult(*call("remask", *arguments))
-
-
-def _differentiates(arguments: tuple[Any, ...]) -> bool:
-    """Whether the operator's autograd kernel has anything to say. Where it has not, the dispatcher need not go through
-    it, which takes a third of a short call."""
-    return (
-        torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments))
-    )
+    return RemaskResult(*call("remask", *arguments))
 
 
 # --- registration ---------------------------------------------------------------------------------------------------

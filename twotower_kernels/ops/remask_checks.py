@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import le
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,14 @@ from torch import Tensor
 
 from twotower_kernels.ops._library import as_index, check_float, refuse_gradients, same_device
 from twotower_kernels.options.arguments import real, whole, wholes
-from twotower_kernels.options.remask_policy import BOUNDS, CHOICES, OPTIONAL_BOUNDS, OPTIONS, RemaskPolicy
+from twotower_kernels.options.remask_policy import (
+    BOUNDS,
+    CHOICES,
+    HIGHEST_TEMPERATURE,
+    OPTIONAL_BOUNDS,
+    OPTIONS,
+    RemaskPolicy,
+)
 from twotower_kernels.options.seeds import as_int64
 
 INTEGERS = (torch.int64, torch.int32)
@@ -30,8 +38,8 @@ class PerRow:
     absent: int | None = None
 
 
-# In the order of the op's `whole` and `real`, as RemaskWhole and RemaskReal in csrc/cpu/remask.h have it. The highest
-# initial_num_masked is the length of the block, which is checked apart.
+# In the order of the op's `whole` and `real`. The highest initial_num_masked is the length of the block, which is
+# checked apart.
 WHOLE = {
     "step": PerRow(True, 0),
     "num_steps": PerRow(True, 1),
@@ -41,13 +49,14 @@ WHOLE = {
     "initial_num_masked": PerRow(True, 0, absent=-1),
 }
 REAL = {
-    "temperature": PerRow(False, 0.0, 1e6),
+    "temperature": PerRow(False, 0.0, HIGHEST_TEMPERATURE),
     "top_p": PerRow(False, 0.0, 1.0),
     "gate_bound": PerRow(False),
 }
-
-
 PER_ROW = {**WHOLE, **REAL}
+_LOW = [rule.low if rule.absent is None else min(rule.low, rule.absent) for rule in PER_ROW.values()]
+_HIGH = [rule.high for rule in PER_ROW.values()]
+_INITIAL = list(WHOLE).index("initial_num_masked")
 _LEAST, _MOST = -(2**63), 2**63 - 1
 
 
@@ -289,21 +298,11 @@ def _policy(options: tuple[int, ...], bounds: tuple[float, ...]) -> RemaskPolicy
 
 
 def _fit(whole: Sequence[Any], real: Sequence[Any], block: int) -> bool:
-    """Whether these are all the numbers, each in its range, as `WHOLE` and `REAL` have it."""
-    if len(whole) != len(WHOLE) or len(real) != len(REAL):
+    """Whether these are all the numbers, each in its range; NaN is in none."""
+    if len(whole) != len(WHOLE) or len(real) != len(REAL) or not whole[_INITIAL] <= block:
         return False
-    step, num_steps, top_k, _, offset, initial_num_masked = whole
-    temperature, top_p, gate_bound = real
-    return bool(
-        step >= 0
-        and num_steps >= 1
-        and top_k >= 0
-        and 0 <= offset < 2**32
-        and -1 <= initial_num_masked <= block
-        and 0 <= temperature <= 1e6
-        and 0 <= top_p <= 1
-        and gate_bound == gate_bound
-    )
+    numbers = *whole, *real
+    return all(map(le, _LOW, numbers)) and all(map(le, numbers, _HIGH))
 
 
 def _check_numbers(what: str, rules: dict[str, PerRow], numbers: Sequence[Any], block: int) -> None:

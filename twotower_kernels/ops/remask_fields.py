@@ -8,16 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twotower_kernels import cpu
 from twotower_kernels.ops.remask_checks import REAL, WHOLE, Arguments
 from twotower_kernels.options.remask_policy import BOUNDS, OPTIONAL_BOUNDS, OPTIONS
 
-# As in csrc/cuda/warp.h and csrc/cpu/view.h.
-CODES = {
-    dtype: code
-    for code, dtype in enumerate(
-        (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)
-    )
-}
+CODES = {dtype: code for code, dtype in enumerate(cpu.DTYPES)}  # as in csrc/cuda/warp.h, too
 _POINTER, _WHOLE, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 Field = tuple[str, type[Any]]
