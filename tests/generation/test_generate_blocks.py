@@ -4,6 +4,7 @@ loop over one prompt at a time, whatever shares its batch."""
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ import twotower_kernels as tt
 from tests.generation.toy_model import MASK, VOCAB, ToyModel, plain_loop
 from twotower_kernels import RemaskPolicy, StepEvent
 
+SCHEDULE = replace(RemaskPolicy.llada(), suppress_mask=True)
 POLICIES = {
     "llada": RemaskPolicy.llada(),
+    "schedule": SCHEDULE,
     "twotower": RemaskPolicy.twotower(0.4),
     "sdar": RemaskPolicy.sdar(0.5),
     "editing": RemaskPolicy.llada2(0.3, min_commits=1, edit_threshold=0.2),
@@ -124,6 +127,17 @@ def test_a_block_that_is_given_whole_costs_nothing() -> None:
     assert model.calls[0][2] == (True, 4, [5, 6, 7, 8])
     assert [(event.block, event.step) for event in events if event.committed] == [(0, 1), (1, 0), (2, 1)]
     assert result.sequences[0].tolist() == [t if t != MASK else result.sequences[0][i] for i, t in enumerate(row)]
+
+
+@pytest.mark.parametrize(
+    ("row", "left"), [([1, 2], [2, 1, 0]), ([MASK, 1, 2, 3, 4, MASK], [1, 0]), ([1] * 6, [4, 2, 0])]
+)
+def test_the_schedule_is_that_of_the_masks_of_the_block(row: list[int], left: list[int]) -> None:
+    """LLaDA's: as many in each of three steps, the first ones one more; 4, 2 and 6 masks in blocks of 6."""
+    new = 4 if len(row) == 2 else 6
+    options = {**OPTIONS, "policy": SCHEDULE, "block_size": 6, "steps_per_block": 3, "max_new_tokens": new}
+    events = [event for event in tt.stream_blocks(ToyModel(), [row], **options) if event.block == 0]
+    assert [int(event.num_masked) for event in events if not event.committed] == left
 
 
 def test_nothing_asked_costs_nothing() -> None:
