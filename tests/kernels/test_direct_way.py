@@ -62,9 +62,7 @@ def assert_same(op: str, inputs: dict[str, Any]) -> None:
     with _direct.off():
         expected = outcome(op, inputs)
     if isinstance(expected, str) or isinstance(directly, str):
-        by_the_schema = (
-            "Expected a value of type" in expected
-        )  # the dispatcher's own words; the op's checks have others
+        by_the_schema = "Expected a value of type" in expected  # the dispatcher speaks
         assert isinstance(directly, str) and (by_the_schema or directly == expected)
         return
     assert len(directly) == len(expected)
