@@ -13,8 +13,8 @@
 // --- one position, by a warp ----------------------------------------------------------------------------------------
 
 __device__ inline float logit_at(const Remask& a, int64 b, int64 s, int64 token) {
-    return number_at<float>(a.logits.data, a.logits_dtype,
-                            b * a.logits.stride_b + s * a.logits.stride_s + token * a.logits_stride_v);
+    const RemaskLogits z = logits_of(a, b, s);
+    return number_at<float>(z.data, a.logits_dtype, z.first + token * a.logits_stride_v);
 }
 
 // The proposal: the caller's, the sample, or the argmax.

@@ -29,9 +29,10 @@ def assert_step_agrees(inputs: dict[str, Any], *, layout: int = 0) -> tt.RemaskR
     got = tt.remask(**laid_out)
     decided = [n for n, result in enumerate(want) if not result.is_floating_point()]
     more_exact = all(got[n].equal(truth[n]) for n in decided)
-    options = {name: value for name, value in inputs.items() if name != "logits"}
+    numbers = {name: inputs[name] for name in ("logits", "shift_logits") if name in inputs}
+    options = {name: value for name, value in inputs.items() if name not in numbers}
     wide = inputs["logits"].dtype == torch.float64
-    draws = cache(partial(losses, partial(remask, **options), {"logits": inputs["logits"]}, narrower=wide))
+    draws = cache(partial(losses, partial(remask, **options), numbers, narrower=wide))
     for n, (name, a, b, exact) in enumerate(zip(want._fields, got, want, truth, strict=True)):
         assert a.dtype == b.dtype and a.shape == b.shape, name
         if not a.is_floating_point():
@@ -164,7 +165,13 @@ def steps(draw: Any) -> dict[str, Any]:
         where = torch.rand(batch, block, generator=generator) < 0.3
         kind = draw(st.sampled_from([math.nan, math.inf, -math.inf]))
         logits[where, :: 1 if kind < 0 else vocab] = kind
+    shift = draw(st.sampled_from([None, None, 0, 1]))
+    before = 3 * torch.randn(batch, vocab, generator=generator) if shift and draw(flag) else None
     if "valid_lens" in inputs:
         logits[torch.arange(block) >= inputs["valid_lens"][:, None]] = torch.nan
     inputs["logits"] = logits.to(draw(st.sampled_from(DTYPES)))
+    if shift is not None:
+        inputs["shift"] = shift
+    if before is not None:
+        inputs["shift_logits"] = before.to(inputs["logits"].dtype)
     return inputs

@@ -52,7 +52,7 @@ SCAN_OPTIONS: list[Any] = [0.0, 1.0, False, 0]
 REMASK: list[Any] = [zeros(1, 2, 5), whole(1, 2), 0]
 POLICY: list[Any] = [[1, 0, 0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 0, 0, 0] + [0] * 6, [0.0] * 9]
 NUMBERS: list[Any] = [[0, 1, 0, 0, 0, -1], [0.0, 1.0, 0.0]]
-NOTHING: list[Any] = [*[None] * 9, [], None, [], *[None] * 5]
+NOTHING: list[Any] = [*[None] * 9, [], None, [], *[None] * 5, 0, None]
 
 # Op, arguments, error, message.
 WRONG: list[tuple[str, list[Any], type[Exception], str]] = [

@@ -38,6 +38,9 @@ def remask(*arguments: Any) -> tuple[Tensor, ...]:
     if logits.dtype not in _TYPES:
         raise NotImplementedError(f"remask on cuda: expected float32, bfloat16 or float16 logits, got {logits.dtype}")
     batch, block, vocabulary = logits.shape
+    if a.shift_logits is not None and a.shift_logits.stride(1) != logits.stride(2):  # kernels know one stride
+        logits = logits.contiguous()
+        a = a._replace(logits=logits, shift_logits=a.shift_logits.contiguous())
     out = results(logits, tokens)
     if batch == 0:
         return out
