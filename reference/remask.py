@@ -77,8 +77,8 @@ def remask(
             becomes the argmax, ties of logits other than 0 included: from T = 1e-36 down by definition, before that
             where the best z / T is too large for a number, or so large that float64 loses the noise. Tempered
             statistics see 1e-36 in the place of what lies between it and 0.
-        top_k, top_p: per row; 0 and 1.0, or None, are off. The k largest logits stay, then the largest ones of which the
-            probabilities before them sum to at most top_p. What ties with the last one kept stays too.
+        top_k, top_p: per row; 0 and 1.0, or None, are off. The k largest logits stay, then the largest ones of which
+            the probabilities before them sum to at most top_p. What ties with the last one kept stays too.
         seed, offset: per row, the Philox key (64 bits) and the row offset of the counter (the block's index).
         suppress_ids: tokens that get no probability, as the mask token.
         editable: bool [B, S], where the step may write. Other positions neither wait nor count.
@@ -88,8 +88,8 @@ def remask(
         gate_bound: per row, instead of the policy's.
         confidence_suppress_ids: tokens without probability in the statistics only; x^ may be one, with confidence 0.
         candidates: int64 [B, S], proposals drawn by the caller; -1: the op draws.
-        rank_noise: [B, S] floating in [0, 1), instead of the op's own number per position: random scores, the coin of
-            each position, whether it stays a mask under the posterior, the random token floor(u V).
+        rank_noise: [B, S] floating in [0, 1), instead of the op's own number per position: random scores, the noise of
+            ranks, the coin of each position, whether it stays a mask under the posterior, the random token floor(u V).
         shift: 1: position i is predicted by the logits at i - 1 (Dream), the first one by shift_logits; 0: by its own.
         shift_logits: [B, V] as logits, what stands before the first position. None: the first position's own logits.
 
@@ -165,6 +165,9 @@ def _step(
     if policy.position_penalty:
         position = torch.arange(tokens.shape[1], device=tokens.device)
         score = score - policy.position_penalty * (position - first_waiting(waiting)[:, None])
+    if policy.rank_temperature:
+        noise = -torch.log(-torch.log1p(-a.noise(philox.RANKING)))  # Gumbel: the k best are draws without replacement
+        score = score.double() / max(policy.rank_temperature, COLDEST) + noise
     drawn = torch.zeros_like(masked)
     if policy.schedule == "coin":
         drawn = a.noise(philox.RANKING) < rho[:, None]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.options.arguments import real, whole, wholes
-from twotower_kernels.options.remask_policy import HIGHEST_TEMPERATURE, RemaskPolicy
+from twotower_kernels.options.remask_choices import HIGHEST_TEMPERATURE
+from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.options.seeds import as_int64
 from twotower_kernels.reference import philox
 

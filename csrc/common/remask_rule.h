@@ -115,6 +115,14 @@ REMASK_FUNCTION bool edited(const Step& a, const RemaskPosition& p) {
            p.confidence > double(W(a.bounds.edit_threshold)) && p.candidate != p.before;
 }
 
+// The score of a position with Gumbel noise made from its number in [0, 1): the best of these are draws without
+// replacement, with chances that are the softmax of score / rank_temperature.
+template <class Step>
+REMASK_FUNCTION double noisy_score(const Step& a, double score, double uniform) {
+    const double t = a.bounds.rank_temperature < coldest ? coldest : a.bounds.rank_temperature;
+    return score / t - log(-log1p(-uniform));
+}
+
 struct RemaskOutcome {
     int64 token;
     bool written;  // it took its candidate

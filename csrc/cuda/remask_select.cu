@@ -138,6 +138,12 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     Selection selection(a, row, positions);
     const int size = a.options.sub_block > 0 && a.options.sub_block < all.end ? int(a.options.sub_block) : all.end;
     if (a.bounds.position_penalty != 0) selection.penalize(all);
+    if (a.bounds.rank_temperature > 0) {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < all.end; i += blockDim.x)
+            positions.score[i] = noisy_score(a, positions.score[i], position_noise(a, row, b, i, ranking_draw));
+        __syncthreads();
+    }
     selection.rank(all, size);
     const auto stretch_at = [&](int begin) {
         return Stretch{begin, begin + size < all.end ? begin + size : all.end, true};

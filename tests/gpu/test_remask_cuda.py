@@ -281,7 +281,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[tuple[Any,
     tokens = torch.empty(2, block, device="meta", dtype=torch.int32)
     lengths = torch.empty(2, device="meta", dtype=torch.int32)
     ids = torch.empty(3, device="meta", dtype=torch.int32)
-    last = [[], ids, [4], None, torch.empty(2, block, device="meta", dtype=torch.bool), lengths, tokens, None]
+    last = [[], ids, [4], None, torch.empty(2, block, device="meta", dtype=torch.bool), lengths, tokens, None, 0, None]
     got = cuda_remask.remask(logits, tokens, MASK, *policy.encoded(), whole, real, *rows, *last)
     assert got[0].dtype == torch.int32 and got[3].dtype == torch.float32 and got[5].shape == (2,)
     return made

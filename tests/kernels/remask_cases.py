@@ -58,6 +58,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "temperature_end": st.none() | st.floats(0.3, 1.5),
     "score": st.sampled_from(["confidence", "margin", "neg_entropy", "random", "leftmost"]),
     "position_penalty": st.sampled_from([0.0, 0.0, 0.05, 0.3]),
+    "rank_temperature": st.sampled_from([0.0, 0.0, 0.05, 1.0]),
     "gate": st.sampled_from(["none", "threshold", "factor", "entropy_sum"]),
     "gate_bound": unit,
     "strict": flag,
@@ -100,6 +101,9 @@ def policies(draw: Any) -> RemaskPolicy:
         fields["suppress_mask"] = True
     if fields.get("complete_threshold") is not None and not fields.get("sub_block"):
         fields["sub_block"] = 2
+    if fields.get("rank_temperature"):  # noise is for ranks alone
+        meaningless = {"score": ("random",), "gate_on": ("score",), "schedule": ("coin", "posterior")}
+        fields = {name: value for name, value in fields.items() if value not in meaningless.get(name, ())}
     # carried and rounded count from n0, which a block's base does not have
     if fields.get("schedule") in ("carried", "rounded"):
         fields["schedule_base"] = "masks"

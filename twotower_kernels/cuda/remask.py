@@ -15,7 +15,7 @@ from twotower_kernels.cuda.build import Kernel
 from twotower_kernels.ops.remask import results
 from twotower_kernels.ops.remask_checks import Arguments
 from twotower_kernels.ops.remask_fields import filled
-from twotower_kernels.options.remask_policy import CHOICES
+from twotower_kernels.options.remask_choices import CHOICES
 
 _TYPES = {torch.float32: "type_float32", torch.bfloat16: "type_bfloat16", torch.float16: "type_float16"}  # in warp.h
 _PER_THREAD = 32  # tokens of a piece that a thread takes

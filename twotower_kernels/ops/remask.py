@@ -25,7 +25,8 @@ from twotower_kernels.ops.remask_checks import (
 )
 from twotower_kernels.ops.remask_fields import filled
 from twotower_kernels.options.arguments import whole as whole_number
-from twotower_kernels.options.remask_policy import CHOICES, OPTIONS, RemaskPolicy
+from twotower_kernels.options.remask_choices import CHOICES
+from twotower_kernels.options.remask_policy import OPTIONS, RemaskPolicy
 
 
 class RemaskResult(NamedTuple):
@@ -92,7 +93,8 @@ def remask(
         confidence_suppress_ids: tokens without probability in the statistics, which may still be proposed.
         candidates: `[B, S]` integers, proposals of the caller; -1: the op's own.
         rank_noise: `[B, S]` floating, in [0, 1), instead of the op's own number per position.
-        shift: 1: position i is predicted by the logits at i - 1 (Dream), the first one by `shift_logits`; 0: by its own.
+        shift: 1: position i is predicted by the logits at i - 1 (Dream), the first one by `shift_logits`; 0: by its
+            own.
         shift_logits: `[B, V]` of the logits' dtype, what stands before the first position, the last logits of a prompt
             for one. None: the first position's own logits.
 
@@ -187,7 +189,8 @@ define(
     "float[] real, Tensor? step, Tensor? num_steps, Tensor? top_k, Tensor? seed, Tensor? offset, "
     "Tensor? initial_num_masked, Tensor? temperature, Tensor? top_p, Tensor? gate_bound, SymInt[] suppressed, "
     "Tensor? suppress_ids, SymInt[] unscored, Tensor? confidence_suppress_ids, Tensor? editable, Tensor? valid_lens, "
-    "Tensor? candidates, Tensor? rank_noise, int shift, Tensor? shift_logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? candidates, Tensor? rank_noise, int shift, Tensor? shift_logits) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     check=lambda *arguments: check_arguments(Arguments(*arguments)),
     cpu=_remask,
     cuda="cuda.remask:remask",

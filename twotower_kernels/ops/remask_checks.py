@@ -14,14 +14,8 @@ from torch import Tensor
 
 from twotower_kernels.ops._library import as_index, check_float, refuse_gradients, same_device
 from twotower_kernels.options.arguments import real, whole, wholes
-from twotower_kernels.options.remask_policy import (
-    BOUNDS,
-    CHOICES,
-    HIGHEST_TEMPERATURE,
-    OPTIONAL_BOUNDS,
-    OPTIONS,
-    RemaskPolicy,
-)
+from twotower_kernels.options.remask_choices import CHOICES, HIGHEST_TEMPERATURE
+from twotower_kernels.options.remask_policy import BOUNDS, OPTIONAL_BOUNDS, OPTIONS, RemaskPolicy
 from twotower_kernels.options.seeds import as_int64
 
 INTEGERS = (torch.int64, torch.int32)
