@@ -359,11 +359,12 @@ def _choose(
     def each(x: Tensor) -> Tensor:  # [B] -> [B * count]
         return x.repeat_interleave(count)
 
-    length = cut(a.valid).sum(1)
+    length = cut(a.reach if policy.schedule_base == "editable" else a.valid).sum(1)
     due = torch.ones_like(length, dtype=torch.bool)
     if policy.complete_threshold is not None:
         committed = cut(a.valid & ~masked).sum(1)
-        complete = (committed >= policy.complete_threshold * length.double()).reshape(batch, count)
+        whole_length = cut(a.valid).sum(1)
+        complete = (committed >= policy.complete_threshold * whole_length.double()).reshape(batch, count)
         due = torch.cat([torch.ones_like(complete[:, :1]), complete[:, :-1]], dim=1).reshape(-1)
     rows = Rows(
         waiting=cut(waiting),

@@ -65,12 +65,14 @@ def quota(
     block (S). "coin" and "posterior" have none due as a number.
     """
     n, remaining_steps = waiting, (num_steps - step).clamp(min=1)
-    if policy.schedule in ("even", "carried", "rounded") and policy.schedule_base == "masks" and initial is None:
+    even_from_masks = policy.schedule == "even" and policy.schedule_base == "masks"
+    if initial is None and (even_from_masks or policy.schedule in ("carried", "rounded")):
         initial = infer_initial(policy, n, length, step, num_steps)
     if policy.schedule == "remaining":
         q = (n + remaining_steps - 1) // remaining_steps
     elif policy.schedule == "even":
-        base = length if policy.schedule_base == "block" or initial is None else initial
+        base = initial if even_from_masks else length
+        assert base is not None
         q = base // num_steps
         if policy.spread_remainder:
             q = q + (step < base % num_steps)

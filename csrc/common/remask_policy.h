@@ -23,7 +23,7 @@ struct RemaskChoice {
     enum Gate { no_gate, threshold, factor, entropy_sum };
     enum GateOn { on_confidence, on_score };
     enum Schedule { nothing, remaining, even, carried, noise, truncated, rounded, coin, posterior };
-    enum Base { of_masks, of_block };
+    enum Base { of_masks, of_block, of_editable };
     enum Alpha { linear, cosine, exponential, sine, cosine_floor };
     enum Combine { fill, either, cap };
 };

@@ -79,9 +79,9 @@ REMASK_FUNCTION int64 spent(const Step& a, const Row& row, int64 initial, int64 
 template <class Step, class Row>
 REMASK_FUNCTION bool infers_initial(const Step& a, const Row& row) {
     const int64 schedule = a.options.schedule;
-    const bool counts =
-        schedule == RemaskChoice::even || schedule == RemaskChoice::carried || schedule == RemaskChoice::rounded;
-    return counts && a.options.schedule_base == RemaskChoice::of_masks && row.initial < 0;
+    const bool even = schedule == RemaskChoice::even && a.options.schedule_base == RemaskChoice::of_masks;
+    const bool counts = even || schedule == RemaskChoice::carried || schedule == RemaskChoice::rounded;
+    return counts && row.initial < 0;
 }
 template <class Step, class Row>
 REMASK_FUNCTION bool leaves_enough(const Step& a, const Row& row, int64 initial, int64 waiting) {
@@ -99,8 +99,7 @@ REMASK_FUNCTION int64 quota(const Step& a, const Row& row, int64 initial, int64 
             return quotient_down(wrapped_sum(wrapped_sum(n, left), -1), left);
         }
         case RemaskChoice::even: {
-            const bool whole = a.options.schedule_base == RemaskChoice::of_block || initial < 0;
-            const int64 base = whole ? length : initial;
+            const int64 base = a.options.schedule_base == RemaskChoice::of_masks ? initial : length;
             return base / num_steps + (a.options.spread_remainder && step < base % num_steps);
         }
         case RemaskChoice::carried: return spent(a, row, initial, wrapped_sum(step, 1)) - (initial - n);

@@ -137,6 +137,7 @@ void step(const Remask& a) {
     const int64_t batch = a.batch, block = a.block, vocabulary = a.vocabulary;
     const int64_t pieces = (vocabulary + piece_size - 1) / piece_size;
     const bool all = looks_at_committed(a.options);
+    const bool editable_alone = a.options.schedule_base == RemaskChoice::of_editable;
     Scratch<RemaskRow> rows(batch);
     Scratch<RemaskCandidate> positions(batch, block);
     Scratch<int64_t> looked(batch, block), slot(batch, block);  // positions by number, and the other way round
@@ -152,7 +153,9 @@ void step(const Remask& a) {
             position.valid = s < rows[b].length;
             position.before = token_at(a, b, s);
             position.masked = a.mask_token_id >= 0 && position.before == a.mask_token_id;
-            position.looked = reaches(a, rows[b], b, s) && (all || position.masked);
+            const bool reached = reaches(a, rows[b], b, s);
+            position.looked = reached && (all || position.masked);
+            position.counted = editable_alone ? reached : position.valid;
             if (position.looked) slot[i] = count, looked[count++] = i;
         }
     }

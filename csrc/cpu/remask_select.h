@@ -14,7 +14,7 @@ namespace TT_ISA {
 // What selection knows of a position.
 struct RemaskCandidate : RemaskPosition {
     double score, entropy;
-    bool valid, sent_back, waiting, usable, drawn, gate, chosen;
+    bool valid, counted, sent_back, waiting, usable, drawn, gate, chosen;
 };
 
 // Scratch of one thread for rows of n positions: the usable positions in order, and the merge sort's other half.
@@ -147,7 +147,7 @@ class RemaskSelection {
         for (int64_t i = 0; i < n; ++i) {
             if (position[i].waiting && first == n) first = i;
             waiting += position[i].waiting;
-            length += position[i].valid;
+            length += position[i].counted;
             passed += position[i].gate;
             least += position[i].sent_back;
         }

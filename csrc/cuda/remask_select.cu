@@ -128,9 +128,11 @@ extern "C" __global__ void __launch_bounds__(512, 1)
         if (lane_id() > 0) continue;
         positions.is[s] = (masked(a, b, s) ? Positions::masked : 0u) | (is_looked ? Positions::looked : 0u);
         const RemaskPosition p = position_of(a, b, s, positions);
+        const bool within = valid(a, b, s);
+        const bool counted = a.options.schedule_base == RemaskChoice::of_editable ? reaches(a, b, s) : within;
         positions.is[s] |=
-            (valid(a, b, s) ? Positions::within : 0u) | (sent_back<float>(a, p) ? Positions::returned : 0u) |
-            (waits<float>(a, p) ? Positions::waiting : 0u) |
+            (within ? Positions::within : 0u) | (counted ? Positions::counted : 0u) |
+            (sent_back<float>(a, p) ? Positions::returned : 0u) | (waits<float>(a, p) ? Positions::waiting : 0u) |
             (usable<float>(a, a.mask_token_id, p) ? Positions::usable : 0u) | (drawn ? Positions::drawn : 0u);
     }
     __syncthreads();

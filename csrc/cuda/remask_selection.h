@@ -25,7 +25,16 @@ struct Positions {
     __device__ bool good(int64 s) const { return fate[s] & passed; }
     __device__ bool taken(int64 s) const { return fate[s] & chosen; }
 
-    enum : unsigned { within = 1, masked = 2, looked = 4, returned = 8, waiting = 16, usable = 32, drawn = 64 };
+    enum : unsigned {
+        within = 1,
+        masked = 2,
+        looked = 4,
+        returned = 8,
+        waiting = 16,
+        usable = 32,
+        drawn = 64,
+        counted = 128
+    };
     enum : unsigned { passed = 1, chosen = 2 };  // by the gate; by the step
 };
 
@@ -190,7 +199,7 @@ class Selection {
         first_ = first_waiting(stretch);
         if (!stretch.due) return;
         const int waits = count(stretch, positions_, Positions::waiting),
-                  length = count(stretch, positions_, Positions::within);
+                  length = count(stretch, positions_, Positions::counted);
         const int64 initial = infers_initial(a_, row_) ? inferred_initial(waits, length) : row_.initial;
         least_ = a_.options.min_commits + count(stretch, positions_, Positions::returned);
         quota_ = quota(a_, row_, initial, waits, length);

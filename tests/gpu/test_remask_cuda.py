@@ -68,7 +68,7 @@ def test_any_step_whose_places_lie_in_scratch(inputs: dict[str, Any], layout: in
 
 
 RARE: dict[str, dict[str, Any]] = {
-    "posterior": dict(schedule="posterior", suppress_mask=True),
+    "posterior": dict(schedule="posterior", suppress_mask=True, rank_temperature=0.0),
     "editing": dict(renoise=False, edit_threshold=0.5, remask_threshold=0.3),
     "renoise": dict(renoise=True, edit_threshold=None, remask_threshold=None),
 }

@@ -70,7 +70,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "schedule": st.sampled_from(
         ["none", "remaining", "even", "carried", "noise", "truncated", "rounded", "coin", "posterior"]
     ),
-    "schedule_base": st.sampled_from(["masks", "block"]),
+    "schedule_base": st.sampled_from(["masks", "block", "editable"]),
     "spread_remainder": flag,
     "alpha": st.sampled_from(["linear", "cosine", "exponential", "sine", "cosine_floor"]),
     "min_t": st.sampled_from([0.0, 1e-5, 1e-3, 0.1]),
@@ -104,9 +104,6 @@ def policies(draw: Any) -> RemaskPolicy:
     if fields.get("rank_temperature"):  # noise is for ranks alone
         meaningless = {"score": ("random",), "gate_on": ("score",), "schedule": ("coin", "posterior")}
         fields = {name: value for name, value in fields.items() if value not in meaningless.get(name, ())}
-    # carried and rounded count from n0, which a block's base does not have
-    if fields.get("schedule") in ("carried", "rounded"):
-        fields["schedule_base"] = "masks"
     return RemaskPolicy(**fields)
 
 

@@ -89,7 +89,9 @@ class RemaskPolicy:
             "rounded" n0 split by rounding l rho to even while l are left, without the zeros; "coin" each position with
             probability rho; "posterior" each as x^ or the mask, drawn from q(x_s | x_t).
             t = 1 - i (1 - min_t) / N, s = t - (1 - min_t) / N, rho = (a(s) - a(t)) / (1 - a(t)).
-        schedule_base: base of "even", n0 ("masks") or S ("block"). spread_remainder: its bracket.
+        schedule_base: base of "even", n0 ("masks") or S ("block", "editable"). spread_remainder: its bracket. n and n0
+            count `editable` positions alone, so that a stage of some positions (SAID) has its own schedule from n0; S
+            is the whole length, or with "editable" that of the editable positions, in "noise" too.
         alpha, min_t: the fraction a of clean tokens over time, and the last time. "linear" 1 - t; "cosine"
             cos(pi t / 2); "exponential" (e^-3t - e^-3) / (1 - e^-3); "sine" 1 - sin(pi t / 2) (dllm's cosine);
             "cosine_floor" 0.999 cos(pi t / 2) (BD3-LM's cosine).

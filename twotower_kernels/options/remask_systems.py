@@ -230,6 +230,11 @@ SYSTEMS: dict[str, System] = {
         note="Rows without a mask make the original's factor fail. Here they are left alone.",
     ),
     "dream": System("DreamLM/Dream, diffusion_generate", _DREAM, keywords=("alg",), note=_OF_ROWS),
+    "said": System(
+        "TH-AI-Lab-PKU/SAID, a stage of its loop (positions of the stage are `editable`, num_steps its own)",
+        _remasking({}),
+        keywords=("remasking",),
+    ),
     "dllm": System(
         "ZHZisZZ/dllm, MDLMSampler; with threshold or factor its fastdllm sampler",
         {
