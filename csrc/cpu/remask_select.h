@@ -66,7 +66,7 @@ class RemaskSelection {
         const RemaskOptions& options = a_.options;
         if (options.finish && row.step >= row.num_steps - 1) {
             for (int64_t r = 0; r < usable; ++r) position[order[r]].chosen = true;
-        } else if (options.schedule == RemaskChoice::coin || options.schedule == RemaskChoice::posterior) {
+        } else if (draws(options)) {
             for (int64_t r = 0; r < usable; ++r)
                 position[order[r]].chosen = position[order[r]].gate || position[order[r]].drawn;
         } else {
@@ -75,6 +75,11 @@ class RemaskSelection {
     }
 
    private:
+    // The schedules by which every position is drawn by itself.
+    static bool draws(const RemaskOptions& options) {
+        return options.schedule == RemaskChoice::coin || options.schedule == RemaskChoice::posterior ||
+               options.schedule == RemaskChoice::uniform;
+    }
     double value(const RemaskCandidate& position) const {
         return a_.options.gate_on == RemaskChoice::on_score ? position.score : position.confidence;
     }

@@ -207,7 +207,8 @@ class Selection {
     }
     // The schedules by which every position is drawn by itself.
     __device__ bool draws() const {
-        return a_.options.schedule == RemaskChoice::coin || a_.options.schedule == RemaskChoice::posterior;
+        return a_.options.schedule == RemaskChoice::coin || a_.options.schedule == RemaskChoice::posterior ||
+               a_.options.schedule == RemaskChoice::uniform;
     }
 
     // Whether a usable position takes its candidate. before: those that passed, and the others of better ranks.

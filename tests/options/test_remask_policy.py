@@ -23,15 +23,22 @@ P = tt.RemaskPolicy
 # that are not named have their default.
 RECORDED: list[dict[str, Any]] = json.loads((Path(__file__).parent / "presets.json").read_text(encoding="utf-8"))
 DEFAULTS = {
-    **{"suppress_mask": True, "skip_mask_candidates": False, "greedy": False, "statistics": "raw"},
+    **{"suppress_mask": True, "skip_mask_candidates": False, "standing": False, "greedy": False, "statistics": "raw"},
     **{"top_p_first": False, "top_p_tempered": True, "top_p_keep_crossing": True, "temperature_end": None},
     **{"score": "confidence", "position_penalty": 0.0, "rank_temperature": 0.0},
     **{"gate": "none", "gate_bound": 0.0, "strict": True, "gate_on": "confidence", "gate_slack": None},
     **{"factor_last_free": False, "entropy_includes_self": True, "run_threshold": None},
     **{"schedule": "remaining", "schedule_base": "masks", "spread_remainder": True, "alpha": "linear", "min_t": 0.0},
+    **{"alpha_floor": 0.0},
     **{"long_grid": False, "warmup": 0.0, "min_commits": 1, "finish": True},
     **{"window": False, "combine": "fill", "sub_block": 0, "complete_threshold": None},
-    **{"edit_threshold": None, "remask_threshold": None, "renoise": False, "time": "masked_fraction"},
+    **{
+        "edit_threshold": None,
+        "remask_threshold": None,
+        "renoise": False,
+        "renoise_as": "random",
+        "time": "masked_fraction",
+    },
 }
 
 
