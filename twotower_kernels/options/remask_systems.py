@@ -200,8 +200,8 @@ _DREAM = {
 }
 _OF_ROWS = "The original's quota is one for the whole batch: a row with fewer masks has committed tokens masked again."
 _REWRITES = (
-    "The original's quota comes from the length of the block: with fewer masks left than it, in a last block that a "
-    "prompt begins for one, the best of -inf are taken and committed tokens rewritten. Here masks alone are."
+    "The original's quota is a share of the block's length. Where fewer masks than that are left, as in a block that "
+    "begins with the end of a prompt, it rewrites committed tokens. Here masks alone take a token."
 )
 
 SYSTEMS: dict[str, System] = {
@@ -212,6 +212,7 @@ SYSTEMS: dict[str, System] = {
                 lambda P, confidence_threshold: P.twotower(confidence_threshold), {"confidence_threshold": 0.8}
             )
         },
+        aliases={"unmask": "confidence_unmasking"},
     ),
     "megatron": System(
         "NVIDIA/Megatron-LM, MaskDiffusionProcess.sample_block",
@@ -258,6 +259,8 @@ SYSTEMS: dict[str, System] = {
         "NVlabs/Fast-dLLM, generate for LLaDA and diffusion_generate for Dream (confidence_threshold)",
         {
             **_remasking({"threshold": None, "factor": None}),
+            "threshold": Strategy(lambda P, threshold: P.threshold(threshold), {"threshold": 0.9}),
+            "factor": Strategy(lambda P, factor: P.fast_dllm_factor(factor), {"factor": 1.0}),
             "confidence_threshold": Strategy(lambda P, threshold: P.fast_dllm_dream(threshold), {"threshold": 0.9}),
             **_DREAM,
         },
