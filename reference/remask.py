@@ -47,8 +47,8 @@ def remask(
     step: int | Tensor = 0,
     num_steps: int | Tensor = 1,
     temperature: float | Tensor = 0.0,
-    top_k: int | Tensor = 0,
-    top_p: float | Tensor = 1.0,
+    top_k: int | Tensor | None = 0,
+    top_p: float | Tensor | None = 1.0,
     seed: int | Tensor = 0,
     offset: int | Tensor = 0,
     suppress_ids: Sequence[int] | Tensor | None = None,
@@ -59,13 +59,16 @@ def remask(
     confidence_suppress_ids: Sequence[int] | Tensor | None = None,
     candidates: Tensor | None = None,
     rank_noise: Tensor | None = None,
+    shift: int = 0,
+    shift_logits: Tensor | None = None,
 ) -> RemaskResult:
     """One remasking step; see `RemaskPolicy` for the rule. Nothing is modified, nothing is differentiable.
 
     Every argument marked "per row" is a number or a tensor [B]. A row with its own seed gets what it would get alone.
 
     Args:
-        logits: [B, S, V] floating. Statistics are float32, float64 for float64 logits.
+        logits: [B, S, V] floating. Statistics are float32, float64 for float64 logits. [N, V] is the row [1, N, V]; all
+            that is [B, S] is then [N], what is [B] is [] or [1], and of the results, too: [N] and [].
         tokens: [B, S] integer; a position waits where it equals mask_token_id.
         mask_token_id: in [0, V); None only for policies with renoise, which have no mask.
         policy: the rule.
@@ -74,8 +77,8 @@ def remask(
             becomes the argmax, ties of logits other than 0 included: from T = 1e-36 down by definition, before that
             where the best z / T is too large for a number, or so large that float64 loses the noise. Tempered
             statistics see 1e-36 in the place of what lies between it and 0.
-        top_k, top_p: per row; 0 and 1.0 are off. The k largest logits stay, then the largest ones of which the
-            probabilities before them sum to at most top_p. What ties with the last one kept stays too.
+        top_k, top_p: per row; 0 and 1.0, or None, are off. The k largest logits stay, then the largest ones of which
+            the probabilities before them sum to at most top_p. What ties with the last one kept stays too.
         seed, offset: per row, the Philox key (64 bits) and the row offset of the counter (the block's index).
         suppress_ids: tokens that get no probability, as the mask token.
         editable: bool [B, S], where the step may write. Other positions neither wait nor count.
@@ -85,14 +88,29 @@ def remask(
         gate_bound: per row, instead of the policy's.
         confidence_suppress_ids: tokens without probability in the statistics only; x^ may be one, with confidence 0.
         candidates: int64 [B, S], proposals drawn by the caller; -1: the op draws.
-        rank_noise: [B, S] floating in [0, 1), instead of the op's own number per position: random scores, the coin of
-            each position, whether it stays a mask under the posterior, the random token floor(u V).
+        rank_noise: [B, S] floating in [0, 1), instead of the op's own number per position: random scores, the noise of
+            ranks, the coin of each position, what it becomes under "posterior" and "uniform", the random token
+            floor(u V), which is the op's own draw with "uniform" and "corrupt".
+        shift: 1: position i is predicted by the logits at i - 1 (Dream), the first one by shift_logits; 0: by its own.
+        shift_logits: [B, V] as logits, what stands before the first position. None: the first position's own logits.
 
-    A position of which the logits hold NaN or +inf, or nothing finite, keeps its token and has confidence NaN.
+    A position of which the logits hold NaN or +inf, or nothing finite, keeps its token and has confidence NaN; so does
+    one whose token is none of the vocabulary, under policies that ask for its probability (standing, "uniform").
 
     Errors: TypeError for a wrong type or dtype, ValueError for a wrong shape, device or value; each names the argument.
     """
     mask_token_id = None if mask_token_id is None else whole("mask_token_id", mask_token_id, "an int")
+    alone = isinstance(logits, Tensor) and logits.ndim == 2
+    if alone:
+        logits, tokens, editable, valid_lens, candidates, rank_noise, shift_logits = remask_checks.as_row(
+            logits,
+            tokens=tokens,
+            editable=editable,
+            valid_lens=valid_lens,
+            candidates=candidates,
+            rank_noise=rank_noise,
+            shift_logits=shift_logits,
+        )
     a = remask_checks.check(
         logits=logits,
         tokens=tokens,
@@ -113,9 +131,15 @@ def remask(
         confidence_suppress_ids=confidence_suppress_ids,
         candidates=candidates,
         rank_noise=rank_noise,
+        shift=shift,
+        shift_logits=shift_logits,
     )
     with torch.no_grad():
-        return _step(policy, mask_token_id, logits, tokens, a)
+        if shift:
+            before = logits[:, :1] if shift_logits is None else shift_logits[:, None]
+            logits = torch.cat([before, logits], 1)[:, : tokens.shape[1]]
+        result = _step(policy, mask_token_id, logits, tokens, a)
+    return RemaskResult(*(x[0] for x in result)) if alone else result
 
 
 def _step(
@@ -130,7 +154,18 @@ def _step(
     temperature = _temperature(policy, a)  # [B]
     survivors = _filtered(policy, z, temperature, a)
     candidate = _candidate(policy, mask_token_id, z, survivors, temperature, a)
+    known = (tokens >= 0) & (tokens < logits.shape[2])  # what stands there may be any number
+    there = torch.where(known, tokens, 0).long()
+    if policy.standing:
+        candidate = there if a.candidates is None else torch.where(a.candidates >= 0, a.candidates, there)
+    drawn = torch.zeros_like(masked)
+    if policy.schedule == "uniform":
+        standing = _statistics(policy, mask_token_id, z, survivors, there, temperature, a)[0]
+        stays, drawn = _uniform(policy, standing, logits.shape[2], a)
+        candidate = torch.where(stays, there, candidate)
     confidence, entropy, score = _statistics(policy, mask_token_id, z, survivors, candidate, temperature, a)
+    if policy.standing or policy.schedule == "uniform":
+        confidence = torch.where(known, confidence, torch.nan)
     bad = ~confidence.isfinite()
 
     sent_back = torch.zeros_like(masked)
@@ -143,7 +178,9 @@ def _step(
     if policy.position_penalty:
         position = torch.arange(tokens.shape[1], device=tokens.device)
         score = score - policy.position_penalty * (position - first_waiting(waiting)[:, None])
-    drawn = torch.zeros_like(masked)
+    if policy.rank_temperature:
+        noise = -torch.log(-torch.log1p(-a.noise(philox.RANKING)))  # Gumbel: the k best are draws without replacement
+        score = score.double() / max(policy.rank_temperature, COLDEST) + noise
     if policy.schedule == "coin":
         drawn = a.noise(philox.RANKING) < rho[:, None]
     elif policy.schedule == "posterior":
@@ -159,8 +196,12 @@ def _step(
         after, chosen = torch.where(edited, candidate, after), chosen | edited
     if policy.renoise:
         rejected = usable & ~chosen
-        random_token = (a.noise(philox.RENOISE) * logits.shape[2]).long()
-        after = torch.where(rejected, random_token, after)
+        own = policy.schedule in ("uniform", "corrupt")  # whose caller's numbers say which are random
+        noisy = (a.noise(philox.RENOISE, own) * logits.shape[2]).long()
+        if policy.renoise_as == "mask":
+            assert mask_token_id is not None
+            noisy = torch.full_like(noisy, mask_token_id)
+        after = torch.where(rejected, noisy, after)
         num_masked, done = rejected.sum(1), a.step >= a.num_steps - 1
     else:
         num_masked = (a.reach & (after == mask_token_id)).sum(1)
@@ -243,7 +284,7 @@ def _candidate(
     if policy.schedule == "posterior":
         tokens_only = z.index_fill(2, torch.tensor([mask_token_id], device=z.device), -torch.inf)
     candidate = tokens_only.argmax(-1)  # the first of equal ones
-    sampled = (temperature > COLDEST) & (not policy.greedy)
+    sampled = (temperature > COLDEST) & (not policy.greedy) & (not policy.standing)
     if policy.renoise and policy.finish:
         sampled = sampled & (a.step < a.num_steps - 1)
     if sampled.any():
@@ -296,6 +337,10 @@ def _statistics(
         score = top[..., 0] - (top[..., 1] if p.shape[2] > 1 else 0.0)
     elif policy.score == "neg_entropy":
         score = -entropy
+    elif policy.score == "top":
+        score = p.amax(-1)
+    elif policy.score == "gap":
+        score = x.gather(2, candidate.unsqueeze(2)).squeeze(2) - x.amax(-1)
     elif policy.score == "random":
         score = a.noise(philox.RANKING)
     else:
@@ -309,6 +354,28 @@ def _posterior(mask_token_id: int, z: Tensor, survivors: Tensor, temperature: Te
     drawn = 1 - torch.softmax(x, -1)[..., mask_token_id]
     best = (z.argmax(-1) != mask_token_id).to(z.dtype)
     return torch.where(temperature[:, None] > 0, drawn, best)
+
+
+def _uniform(
+    policy: RemaskPolicy, standing: Tensor, vocabulary: int, a: remask_checks.Arguments
+) -> tuple[Tensor, Tensor]:
+    """Whether a draw of the uniform-state q(x_s | x_t) is the token that stands there, of probability `standing`, and
+    whether it is that or x^ and no random token: bool [B, S] each.
+
+    With r = a(t) / a(s) and d = a(t) V p(x_t) + 1 - a(t): a random token with probability (1 - r) (1 - a(s)) / d, x_t
+    with (a(t) V p(x_t) + r - a(t)) / d, else x^. In the last step a(s) = 1, with finish x^ for certain.
+    """
+    before, after = remask_schedule.clean_fractions(policy, a.step, a.num_steps)  # [B]
+    last = a.step >= a.num_steps - 1
+    after = torch.where(last, 1.0, after)
+    ratio = torch.where(after > 0, before / after, 1.0)[:, None]
+    before, after = before[:, None], after[:, None]
+    weight = before * vocabulary * standing.double()
+    whole = weight + 1 - before
+    noise, keep = (1 - ratio) * (1 - after) / whole, (weight + ratio - before) / whole
+    u = a.noise(philox.POSTERIOR)
+    drawn = u >= noise
+    return drawn & (u < noise + keep) & ~(last & policy.finish)[:, None], drawn
 
 
 def _choose(
@@ -334,11 +401,12 @@ def _choose(
     def each(x: Tensor) -> Tensor:  # [B] -> [B * count]
         return x.repeat_interleave(count)
 
-    length = cut(a.valid).sum(1)
+    length = cut(a.reach if policy.schedule_base == "editable" else a.valid).sum(1)
     due = torch.ones_like(length, dtype=torch.bool)
     if policy.complete_threshold is not None:
         committed = cut(a.valid & ~masked).sum(1)
-        complete = (committed >= policy.complete_threshold * length.double()).reshape(batch, count)
+        whole_length = cut(a.valid).sum(1)
+        complete = (committed >= policy.complete_threshold * whole_length.double()).reshape(batch, count)
         due = torch.cat([torch.ones_like(complete[:, :1]), complete[:, :-1]], dim=1).reshape(-1)
     rows = Rows(
         waiting=cut(waiting),

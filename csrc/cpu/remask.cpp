@@ -34,6 +34,7 @@ int64_t proposal(const Remask& a, const RemaskRow& row, int64_t b, int64_t s, co
         const int64_t given = a.candidates.at(b, s);
         if (given >= 0) return given;
     }
+    if (a.options.standing) return token_at(a, b, s);
     if (!row.sampled || !noise_matters(f.best.value, row.temperature)) return f.best.token;
     const Two<W>& drawn = f.drawn;
     const W near = W(1e-4);
@@ -58,10 +59,19 @@ void evaluate(const Remask& a, const Scan<X>& scan, const RemaskRow& row, int64_
     position.candidate = -1;
     position.score = position.confidence = position.entropy = __builtin_nan("");
     if (f.wrong || f.sum.mass == 0 || mask_is_certain) return;
-    const int64_t candidate = proposal<X>(a, row, b, s, f);
+    const bool known = position.before >= 0 && position.before < a.vocabulary;
+    if (!known && asks_for_standing(a.options)) return;
+    int64_t candidate = proposal<X>(a, row, b, s, f);
     const double t = double(scan.own_temperature(row)), top = double(f.sum.top);
     const auto probability = [&](W z) { return double(W(::exp((double(z) - top) / t) / f.sum.mass)); };
-    position.confidence = probability(scan.scored_logit(row, b, s, candidate, f));
+    const auto probability_of = [&](int64_t token) { return probability(scan.scored_logit(row, b, s, token, f)); };
+    if (a.options.schedule == RemaskChoice::uniform) {
+        const RemaskDraw draw = uniform_draw(a, row.clean, row.last(), probability_of(position.before),
+                                             position_noise(a, row, b, s, posterior_draw));
+        if (draw == draws_standing) candidate = position.before;
+        position.drawn = draw != draws_noise;
+    }
+    position.confidence = probability_of(candidate);
     position.candidate = candidate;
     position.entropy = double(W(f.sum.entropy()));
     switch (a.options.score) {
@@ -71,6 +81,12 @@ void evaluate(const Remask& a, const Scan<X>& scan, const RemaskRow& row, int64_
             break;
         case RemaskChoice::neg_entropy: position.score = -position.entropy; break;
         case RemaskChoice::random: position.score = position_noise(a, row, b, s, ranking_draw); break;
+        case RemaskChoice::top: position.score = probability(f.sum.top); break;
+        case RemaskChoice::gap: {
+            const W behind = scan.scored_logit(row, b, s, candidate, f) - W(f.sum.top);
+            position.score = double(behind / W(t));
+            break;
+        }
         default: position.score = -double(s);
     }
     if (a.options.schedule == RemaskChoice::coin)
@@ -81,8 +97,8 @@ void evaluate(const Remask& a, const Scan<X>& scan, const RemaskRow& row, int64_
     position.drawn = position_noise(a, row, b, s, posterior_draw) < token_probability(q, row.temperature);
 }
 
-void choose(const Remask& a, const RemaskSelection& selection, const RemaskRow& row, RemaskCandidate* position,
-            int64_t block, RemaskOrder& room) {
+void choose(const Remask& a, const RemaskSelection& selection, const RemaskRow& row, int64_t b,
+            RemaskCandidate* position, int64_t block, RemaskOrder& room) {
     const RemaskOptions& options = a.options;
     if (a.bounds.position_penalty != 0) {
         int64_t first = 0;
@@ -92,6 +108,10 @@ void choose(const Remask& a, const RemaskSelection& selection, const RemaskRow& 
             position[s].score = selection.as_score(position[s].score - penalty);
         }
     }
+    if (a.bounds.rank_temperature > 0)
+        for (int64_t s = 0; s < block; ++s)
+            if (position[s].usable)
+                position[s].score = noisy_score(a, position[s].score, position_noise(a, row, b, s, ranking_draw));
     const int64_t size = options.sub_block > 0 ? options.sub_block : larger(block, int64_t(1));
     bool due = true;
     for (int64_t begin = 0; begin < block; begin += size) {
@@ -133,6 +153,7 @@ void step(const Remask& a) {
     const int64_t batch = a.batch, block = a.block, vocabulary = a.vocabulary;
     const int64_t pieces = (vocabulary + piece_size - 1) / piece_size;
     const bool all = looks_at_committed(a.options);
+    const bool editable_alone = a.options.schedule_base == RemaskChoice::of_editable;
     Scratch<RemaskRow> rows(batch);
     Scratch<RemaskCandidate> positions(batch, block);
     Scratch<int64_t> looked(batch, block), slot(batch, block);  // positions by number, and the other way round
@@ -148,7 +169,9 @@ void step(const Remask& a) {
             position.valid = s < rows[b].length;
             position.before = token_at(a, b, s);
             position.masked = a.mask_token_id >= 0 && position.before == a.mask_token_id;
-            position.looked = reaches(a, rows[b], b, s) && (all || position.masked);
+            const bool reached = reaches(a, rows[b], b, s);
+            position.looked = reached && (all || position.masked);
+            position.counted = editable_alone ? reached : position.valid;
             if (position.looked) slot[i] = count, looked[count++] = i;
         }
     }
@@ -186,7 +209,7 @@ void step(const Remask& a) {
                 position[s].waiting = waits<W>(a, position[s]);
                 position[s].usable = usable<W>(a, a.mask_token_id, position[s]);
             }
-            choose(a, selection, row, position, block, room);
+            choose(a, selection, row, b, position, block, room);
             write_row<W>(a, row, b, position, block);
         }
     });
