@@ -2,8 +2,10 @@
 
     logits   = x·Wᵀ in float64                                     (`moe_gate`: selection must not hang on rounding)
     s        = sigmoid(logits) or softmax(logits)
-    choice   = s + correction_bias; with groups, only the `topk_group` groups whose two best choices sum highest stay
-    experts  = the top_k of choice; weights = their s, / (Σ + 1e-20) if renormalized, · scaling     (`moe_route`)
+    choice   = s + correction_bias; with groups, only the `topk_group` groups whose two best choices sum highest stay:
+               the choices of the others count as 0, or cannot be taken
+    experts  = the top_k of choice; weights = their s, / (Σ + 1e-20) if renormalized, · scaling, · per_expert_scale of
+               the expert                                                                           (`moe_route`)
     y        = Σ_k weight_k · down_k(act(up_k·x)) [+ down(act(up·x)) of the shared expert]          (`moe_experts`)
 
 Routing with bias and groups: DeepSeek-V3 (arXiv 2412.19437, eq. 12-16). relu²: Primer (arXiv 2109.08668).
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 
 ACTIVATIONS = ("relu2", "silu_gated", "gelu_gated")
 SCORES = ("sigmoid", "softmax")
+DROPPED = ("zero", "-inf")
 
 
 def moe_gate(x: Tensor, gate_weight: Tensor) -> Tensor:
@@ -47,30 +50,36 @@ def moe_route(
     topk_group: int = 1,
     renormalize: bool = True,
     scaling: float = 1.0,
+    dropped: str = "zero",
+    per_expert_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Chooses `top_k` experts per token (arXiv 2412.19437, eq. 13-16).
 
     The bias takes part in the selection only, never in the weights. Ties take the lowest expert.
 
     Args:
-        logits: `[N, E]` float64 or float32.
+        logits: `[N, E]`, any floating dtype; scores are float32, float64 for float64.
         correction_bias: `[E]` or None.
         top_k: experts per token, at most E.
         score: "sigmoid" or "softmax".
         n_group, topk_group: experts lie in `n_group` equal groups, of which `topk_group` are eligible.
         renormalize: divide the chosen scores by their sum.
         scaling: multiplies the weights, after renormalization.
+        dropped: what the choices of the other groups become. "zero": 0, which is chosen before a negative choice of a
+            group that stayed. "-inf": they cannot be chosen.
+        per_expert_scale: `[E]` or None; multiplies the weight of a chosen expert, after renormalization.
 
     Returns:
         weights `[N, top_k]` float32 (float64 for float64 logits is rounded here) and experts `[N, top_k]` int32, in
         descending selection score.
 
     Raises:
-        ValueError: `top_k` or groups that do not fit E, an unknown score.
-        TypeError: logits neither float32 nor float64.
+        ValueError: `top_k` or groups that do not fit E, fewer experts than `top_k` that can be chosen, an unknown score
+            or `dropped`.
+        TypeError: logits that are not floating.
     """
-    if logits.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"logits: expected float32 or float64, got {logits.dtype}")
+    if not logits.is_floating_point():
+        raise TypeError(f"logits: expected a floating dtype, got {logits.dtype}")
     if logits.dim() != 2:
         raise ValueError(f"logits: expected [N, E], got {tuple(logits.shape)}")
     if score not in SCORES:
@@ -82,9 +91,16 @@ def moe_route(
         )
     if not 1 <= top_k <= e:
         raise ValueError(f"top_k: expected 1..{e} for {e} experts, got {top_k}")
-    if correction_bias is not None and correction_bias.shape != (e,):
-        raise ValueError(f"correction_bias: expected shape {(e,)}, got {tuple(correction_bias.shape)}")
+    for name, vector in (("correction_bias", correction_bias), ("per_expert_scale", per_expert_scale)):
+        if vector is not None and vector.shape != (e,):
+            raise ValueError(f"{name}: expected shape {(e,)}, got {tuple(vector.shape)}")
+    if dropped not in DROPPED:
+        raise ValueError(f"dropped: expected one of {DROPPED}, got {dropped!r}")
+    kept = e // n_group * topk_group
+    if dropped == "-inf" and kept < top_k:
+        raise ValueError(f"top_k: expected 1..{kept}, the experts of {topk_group} of {n_group} groups, got {top_k}")
 
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     scores = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
     choice = scores if correction_bias is None else scores + correction_bias.to(scores.dtype)
     if n_group > 1:
@@ -92,13 +108,21 @@ def moe_route(
         best_two = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)  # [N, groups]
         best_groups = torch.zeros_like(best_two, dtype=torch.bool)
         best_groups.scatter_(1, best_two.sort(dim=1, descending=True, stable=True).indices[:, :topk_group], True)
-        choice = grouped.masked_fill(~best_groups[..., None], 0).flatten(1)
+        others = ~best_groups[..., None].expand_as(grouped)  # [N, groups, E/groups]
+        choice = grouped.masked_fill(others, 0).flatten(1)
     # A stable sort keeps the lower expert first among equals; torch.topk promises no order.
-    experts = choice.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    experts = choice.sort(dim=1, descending=True, stable=True).indices
+    if n_group > 1 and dropped == "-inf":  # behind all that can be chosen, also behind a choice of -inf
+        last = others.flatten(1).gather(1, experts).byte().sort(dim=1, stable=True).indices
+        experts = experts.gather(1, last)
+    experts = experts[:, :top_k]
     weights = scores.gather(1, experts)
     if renormalize:
         weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
-    return (weights * scaling).float(), experts.int()
+    weights = weights * scaling
+    if per_expert_scale is not None:
+        weights = weights * per_expert_scale.to(weights.dtype)[experts]
+    return weights.float(), experts.int()
 
 
 class MoePlan(NamedTuple):
@@ -222,6 +246,9 @@ _ROUTE: dict[str, dict] = {
     "softmax": dict(n=7, e=12, top_k=3, score="softmax", renormalize=False),
     "grouped": dict(n=19, e=16, top_k=4, n_group=4, topk_group=2, scaling=2.5),
     "singleton_groups": dict(n=6, e=4, top_k=2, n_group=4, topk_group=2),
+    "dropped": dict(n=19, e=16, top_k=4, n_group=4, topk_group=2, dropped="-inf", bias=-1.0),
+    "dropped_all_kept": dict(n=7, e=12, top_k=4, score="softmax", n_group=6, topk_group=2, dropped="-inf"),
+    "scaled": dict(n=9, e=8, top_k=3, score="softmax", per_expert_scale=True),
     "all": dict(n=4, e=6, top_k=6),
     "released": dict(n=16, e=128, top_k=6, scaling=2.5),
 }
@@ -267,9 +294,13 @@ def make_inputs(
     # Router logits are float32 or float64, whatever the activations' dtype.
     logits = normal(n, e, to=torch.float32 if dtype == torch.float32 else torch.float64)
     if op == "moe_route":
-        options = {k: v for k, v in sizes.items() if k not in ("n", "e", "bias")}
-        bias = normal(e, to=torch.float32) * 0.1 if sizes.get("bias", True) else None
-        return dict(logits=logits, correction_bias=bias, **options)
+        options = {k: v for k, v in sizes.items() if k not in ("n", "e", "bias", "per_expert_scale")}
+        bias = sizes.get("bias", 0.0)  # False: none; a number: their mean
+        bias = None if bias is False else normal(e, to=torch.float32) * 0.1 + bias
+        inputs = dict(logits=logits, correction_bias=bias, **options)
+        if sizes.get("per_expert_scale"):
+            inputs["per_expert_scale"] = 1 + 0.3 * normal(e, to=torch.float32)
+        return inputs
     weights, experts = moe_route(logits, top_k=sizes["top_k"])
     if op == "moe_plan":
         return dict(experts=experts, num_experts=e)

@@ -15,8 +15,9 @@ TT_KERNEL(moe_gate, MoeGate)
 
 // The top_k experts of every token by score + bias, and their scores as weights.
 struct MoeRoute {
-    View logits;   // [N, E] float32 or float64
+    View logits;   // [N, E] any float
     View bias;     // [E] or null
+    View scale;    // [E] or null, multiplies the weight of a chosen expert
     View weights;  // [N, k] out, float32
     View experts;  // [N, k] out, int32
     bool softmax;  // else sigmoid
@@ -24,6 +25,7 @@ struct MoeRoute {
     int64_t topk_group;
     bool renormalize;
     double scaling;
+    bool exclude_dropped;  // whether the experts of dropped groups cannot be chosen; else their choices count as 0
 };
 TT_KERNEL(moe_route, MoeRoute)
 

@@ -18,11 +18,12 @@ from twotower_kernels.ops._library import (
     same_device,
 )
 from twotower_kernels.ops._traced import call
-from twotower_kernels.ops._transforms import cast_to, lowered
+from twotower_kernels.ops._transforms import lowered
 from twotower_kernels.options.arguments import real, whole
 
 ACTIVATIONS = ("relu2", "silu_gated", "gelu_gated")  # the order of Activation in csrc/cpu/moe.h
 SCORES = ("sigmoid", "softmax")
+DROPPED = ("zero", "-inf")
 
 
 class MoePlan(NamedTuple):
@@ -65,38 +66,48 @@ def moe_route(
     topk_group: int = 1,
     renormalize: bool = True,
     scaling: float = 1.0,
+    dropped: str = "zero",
+    per_expert_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Chooses `top_k` experts per token by score + bias, and weighs them by their scores alone.
 
     Source: DeepSeek-V3 (arXiv 2412.19437, eq. 13-16 and section 2.1.2). With groups, only the `topk_group` whose two
-    best choices sum highest stay; the choices of the others count as 0. Ties take the lowest expert, and the lowest
-    group; NaN ranks highest.
+    best choices sum highest stay. Scores are of all experts, before groups are dropped. Ties take the lowest expert,
+    and the lowest group; NaN ranks highest. A softmax over the chosen logits alone, as in gpt-oss, is the softmax over
+    all, renormalized.
 
     Args:
-        logits: `[N, E]` float64 or float32; scores are computed in that precision. Under autocast, narrower ones are
-            widened to float32.
+        logits: `[N, E]` float64, float32, bfloat16 or float16. Scores are computed in float32, those of float64 in
+            float64.
         correction_bias: `[E]`, any floating dtype, or None. It takes part in the choice only.
         top_k: experts per token, 1 to E.
         score: "sigmoid" or "softmax" of the logits.
         n_group, topk_group: experts lie in `n_group` equal groups, of which `topk_group` survive.
         renormalize: divide the weights by their sum + 1e-20.
         scaling: multiplies the weights, after renormalization.
+        dropped: what the choices of the other groups become. "zero": 0, as in the original of TwoTower, so that one may
+            be chosen before a negative choice. "-inf": they cannot be chosen, as in transformers and LLaDA2.
+        per_expert_scale: `[E]`, any floating dtype, or None. It multiplies the weight of a chosen expert, after
+            renormalization and scaling (the routers of Gemma 4 and DiffusionGemma).
 
     Returns:
         weights `[N, top_k]` float32 and experts `[N, top_k]` int32, in descending order of choice. Not differentiable.
 
     Raises:
-        ValueError: wrong shape or device, `top_k` or groups that do not fit E, an unknown score, an argument that
-            requires grad. TypeError: wrong dtype.
+        ValueError: wrong shape or device, `top_k` or groups that do not fit E, fewer experts than `top_k` that can be
+            chosen, an unknown score or `dropped`. TypeError: wrong dtype.
     """
-    (logits,) = cast_to(torch.float32, logits)
-    choice = _choice(top_k, score, n_group, topk_group, renormalize, scaling)
-    refuse_gradients("moe_route", logits=logits, correction_bias=correction_bias)
-    return call("moe_route", logits, correction_bias, *choice)
+    choice = _choice(top_k, score, n_group, topk_group, renormalize, scaling, dropped)
+    return call("moe_route", logits, correction_bias, per_expert_scale, *choice)
 
 
 def moe_router(
-    x: Tensor, gate_weight: Tensor, correction_bias: Tensor | None = None, **options: Any
+    x: Tensor,
+    gate_weight: Tensor,
+    correction_bias: Tensor | None = None,
+    *,
+    per_expert_scale: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, MoePlan]:
     """`moe_gate`, `moe_route` with its options, and `moe_plan`; on a GPU the last two in one launch. Not public: it is
     the model's, and saves dispatches.
@@ -105,8 +116,7 @@ def moe_router(
         weights, experts, plan.
     """
     choice = _choice(**options)
-    refuse_gradients("moe_router", x=x, gate_weight=gate_weight, correction_bias=correction_bias)
-    weights, experts, *plan = call("moe_router", x, gate_weight, correction_bias, *choice)
+    weights, experts, *plan = call("moe_router", x, gate_weight, correction_bias, per_expert_scale, *choice)
     return weights, experts, MoePlan(*plan)
 
 
@@ -186,13 +196,16 @@ def _choice(
     topk_group: int = 1,
     renormalize: bool = True,
     scaling: float = 1.0,
-) -> tuple[int, bool, int, int, bool, float]:
+    dropped: str = "zero",
+) -> tuple[int, bool, int, int, bool, float, bool]:
     """The options of `moe_route` as the operators take them."""
     if score not in SCORES:
         raise ValueError(f"score: expected one of {SCORES}, got {score!r}")
     top_k, n_group = whole("top_k", top_k), whole("n_group", n_group)
     topk_group, scaling = whole("topk_group", topk_group), real("scaling", scaling)
-    return top_k, score == "softmax", n_group, topk_group, renormalize, scaling
+    if dropped not in DROPPED:
+        raise ValueError(f"dropped: expected one of {DROPPED}, got {dropped!r}")
+    return top_k, score == "softmax", n_group, topk_group, renormalize, scaling, dropped == "-inf"
 
 
 # --- what the operators accept ---------------------------------------------------------------------------------------
@@ -207,7 +220,16 @@ def _check_gate(x: Tensor, gate_weight: Tensor) -> None:
 
 
 def _check_choice(
-    e: int, correction_bias: Tensor | None, top_k: int, softmax: bool, n_group: int, topk_group: int, *_: Any
+    e: int,
+    correction_bias: Tensor | None,
+    per_expert_scale: Tensor | None,
+    top_k: int,
+    softmax: bool,
+    n_group: int,
+    topk_group: int,
+    renormalize: bool,
+    scaling: Any,
+    exclude_dropped: bool,
 ) -> None:
     if n_group < 1 or e % n_group:
         raise ValueError(f"n_group: expected a divisor of {e} experts, got {n_group}")
@@ -215,24 +237,27 @@ def _check_choice(
         raise ValueError(f"topk_group: expected 1..{n_group} for {n_group} groups, got {topk_group}")
     if not 1 <= top_k <= e:
         raise ValueError(f"top_k: expected 1..{e} for {e} experts, got {top_k}")
-    if correction_bias is not None and correction_bias.shape != (e,):
-        raise ValueError(f"correction_bias: expected shape {[e]}, got {list(correction_bias.shape)}")
-    check_float(correction_bias=correction_bias)
+    kept = e // n_group * topk_group
+    if exclude_dropped and top_k > kept:
+        raise ValueError(f"top_k: expected 1..{kept}, the experts of {topk_group} of {n_group} groups, got {top_k}")
+    for name, vector in (("correction_bias", correction_bias), ("per_expert_scale", per_expert_scale)):
+        if vector is not None and vector.shape != (e,):
+            raise ValueError(f"{name}: expected shape {[e]}, got {list(vector.shape)}")
 
 
-def _check_route(logits: Tensor, correction_bias: Tensor | None, *options: Any) -> None:
+def _check_route(logits: Tensor, correction_bias: Tensor | None, per_expert_scale: Tensor | None, *options: Any) -> None:
     if logits.ndim != 2:
         raise ValueError(f"logits: expected [N, E], got {list(logits.shape)}")
-    if logits.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"logits: expected float32 or float64, got {logits.dtype}")
-    _check_choice(logits.shape[1], correction_bias, *options)
-    same_device(logits, correction_bias=correction_bias)
+    _check_choice(logits.shape[1], correction_bias, per_expert_scale, *options)
+    check_floats(logits, logits=logits, correction_bias=correction_bias, per_expert_scale=per_expert_scale)
 
 
-def _check_router(x: Tensor, gate_weight: Tensor, correction_bias: Tensor | None, *options: Any) -> None:
+def _check_router(
+    x: Tensor, gate_weight: Tensor, correction_bias: Tensor | None, per_expert_scale: Tensor | None, *options: Any
+) -> None:
     _check_gate(x, gate_weight)
-    _check_choice(gate_weight.shape[0], correction_bias, *options)
-    same_device(x, correction_bias=correction_bias)
+    _check_choice(gate_weight.shape[0], correction_bias, per_expert_scale, *options)
+    check_floats(x, correction_bias=correction_bias, per_expert_scale=per_expert_scale)
 
 
 def _check_experts(experts: Tensor) -> None:
@@ -316,9 +341,11 @@ def empty_choice(tokens: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return tokens.new_empty(shape, dtype=torch.float32), tokens.new_empty(shape, dtype=torch.int32)
 
 
-def _route(logits: Tensor, correction_bias: Tensor | None, top_k: int, *options: Any) -> tuple[Tensor, Tensor]:
+def _route(
+    logits: Tensor, correction_bias: Tensor | None, per_expert_scale: Tensor | None, top_k: int, *options: Any
+) -> tuple[Tensor, Tensor]:
     weights, experts = empty_choice(logits, top_k)
-    cpu.call("moe_route", logits, correction_bias, weights, experts, *options)
+    cpu.call("moe_route", logits, correction_bias, per_expert_scale, weights, experts, *options)
     return weights, experts
 
 
@@ -347,7 +374,12 @@ def _router(x: Tensor, gate_weight: Tensor, *arguments: Any) -> tuple[Tensor, Te
 
 
 def _empty_router(
-    x: Tensor, gate_weight: Tensor, correction_bias: Tensor | None, top_k: int, *_: Any
+    x: Tensor,
+    gate_weight: Tensor,
+    correction_bias: Tensor | None,
+    per_expert_scale: Tensor | None,
+    top_k: int,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     weights, experts = empty_choice(x, top_k)
     return weights, experts, *empty_plan(experts, gate_weight.shape[0])
@@ -381,13 +413,12 @@ define(
     fake=empty_logits,
 )
 define(
-    "moe_route(Tensor logits, Tensor? correction_bias, SymInt top_k, bool softmax, SymInt n_group, SymInt topk_group, "
-    "bool renormalize, float scaling) -> (Tensor, Tensor)",
+    "moe_route(Tensor logits, Tensor? correction_bias, Tensor? per_expert_scale, SymInt top_k, bool softmax, "
+    "SymInt n_group, SymInt topk_group, bool renormalize, float scaling, bool exclude_dropped) -> (Tensor, Tensor)",
     check=_check_route,
     cpu=_route,
     cuda="cuda.moe:moe_route",
-    fake=lambda logits, correction_bias, top_k, *_: empty_choice(logits, top_k),
-    autocast=lambda logits, *choice: (*cast_to(torch.float32, logits), *choice),
+    fake=lambda logits, correction_bias, per_expert_scale, top_k, *_: empty_choice(logits, top_k),
 )
 define(
     "moe_plan(Tensor experts, SymInt num_experts) -> (Tensor, Tensor, Tensor)",
@@ -397,8 +428,9 @@ define(
     fake=empty_plan,
 )
 define(
-    "moe_router(Tensor x, Tensor gate_weight, Tensor? correction_bias, SymInt top_k, bool softmax, SymInt n_group, "
-    "SymInt topk_group, bool renormalize, float scaling) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "moe_router(Tensor x, Tensor gate_weight, Tensor? correction_bias, Tensor? per_expert_scale, SymInt top_k, "
+    "bool softmax, SymInt n_group, SymInt topk_group, bool renormalize, float scaling, bool exclude_dropped) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     check=_check_router,
     cpu=_router,
     cuda="cuda.moe:moe_router",
