@@ -29,7 +29,7 @@ struct type_caster<tt::Activation> {
             PyErr_Clear();
             return false;
         }
-        if (code < 0 || code > static_cast<long>(tt::Activation::gelu_gated))
+        if (code < 0 || code > static_cast<long>(tt::Activation::clamped_gated))
             throw py::value_error("expected the code of an activation, got " + std::to_string(code));
         value = static_cast<tt::Activation>(code);
         return true;
@@ -120,8 +120,10 @@ void bind_moe(py::module_& m) {
     m.def(
         "moe_experts",
         [](Matrix x, Cube up, Cube down, Matrix weights, Vector offsets, Vector pairs, Optional<2> shared_up,
-           Optional<2> shared_down, Matrix total, Matrix out, tt::Activation activation) {
-            tt::moe_experts({x, up, down, weights, offsets, pairs, shared_up, shared_down, total, out, activation});
+           Optional<2> shared_down, Optional<2> up_bias, Optional<2> down_bias, Matrix total, Matrix out,
+           tt::Activation activation, double alpha, double limit) {
+            tt::moe_experts({x, up, down, weights, offsets, pairs, shared_up, shared_down, up_bias, down_bias, total,
+                             out, activation, alpha, limit});
         },
         Released());
 }

@@ -163,8 +163,8 @@ def make_inputs(
 
     x, weight = normal(b, s, h), normal(h)
     if op == "rms_norm":
-        weighted, round_first = sizes.get("weighted", True), sizes.get("round_first", False)
-        return dict(x=x, weight=weight if weighted else None, eps=1e-5, round_first=round_first)
+        options = {"round_first": True} if sizes.get("round_first") else {}
+        return dict(x=x, weight=weight if sizes.get("weighted", True) else None, eps=1e-5, **options)
     if op == "gated_residual":
         return dict(residual=x, y=normal(b, s, h), gate=normal(b, h) if sizes["gated"] else None)
     plain = sizes["order"] == "plain"

@@ -8,18 +8,39 @@
                the expert                                                                           (`moe_route`)
     y        = Σ_k weight_k · down_k(act(up_k·x)) [+ down(act(up·x)) of the shared expert]          (`moe_experts`)
 
-Routing with bias and groups: DeepSeek-V3 (arXiv 2412.19437, eq. 12-16). relu²: Primer (arXiv 2109.08668).
-Activations: "relu2" relu(u)²; "silu_gated" SiLU(g)·u and "gelu_gated" gelu_tanh(g)·u with `w_up = [g rows; u rows]`.
+Routing with bias and groups: DeepSeek-V3 (arXiv 2412.19437, eq. 12-16). Activations of u, or of g and u with
+`w_up = [g rows; u rows]`:
+
+    relu2      relu(u)² (Primer, arXiv 2109.08668)        silu_gated      SiLU(g)·u (GLU variants, arXiv 2002.05202)
+    silu       SiLU(u)                                    gelu_gated      gelu(g)·u, the tanh form
+    gelu       gelu(u), by erf (arXiv 1606.08415)         gelu_erf_gated  gelu(g)·u, by erf
+    gelu_tanh  gelu(u), the tanh form                     clamped_gated   g'·sigmoid(α·g')·(u' + 1) (gpt-oss)
+
+with g' = min(g, limit) and u' = u clamped to [-limit, limit].
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ACTIVATIONS = ("relu2", "silu_gated", "gelu_gated")
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu2": lambda u: u.relu().square(),
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+}
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu_gated": F.silu,
+    "gelu_gated": _gelu_tanh,
+    "gelu_erf_gated": F.gelu,
+}
+ACTIVATIONS = (*PLAIN, *GATES, "clamped_gated")
+ALPHA, LIMIT = 1.702, 7.0  # of gpt-oss
 SCORES = ("sigmoid", "softmax")
 DROPPED = ("zero", "-inf")
 
@@ -128,7 +149,8 @@ def moe_route(
 class MoePlan(NamedTuple):
     """The (token, choice) pairs sorted by expert, stably, so that tokens ascend within an expert.
 
-    counts: `[E]` pairs per expert. offsets: `[E+1]` their exclusive running sum. pairs: `[N·k]`, token·k + choice.
+    counts: `[E]` pairs per expert. offsets: `[E+1]` their exclusive running sum. pairs: `[N·k]`, token·k + choice;
+    behind the last offset those of experts outside [0, E), which belong to nobody here.
     """
 
     counts: Tensor
@@ -140,32 +162,47 @@ def moe_plan(experts: Tensor, num_experts: int) -> MoePlan:
     """Sorts the pairs of `experts [N, k]` by expert, on the device.
 
     Raises:
-        ValueError: `experts` is no integer matrix, or has numbers outside [0, num_experts).
+        ValueError: `experts` is no integer matrix.
     """
     if experts.dim() != 2 or experts.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"experts: expected integers [N, k], got {experts.dtype} {tuple(experts.shape)}")
     flat = experts.flatten().long()
-    if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < num_experts:
-        raise ValueError(f"experts: expected 0..{num_experts - 1}, got {int(flat.min())}..{int(flat.max())}")
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=flat.device).index_add_(0, flat, torch.ones_like(flat))
+    flat = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)  # what is nobody's comes last
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
+    counts = counts.index_add_(0, flat, torch.ones_like(flat))[:num_experts]
     return MoePlan(counts, F.pad(counts.cumsum(0), (1, 0)), flat.sort(stable=True).indices)
 
 
-def _activate(up: Tensor, activation: str) -> Tensor:
-    if activation == "relu2":
-        return up.relu().square()
+def activate(up: Tensor, activation: str, alpha: float = ALPHA, limit: float = LIMIT) -> Tensor:
+    """The activation of products `[..., I or 2I]`, each of its operations rounded to their dtype."""
+    if activation in PLAIN:
+        return PLAIN[activation](up)
     gate, value = up.chunk(2, -1)
-    return (F.silu(gate) if activation == "silu_gated" else F.gelu(gate, approximate="tanh")) * value
+    if activation in GATES:
+        return GATES[activation](gate) * value
+    gate, value = gate.clamp(max=limit), value.clamp(-limit, limit)
+    wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
+    return (wide * (alpha * wide).sigmoid()).to(gate.dtype) * (value + 1)
 
 
-def feed_forward(x: Tensor, up: Tensor, down: Tensor, activation: str = "relu2") -> Tensor:
+def feed_forward(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str = "relu2",
+    *,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    alpha: float = ALPHA,
+    limit: float = LIMIT,
+) -> Tensor:
     """`down(act(up·x))`: one expert, the shared expert, a dense MLP. x `[N, H]`, up `[I or 2I, H]`, down `[H, I]`."""
-    return F.linear(_activate(F.linear(x, up), activation), down)
+    return F.linear(activate(F.linear(x, up, up_bias), activation, alpha, limit), down, down_bias)
 
 
 def _check_matrices(names: str, up: Tensor, down: Tensor, x: Tensor, activation: str) -> None:
     """An expert's matrices are `[I or 2I, H]` and `[H, I]`, in the dtype of `x [N, H]`."""
-    factor = 1 if activation == "relu2" else 2
+    factor = 1 if activation in PLAIN else 2
     if up.dim() != 2 or down.dim() != 2 or up.shape != (factor * down.shape[1], x.shape[1]) or len(down) != x.shape[1]:
         shapes = f"{tuple(up.shape)} and {tuple(down.shape)}"
         raise ValueError(
@@ -186,6 +223,10 @@ def moe_experts(
     activation: str = "relu2",
     shared_up: Tensor | None = None,
     shared_down: Tensor | None = None,
+    up_bias: Tensor | Sequence[Tensor] | None = None,
+    down_bias: Tensor | Sequence[Tensor] | None = None,
+    alpha: float = ALPHA,
+    limit: float = LIMIT,
 ) -> Tensor:
     """The weighted sum of each token's experts, summed in float32, then the shared expert.
 
@@ -193,17 +234,18 @@ def moe_experts(
         x: `[N, H]`.
         w_up: `[E, I, H]` (gated: `[E, 2I, H]`, gate rows first), or a sequence of E matrices.
         w_down: `[E, H, I]`, or a sequence.
-        weights, experts: `[N, k]`, from `moe_route`.
+        weights, experts: `[N, k]`, from `moe_route`. An expert outside [0, E) adds nothing.
         plan: `moe_plan(experts, E)`, computed if None.
-        activation: "relu2", "silu_gated" or "gelu_gated".
+        activation: one of `ACTIVATIONS`.
         shared_up, shared_down: the expert that every token passes, unweighted.
+        up_bias, down_bias: `[E, I or 2I]` and `[E, H]`, added to the experts' products; or None.
+        alpha, limit: of "clamped_gated".
 
     Returns:
         `[N, H]` in the dtype of `x`.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown activation, one shared matrix without the other, experts that
-            have no matrices.
+        ValueError: shapes that do not fit, an unknown activation, one shared matrix without the other.
         TypeError: matrices in another dtype than `x`.
     """
     if activation not in ACTIVATIONS:
@@ -220,6 +262,12 @@ def moe_experts(
     if shared_up is not None and shared_down is not None:
         _check_matrices("shared_up, shared_down", shared_up, shared_down, x, activation)
 
+    if up_bias is not None and [b.shape for b in up_bias] != [up.shape[:1] for up in w_up]:
+        raise ValueError(f"up_bias: expected a vector for every expert's rows, got {[tuple(b.shape) for b in up_bias]}")
+    if down_bias is not None and [b.shape for b in down_bias] != [down.shape[:1] for down in w_down]:
+        shapes = [tuple(b.shape) for b in down_bias]
+        raise ValueError(f"down_bias: expected [{x.shape[1]}] for every expert, got {shapes}")
+
     plan = plan or moe_plan(experts, len(w_up))
     acc_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     total = torch.zeros(x.shape, dtype=acc_dtype, device=x.device)
@@ -230,12 +278,21 @@ def moe_experts(
         pairs = plan.pairs[offsets[e] : offsets[e + 1]]
         if len(pairs):
             tokens = pairs // top_k
-            y = feed_forward(x[tokens], w_up[e], w_down[e], activation).to(acc_dtype)
-            total = total.index_add(0, tokens, y * flat_weights[pairs, None])
+            y = feed_forward(
+                x[tokens],
+                w_up[e],
+                w_down[e],
+                activation,
+                up_bias=None if up_bias is None else up_bias[e],
+                down_bias=None if down_bias is None else down_bias[e],
+                alpha=alpha,
+                limit=limit,
+            )
+            total = total.index_add(0, tokens, y.to(acc_dtype) * flat_weights[pairs, None])
     out = total.to(x.dtype)
-    return (
-        out if shared_up is None or shared_down is None else out + feed_forward(x, shared_up, shared_down, activation)
-    )
+    if shared_up is None or shared_down is None:
+        return out
+    return out + feed_forward(x, shared_up, shared_down, activation, alpha=alpha, limit=limit)
 
 
 _ROUTE: dict[str, dict] = {
@@ -258,6 +315,12 @@ _EXPERTS: dict[str, dict] = {
     "relu2": dict(n=9, e=8, top_k=2, h=16, i=12),
     "silu_gated": dict(n=9, e=8, top_k=2, h=16, i=12, activation="silu_gated"),
     "gelu_gated": dict(n=5, e=4, top_k=3, h=7, i=5, activation="gelu_gated"),
+    "silu": dict(n=9, e=8, top_k=2, h=16, i=12, activation="silu"),
+    "gelu_biased": dict(n=6, e=4, top_k=2, h=19, i=21, activation="gelu", biased=True, shared=5),
+    "gelu_tanh": dict(n=4, e=3, top_k=2, h=9, i=6, activation="gelu_tanh"),
+    "gelu_erf_gated": dict(n=5, e=4, top_k=3, h=16, i=20, activation="gelu_erf_gated"),
+    "clamped_gated": dict(n=7, e=6, top_k=3, h=33, i=19, activation="clamped_gated", limit=0.7, biased=True),
+    "not_mine": dict(n=17, e=5, of=12, top_k=3, h=10, i=7, activation="silu_gated", shared=4, biased=True),
     "shared": dict(n=17, e=8, top_k=3, h=17, i=11, shared=23),
     "idle_experts": dict(n=2, e=32, top_k=2, h=8, i=6, shared=6),
     "released": dict(n=16, e=128, top_k=6, h=2688, i=1856, shared=3712),
@@ -291,8 +354,8 @@ def make_inputs(
     n, e = sizes["n"], sizes["e"]
     if op == "moe_gate":
         return dict(x=normal(n, sizes["h"]), gate_weight=normal(e, sizes["h"], to=torch.float32))
-    # Router logits are float32 or float64, whatever the activations' dtype.
-    logits = normal(n, e, to=torch.float32 if dtype == torch.float32 else torch.float64)
+    # Router logits are float32 or float64, whatever the activations' dtype. `of`: so many experts, some not here.
+    logits = normal(n, sizes.get("of", e), to=torch.float32 if dtype == torch.float32 else torch.float64)
     if op == "moe_route":
         options = {k: v for k, v in sizes.items() if k not in ("n", "e", "bias", "per_expert_scale")}
         bias = sizes.get("bias", 0.0)  # False: none; a number: their mean
@@ -306,8 +369,8 @@ def make_inputs(
         return dict(experts=experts, num_experts=e)
     h, i, shared = sizes["h"], sizes["i"], sizes.get("shared", 0)
     activation = sizes.get("activation", "relu2")
-    factor = 1 if activation == "relu2" else 2
-    return dict(
+    factor = 1 if activation in PLAIN else 2
+    inputs = dict(
         x=normal(n, h),
         w_up=normal(e, factor * i, h) / h**0.5,
         w_down=normal(e, h, i) / i**0.5,
@@ -317,3 +380,6 @@ def make_inputs(
         shared_up=normal(factor * shared, h) / h**0.5 if shared else None,
         shared_down=normal(h, shared) / shared**0.5 if shared else None,
     )
+    if sizes.get("biased"):
+        inputs |= dict(up_bias=normal(e, factor * i), down_bias=normal(e, h))
+    return inputs | {name: sizes[name] for name in ("alpha", "limit") if name in sizes}

@@ -29,7 +29,7 @@ struct MoeRoute {
 };
 TT_KERNEL(moe_route, MoeRoute)
 
-// The pairs token * k + choice sorted by expert, stably. Every expert lies in [0, E).
+// The pairs token * k + choice sorted by expert, stably; behind the last offset those of experts outside [0, E).
 struct MoePlan {
     View experts;  // [N, k] int32 or int64
     View counts;   // [E] out, int64
@@ -38,14 +38,15 @@ struct MoePlan {
 };
 TT_KERNEL(moe_plan, MoePlan)
 
-// Whether `plan` is what moe_plan would make of its experts, which may be any numbers.
+// Whether `plan` is, up to its last offset, what moe_plan would make of its experts.
 struct MoePlanHolds {
     MoePlan plan;
     bool* holds;  // out
 };
 TT_KERNEL(moe_plan_holds, MoePlanHolds)
 
-enum class Activation : int { relu2, silu_gated, gelu_gated };
+// Those from silu_gated on are gated: they read two products, the gate's and the value's.
+enum class Activation : int { relu2, silu, gelu, gelu_tanh, silu_gated, gelu_gated, gelu_erf_gated, clamped_gated };
 
 // out = weighted sum of each token's experts, then the shared expert.
 struct MoeExperts {
@@ -57,9 +58,12 @@ struct MoeExperts {
     View pairs;        // [N * k] int64, of a valid plan
     View shared_up;    // [J or 2J, H] or null
     View shared_down;  // [H, J] or null
+    View up_bias;      // [E, I or 2I] or null, dtype of x
+    View down_bias;    // [E, H] or null, dtype of x
     View total;        // [N, H] in the compute type, contiguous; out itself where that has this type
     View out;          // [N, H] out, dtype of x, contiguous
     Activation activation;
+    double alpha, limit;  // of clamped_gated
 };
 TT_KERNEL_BF16(moe_experts, MoeExperts)
 

@@ -172,28 +172,39 @@ void plan(const MoePlan& a) {
     const int64_t n = a.experts.size[0], k = a.experts.size[1], e = a.counts.size[0], stride = a.experts.stride[0];
     const I* experts = a.experts.as<I>();
     int64_t *counts = a.counts.as<int64_t>(), *offsets = a.offsets.as<int64_t>(), *pairs = a.pairs.as<int64_t>();
-    for (int64_t i = 0; i < e; ++i) counts[i] = 0;
+    const auto expert_of = [=](int64_t t, int64_t c) {  // e: none of these
+        const int64_t expert = experts[t * stride + c];
+        return expert >= 0 && expert < e ? expert : e;
+    };
+    Scratch<int64_t> scratch(e + 1);
+    int64_t* next = scratch;  // first the pairs of an expert, then where the next of them goes
+    for (int64_t i = 0; i <= e; ++i) next[i] = 0;
     for (int64_t t = 0; t < n; ++t)
-        for (int64_t c = 0; c < k; ++c) ++counts[experts[t * stride + c]];
-    Scratch<int64_t> scratch(e);
-    int64_t* next = scratch;  // where the next pair of an expert goes
+        for (int64_t c = 0; c < k; ++c) ++next[expert_of(t, c)];
     offsets[0] = 0;
     for (int64_t i = 0; i < e; ++i) {
+        counts[i] = next[i];
         next[i] = offsets[i];
         offsets[i + 1] = offsets[i] + counts[i];
     }
+    next[e] = offsets[e];
     for (int64_t t = 0; t < n; ++t)
-        for (int64_t c = 0; c < k; ++c) pairs[next[experts[t * stride + c]]++] = t * k + c;
+        for (int64_t c = 0; c < k; ++c) pairs[next[expert_of(t, c)]++] = t * k + c;
 }
 
-// Pairs that ascend within every expert are distinct, and as many as there are: so each is there once. If each also
-// names its expert, then every expert is in bounds.
+// Pairs that ascend within every expert, and name it, are distinct: if they are as many as have an expert, each of
+// those is there once.
 template <class I>
 bool holds(const MoePlan& a) {
     const int64_t k = a.experts.size[1], total = a.experts.size[0] * k, e = a.counts.size[0];
     const int64_t *counts = a.counts.as<int64_t>(), *offsets = a.offsets.as<int64_t>(), *pairs = a.pairs.as<int64_t>();
     const I* experts = a.experts.as<I>();
-    if (offsets[0] != 0 || offsets[e] != total) return false;
+    int64_t known = 0;
+    for (int64_t pair = 0; pair < total; ++pair) {
+        const I expert = experts[pair / k * a.experts.stride[0] + pair % k];
+        known += expert >= 0 && expert < e;
+    }
+    if (offsets[0] != 0 || offsets[e] != known) return false;
     for (int64_t i = 0; i < e; ++i) {
         const int64_t begin = offsets[i], end = offsets[i + 1];
         if (end < begin || end > total || counts[i] != end - begin) return false;

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels import cpu
-from twotower_kernels.ops._library import check_floats, define, refuse_gradients
+from twotower_kernels.ops._library import check_floats, define
 from twotower_kernels.ops._traced import call
 from twotower_kernels.ops._transforms import autocasts, cast_to
 from twotower_kernels.options.arguments import real
@@ -58,11 +58,9 @@ def adaln_norm(
         `[B, S, H]` in the dtype of `x`, under autocast too. Not differentiable.
 
     Raises:
-        ValueError: unknown order, wrong shape or device, only one of shift and scale, an argument that requires grad.
-        TypeError: wrong dtype.
+        ValueError: unknown order, wrong shape or device, only one of shift and scale. TypeError: wrong dtype.
     """
     _check_order(order)
-    refuse_gradients("adaln_norm", x=x, weight=weight, shift=shift, scale=scale)
     return call("adaln_norm", x, weight, shift, scale, real("eps", eps), order == "norm_modulate")
 
 
@@ -79,10 +77,9 @@ def gated_residual(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> T
         `[B, S, H]` in the dtype of `residual`. Not differentiable.
 
     Raises:
-        ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.
+        ValueError: wrong shape or device. TypeError: wrong dtype.
     """
     residual, y = _widened(residual, y)
-    refuse_gradients("gated_residual", residual=residual, y=y, gate=gate)
     return torch.ops.twotower.gated_residual.default(residual, y, gate)
 
 
@@ -104,9 +101,6 @@ def gated_residual_adaln_norm(
     """
     _check_order(order)
     residual, y = _widened(residual, y)
-    refuse_gradients(
-        "gated_residual_adaln_norm", residual=residual, y=y, gate=gate, weight=weight, shift=shift, scale=scale
-    )
     return call(
         "gated_residual_adaln_norm", residual, y, gate, weight, shift, scale, real("eps", eps), order == "norm_modulate"
     )
