@@ -19,6 +19,7 @@ from twotower_kernels.ops import (
     moe_gate,
     moe_plan,
     moe_route,
+    pack_experts,
     rms_norm,
 )
 from twotower_kernels.ops.remask import RemaskResult, remask
@@ -55,6 +56,7 @@ __all__ = [
     "moe_gate",
     "moe_plan",
     "moe_route",
+    "pack_experts",
     "remask",
     "rms_norm",
     "sequence_seed",
