@@ -83,7 +83,8 @@ def _moe(normal: Normal, wide: torch.dtype) -> list[Any]:
         _experts(),
         *tt.moe_plan(_experts(), 3),
         *shared,
-        "relu2",
+        *(normal(3, 5), normal(3, 4)),
+        *("relu2", 1.702, 7.0),
     ]
 
 

@@ -45,6 +45,7 @@ def whole(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.int64)
 
 
+RELU2: list[Any] = ["relu2", 1.702, 7.0]
 ROUTE: list[Any] = [False, 1, 1, True, 1.0, False]
 Q, KV = zeros(1, 2, 2, 4), zeros(1, 8, 2, 4)
 SCAN: list[Any] = [zeros(1, 2, 8), zeros(1, 2, 2), zeros(8, 4), None, *[zeros(2)] * 3]
@@ -85,25 +86,37 @@ WRONG: list[tuple[str, list[Any], type[Exception], str]] = [
     ("moe_gate", [zeros(2, 3), zeros(4, 400)], ValueError, r"gate_weight: expected \[E, 3\], got \[4, 400\]"),
     ("moe_route", [zeros(2, 4), None, None, 400, *ROUTE], ValueError, r"top_k: expected 1\.\.4 for 4 experts, got 400"),
     ("moe_route", [zeros(2, 4000), zeros(1), None, 2, *ROUTE], ValueError, r"correction_bias: expected shape \[4000\]"),
-    ("moe_route", [zeros(2, 4), None, 2, False, 0, 1, True, 1.0], ValueError, "n_group: expected a divisor of 4"),
+    (
+        "moe_route",
+        [zeros(2, 4), None, None, 2, False, 0, 1, True, 1.0, False],
+        ValueError,
+        "n_group: expected a divisor of 4",
+    ),
+    ("moe_route", [zeros(2, 4), None, zeros(3), 2, *ROUTE], ValueError, r"per_expert_scale: expected shape \[4\]"),
+    (
+        "moe_route",
+        [zeros(2, 4), None, None, 3, False, 2, 1, True, 1.0, True],
+        ValueError,
+        r"top_k: expected 1\.\.2, the",
+    ),
     ("moe_router", [zeros(2, 3), zeros(4, 3), None, None, 5, *ROUTE], ValueError, r"top_k: expected 1\.\.4"),
     ("moe_plan", [whole(2, 2), -1], ValueError, "num_experts: expected 0 or more, got -1"),
     ("moe_plan", [zeros(2, 2), 4], TypeError, "experts: expected int32 or int64, got torch.float32"),
     (
         "moe_experts",
-        [zeros(2, 3), zeros(4, 5, 3), zeros(4, 3, 6), zeros(2, 1), whole(2, 1), *[None] * 5, "relu2"],
+        [zeros(2, 3), zeros(4, 5, 3), zeros(4, 3, 6), zeros(2, 1), whole(2, 1), *[None] * 7, *RELU2],
         ValueError,
         r"w_up: expected \[4, 6, 3\]",
     ),
     (
         "moe_experts",
-        [zeros(2, 3), zeros(4, 5, 3), zeros(4, 3, 5), zeros(2, 1), whole(2, 1), whole(4), *[None] * 4, "relu2"],
+        [zeros(2, 3), zeros(4, 5, 3), zeros(4, 3, 5), zeros(2, 1), whole(2, 1), whole(4), *[None] * 6, *RELU2],
         ValueError,
         "plan.offsets: expected all three tensors of a plan or none",
     ),
     (
         "moe_experts",
-        [zeros(2, 3), zeros(4, 5, 3), zeros(4, 3, 5), zeros(2, 1), whole(2, 1), *[None] * 5, "swish"],
+        [zeros(2, 3), zeros(4, 5, 3), zeros(4, 3, 5), zeros(2, 1), whole(2, 1), *[None] * 7, "swish", 1.0, 1.0],
         ValueError,
         "activation: expected one of",
     ),
@@ -255,10 +268,11 @@ def test_leading_dimensions_are_read_as_one(shape: tuple[int, ...], layout: int)
     torch.testing.assert_close(out, repeated @ weight.T)
 
 
-@pytest.mark.parametrize("code", [-1, 3, 2**40])
+@pytest.mark.parametrize("code", [-1, 8, 2**40])
 def test_the_bindings_refuse_an_unknown_activation(code: int) -> None:
     x, up, down, weights = zeros(2, 3), zeros(1, 4, 3), zeros(1, 3, 4), zeros(2, 1)
     offsets, pairs = (told(t, code=4) for t in (torch.tensor([0, 2]), torch.arange(2)))
-    tensors = [*map(told, (x, up, down, weights)), offsets, pairs, None, None, *map(told, (zeros(2, 3), zeros(2, 3)))]
+    results = map(told, (zeros(2, 3), zeros(2, 3)))
+    tensors = [*map(told, (x, up, down, weights)), offsets, pairs, *[None] * 4, *results]
     with pytest.raises(ValueError, match=f"expected the code of an activation, got {code}"):
-        cpu.kernels().moe_experts(*tensors, code)
+        cpu.kernels().moe_experts(*tensors, code, 1.0, 1.0)

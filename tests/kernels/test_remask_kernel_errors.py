@@ -19,7 +19,6 @@ Z, X = torch.zeros(2, 3, 5), torch.full((2, 3), MASK)
         ({"logits": Z[..., :0]}, ValueError, r"logits: expected shape .* got \[2, 3, 0\]"),
         ({"logits": Z.long()}, TypeError, "logits: expected float64.* got torch.int64"),
         ({"logits": [0.0]}, TypeError, "logits: expected a tensor, got list"),
-        ({"logits": Z.clone().requires_grad_()}, ValueError, "logits: remask is not differentiable"),
         ({"tokens": X[:, :2]}, ValueError, r"tokens: expected shape \[2, 3\], got \[2, 2\]"),
         ({"tokens": X.float()}, TypeError, "tokens: expected torch.int64 or torch.int32, got torch.float32"),
         ({"tokens": X.to("meta")}, ValueError, "tokens: expected device cpu, got meta"),
