@@ -54,8 +54,8 @@ def experts_inputs(b: int, s: int) -> dict[str, Any]:
     experts = (torch.arange(b * s * 2).view(b * s, 2) % 16).int()
     plan = tt.moe_plan(experts, 16)
     return dict(
-        x=drawn(b * s, 24), w_up=drawn(16, 20, 24), w_down=drawn(16, 24, 20), weights=drawn(b * s, 2), experts=experts,
-        plan=plan,
+        x=drawn(b * s, 24), w_up=drawn(16, 40, 24), w_down=drawn(16, 24, 20), weights=drawn(b * s, 2), experts=experts,
+        plan=plan, up_bias=drawn(16, 40), activation="clamped_gated",
     )  # fmt: skip
 
 
