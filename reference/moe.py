@@ -265,8 +265,8 @@ def moe_experts(
     if up_bias is not None and [b.shape for b in up_bias] != [up.shape[:1] for up in w_up]:
         raise ValueError(f"up_bias: expected a vector for every expert's rows, got {[tuple(b.shape) for b in up_bias]}")
     if down_bias is not None and [b.shape for b in down_bias] != [down.shape[:1] for down in w_down]:
-        shapes = [tuple(b.shape) for b in down_bias]
-        raise ValueError(f"down_bias: expected [{x.shape[1]}] for every expert, got {shapes}")
+        found = [tuple(b.shape) for b in down_bias]
+        raise ValueError(f"down_bias: expected [{x.shape[1]}] for every expert, got {found}")
 
     plan = plan or moe_plan(experts, len(w_up))
     acc_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -181,7 +182,12 @@ def test_experts_elsewhere_add_nothing(dtype: torch.dtype) -> None:
     expected = tt.moe_experts(**inputs | dict(weights=zero))
     inputs["experts"][3, 1], inputs["experts"][8] = 8, torch.tensor([-1, 9, 2**31 - 1])
     empty = torch.Tensor.new_empty
-    with patch.object(torch.Tensor, "new_empty", lambda x, *a, **k: empty(x, *a, **k).fill_(float("nan"))):
+
+    def poisoned(x: torch.Tensor, *sizes: Any, **options: Any) -> torch.Tensor:
+        new = empty(x, *sizes, **options)
+        return new.fill_(float("nan")) if new.is_floating_point() else new
+
+    with patch.object(torch.Tensor, "new_empty", poisoned):
         got = tt.moe_experts(**inputs)
         plan = tt.moe_plan(inputs["experts"], 8)
         plan.pairs[plan.offsets[-1] :] = -1

@@ -117,8 +117,8 @@ def _check_plan(counts: Tensor | None, offsets: Tensor | None, pairs: Tensor | N
 
 def check_mixture(*arguments: Any) -> None:
     """Arguments in the order of the schema, here and in the kernels."""
-    x, w_up, w_down, weights, experts, *plan, shared_up, shared_down, up_bias, down_bias = arguments[:12]
-    activation, _, limit = arguments[12:]
+    x, w_up, w_down, weights, experts, counts, offsets, pairs, *others, activation, _, limit = arguments
+    shared_up, shared_down, up_bias, down_bias = others
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
     if x.ndim != 2:
@@ -139,5 +139,5 @@ def check_mixture(*arguments: Any) -> None:
     check_floats(x, weights=weights)
     if not limit >= 0:
         raise ValueError(f"limit: expected 0 or more, got {limit}")
-    _check_plan(*plan, w_up.shape[0], experts)
+    _check_plan(counts, offsets, pairs, w_up.shape[0], experts)
     same_device(x, experts=experts)

@@ -23,9 +23,10 @@ def pack_experts(
         interleaved: gates and values, in one, alternate: row 2i is the gate of i, row 2i + 1 its value (gpt-oss).
         transposed: every matrix is the other way round: `[E, H, I]`, `[E, H, 2I]` and `[E, I, H]` (gpt-oss).
 
-    Whether matrices are transposed is told by their dimensions alone: matrices in one, by how they fit each other, and
-    separate ones by `moe_experts`, which knows H. Of separate ones with H = I, and of what is interleaved, nothing tells
-    it, and the caller has to know. A bias that is interleaved becomes `torch.cat([b[:, ::2], b[:, 1::2]], 1)`.
+    Whether matrices are transposed is told by their dimensions alone: of matrices in one, by how they fit each other,
+    and of separate ones by `moe_experts`, which knows H. Of separate ones with H = I, and of what is interleaved,
+    nothing tells it, and the caller has to know. A bias that is interleaved becomes
+    `torch.cat([b[:, ::2], b[:, 1::2]], 1)`.
 
     Returns:
         w_up `[E, 2I, H]`, without a gate `[E, I, H]`, and w_down `[E, H, I]`: contiguous, in the matrices' dtype, new
