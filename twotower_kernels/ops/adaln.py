@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from twotower_kernels import cpu
+from twotower_kernels.ops._direct import entries
 from twotower_kernels.ops._library import check_floats, define
 from twotower_kernels.ops._traced import call
 from twotower_kernels.ops._transforms import autocasts, cast_to
@@ -30,6 +32,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float, round_first
     Raises:
         ValueError: wrong shape or device. TypeError: wrong dtype.
     """
+    if not is_dynamo_compiling() and (out := entries().rms_norm(x, weight, eps, round_first)) is not None:
+        return out
     return call("rms_norm", x, weight, real("eps", eps), round_first)
 
 
@@ -60,6 +64,8 @@ def adaln_norm(
     Raises:
         ValueError: unknown order, wrong shape or device, only one of shift and scale. TypeError: wrong dtype.
     """
+    if not is_dynamo_compiling() and (out := entries().adaln_norm(x, weight, shift, scale, eps, order)) is not None:
+        return out
     _check_order(order)
     return call("adaln_norm", x, weight, shift, scale, real("eps", eps), order == "norm_modulate")
 
@@ -79,8 +85,10 @@ def gated_residual(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> T
     Raises:
         ValueError: wrong shape or device. TypeError: wrong dtype.
     """
+    if not is_dynamo_compiling() and (out := entries().gated_residual(residual, y, gate)) is not None:
+        return out
     residual, y = _widened(residual, y)
-    return torch.ops.twotower.gated_residual.default(residual, y, gate)
+    return call("gated_residual", residual, y, gate)
 
 
 def gated_residual_adaln_norm(
@@ -99,6 +107,10 @@ def gated_residual_adaln_norm(
     Arguments and errors as in `gated_residual` and `adaln_norm`. Returns `(h, normed)`, both `[B, S, H]` in the dtype
     of `residual`; the norm reads `h` as rounded to it, so the result is bit for bit that of the two in a row.
     """
+    if not is_dynamo_compiling():
+        vectors = gate, weight, shift, scale
+        if (out := entries().gated_residual_adaln_norm(residual, y, *vectors, eps, order)) is not None:
+            return out
     _check_order(order)
     residual, y = _widened(residual, y)
     return call(

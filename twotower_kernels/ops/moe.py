@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from twotower_kernels import cpu
+from twotower_kernels.ops._direct import entries
 from twotower_kernels.ops._library import as_index, define
 from twotower_kernels.ops._traced import call
 from twotower_kernels.ops._transforms import lowered
@@ -52,7 +54,9 @@ def moe_gate(x: Tensor, gate_weight: Tensor) -> Tensor:
     Raises:
         ValueError: wrong shape or device. TypeError: wrong dtype.
     """
-    return torch.ops.twotower.moe_gate.default(x, gate_weight)
+    if not is_dynamo_compiling() and (out := entries().moe_gate(x, gate_weight)) is not None:
+        return out
+    return call("moe_gate", x, gate_weight)
 
 
 def moe_route(
@@ -96,6 +100,10 @@ def moe_route(
         ValueError: wrong shape or device, `top_k` or groups that do not fit E, fewer experts than `top_k` that can be
             chosen, an unknown score or `dropped`. TypeError: wrong dtype.
     """
+    if not is_dynamo_compiling():
+        options = top_k, score, n_group, topk_group, renormalize, scaling, dropped
+        if (chosen := entries().moe_route(logits, correction_bias, per_expert_scale, *options)) is not None:
+            return chosen
     choice = _choice(top_k, score, n_group, topk_group, renormalize, scaling, dropped)
     return call("moe_route", logits, correction_bias, per_expert_scale, *choice)
 
@@ -134,7 +142,7 @@ def moe_plan(experts: Tensor, num_experts: int) -> MoePlan:
     Raises:
         ValueError: wrong shape. TypeError: wrong dtype.
     """
-    return MoePlan(*torch.ops.twotower.moe_plan.default(as_index(experts), whole("num_experts", num_experts)))
+    return MoePlan(*call("moe_plan", as_index(experts), whole("num_experts", num_experts)))
 
 
 def moe_experts(
