@@ -169,6 +169,8 @@ def append_kv(
     check_rank("k", k)
     check_like_queries(k, v=v, k_context=k_context, v_context=v_context)
     check_context(k, k_context, v_context)
+    if k_context.requires_grad or v_context.requires_grad:
+        raise ValueError("k_context, v_context: the context is frozen, expected no requires_grad; detach them")
     if k.requires_grad or v.requires_grad:
         raise ValueError("k, v: append_kv is not differentiable, expected tensors without requires_grad; detach them")
     if k.shape != v.shape or k.shape[2:] != k_context.shape[2:]:

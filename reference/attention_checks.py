@@ -102,12 +102,10 @@ def check_queries(
 
 
 def check_context(q: Tensor, k_context: Tensor, v_context: Tensor) -> None:
-    """Keys and values of the context match each other and q's head_dim, and carry no gradient."""
+    """Keys and values of the context match each other and q's head_dim."""
     if k_context.shape != v_context.shape or k_context.shape[3] != q.shape[3]:
         shapes = f"{list(k_context.shape)}, {list(v_context.shape)}"
         raise ValueError(f"k_context, v_context: expected equal shapes with head_dim {q.shape[3]}, got {shapes}")
-    if k_context.requires_grad or v_context.requires_grad:
-        raise ValueError("k_context, v_context: the context is frozen, expected no requires_grad; detach them")
 
 
 def check_heads(q: Tensor, k: Tensor, name: str) -> None:

@@ -6,22 +6,24 @@ namespace tt::direct {
 
 namespace {
 
-// x, weight, eps.
+// x, weight, eps, round_first.
 PyObject* rms_norm(PyObject*, Arguments given, Py_ssize_t count) {
     View x, weight, normed;
     double eps = 0;
     Call call;
-    if (count != 3 || !call || !call.required(x, given[0]) || !call.required(weight, given[1]) ||
-        !is_real(given[2], eps))
+    if (count != 4 || !call || !call.required(x, given[0]) || !call.optional(weight, given[1]) ||
+        !is_real(given[2], eps) || !PyBool_Check(given[3]))
         return none();
-    if (!is_float(x) || !is_float(weight) || x.ndim < 1 || !has_shape(weight, {x.size[x.ndim - 1]}) || eps < 0)
-        return none();
+    if (!is_float(x) || x.ndim < 1 || eps < 0) return none();
+    if (weight && (!is_float(weight) || !has_shape(weight, {x.size[x.ndim - 1]}))) return none();
     const View shape = x;
     if (!as_rows(x)) return none();
     PyObject* result = new_empty(given[0], shape);
     if (result == nullptr) return nullptr;
     if (!is_placed(normed, result) || !as_rows(normed)) return Py_DECREF(result), none();
-    return run(result, [&] { tt::gated_residual_adaln_norm({x, {}, {}, weight, {}, {}, {}, normed, eps, false}); });
+    return run(result, [&] {
+        tt::gated_residual_adaln_norm({x, {}, {}, weight, {}, {}, {}, normed, eps, false, given[3] == Py_True});
+    });
 }
 
 // The arguments of one pass over [B, S, H], any of which may be missing but x.
@@ -66,7 +68,7 @@ PyObject* adaln_norm(PyObject*, Arguments given, Py_ssize_t count) {
     if (!is_placed(normed, result)) return Py_DECREF(result), none();
     return run(result, [&] {
         tt::gated_residual_adaln_norm(
-            {pass.x, {}, {}, pass.weight, pass.shift, pass.scale, {}, normed, eps, norm_first});
+            {pass.x, {}, {}, pass.weight, pass.shift, pass.scale, {}, normed, eps, norm_first, false});
     });
 }
 
@@ -80,8 +82,9 @@ PyObject* gated_residual(PyObject*, Arguments given, Py_ssize_t count) {
     PyObject* result = new_empty(given[0], pass.x);
     if (result == nullptr) return nullptr;
     if (!is_placed(h, result)) return Py_DECREF(result), none();
-    return run(result,
-               [&] { tt::gated_residual_adaln_norm({pass.x, pass.y, pass.gate, {}, {}, {}, h, {}, 0.0, false}); });
+    return run(result, [&] {
+        tt::gated_residual_adaln_norm({pass.x, pass.y, pass.gate, {}, {}, {}, h, {}, 0.0, false, false});
+    });
 }
 
 // residual, y, gate, weight, shift, scale, eps, order.
@@ -101,7 +104,7 @@ PyObject* gated_residual_adaln_norm(PyObject*, Arguments given, Py_ssize_t count
         return Py_DECREF(result), none();
     return run(result, [&] {
         tt::gated_residual_adaln_norm(
-            {pass.x, pass.y, pass.gate, pass.weight, pass.shift, pass.scale, h, normed, eps, norm_first});
+            {pass.x, pass.y, pass.gate, pass.weight, pass.shift, pass.scale, h, normed, eps, norm_first, false});
     });
 }
 

@@ -169,10 +169,11 @@ bool run(void (*kernel)(const void*), const void* what) {
 namespace {
 
 // Whether an operator's kernel may be called with these arguments, without the dispatcher. The first number has a bit
-// for every one of them that is a tensor or None.
+// for every one of them that is a tensor or None. Without any tensor, the dispatcher has something to say.
 PyObject* is_direct(PyObject*, Arguments given, Py_ssize_t count) {
     Call call;
     int64_t tensors = 0;
+    bool any = false;
     if (!call || count < 1 || !is_whole(given[0], tensors)) Py_RETURN_FALSE;
     for (Py_ssize_t i = 1; i < count; ++i) {
         PyObject* object = given[i];
@@ -180,12 +181,14 @@ PyObject* is_direct(PyObject*, Arguments given, Py_ssize_t count) {
         if (tensors >> (i - 1) & 1) {
             DlTensor found;
             if (!call.is_plain(object) || !exchanged(object, found) || found.device.type != dl_cpu) Py_RETURN_FALSE;
+            any = true;
         } else if (!PyLong_CheckExact(object) && !PyFloat_CheckExact(object) && !PyBool_Check(object) &&
                    !PyUnicode_CheckExact(object) && !PyTuple_CheckExact(object) && !PyList_CheckExact(object)) {
             Py_RETURN_FALSE;
         }
     }
-    Py_RETURN_TRUE;
+    if (any) Py_RETURN_TRUE;
+    Py_RETURN_FALSE;
 }
 
 PyMethodDef own_entries[] = {

@@ -26,12 +26,15 @@ def test_every_case(op: str, case: str) -> None:
     s=st.integers(0, 3),
     h=st.integers(1, 70),
     order=st.sampled_from(["plain", *adaln.ORDERS]),
+    weighted=st.booleans(),
+    round_first=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     layout=st.integers(0, 3),
     seed=st.integers(0, 2**31),
 )
-def test_any_shape_and_layout(op, b, s, h, order, dtype, layout, seed):  # type: ignore[no-untyped-def]
-    inputs = adaln.make_inputs(op, dict(b=b, s=s, h=h, order=order, gated=order != "plain"), dtype=dtype, seed=seed)
+def test_any_shape_and_layout(op, b, s, h, order, weighted, round_first, dtype, layout, seed):  # type: ignore[no-untyped-def]
+    sizes = dict(b=b, s=s, h=h, order=order, gated=order != "plain", weighted=weighted, round_first=round_first)
+    inputs = adaln.make_inputs(op, sizes, dtype=dtype, seed=seed)
     with triton_kernels():
         assert_op_within_budget(getattr(tt, op), getattr(adaln, op), inputs, layout=layout)
 
@@ -51,3 +54,5 @@ def test_float64_is_refused() -> None:
     x = torch.zeros(1, 1, 4, dtype=torch.float64)
     with triton_kernels(), pytest.raises(NotImplementedError, match="adaln_norm on cpu: x is float64"):
         tt.adaln_norm(x, x[0, 0], eps=1e-5)
+    with triton_kernels(), pytest.raises(NotImplementedError, match=r"^rms_norm on cpu: x is float64"):
+        tt.rms_norm(x, eps=1e-5)

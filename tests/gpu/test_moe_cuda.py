@@ -177,6 +177,6 @@ def test_how_many_tokens_are_many() -> None:
 
 def test_too_many_experts_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="moe_route on cuda: expected at most 1024 experts, got 1025"):
-        cuda_moe.moe_route(torch.zeros(1, 1025), None, 1, False, 1, 1, True, 1.0)
+        cuda_moe.moe_route(torch.zeros(1, 1025), None, None, 1, False, 1, 1, True, 1.0, False)
     with pytest.raises(NotImplementedError, match="moe_plan on cuda: expected at most 6144 experts, got 6145"):
         cuda_moe.moe_plan(torch.zeros(1, 1, dtype=torch.int32), 6145)

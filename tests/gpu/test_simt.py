@@ -135,8 +135,8 @@ def exercise_moe() -> None:
     generator = torch.Generator().manual_seed(1)
     x, weight = (torch.randint(-9, 10, (rows, 300), generator=generator).float() for rows in (5, 6))
     logits = torch.randn(40, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for groups in (1, 3):
-        arguments = logits, None, 4, False, groups, min(groups, 2), True, 1.0
+    for groups, scale in ((1, None), (3, logits[0])):
+        arguments = logits, None, scale, 4, False, groups, min(groups, 2), True, 1.0, groups > 1
         _, experts, *plan = cuda_moe.moe_route_plan(*arguments)
         for got, expected in zip(plan, moe.moe_plan(experts, 24), strict=True):
             assert torch.equal(got, expected)

@@ -92,10 +92,13 @@ def _router_calls() -> None:
         tt.moe_route(tt.moe_gate(x, weight), bias, **options)
         _, experts, plan = moe_router(x, weight, bias, **options)
         tt.moe_plan(experts, 8)
-        for activation, rows in (("relu2", 3), ("silu_gated", 6)):
+        options |= {"n_group": 4, "topk_group": 2, "dropped": "-inf", "per_expert_scale": torch.rand(8)}
+        tt.moe_route(tt.moe_gate(x, weight).bfloat16(), bias, **options)
+        for activation, rows in (("relu2", 3), ("clamped_gated", 6)):
             up, down, shared = torch.randn(8, rows, 7), torch.randn(8, 7, 3), (torch.randn(rows, 7), torch.randn(7, 3))
             tt.moe_experts(x, up, down, torch.rand(5, 2), experts, activation=activation)
             more = {"shared_up": shared[0], "shared_down": shared[1]}
+            more |= {"up_bias": torch.randn(8, rows), "down_bias": torch.randn(8, 7)}
             tt.moe_experts(x, up, down, torch.rand(5, 2), experts, plan=plan, activation=activation, **more)
 
 
@@ -212,7 +215,7 @@ def _one(rng: random.Random, name: str, value: Any, arguments: list[Any]) -> Any
     if isinstance(value, float):
         return rng.choice(REALS)
     if isinstance(value, str):
-        return rng.choice(["relu2", "silu_gated", "gelu_gated", "", "swish"])
+        return rng.choice(["relu2", "silu", "gelu", "silu_gated", "clamped_gated", "", "swish"])
     if isinstance(value, list | tuple) and value:
         value = list(value)
         at = rng.randrange(len(value))

@@ -37,13 +37,16 @@ def test_every_case_on_every_instruction_set(op: str, case: str, isa: str) -> No
     s=st.integers(0, 5),
     h=st.integers(1, 70),
     order=st.sampled_from(["plain", *adaln.ORDERS]),
+    weighted=st.booleans(),
+    round_first=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     isa=st.sampled_from(EVERY_ISA),
     layout=st.integers(0, 3),
     seed=st.integers(0, 2**31),
 )
-def test_any_shape_and_layout(op, b, s, h, order, dtype, isa, layout, seed):  # type: ignore[no-untyped-def]
-    inputs = adaln.make_inputs(op, dict(b=b, s=s, h=h, order=order, gated=order != "plain"), dtype=dtype, seed=seed)
+def test_any_shape_and_layout(op, b, s, h, order, weighted, round_first, dtype, isa, layout, seed):  # type: ignore[no-untyped-def]
+    sizes = dict(b=b, s=s, h=h, order=order, gated=order != "plain", weighted=weighted, round_first=round_first)
+    inputs = adaln.make_inputs(op, sizes, dtype=dtype, seed=seed)
     with instruction_set(isa):
         assert_op_within_budget(getattr(tt, op), getattr(adaln, op), inputs, layout=layout)
 
@@ -87,15 +90,31 @@ def test_nan_stays_in_its_row() -> None:
     assert torch.equal(got, clean)
 
 
-@pytest.mark.parametrize("op", OPS[1:])
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_norm_without_a_weight_or_rounded_first(dtype: torch.dtype, isa: str) -> None:
+    """No weight is a weight of 1, to the bit. What is rounded first is what a weight of 1 gives, times the weight."""
+    inputs = adaln.make_inputs("rms_norm", dict(b=3, s=2, h=131), dtype=dtype)
+    x, weight = inputs["x"], inputs["weight"]
+    with instruction_set(isa):
+        plain = tt.rms_norm(x, eps=1e-5)
+        assert torch.equal(plain, tt.rms_norm(x, torch.ones_like(weight), eps=1e-5))
+        assert torch.equal(plain, tt.rms_norm(x, eps=1e-5, round_first=True))
+        assert torch.equal(tt.rms_norm(x, weight, eps=1e-5, round_first=True), plain * weight)
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("layout", ["contiguous", "permuted"])
 def test_registration(op: str, layout: str) -> None:
-    inputs = adaln.make_inputs(op, "block" if op == "gated_residual" else "block_norm_modulate")
+    inputs = adaln.make_inputs(op, "block" if op in ("rms_norm", "gated_residual") else "block_norm_modulate")
     inputs.pop("gated", None)
     order = inputs.pop("order", None)
     arguments = [v.transpose(0, 1).contiguous().transpose(0, 1) if layout == "permuted" and isinstance(v, torch.Tensor)
                  and v.ndim == 3 else v for v in inputs.values()]  # fmt: skip
-    if order is not None:
+    if op == "rms_norm":
+        arguments.append(True)
+        torch.library.opcheck(torch.ops.twotower.rms_norm.default, (arguments[0], None, *arguments[2:]))
+    elif order is not None:
         arguments.append(order == "norm_modulate")
     torch.library.opcheck(getattr(torch.ops.twotower, op).default, tuple(arguments))
 
@@ -115,12 +134,12 @@ X, W, V = torch.zeros(2, 3, 4), torch.zeros(4), torch.zeros(2, 4)
         (lambda: tt.gated_residual(X, X[:, :2]), ValueError, r"y: expected the residual's shape \[2, 3, 4\]"),
         (lambda: tt.gated_residual(X.bfloat16(), X), TypeError, "y: expected torch.bfloat16 as residual"),
         (lambda: tt.gated_residual(X, X, V[0]), ValueError, r"gate: expected shape \[2, 4\], got \[4\]"),
-        (lambda: tt.adaln_norm(X, W.requires_grad_(), eps=1e-5), ValueError, "weight: adaln_norm is not diff"),
-        (lambda: tt.adaln_norm(X.to("meta"), W.detach(), eps=1e-5), ValueError, "weight: expected device meta"),
-        (lambda: tt.rms_norm(X, W.detach()[:2], eps=1e-5), ValueError, r"weight: expected \[H\]"),
+        (lambda: tt.adaln_norm(X.to("meta"), W, eps=1e-5), ValueError, "weight: expected device meta"),
+        (lambda: tt.rms_norm(X, W[:2], eps=1e-5), ValueError, r"weight: expected \[H\]"),
+        (lambda: tt.rms_norm(X[0, 0, 0], eps=1e-5), ValueError, r"x: expected \[..., H\], got a tensor without dim"),
+        (lambda: tt.rms_norm(X.int(), eps=1e-5), TypeError, "x: expected float64.* got torch.int32"),
     ],
 )
 def test_bad_input_is_named(call, error, message):  # type: ignore[no-untyped-def]
-    W.requires_grad_(False)
     with pytest.raises(error, match=message):
         call()

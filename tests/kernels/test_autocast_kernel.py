@@ -20,7 +20,7 @@ LOWERED = {
     "context_attention": ("q", "k_context", "v_context"),
     "linear": ("x", "weight", "bias"),
     "merge_attention": ("out_a", "out_b"),
-    "moe_experts": ("x", "w_up", "w_down", "shared_up", "shared_down"),
+    "moe_experts": ("x", "w_up", "w_down", "shared_up", "shared_down", "up_bias", "down_bias"),
 }
 
 
@@ -190,7 +190,7 @@ def test_public_functions(op: str) -> None:
 
 def test_differing_dtypes_stay_errors_without_autocast() -> None:
     with autocast(), torch.autocast("cpu", enabled=False):
-        for op in ("block_attention", "context_attention", "moe_experts", "moe_route", "gated_residual"):
+        for op in ("block_attention", "context_attention", "moe_experts", "gated_residual"):
             with pytest.raises(TypeError):
                 PUBLIC[op][0]()
 

@@ -54,8 +54,8 @@ def experts_inputs(b: int, s: int) -> dict[str, Any]:
     experts = (torch.arange(b * s * 2).view(b * s, 2) % 16).int()
     plan = tt.moe_plan(experts, 16)
     return dict(
-        x=drawn(b * s, 24), w_up=drawn(16, 20, 24), w_down=drawn(16, 24, 20), weights=drawn(b * s, 2), experts=experts,
-        plan=plan,
+        x=drawn(b * s, 24), w_up=drawn(16, 40, 24), w_down=drawn(16, 24, 20), weights=drawn(b * s, 2), experts=experts,
+        plan=plan, up_bias=drawn(16, 40), activation="clamped_gated",
     )  # fmt: skip
 
 
@@ -101,6 +101,7 @@ INPUTS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "moe_plan": lambda b, s: dict(experts=experts_inputs(b, s)["experts"], num_experts=16),
     "moe_route": lambda b, s: dict(logits=drawn(b * s, 16), top_k=2, scaling=2.5),
     "remask": remask_inputs,
+    "pack_experts": lambda b, s: dict(gate=drawn(b, s, 24), up=drawn(b, s, 24), down=drawn(b, 24, s)),
     "rms_norm": lambda b, s: dict(x=drawn(b, s, 24), weight=drawn(24), eps=1e-5),
 }
 
@@ -232,6 +233,7 @@ NUMBERS: dict[str, dict[str, Sequence[Any]]] = {
         "time_step_limit": ((0.1, 0.2), (0.2, 0.3), (0.1, 2.0), (0.0, 7.0)),
         "states_every": (2, 3, 4, 4),  # more than one block, as a size of one is a graph of its own
     },
+    "moe_experts": {"alpha": (1.5, 2.0, 0.5, 3.0), "limit": (2.5, 1.0, 0.5, 3.0)},
     "moe_plan": {"num_experts": (16, 17, 20, 40)},
     "moe_route": {"top_k": (2, 3, 4, 9), "scaling": (2.5, 1.0, 0.5, 3.0)},
     "remask": {
@@ -303,8 +305,8 @@ def test_registration_of_the_overloads() -> None:
         (ops.context_attention, (q, k, v, *[None] * 4, 2), (0.5, 2.0)),
         (ops.attention_backward, (q, drawn(2, 3, 4), q, k, v, *past, None, True, None), (0.5, 2.0)),
         (ops.mamba2_scan, (*scan, 2, 12, None, None, None, None), (0.0, 2.0, True, 0)),
-        (ops.moe_route, (drawn(5, 8), None, 2, False, 1, 1, True), (2.5,)),
-        (ops.moe_router, (drawn(5, 8), drawn(6, 8), None, 2, False, 1, 1, True), (2.5,)),
+        (ops.moe_route, (drawn(5, 8), None, None, 2, False, 1, 1, True), (2.5, False)),
+        (ops.moe_router, (drawn(5, 8), drawn(6, 8), None, None, 2, False, 1, 1, True), (2.5, True)),
     ]
     for op, first, last in calls:
         as_tensors = [number(value) if type(value) is float else value for value in last]

@@ -45,7 +45,8 @@ def whole(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.int64)
 
 
-ROUTE: list[Any] = [False, 1, 1, True, 1.0]
+RELU2: list[Any] = ["relu2", 1.702, 7.0]
+ROUTE: list[Any] = [False, 1, 1, True, 1.0, False]
 Q, KV = zeros(1, 2, 2, 4), zeros(1, 8, 2, 4)
 SCAN: list[Any] = [zeros(1, 2, 8), zeros(1, 2, 2), zeros(8, 4), None, *[zeros(2)] * 3]
 SCAN_OPTIONS: list[Any] = [0.0, 1.0, False, 0]
@@ -59,8 +60,13 @@ NOTHING: list[Any] = [*[None] * 9, [], None, [], *[None] * 5, 0, None]
 
 # Op, arguments, error, message.
 WRONG: list[tuple[str, list[Any], type[Exception], str]] = [
-    ("rms_norm", [zeros(2, 3), zeros(4), 1e-5], ValueError, r"weight: expected \[H\] for x \[..., H\], got \[4\] for"),
-    ("rms_norm", [zeros(2, 3), zeros(3).long(), 1e-5], TypeError, "weight: expected float64"),
+    (
+        "rms_norm",
+        [zeros(2, 3), zeros(4), 1e-5, False],
+        ValueError,
+        r"weight: expected \[H\] for x \[..., H\], got \[4\] for",
+    ),
+    ("rms_norm", [zeros(2, 3), zeros(3).long(), 1e-5, False], TypeError, "weight: expected float64"),
     ("adaln_norm", [zeros(1, 2, 3), zeros(4), None, None, 1e-5, False], ValueError, r"weight: expected shape \[3\]"),
     ("adaln_norm", [zeros(1, 2, 3), zeros(3), zeros(1, 3), None, 1e-5, False], ValueError, "expected both or neither"),
     ("gated_residual", [zeros(1, 2, 3), zeros(1, 2, 3), zeros(1, 2)], ValueError, r"gate: expected shape \[1, 3\]"),
@@ -81,27 +87,39 @@ WRONG: list[tuple[str, list[Any], type[Exception], str]] = [
     ("mamba2_scan", [*SCAN, 1, 2, None, None, whole(3), None, *SCAN_OPTIONS], ValueError, "state_index: expected"),
     ("mamba2_scan", [*SCAN, 1, 2, *[None] * 4, 0.0, 1.0, False, -1], ValueError, "states_every: expected 0 or more"),
     ("moe_gate", [zeros(2, 3), zeros(4, 400)], ValueError, r"gate_weight: expected \[E, 3\], got \[4, 400\]"),
-    ("moe_route", [zeros(2, 4), None, 400, *ROUTE], ValueError, r"top_k: expected 1\.\.4 for 4 experts, got 400"),
-    ("moe_route", [zeros(2, 4000), zeros(1), 2, *ROUTE], ValueError, r"correction_bias: expected shape \[4000\]"),
-    ("moe_route", [zeros(2, 4), None, 2, False, 0, 1, True, 1.0], ValueError, "n_group: expected a divisor of 4"),
-    ("moe_router", [zeros(2, 3), zeros(4, 3), None, 5, *ROUTE], ValueError, r"top_k: expected 1\.\.4"),
+    ("moe_route", [zeros(2, 4), None, None, 400, *ROUTE], ValueError, r"top_k: expected 1\.\.4 for 4 experts, got 400"),
+    ("moe_route", [zeros(2, 4000), zeros(1), None, 2, *ROUTE], ValueError, r"correction_bias: expected shape \[4000\]"),
+    (
+        "moe_route",
+        [zeros(2, 4), None, None, 2, False, 0, 1, True, 1.0, False],
+        ValueError,
+        "n_group: expected a divisor of 4",
+    ),
+    ("moe_route", [zeros(2, 4), None, zeros(3), 2, *ROUTE], ValueError, r"per_expert_scale: expected shape \[4\]"),
+    (
+        "moe_route",
+        [zeros(2, 4), None, None, 3, False, 2, 1, True, 1.0, True],
+        ValueError,
+        r"top_k: expected 1\.\.2, the",
+    ),
+    ("moe_router", [zeros(2, 3), zeros(4, 3), None, None, 5, *ROUTE], ValueError, r"top_k: expected 1\.\.4"),
     ("moe_plan", [whole(2, 2), -1], ValueError, "num_experts: expected 0 or more, got -1"),
     ("moe_plan", [zeros(2, 2), 4], TypeError, "experts: expected int32 or int64, got torch.float32"),
     (
         "moe_experts",
-        [zeros(2, 3), zeros(4, 5, 3), zeros(4, 3, 6), zeros(2, 1), whole(2, 1), *[None] * 5, "relu2"],
+        [zeros(2, 3), zeros(4, 5, 3), zeros(4, 3, 6), zeros(2, 1), whole(2, 1), *[None] * 7, *RELU2],
         ValueError,
         r"w_up: expected \[4, 6, 3\]",
     ),
     (
         "moe_experts",
-        [zeros(2, 3), zeros(4, 5, 3), zeros(4, 3, 5), zeros(2, 1), whole(2, 1), whole(4), *[None] * 4, "relu2"],
+        [zeros(2, 3), zeros(4, 5, 3), zeros(4, 3, 5), zeros(2, 1), whole(2, 1), whole(4), *[None] * 6, *RELU2],
         ValueError,
         "plan.offsets: expected all three tensors of a plan or none",
     ),
     (
         "moe_experts",
-        [zeros(2, 3), zeros(4, 5, 3), zeros(4, 3, 5), zeros(2, 1), whole(2, 1), *[None] * 5, "swish"],
+        [zeros(2, 3), zeros(4, 5, 3), zeros(4, 3, 5), zeros(2, 1), whole(2, 1), *[None] * 7, "swish", 1.0, 1.0],
         ValueError,
         "activation: expected one of",
     ),
@@ -224,11 +242,11 @@ def test_the_bindings_refuse_a_wrong_tensor(wrong: Any, error: type[Exception], 
 def test_rows_of_any_rank_are_read(shape: tuple[int, ...], layout: int) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight, out = torch.arange(1.0, 1 + shape[-1]), torch.empty(shape)
-    cpu.kernels().rms_norm(awkward(x, layout), weight, out, 1e-5)
+    cpu.kernels().rms_norm(awkward(x, layout), weight, out, 1e-5, False)
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
     torch.testing.assert_close(out, expected)
     with pytest.raises(ValueError, match="expected a tensor of rank 1 or more, got 0"):
-        cpu.kernels().rms_norm(torch.tensor(1.0), weight, out, 1e-5)
+        cpu.kernels().rms_norm(torch.tensor(1.0), weight, out, 1e-5, False)
 
 
 def test_an_empty_tensor_of_strided_rows_is_read_as_it_lies() -> None:
@@ -253,10 +271,11 @@ def test_leading_dimensions_are_read_as_one(shape: tuple[int, ...], layout: int)
     torch.testing.assert_close(out, repeated @ weight.T)
 
 
-@pytest.mark.parametrize("code", [-1, 3, 2**40])
+@pytest.mark.parametrize("code", [-1, 8, 2**40])
 def test_the_bindings_refuse_an_unknown_activation(code: int) -> None:
     x, up, down, weights = zeros(2, 3), zeros(1, 4, 3), zeros(1, 3, 4), zeros(2, 1)
     offsets, pairs = (told(t, code=4) for t in (torch.tensor([0, 2]), torch.arange(2)))
-    tensors = [*map(told, (x, up, down, weights)), offsets, pairs, None, None, *map(told, (zeros(2, 3), zeros(2, 3)))]
+    results = map(told, (zeros(2, 3), zeros(2, 3)))
+    tensors = [*map(told, (x, up, down, weights)), offsets, pairs, *[None] * 4, *results]
     with pytest.raises(ValueError, match=f"expected the code of an activation, got {code}"):
-        cpu.kernels().moe_experts(*tensors, code)
+        cpu.kernels().moe_experts(*tensors, code, 1.0, 1.0)

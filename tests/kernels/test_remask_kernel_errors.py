@@ -32,7 +32,6 @@ SHIFT = {"shift": 1, "shift_logits": Z[:, 0]}
         ({"logits": Z[..., :0]}, ValueError, r"logits: expected shape .* got \[2, 3, 0\]"),
         ({"logits": Z.long()}, TypeError, "logits: expected float64.* got torch.int64"),
         ({"logits": [0.0]}, TypeError, "logits: expected a tensor, got list"),
-        ({"logits": Z.clone().requires_grad_()}, ValueError, "logits: remask is not differentiable"),
         ({"tokens": X[:, :2]}, ValueError, r"tokens: expected shape \[2, 3\], got \[2, 2\]"),
         ({"tokens": X.float()}, TypeError, "tokens: expected torch.int64 or torch.int32, got torch.float32"),
         ({"tokens": X.to("meta")}, ValueError, "tokens: expected device cpu, got meta"),

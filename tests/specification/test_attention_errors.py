@@ -40,12 +40,6 @@ BAD_BLOCK = {
         ValueError,
         "context: expected 2 rows",
     ),
-    "context that requires grad": (lambda a: a["k_context"].requires_grad_(), ValueError, "the context is frozen"),
-    "context value that requires grad": (
-        lambda a: a["v_context"].requires_grad_(),
-        ValueError,
-        "the context is frozen",
-    ),
     "keys without values": (lambda a: a.pop("v_context"), ValueError, "both or neither"),
     "lengths without a context": (
         lambda a: (a.pop("k_context"), a.pop("v_context")),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from twotower_kernels.ops._library import as_index, check_float, refuse_gradients, same_device
+from twotower_kernels.ops._library import as_index, check_float, same_device
 from twotower_kernels.options.arguments import real, whole, wholes
 from twotower_kernels.options.remask_choices import CHOICES, HIGHEST_TEMPERATURE
 from twotower_kernels.options.remask_policy import BOUNDS, OPTIONAL_BOUNDS, OPTIONS, RemaskPolicy
@@ -209,7 +209,6 @@ def check_kinds(
     mask: int | None = None if mask_token_id is None else whole("mask_token_id", mask_token_id, "an int")
     if logits.ndim not in (2, 3) or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected shape [B, S, V] or [N, V] with V > 0, got {list(logits.shape)}")
-    refuse_gradients("remask", logits=logits, shift_logits=shift_logits)
     return mask
 
 
