@@ -29,6 +29,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from twotower_kernels.options.arguments import whole
 from twotower_kernels.reference.attention_cases import CASES, make_inputs
 from twotower_kernels.reference.attention_checks import (
     Lengths,
@@ -119,8 +120,8 @@ def block_causal_attention(
     q, k, v, scale, softcap, sinks, out and results as in `block_attention`; any S, the last block may be short.
     block_size: tokens of a block, at least 1. seq_lens: tokens of each row that are real, scalar or [B]; default S.
     """
-    if not isinstance(block_size, int) or block_size < 1:
-        raise ValueError(f"block_size: expected an integer of at least 1, got {block_size!r}")
+    if whole("block_size", block_size) < 1:
+        raise ValueError(f"block_size: expected at least 1, got {block_size}")
     lens = as_lengths(seq_lens, q.shape[1], q.shape[0], q.shape[1], "seq_lens", q.device) if q.ndim == 4 else None
     return attend_block(
         q, k, v, None, None, None, None, None, None, lens, block_size, None, scale, softcap, sinks, return_lse, out

@@ -52,7 +52,7 @@ BAD_BLOCK = {
         r"context_starts: expected values in \[0, 8\], got \[0, 9\]",
     ),
     "sinks of other heads": (lambda a: a.update(sinks=torch.zeros(3)), ValueError, r"sinks: expected \[4\]"),
-    "sinks that are integers": (lambda a: a.update(sinks=torch.arange(4)), TypeError, "sinks: expected a floating"),
+    "sinks that are integers": (lambda a: a.update(sinks=torch.arange(4)), TypeError, "sinks: expected .*float"),
     "keys without values": (lambda a: a.pop("v_context"), ValueError, "both or neither"),
     "lengths without a context": (
         lambda a: (a.pop("k_context"), a.pop("v_context")),
@@ -161,7 +161,7 @@ BAD_APPEND = {
     ),
     "values of another dtype": (lambda a: a.update(v=a["v"].half()), TypeError, "v: expected torch.float32"),
     "a block that requires grad": (lambda a: a["k"].requires_grad_(), ValueError, "not differentiable"),
-    "storage that requires grad": (lambda a: a["k_context"].requires_grad_(), ValueError, "written in place"),
+    "storage that requires grad": (lambda a: a["k_context"].requires_grad_(), ValueError, "expected no requires_grad"),
     "a page that is not reserved": (
         lambda a: a.update(block_table=torch.tensor([[0, -1], [1, -1]]), context_lens=10),
         ValueError,
@@ -194,8 +194,8 @@ def test_context_attention_checks_the_same():
             context_attention(**inputs | change)
 
 
-@pytest.mark.parametrize("size", [0, -1, 1.5, None])
-def test_a_block_size_is_an_integer_above_zero(size):
+@pytest.mark.parametrize(("size", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (None, TypeError)])
+def test_a_block_size_is_an_integer_above_zero(size, error):
     inputs = make_inputs("block_causal_attention", "tiny") | {"block_size": size}
-    with pytest.raises(ValueError, match="block_size: expected an integer of at least 1, got"):
+    with pytest.raises(error, match="block_size: expected"):
         block_causal_attention(**inputs)
