@@ -22,7 +22,7 @@ EVERY = (*ATTENDING, "block_causal_attention")
 
 
 def small(op: str) -> list[str]:
-    return [case for case in attention.CASES[op] if not case.startswith("released")]
+    return [case for case in (attention.CASES | attention.COMPOSED)[op] if not case.startswith("released")]
 
 
 def pair(op: str) -> tuple[Any, Any]:
