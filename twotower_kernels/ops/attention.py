@@ -95,9 +95,9 @@ def block_attention(
         NotImplementedError: in backward, a gradient of the context.
     """
     if not is_dynamo_compiling() and out is None and block_table is None:
-        past = k_context, v_context, context_lens, context_index
-        numbers = block_lens, causal, window, scale, softcap
-        if (found := entries().block_attention(q, k, v, *past, *numbers)) is not None:
+        past = k_context, v_context, context_lens, context_starts, context_index
+        others = block_lens, sinks, causal, window, scale, softcap
+        if (found := entries().block_attention(q, k, v, *past, *others)) is not None:
             return found if return_lse else found[0]
     if out is None:
         q, k, v, k_context, v_context = lowered(q, k, v, k_context, v_context)
@@ -180,10 +180,9 @@ def context_attention(
     `causal` and `window` the prefill of a sliding layer.
     """
     if not is_dynamo_compiling() and out is None and block_table is None:
-        past = k_context, v_context, context_lens, context_index
-        if (
-            found := entries().block_attention(q, None, None, *past, block_lens, False, window, scale, softcap)
-        ) is not None:
+        past = k_context, v_context, context_lens, context_starts, context_index
+        others = block_lens, sinks, causal, window, scale, softcap
+        if (found := entries().block_attention(q, None, None, *past, *others)) is not None:
             return found if return_lse else found[0]
     if out is None:
         q, k_context, v_context = lowered(q, k_context, v_context)
