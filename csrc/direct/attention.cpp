@@ -33,42 +33,52 @@ bool are_lengths(Call& call, View& view, PyObject* object, int64_t batch, int64_
     return true;
 }
 
-// q, k, v, k_context, v_context, context_lens, context_index, block_lens, causal, window, scale, softcap: without
-// pages. k and v are None for the context alone. (result, log-sum-exp)
+// q, k, v, k_context, v_context, context_lens, context_starts, context_index, block_lens, sinks, causal, window, scale,
+// softcap: without pages. k and v are None for the context alone. (result, log-sum-exp)
 PyObject* block_attention(PyObject*, Arguments given, Py_ssize_t count) {
-    View q, k, v, k_context, v_context, lens, index, block_lens, out, lse;
-    int64_t of_context[most_rows], of_block[most_rows], window = -1;
+    View q, k, v, k_context, v_context, lens, starts, index, block_lens, sinks, out, lse;
+    int64_t of_context[most_rows], before[most_rows], of_block[most_rows], window = -1;
     double scale = 0, softcap = 0;
     Call call;
-    if (count != 12 || !call || !call.required(q, given[0]) || !call.optional(k, given[1]) ||
+    if (count != 14 || !call || !call.required(q, given[0]) || !call.optional(k, given[1]) ||
         !call.optional(v, given[2]) || !call.optional(k_context, given[3]) || !call.optional(v_context, given[4]))
         return none();
-    if (!PyBool_Check(given[8]) || !is_real(given[11], softcap) || softcap < 0) return none();
-    if (given[9] != Py_None && (!is_whole(given[9], window) || window < 0)) return none();
+    if (!PyBool_Check(given[10]) || !is_real(given[13], softcap) || softcap < 0) return none();
+    if (given[11] != Py_None && (!is_whole(given[11], window) || window < 0)) return none();
     if (!is_float(q) || q.ndim != 4 || bool(k) != bool(v) || bool(k_context) != bool(v_context) || (!k && !k_context))
         return none();
     const int64_t batch = q.size[0], length = q.size[1], heads = q.size[2], dim = q.size[3];
-    const int64_t kv_heads = k ? k.size[2] : k_context.size[2];
-    if (given[10] == Py_None)
+    const View& values = v ? v : v_context;
+    if (values.ndim != 4) return none();
+    const int64_t kv_heads = values.size[2], value_dim = values.size[3];
+    const DType sums = q.dtype == DType::float64 ? DType::float64 : DType::float32;
+    if (given[12] == Py_None)
         scale = std::pow(double(dim), -0.5);  // as Python computes it
-    else if (!is_real(given[10], scale))
+    else if (!is_real(given[12], scale))
         return none();
-    for (const View* own : {&k, &v})
-        if (*own && (own->dtype != q.dtype || !has_shape(*own, {batch, length, kv_heads, dim}))) return none();
+    if (k && (k.dtype != q.dtype || !has_shape(k, {batch, length, kv_heads, dim}))) return none();
+    if (v && (v.dtype != q.dtype || !has_shape(v, {batch, length, kv_heads, value_dim}))) return none();
     if (kv_heads == 0 || heads % kv_heads != 0) return none();
+    if (!call.optional(sinks, given[9]) || (sinks && (sinks.dtype != sums || !has_shape(sinks, {heads}))))
+        return none();
     if (k_context) {
         const int64_t rows = k_context.size[0], tokens = k_context.ndim == 4 ? k_context.size[1] : 0;
-        for (const View* past : {&k_context, &v_context})
-            if (past->dtype != q.dtype || !has_shape(*past, {rows, tokens, kv_heads, dim})) return none();
+        if (k_context.dtype != q.dtype || !has_shape(k_context, {rows, tokens, kv_heads, dim})) return none();
+        if (v_context.dtype != q.dtype || !has_shape(v_context, {rows, tokens, kv_heads, value_dim})) return none();
         if (!are_lengths(call, lens, given[5], batch, tokens, of_context)) return none();
-        if (!are_within(call, index, given[6], batch, rows - 1)) return none();
-        if (!index && rows != batch) return none();
-    } else if (given[5] != Py_None || given[6] != Py_None) {
+        if (!are_lengths(call, starts, given[6], batch, tokens, before)) return none();
+        if (!are_within(call, index, given[7], batch, rows - 1)) return none();
+        if (!index && rows == 1)
+            k_context.stride[0] = v_context.stride[0] = 0;  // one context for all rows
+        else if (!index && rows != batch)
+            return none();
+    } else if (given[5] != Py_None || given[6] != Py_None || given[7] != Py_None) {
         return none();
     }
-    if (!are_lengths(call, block_lens, given[7], batch, length, of_block)) return none();
-    const DType sums = q.dtype == DType::float64 ? DType::float64 : DType::float32;
-    PyObject* result = pair(new_empty(given[0], q), new_empty(given[0], {batch, length, heads}, sums));
+    if (!are_lengths(call, block_lens, given[8], batch, length, of_block)) return none();
+    View like = q;
+    like.size[3] = value_dim;
+    PyObject* result = pair(new_empty(given[0], like), new_empty(given[0], {batch, length, heads}, sums));
     if (result == nullptr) return nullptr;
     if (!is_placed(out, PyTuple_GET_ITEM(result, 0)) || !is_placed(lse, PyTuple_GET_ITEM(result, 1)))
         return Py_DECREF(result), none();
@@ -79,15 +89,17 @@ PyObject* block_attention(PyObject*, Arguments given, Py_ssize_t count) {
                              k_context,
                              v_context,
                              lens,
+                             starts,
                              index,
                              {},
                              block_lens,
+                             sinks,
                              out,
                              lse,
                              scale,
                              softcap,
                              window,
-                             given[8] == Py_True});
+                             given[10] == Py_True});
     });
 }
 

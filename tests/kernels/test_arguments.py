@@ -27,8 +27,13 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "rms_norm": {"eps": 0.5},
     "adaln_norm": {"eps": 0.5},
     "gated_residual_adaln_norm": {"eps": 0.5},
-    "block_attention": {"context_lens": 4, "block_lens": 3, "window": 2, "scale": 0.25, "softcap": 2.0},
-    "context_attention": {"context_lens": 4, "block_lens": 3, "window": 2, "scale": 0.25, "softcap": 2.0},
+    "block_attention": {
+        **{"context_lens": 4, "context_starts": 1, "block_lens": 3, "window": 2, "scale": 0.25, "softcap": 2.0},
+    },
+    "block_causal_attention": {"block_size": 3, "seq_lens": 5, "scale": 0.25, "softcap": 2.0},
+    "context_attention": {
+        **{"context_lens": 4, "context_starts": 1, "block_lens": 3, "window": 2, "scale": 0.25, "softcap": 2.0},
+    },
     "append_kv": {"context_lens": 4, "block_lens": 3},
     "mamba2_scan": {"n_groups": 1, "head_dim": 1, "states_every": 1, "time_step_limit": (0.25, 0.5)},
     "gated_rms_norm": {"n_groups": 1, "eps": 0.5},
@@ -46,8 +51,9 @@ CASES = {"moe_route": dict(n=5, e=8, top_k=2), "moe_plan": dict(n=5, e=9, top_k=
 def inputs_of(op: str) -> dict[str, Any]:
     stems = ("adaln", "attention", "mamba2", "moe", "remask")
     modules = [importlib.import_module(f"twotower_kernels.reference.{stem}") for stem in stems]
-    module = next(module for module in modules if op in module.CASES)
-    case = CASES.get(op, "tiny" if "tiny" in module.CASES[op] else next(iter(module.CASES[op])))
+    cases = {module: module.CASES | getattr(module, "COMPOSED", {}) for module in modules}
+    module = next(module for module in modules if op in cases[module])
+    case = CASES.get(op, "tiny" if "tiny" in cases[module][op] else next(iter(cases[module][op])))
     return module.make_inputs(op, case) | NUMBERS[op]
 
 

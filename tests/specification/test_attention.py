@@ -14,15 +14,21 @@ from tests.compare import assert_within_budget
 from tests.specification.attention_oracle import naive, oracle
 from twotower_kernels.reference.attention import (
     CASES,
+    COMPOSED,
     append_kv,
     block_attention,
+    block_causal_attention,
     context_attention,
     make_inputs,
     merge_attention,
 )
 
-OPS = {"block_attention": block_attention, "context_attention": context_attention}
-SMALL = [(op, case) for op in OPS for case in CASES[op] if not case.startswith("released")]
+OPS = {
+    "block_attention": block_attention,
+    "context_attention": context_attention,
+    "block_causal_attention": block_causal_attention,
+}
+SMALL = [(op, case) for op in OPS for case in (CASES | COMPOSED)[op] if not case.startswith("released")]
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -70,6 +76,7 @@ def problems(draw):
     lengths = lambda top: st.one_of(st.none(), st.lists(st.integers(0, top), min_size=batch, max_size=batch))  # noqa: E731
     rows = draw(st.integers(1, 3))
     shared = draw(st.booleans())
+    one = rows == 1 and draw(st.booleans())  # without an index
     return {
         "batch": batch,
         "block": block,
@@ -77,22 +84,25 @@ def problems(draw):
         "heads": kv_heads * draw(st.integers(1, 4)),
         "head_dim": draw(st.integers(1, 6)),
         "context": context,
-        "context_rows": rows if shared else batch,
-        "context_index": [draw(st.integers(0, rows - 1)) for _ in range(batch)] if shared else None,
+        "context_rows": rows if shared or one else batch,
+        "context_index": [draw(st.integers(0, rows - 1)) for _ in range(batch)] if shared and not one else None,
         "context_lens": draw(lengths(context)),
+        "context_starts": draw(lengths(context)),
         "block_lens": draw(lengths(block)),
         "page": page,
         "transposed": draw(st.booleans()),
         "window": draw(st.sampled_from([None, 0, 1, 3, 100])),
         "softcap": draw(st.sampled_from([0.0, 1.5])),
+        "value_dim": draw(st.sampled_from([None, 1, 7])),
+        "sinks": draw(st.booleans()),
     }
 
 
 @settings(max_examples=60)
 @given(sizes=problems(), causal=st.booleans(), seed=st.integers(0, 2**31))
 def test_any_block_equals_the_definition(sizes, causal, seed):
-    for op, extra in (("block_attention", {"causal": causal}), ("context_attention", {})):
-        inputs = make_inputs(op, sizes | extra, dtype=torch.float64, seed=seed)
+    for op in ("block_attention", "context_attention"):
+        inputs = make_inputs(op, sizes | {"causal": causal}, dtype=torch.float64, seed=seed)
         out, lse = OPS[op](**inputs, return_lse=True)
         expected_out, expected_lse = oracle(inputs)
         close(out, expected_out)
@@ -194,7 +204,7 @@ def test_block_attention_is_the_merge_of_its_halves(sizes, causal, seed):
     inputs = make_inputs("block_attention", sizes | {"causal": causal}, dtype=torch.float64, seed=seed)
     options = {"block_lens", "softcap"} & inputs.keys()
     own = attend(**{name: inputs[name] for name in {"q", "k", "v", "causal"} | options})
-    past = attend(**{name: x for name, x in inputs.items() if name not in ("k", "v", "causal")})
+    past = attend(**{name: x for name, x in inputs.items() if name not in ("k", "v", "causal")})  # with the sinks
     for got, expected in zip(merge_attention(*past, *own), attend(**inputs), strict=True):
         close(got, expected)
 
@@ -276,8 +286,11 @@ def test_layout_of_the_storage_does_not_matter(sizes, seed):
     expected = attend(**inputs)
     k_context, v_context, table = inputs["k_context"], inputs["v_context"], inputs.pop("block_table", None)
     if table is not None:
-        shape = (len(table), -1, *k_context.shape[2:]) if table.numel() else (len(table), 0, *k_context.shape[2:])
-        k_context, v_context = (x[table.long()].reshape(shape) for x in (k_context, v_context))  # -1 reads NaN
+        rows, tokens = len(table), table.shape[1] * k_context.shape[1]
+        k_context, v_context = (
+            x[table.long()].reshape(rows, tokens, *x.shape[2:])
+            for x in (k_context, v_context)  # -1 reads NaN
+        )
     index = inputs.pop("context_index", None)
     if index is not None:
         k_context, v_context = k_context[index], v_context[index]
@@ -297,7 +310,7 @@ def test_append_then_attend_is_attention_over_the_concatenation(sizes, seed):
     page = sizes["page"] or 1
     roomy = sizes | {"context_lens": lens, "context": -(-(sizes["context"] + block) // page) * page}
     roomy |= {"context_rows": batch, "context_index": list(range(batch))[::-1]}
-    roomy = {name: x for name, x in roomy.items() if name not in ("window", "softcap")}
+    roomy = {name: x for name, x in roomy.items() if name not in ("window", "softcap", "context_starts", "sinks")}
     inputs = make_inputs("append_kv", roomy, dtype=torch.float64, seed=seed)
     before = {name: x.clone() for name, x in inputs.items()}
     assert append_kv(**inputs) is None
@@ -396,7 +409,7 @@ def test_extreme_logits_do_not_overflow(size):
 
 
 def test_out_is_written_in_place_whatever_its_strides():
-    for op in OPS:
+    for op in ("block_attention", "context_attention"):
         inputs = make_inputs(op, "transposed")
         expected, lse = OPS[op](**inputs, return_lse=True)
         storage = torch.full((2, 4, 5, 16), 7.0)
@@ -417,6 +430,7 @@ DIFFERENTIABLE = {
     "window": {"context": 5, "context_lens": [5, 1], "window": 2},
     "paged": {"context": 4, "page": 2, "context_lens": [1, 4]},
     "folded": {"batch": 3, "context": 4, "context_rows": 1, "context_index": [0, 0, 0], "context_lens": [0, 2, 4]},
+    "sinks": {"context": 3, "context_lens": [0, 3], "block_lens": [2, 0], "sinks": True, "value_dim": 2},
 }
 
 
@@ -424,7 +438,7 @@ DIFFERENTIABLE = {
 def test_gradients(case):
     sizes = {"block": 3, "heads": 2, "kv_heads": 1, "head_dim": 3} | DIFFERENTIABLE[case]
     inputs = make_inputs("block_attention", sizes, dtype=torch.float64)
-    names = ("q", "k", "v")
+    names = [n for n, x in inputs.items() if torch.is_tensor(x) and x.is_floating_point() and n[2:] != "context"]
     leaves = tuple(inputs.pop(name).nan_to_num(0.5).requires_grad_() for name in names)
 
     def function(*tensors):
