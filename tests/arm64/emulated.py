@@ -57,6 +57,10 @@ class Emulated(ModuleType):
             raise AttributeError(name)
         return lambda *arguments: self._call(name, arguments)
 
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
+
     def set_dtypes(self, dtypes: tuple[torch.dtype, ...]) -> None:
         """They cannot be sent: there, a dtype is its number."""
         self._codes = {dtype: code for code, dtype in enumerate(dtypes)}
