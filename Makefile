@@ -80,7 +80,8 @@ arm64: $(DEV) $(ARM64_PYTHON)  ## the kernels for 64-bit Arm under an emulator. 
 		-E PYTHONHOME=$(CURDIR)/$(ARM64)/root/usr $(CURDIR)/$(ARM64_PYTHON)" \
 		KERNEL_LIBRARY="$$(echo $(CURDIR)/$(ARM64)/lib/twotower_kernels/_C*.so)" CI=true OMP_NUM_THREADS=1 \
 		$(PY) -m pytest -q -n $(WORKERS) tests/arm64 tests/kernels \
-		-k "arm64 or every or bit or bits or gate or ties or nan or same or many or extreme"
+		-k "(arm64 or every or bit or bits or alone or gate or ties or nan or many or extreme) \
+		and not (registration or compile or released or direct or memory or argument)"
 
 format: $(DEV)  ## let ruff and clang-format rewrite the files
 	@$(PY) -m ruff check --fix .

@@ -28,6 +28,13 @@ LINE = 64
 ERRORS = {error.__name__: error for error in (ValueError, TypeError, MemoryError)}
 
 
+class NoShortWay:
+    """The entries of csrc/direct, which answer None where they do not serve. These never do."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: None
+
+
 class Emulated(ModuleType):
     """What `_C` is, elsewhere.
 
@@ -38,6 +45,7 @@ class Emulated(ModuleType):
         super().__init__("twotower_kernels._C")
         self.__file__ = library
         self._one_at_a_time = threading.Lock()
+        self.direct = NoShortWay()
         self._given = threading.local()  # what remask's arguments point into: they come as an address
         file = tempfile.TemporaryFile()  # noqa: SIM115 (the process has it as long as this one)
         file.truncate(SHARED)
@@ -61,8 +69,8 @@ class Emulated(ModuleType):
         """Ends the process."""
         self._process.communicate()
 
-    def set_dtypes(self, dtypes: tuple[torch.dtype, ...]) -> None:
-        """They cannot be sent: there, a dtype is its number."""
+    def set_torch(self, tensor: Any, parameter: Any, dtypes: tuple[torch.dtype, ...], *rest: Any) -> None:
+        """PyTorch stays here: there, a dtype is its number."""
         self._codes = {dtype: code for code, dtype in enumerate(dtypes)}
 
     def remask(self, address: int, size: int) -> None:

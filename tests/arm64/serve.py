@@ -23,7 +23,7 @@ class Tensor:
 
     def __init__(self, memory: Any, base: int, at: int | None, code: int, size: int, shape: Any, strides: Any) -> None:
         self.dtype = DTYPES[code]
-        self.shape, self.ndim = shape, len(shape)
+        self.shape = shape
         self._memory, self._base, self._at, self._code, self._size, self._strides = memory, base, at, code, size, strides
 
     def data_ptr(self) -> int:
@@ -59,7 +59,7 @@ def main(library: str, descriptor: int, size: int) -> None:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.set_dtypes(DTYPES)
+    module.set_torch(Tensor, None, DTYPES, None, (), None, None, {})
     shared = mmap.mmap(descriptor, size)
     memory = memoryview(shared)
     base = ctypes.addressof(ctypes.c_char.from_buffer(shared))

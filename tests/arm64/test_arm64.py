@@ -101,7 +101,7 @@ def test_a_processor_gets_the_sets_that_it_has(processor: str, sets: list[str]) 
     command = re.sub(r"-cpu \w+", f"-cpu {processor}", EMULATOR)
     assert processor in shlex.split(command)
     kernels = Emulated(command, LIBRARY)
-    kernels.set_dtypes(cpu.DTYPES)
+    kernels.set_torch(None, None, cpu.DTYPES)
     try:
         assert kernels.isas() == sets and kernels.isa() == sets[-1]
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
