@@ -26,8 +26,8 @@ CXX = os.environ.get("CXX", "").strip() or "c++"
 # The macros with a compiler's version, and the oldest that will do. Clang defines g++'s macros, too, so it comes first.
 COMPILERS = {"clang": ("__clang_major__", "__clang_minor__", 14), "g++": ("__GNUC__", "__GNUC_MINOR__", 11)}
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -fopenmp-simd -Wall -Wextra"
-# Per set of instructions beyond the baseline, of x86 and of Arm: flags, and an instruction that a compiler must know, its
-# assembler too. Each set contains those before it.
+# Per set of a family's instructions beyond the baseline: flags, and one that a compiler must know, its assembler too.
+# Each set contains those before it.
 X86 = {
     "avx2": ("-march=x86-64-v3", "vpaddd %ymm0, %ymm1, %ymm2"),
     "avx512": ("-march=x86-64-v4 -mprefer-vector-width=512", "vpaddd %zmm0, %zmm1, %zmm2"),
@@ -36,8 +36,8 @@ X86 = {
         "vdpbf16ps %zmm0, %zmm1, %zmm2",
     ),
 }
-# On Arm g++ reorders instructions before it allots registers, by default and not on x86, and spills half of the sums that
-# a tile of a product holds in them.
+# On Arm g++ reorders instructions before it allots registers, which it does not on x86, and spills a tile's sums: 45
+# loads and stores to the 96 products of linear_tile.h's inner loop, none with this.
 ARM_GCC = "-fno-schedule-insns"
 ARM = {"neonbf16": ("-march=armv8.2-a+bf16", "bfdot v0.4s, v1.8h, v2.8h")}
 FAMILIES = {"__x86_64__": X86, "__aarch64__": ARM}  # by the compiler's macro

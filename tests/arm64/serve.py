@@ -22,9 +22,9 @@ class Tensor:
     """As much of PyTorch's as the kernels ask for (csrc/tensors.h)."""
 
     def __init__(self, memory: Any, base: int, at: int | None, code: int, size: int, shape: Any, strides: Any) -> None:
-        self.dtype = DTYPES[code]
-        self.shape = shape
-        self._memory, self._base, self._at, self._code, self._size, self._strides = memory, base, at, code, size, strides
+        self.dtype, self.shape = DTYPES[code], shape
+        self._memory, self._base, self._at = memory, base, at
+        self._code, self._size, self._strides = code, size, strides
 
     def data_ptr(self) -> int:
         return 0 if self._at is None else self._base + self._at
@@ -47,7 +47,9 @@ def _rows(words: memoryview, at: int, shape: tuple[int, ...], strides: tuple[int
     if len(shape) > 1:
         return b"".join(_rows(words, at + i * strides[0], shape[1:], strides[1:]) for i in range(shape[0]))
     step = strides[0]
-    return words[at : at + (shape[0] - 1) * step + 1 : step].tobytes() if step else words[at : at + 1].tobytes() * shape[0]
+    if step == 0:
+        return words[at : at + 1].tobytes() * shape[0]
+    return words[at : at + (shape[0] - 1) * step + 1 : step].tobytes()
 
 
 DTYPES = tuple(f"dtype {code}" for code in range(7))
