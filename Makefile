@@ -13,11 +13,13 @@ KERNELS := build/.kernels
 NVRTC := build/nvrtc/.installed
 SANITIZED := build/sanitize
 EMULATED := build/emulate
+ARM64 := build/arm64
+ARM64_PYTHON := $(ARM64)/root/usr/bin/python
 
-.PHONY: help demo test fuzz kernels check bench pictures bench-compare sanitize emulate format clean
+.PHONY: help demo test fuzz kernels check bench pictures bench-compare sanitize emulate arm64 format clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1\t\2/p' Makefile
 
 demo: $(KERNELS)  ## generate text with the shipped model, un-masking block by block
 	@$(PY) -m twotower_kernels demo
@@ -69,6 +71,18 @@ emulate: $(DEV)  ## the kernels' tests with the instructions of AVX512-BF16 emul
 	@CI=true OMP_NUM_THREADS=1 KERNEL_LIBRARY="$$(echo $(CURDIR)/$(EMULATED)/lib/twotower_kernels/_C*.so)" \
 		$(PY) -m pytest -q -n $(WORKERS) tests/kernels
 
+# Compiled here, run by qemu in a Python of its own (tests/arm64), with all instructions that it knows: both sets. What
+# depends on no processor, or takes minutes there, is left out.
+arm64: $(DEV) $(ARM64_PYTHON)  ## the kernels for 64-bit Arm under an emulator. On Debian; installs system packages
+	@CXX="aarch64-linux-gnu-g++ -I$(CURDIR)/$(ARM64)/root/usr/include/python -I$(CURDIR)/$(ARM64)/root/usr/include" \
+		$(PY) setup.py -q build_ext --build-lib $(ARM64)/lib --build-temp $(ARM64)/temp
+	@KERNEL_EMULATOR="qemu-aarch64-static -cpu max -L $(CURDIR)/$(ARM64)/root \
+		-E PYTHONHOME=$(CURDIR)/$(ARM64)/root/usr $(CURDIR)/$(ARM64_PYTHON)" \
+		KERNEL_LIBRARY="$$(echo $(CURDIR)/$(ARM64)/lib/twotower_kernels/_C*.so)" CI=true OMP_NUM_THREADS=1 \
+		$(PY) -m pytest -q -n $(WORKERS) tests/arm64 tests/kernels \
+		-k "(arm64 or every or bit or bits or alone or gate or ties or nan or many or extreme) \
+		and not (registration or compile or released or direct or memory or argument)"
+
 format: $(DEV)  ## let ruff and clang-format rewrite the files
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
@@ -83,6 +97,10 @@ $(NVRTC): requirements-nvrtc.txt $(RUNTIME)
 	@for wheel in $$(grep -v '^#' requirements-nvrtc.txt); do \
 		$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 			--target build/nvrtc/$$wheel $$wheel || exit 1; done
+	@touch $@
+
+$(ARM64_PYTHON): scripts/arm64.sh
+	@scripts/arm64.sh $(ARM64)
 	@touch $@
 
 # ninja compiles only what changed.

@@ -1,8 +1,30 @@
 #include "cpu/isa.h"
 
+#if defined(TT_HAS_NEONBF16) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(TT_HAS_NEONBF16) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace tt {
 
 namespace {
+#if defined(TT_HAS_NEONBF16)
+// Whether there are bfdot and bfmmla, which no unprivileged instruction says: the system is asked.
+bool has_neonbf16() {
+#if defined(__linux__)
+    constexpr unsigned long bf16 = 1ul << 14;  // HWCAP2_BF16 of the kernel's uapi/asm/hwcap.h, which may be older
+    return (getauxval(AT_HWCAP2) & bf16) != 0;
+#elif defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof(has);
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
+#else
+    return false;
+#endif
+}
+#endif
+
 Isa detect() {
     Isa best = Isa::baseline;
 #if defined(TT_HAS_AVX2)
@@ -20,6 +42,9 @@ Isa detect() {
 #endif
 #if defined(TT_HAS_AVX512BF16)
     if (__builtin_cpu_supports("avx512bf16")) best = Isa::avx512bf16;
+#endif
+#if defined(TT_HAS_NEONBF16)
+    if (has_neonbf16()) best = Isa::neonbf16;
 #endif
     return best;
 }

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
 
 from tests import found
+from tests.arm64.emulated import Emulated
 
 # The suite draws the same examples everywhere, by hand and in the merge gate; `make fuzz` draws others each time. Every
 # setting is given, for Hypothesis's own defaults depend on whether CI is set. How fast a machine draws decides nothing.
@@ -27,8 +28,12 @@ providers.is_local_module_file = lambda path: False
 # The tensors are small: threads cost more than they bring, and the test processes share the cores.
 torch.set_num_threads(1)
 
-# `make sanitize` runs the tests on another build of the same kernels.
-if library := os.environ.get("KERNEL_LIBRARY"):
+# `make sanitize` runs the tests on another build of the same kernels, `make arm64` on one for another processor.
+library, emulator = os.environ.get("KERNEL_LIBRARY"), os.environ.get("KERNEL_EMULATOR")
+if library and emulator:
+    sys.modules["twotower_kernels._C"] = elsewhere = Emulated(emulator, library)
+    elsewhere.know_remask()
+elif library:
     spec = importlib.util.spec_from_file_location("twotower_kernels._C", library)
     assert spec is not None and spec.loader is not None
     sys.modules["twotower_kernels._C"] = importlib.util.module_from_spec(spec)

@@ -117,7 +117,7 @@ struct Paired {
     static constexpr int64_t fold = 2;
     static constexpr int64_t keys_of_sum = keys_of_tile;
 
-    static FloatVector multiply_add(FloatVector sum, Factor a, Factors b) { return bf16_dot(sum, Factors{} + a, b); }
+    static FloatVector multiply_add(FloatVector sum, Factor a, Factors b) { return bf16_dot(sum, repeated(a), b); }
 
     static void widen_row(Factor* to, const bf16* from, int64_t n) {
         std::memcpy(to, from, size_t(n / 2) * sizeof(Factor));

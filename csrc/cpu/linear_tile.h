@@ -52,6 +52,7 @@ template <class Packed>
 struct Products {
     using W = Packed;
     using Operand = Vector<W>;
+    static Operand repeated(Packed x) { return x - Operand{}; }
     static void add(Vector<W>& sum, Operand w, Operand x) { sum += w * x; }
 };
 template <>
@@ -84,7 +85,8 @@ template <>
 struct Products<uint32_t> {
     using W = float;
     using Operand = WordVector;
-    static void add(FloatVector& sum, Operand w, Operand x) { sum = bf16_dot(sum, w, x); }
+    static RepeatedWord repeated(uint32_t x) { return TT_ISA::repeated(x); }
+    static void add(FloatVector& sum, Operand w, RepeatedWord x) { sum = bf16_dot(sum, w, x); }
 };
 #endif
 
@@ -234,7 +236,7 @@ template <int M, int V, class Packed>
             for (int v = 0; v < V; ++v) row[v] = reinterpret_cast<const Operand*>(w)[v];
 #pragma GCC unroll 6
             for (int m = 0; m < M; ++m) {
-                Operand column = x[m * k_block + i + j] - Operand{};
+                auto column = P::repeated(x[m * k_block + i + j]);
                 hold_in_register(column);
 #pragma GCC unroll 4
                 for (int v = 0; v < V; ++v) P::add(sums[m][v], row[v], column);

@@ -42,6 +42,8 @@ struct Rounding<fp16> {
         return (HalfShorts)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif TT_VECTOR_BYTES == 32
         return (HalfShorts)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__) && TT_VECTOR_BYTES == 16
+        return (HalfShorts)vcvt_f16_f32((float32x4_t)x);
 #else  // as Narrow<fp16>
         const WordVector bits = (WordVector)x, magnitude = bits & 0x7fffffffu;
         const WordVector subnormal = (WordVector)((FloatVector)magnitude + 0.5f) - 0x3f000000u;

@@ -7,6 +7,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace tt {
@@ -19,7 +21,11 @@ namespace TT_ISA {
 #else
 #define TT_VECTOR_BYTES 16
 #endif
-constexpr int vector_registers = TT_VECTOR_BYTES == 64 ? 32 : 16;
+#if TT_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int vector_registers = 32;
+#else
+constexpr int vector_registers = 16;
+#endif
 
 typedef float FloatVector __attribute__((vector_size(TT_VECTOR_BYTES), may_alias));
 typedef double DoubleVector __attribute__((vector_size(TT_VECTOR_BYTES), may_alias));
@@ -72,6 +78,8 @@ inline DoubleVector widened(HalfFloats narrow) {
     DoubleVector wide{};
     for (int i = 0; i < TT_VECTOR_BYTES / 8; ++i) wide[i] = narrow[i];
     return wide;
+#elif defined(__aarch64__) && TT_VECTOR_BYTES == 16
+    return (DoubleVector)vcvt_f64_f32((float32x2_t)narrow);
 #else
     return __builtin_convertvector(narrow, DoubleVector);
 #endif
@@ -113,6 +121,8 @@ struct Load<float, fp16> {
         return (FloatVector)_mm512_maskz_cvtph_ps(0xffff, (__m256i)unaligned<HalfShorts>(p));
 #elif TT_VECTOR_BYTES == 32
         return (FloatVector)_mm256_cvtph_ps((__m128i)unaligned<HalfShorts>(p));
+#elif defined(__aarch64__) && TT_VECTOR_BYTES == 16
+        return (FloatVector)vcvt_f32_f16((float16x4_t)unaligned<HalfShorts>(p));
 #else
         const WordVector bits = widened(unaligned<HalfShorts>(p));
         const FloatVector scaled = FloatVector((bits & 0x7fff) << 13) * 0x1p112f;  // subnormal too

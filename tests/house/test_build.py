@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.kernels import kernel_checks
-from tests.kernels.kernel_checks import EVERY_ISA, ISAS, instruction_set
+from tests.kernels.kernel_checks import EVERY_ISA, ISAS, STANDING_IN, instruction_set
 from tests.paths import ROOT
 from twotower_kernels import cpu
 
@@ -20,6 +20,7 @@ LIBRARY = Path(cpu.kernels().__file__)
 # A module of this name in front of the path stands for a machine without torch.
 NO_TORCH = 'raise ImportError("torch is not installed here")\n'
 X86 = ["avx2", "avx512", "avx512bf16"]
+ARM = ["neonbf16"]
 on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the sets are x86's")
 
 
@@ -131,8 +132,9 @@ def test_instruction_sets_can_be_chosen(isa: str) -> None:
 
 def test_a_set_that_this_machine_lacks_gives_way_to_the_best_below(monkeypatch: pytest.MonkeyPatch) -> None:
     source = (ROOT / "csrc" / "cpu" / "isa.h").read_text(encoding="utf-8")
-    defined = re.search(r"#define TT_EACH_ISA\(X\)(.*avx.*)", source)
-    assert defined and list(EVERY_ISA) == re.findall(r"X\((\w+)\)", defined[1])
+    x86, arm = re.findall(r"#define TT_EACH_(?:X86|ARM)_ISA\(X\)(.*)", source)
+    assert list(EVERY_ISA) == ["baseline", *re.findall(r"X\((\w+)\)", x86)]
+    assert [*STANDING_IN.values()] == re.findall(r"X\((\w+)\)", arm) == ARM
     monkeypatch.setattr(kernel_checks, "ISAS", ISAS[:1])
     for name in EVERY_ISA:
         with instruction_set(name):
@@ -216,10 +218,27 @@ def test_an_assembler_that_is_too_old_is_noticed() -> None:
 
 
 def test_another_processor_has_the_baseline_alone(tmp_path: Path) -> None:
-    answer = """-dM) printf '#define __aarch64__ 1\\n#define __GNUC__ 12\\n'; exit 0;;"""
+    answer = """-dM) printf '#define __riscv 1\\n#define __GNUC__ 12\\n'; exit 0;;"""
     done = planned(compiler(tmp_path, answer))
     assert done.stdout.splitlines()[-3:] == ["baseline", "baseline", ""]
     assert "does not know" not in done.stderr
+
+
+@pytest.mark.parametrize("clang", [False, True])
+def test_arm_has_sets_of_its_own(tmp_path: Path, clang: bool) -> None:
+    """Those that its compiler knows; g++ is told not to reorder what a tile holds in registers, clang knows no such
+    option."""
+    macros = "#define __aarch64__ 1\\n#define __GNUC__ 12\\n"
+    macros += "#define __clang__ 1\\n#define __clang_major__ 16\\n" if clang else ""
+    said = f"-dM) printf '{macros}'; exit 0;;"
+    flags = 'print(*[f for f in names["instruction_sets"]().values()], sep="|")'
+    for knows, sets in ((True, ["baseline", *ARM]), (False, ["baseline"])):
+        reply = "exit 0" if knows else "echo no $option here >&2; exit 1"
+        done = planned(compiler(tmp_path, f"{said}\n-march=armv8.2-a+bf16) {reply};;"), flags)
+        found, *planned_sets = done.stdout.splitlines()[-4:]
+        assert planned_sets == [" ".join(sets), " ".join(sets), "NEONBF16" * knows]
+        assert all(("-fno-schedule-insns" in flag) != clang and "-O2" not in flag for flag in found.split("|"))
+        assert ("does not know neonbf16: no -march=armv8.2-a+bf16 here" in done.stderr) != knows
 
 
 def test_a_build_without_the_newest_set_runs(tmp_path: Path) -> None:
@@ -261,6 +280,35 @@ int main() {
         sets = here[: count + 1]
         plain = [min(name, "avx512") if name == "avx512bf16" else name for name in sets]
         assert said.splitlines() == [f"{a} {a} {b}" for a, b in zip(sets, plain, strict=True)]
+
+
+@on_x86
+def test_arms_sets_are_dispatched_and_found_on_arm_alone(tmp_path: Path) -> None:
+    """What isa.h and isa.cpp make of them compiles anywhere. (Where they are found: tests/arm64.)"""
+    source = tmp_path / "main.cpp"
+    source.write_text(
+        """
+#include <cstdio>
+#include "cpu/isa.h"
+namespace tt {
+struct Called {};
+TT_KERNEL_BF16(kernel, Called)
+TT_KERNEL(plain, Called)
+namespace baseline { void kernel(const Called&) { std::puts("a"); } void plain(const Called&) { std::puts("b"); } }
+namespace neonbf16 { void kernel(const Called&) { std::puts("c"); } }
+}
+int main() {
+    std::puts(tt::isa_name(tt::best_isa()));
+    for (int i = 0; i < 2; ++i) tt::set_isa(tt::Isa(i)), tt::kernel({}), tt::plain({});
+}
+""",
+        encoding="utf-8",
+    )
+    program, warnings = tmp_path / "sets", ["-Wall", "-Wextra", "-Werror"]
+    command = ["c++", "-std=c++17", *warnings, f"-I{ROOT / 'csrc'}", "-DTT_HAS_NEONBF16", str(source)]
+    subprocess.run([*command, str(ROOT / "csrc" / "isa.cpp"), "-o", str(program)], check=True)
+    said = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["baseline", "a", "b", "c", "b"]
 
 
 @pytest.mark.parametrize(

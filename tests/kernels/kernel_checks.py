@@ -21,11 +21,14 @@ from twotower_kernels.reference import moe
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ISAS: list[str] = cpu.kernels().isas()  # those of this machine, the plainest first
 EVERY_ISA = ("baseline", "avx2", "avx512", "avx512bf16")  # of all machines, to draw from: the same draws everywhere
+STANDING_IN = {"avx512bf16": "neonbf16"}  # Arm's set with the same kind of instruction
 
 
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
-    """Kernels use this instruction set inside, or the best below it that this machine has."""
+    """Kernels use this instruction set inside, or what stands in for it, or the best below it that this machine has."""
+    if STANDING_IN.get(name) in ISAS:
+        name = STANDING_IN[name]
     if name in EVERY_ISA and name not in ISAS:
         below = EVERY_ISA[: EVERY_ISA.index(name)]
         name = next((isa for isa in reversed(below) if isa in ISAS), ISAS[0])
