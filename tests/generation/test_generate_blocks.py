@@ -38,6 +38,7 @@ requests = st.fixed_dictionaries(
         "steps_per_block": st.integers(1, 6),
         "max_new_tokens": st.integers(0, 9),
         "aligned": st.booleans(),
+        "prefill": st.sampled_from(["whole", None]),
         "ends": st.lists(st.integers(0, MASK - 1), max_size=2),
         "sampling": st.sampled_from([{}, {"temperature": 0.8}, {"temperature": 1.3, "top_k": 5, "top_p": 0.9}]),
     }
@@ -109,10 +110,14 @@ def test_prompts_of_one_length_are_committed_together() -> None:
     """Shorter ones first, each with all of its whole blocks."""
     model = ToyModel()
     rows = [[1] * 9, [2] * 3, [3] * 4, [4] * 11, [5] * 7]
-    tt.generate_blocks(model, rows, **{**OPTIONS, "max_new_tokens": 1})
+    tt.generate_blocks(model, rows, prefill="whole", **{**OPTIONS, "max_new_tokens": 1})
     assert model.sizes[:3] == [(True, 2), (True, 2), (False, 5)]
     assert [model.calls[row][0] for row in (2, 4)] == [(True, 0, [3] * 4), (True, 0, [5] * 4)]
     assert [model.calls[row][0] for row in (0, 3)] == [(True, 0, [1] * 8), (True, 0, [4] * 8)]
+    model = ToyModel()
+    tt.generate_blocks(model, rows, **{**OPTIONS, "max_new_tokens": 1})
+    assert model.sizes[:3] == [(True, 4), (True, 2), (False, 5)]  # their first blocks, their second ones
+    assert model.calls[0][:2] == [(True, 0, [1] * 4), (True, 4, [1] * 4)]
     model = ToyModel()
     tt.generate_blocks(model, rows, aligned=False, **{**OPTIONS, "max_new_tokens": 1})
     assert [size for size in model.sizes if size[0]] == [(True, 1)] * 5
@@ -422,6 +427,8 @@ def test_what_the_first_logits_tell_is_checked_then(change: dict[str, Any], mess
         ({"processors": [3]}, TypeError, r"processors\[0\]: expected a callable, got int"),
         ({"processors": lambda *given: given[0]}, TypeError, "processors: expected a list of callables, got function"),
         ({"aligned": 1}, TypeError, "aligned: expected True or False, got 1"),
+        ({"prefill": "all"}, ValueError, "prefill: expected 'blocks', 'whole' or None, got 'all'"),
+        ({"prefill": "blocks", "aligned": False}, ValueError, "prefill: expected 'whole' or None where blocks are not"),
     ],
 )
 def test_bad_input_is_named_at_once(change: dict[str, Any], error: type, message: str) -> None:

@@ -74,6 +74,7 @@ def plain_loop(
     steps_per_block: int,
     max_new_tokens: int,
     aligned: bool,
+    prefill: str | None,
     ends: Sequence[int],
     seed: int,
     sampling: dict[str, Any],
@@ -87,7 +88,9 @@ def plain_loop(
     written = Written([], [], [], 0, "length")
     begin = holes[0] if holes else 0
     begin -= begin % block_size if aligned else 0
-    if begin and holes:
+    if begin and holes and aligned and prefill != "whole":
+        written.calls += [(True, at, text[at : at + block_size]) for at in range(0, begin, block_size)]
+    elif begin and holes:
         written.calls.append((True, 0, text[:begin]))
     index = 0
     while holes and begin <= holes[-1]:

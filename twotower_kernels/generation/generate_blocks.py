@@ -38,6 +38,7 @@ def stream_blocks(
     processors: Sequence[Processor] = (),
     logprobs: bool = False,
     aligned: bool = True,
+    prefill: str | None = None,
     device: torch.device | str | None = None,
 ) -> Stream:
     """Fills the masks of every prompt, and continues it by up to `max_new_tokens` tokens, one event after the other.
@@ -55,9 +56,8 @@ def stream_blocks(
             mask is left, without the rows that have none any more.
 
             commit True: the tokens are final, and everything before them was committed; extends the rows' caches and
-            returns None. First the prompts up to their first blocks: rows of which this part is equally long share one
-            call, with start 0 and all of it, shorter ones first; rows without it are left out. Then each finished
-            block, W `block_size`, but not a row's last one.
+            returns None. First the prompts up to their first blocks, as `prefill` says; rows without any are left out.
+            Then each finished block, W `block_size`, but not a row's last one.
         prompts: `[B, T]`, or B one-dimensional tensors, arrays or lists of any lengths >= 1; integers of any dtype.
             Masks in them are filled in; what is given is left as it is.
         policy: the un-masking rule, one that needs masks. Some need more than T steps: step i >= T runs as the last of
@@ -80,6 +80,11 @@ def stream_blocks(
         aligned: blocks begin at multiples of S, as in BD3-LM, SDAR and LLaDA2: the first one is that of the first mask,
             or new token, and holds the end of the prompt. False: the first block begins with the first mask or new
             token, as in LLaDA, Dream and Nemotron-TwoTower.
+        prefill: how prompts are committed. "blocks": block by block, W `block_size`, which is right for every model.
+            "whole": in one call with start 0 and W the length of all whole blocks before the first one that is denoised
+            (the prompt's length where blocks are not aligned), for a model whose pass over several blocks is
+            block-causal; rows of one such length share a call, shorter ones first. None: "blocks" where blocks are
+            aligned, "whole" where they are not, as no other way is there.
         device: of the model; None: that of the prompts.
 
         Numbers may be NumPy's, and elements of arrays or of tensors on the CPU.
@@ -116,6 +121,10 @@ def stream_blocks(
         raise TypeError("mask_token_id: expected a token, got None")
     if not isinstance(aligned, bool):
         raise TypeError(f"aligned: expected True or False, got {aligned!r}")
+    if prefill not in (("blocks", "whole", None) if aligned else ("whole", None)):
+        expected = "'blocks', 'whole' or None" if aligned else "'whole' or None where blocks are not aligned"
+        raise ValueError(f"prefill: expected {expected}, got {prefill!r}")
+    by_blocks = aligned and prefill != "whole"
     rows = prompt_rows(prompts, None, None if device is None else torch.device(device))
     devices = {row.device for row in rows}
     if len(devices) > 1:
@@ -132,7 +141,7 @@ def stream_blocks(
     ]
     request = Request.begin(options, rows, plans)
     model = _CheckedStep(step, options, max(int(row.max()) for row in rows))
-    events = diffuse(request, lambda request_rows: _prefilled(model, request, request_rows))
+    events = diffuse(request, lambda request_rows: _prefilled(model, request, request_rows, by_blocks))
     return Stream(request, events, time.perf_counter() - began, torch.no_grad())
 
 
@@ -153,6 +162,7 @@ def generate_blocks(
     processors: Sequence[Processor] = (),
     logprobs: bool = False,
     aligned: bool = True,
+    prefill: str | None = None,
     device: torch.device | str | None = None,
     on_step: Callable[[StepEvent], object] | None = None,
 ) -> GenerateResult:
@@ -186,6 +196,7 @@ def generate_blocks(
         processors=processors,
         logprobs=logprobs,
         aligned=aligned,
+        prefill=prefill,
         device=device,
     ).run(on_step)
 
@@ -241,11 +252,15 @@ class _StepContext:
         return replace(self, start=self.start + tokens.shape[1])
 
 
-def _prefilled(step: _CheckedStep, request: Request, request_rows: list[int]) -> _StepContext:
+def _prefilled(step: _CheckedStep, request: Request, request_rows: list[int], by_blocks: bool) -> _StepContext:
     """The context of these rows, with what stands before their first blocks committed."""
     device, starts = request.seeds.device, [request.plans[row].start for row in request_rows]
-    for length in sorted({*starts} - {0}):
-        group = [row for row, start in zip(request_rows, starts, strict=True) if start == length]
-        tokens, rows = torch.stack([request.prompts[row][:length] for row in group]), on_device(group, device)
-        step.commit(tokens, torch.zeros_like(rows), rows)
+    size = request.options.block_size
+    ends = range(size, max(starts) + 1, size) if by_blocks else sorted({*starts} - {0})
+    for end in ends:
+        begin = end - size if by_blocks else 0
+        of_rows = zip(request_rows, starts, strict=True)
+        group = [row for row, start in of_rows if start == end or (by_blocks and start > end)]
+        tokens = torch.stack([request.prompts[row][begin:end] for row in group])
+        step.commit(tokens, torch.full((len(group),), begin, device=device), on_device(group, device))
     return _StepContext(step, on_device(starts, device), on_device(request_rows, device))
