@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -155,7 +156,8 @@ def exercise_remask() -> None:
     lists = dict(suppress_ids=[9, 8600], confidence_suppress_ids=[7])
     sizes = dict(batch=1, block=5, vocab=8700, num_steps=9, temperature=1.0, top_k=90, top_p=0.9, policy=policy)
     with laid_over({"remask": cuda_remask.remask}):
-        for changes in ({}, lists, dict(top_k=0, policy=RemaskPolicy.posterior())):
+        drawn = dict(policy=replace(policy, rank_temperature=0.5))
+        for changes in ({}, lists, drawn, dict(top_k=0, policy=RemaskPolicy.posterior())):
             assert_step_agrees(make_inputs("remask", sizes | changes))
 
 

@@ -53,7 +53,7 @@ def test_the_defaults() -> None:
 
 
 def test_every_preset_is_recorded() -> None:
-    presets = {name for name in vars(P) if inspect.ismethod(getattr(P, name))} - {"named"}
+    presets = {name for name in vars(P) if inspect.ismethod(getattr(P, name))}
     assert {r["preset"] for r in RECORDED if not r["arguments"] and not r["options"]} == presets
 
 

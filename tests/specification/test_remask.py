@@ -16,9 +16,7 @@ from twotower_kernels.reference.remask_schedule import infer_initial, quota, spe
 
 MASK = 3
 POLICIES = {
-    name: preset()
-    for name in vars(RemaskPolicy)
-    if inspect.ismethod(preset := getattr(RemaskPolicy, name)) and name != "named"
+    name: preset() for name in vars(RemaskPolicy) if inspect.ismethod(preset := getattr(RemaskPolicy, name))
 } | {
     "default": RemaskPolicy(),
     "llada2_editing": RemaskPolicy.llada2(0.6, min_commits=1, edit_threshold=0.5),

@@ -232,8 +232,8 @@ class RemaskPolicy:
         options += [int(getattr(self, name) is not None) for name in OPTIONAL_BOUNDS]
         return options, [float(getattr(self, name) or 0.0) for name in BOUNDS]
 
-    @classmethod
-    def named(cls, system: str, strategy: str | None = None, **arguments: Any) -> "RemaskPolicy":
+    @staticmethod
+    def named(system: str, strategy: str | None = None, **arguments: Any) -> "RemaskPolicy":
         """The policy of a published program in that program's own words: docs/policies.md lists them all.
 
             RemaskPolicy.named("sdar", "low_confidence_dynamic", confidence_threshold=0.85)
@@ -249,7 +249,7 @@ class RemaskPolicy:
             ValueError: an unknown system or strategy, or a value out of its range. TypeError: an unknown or missing
                 argument, or a value of the wrong type. Each says what there is.
         """
-        policy: RemaskPolicy = remask_systems.build(cls, system, strategy, arguments)
+        policy: RemaskPolicy = remask_systems.build(RemaskPolicy, system, strategy, arguments)
         return policy
 
     # --- presets, named after the systems whose rules they are --------------------------------------------------------
