@@ -14,7 +14,7 @@ NVRTC := build/nvrtc/.installed
 SANITIZED := build/sanitize
 EMULATED := build/emulate
 ARM64 := build/arm64
-ARM64_PYTHON := $(ARM64)/root/usr/bin/python
+ARM64_PYTHON := $(ARM64)/sysroot/usr/bin/python
 
 .PHONY: help demo test fuzz kernels check bench pictures bench-compare sanitize emulate arm64 format clean
 
@@ -74,10 +74,10 @@ emulate: $(DEV)  ## the kernels' tests with the instructions of AVX512-BF16 emul
 # Compiled here, run by qemu in a Python of its own (tests/arm64), with all instructions that it knows: both sets. What
 # depends on no processor, or takes minutes there, is left out.
 arm64: $(DEV) $(ARM64_PYTHON)  ## the kernels for 64-bit Arm under an emulator. On Debian; installs system packages
-	@CXX="aarch64-linux-gnu-g++ -I$(CURDIR)/$(ARM64)/root/usr/include/python -I$(CURDIR)/$(ARM64)/root/usr/include" \
+	@CXX="aarch64-linux-gnu-g++ -I$(CURDIR)/$(ARM64)/sysroot/usr/include/python -I$(CURDIR)/$(ARM64)/sysroot/usr/include" \
 		$(PY) setup.py -q build_ext --build-lib $(ARM64)/lib --build-temp $(ARM64)/temp
-	@KERNEL_EMULATOR="qemu-aarch64-static -cpu max -L $(CURDIR)/$(ARM64)/root \
-		-E PYTHONHOME=$(CURDIR)/$(ARM64)/root/usr $(CURDIR)/$(ARM64_PYTHON)" \
+	@KERNEL_EMULATOR="qemu-aarch64-static -cpu max -L $(CURDIR)/$(ARM64)/sysroot \
+		-E PYTHONHOME=$(CURDIR)/$(ARM64)/sysroot/usr $(CURDIR)/$(ARM64_PYTHON)" \
 		KERNEL_LIBRARY="$$(echo $(CURDIR)/$(ARM64)/lib/twotower_kernels/_C*.so)" CI=true OMP_NUM_THREADS=1 \
 		$(PY) -m pytest -q -n $(WORKERS) tests/arm64 tests/kernels \
 		-k "(arm64 or every or bit or bits or alone or gate or ties or nan or many or extreme) \

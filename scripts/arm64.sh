@@ -18,11 +18,11 @@ apt-get "${arm64[@]}" -qq update
 python=$(apt-cache "${arm64[@]}" depends python3-minimal | sed -n 's/.*Depends: \(python3\.[0-9]*\)-minimal.*/\1/p')
 wanted=(libc6 libgcc-s1 libstdc++6 libgomp1 zlib1g libexpat1 libffi8
     "$python-minimal" "lib$python-minimal" "lib$python-stdlib" "lib$python-dev")
-rm -rf "$folder/packages" "$folder/root"
+rm -rf "$folder/packages" "$folder/sysroot"
 mkdir "$folder/packages"
 (cd "$folder/packages" && apt-get "${arm64[@]}" -qq download "${wanted[@]}")
 for package in "$folder"/packages/*.deb; do
-    dpkg-deb -x "$package" "$folder/root"
+    dpkg-deb -x "$package" "$folder/sysroot"
 done
-ln -s "$python" "$folder/root/usr/bin/python"
-ln -s "$python" "$folder/root/usr/include/python"
+ln -s "$python" "$folder/sysroot/usr/bin/python"
+ln -s "$python" "$folder/sysroot/usr/include/python"

@@ -219,7 +219,7 @@ def test_pages_tell_the_truth(page: Path) -> None:
     """Every `make` target a page names exists, and so does every file it links to."""
     text = page.read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"(?:^|`)make ([a-z]+)", text, flags=re.MULTILINE):
+    for target in re.findall(r"(?:^|`)make ([a-z0-9]+)", text, flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"make {target}"
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (page.parent / link).exists(), link
