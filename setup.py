@@ -35,10 +35,15 @@ X86 = {
         "-march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512",
         "vdpbf16ps %zmm0, %zmm1, %zmm2",
     ),
+    "amx": (
+        "-march=x86-64-v4 -mavx512bf16 -mamx-tile -mamx-bf16 -mprefer-vector-width=512 -DTT_AMX",
+        "tdpbf16ps %tmm0, %tmm1, %tmm2",
+    ),
 }
-BF16 = "attention", "linear", "moe_experts"  # TT_KERNEL_BF16: the others use nothing of AVX512-BF16
+BF16_SETS = "avx512bf16", "amx"
+BF16 = "attention", "linear", "moe_experts"  # TT_KERNEL_BF16: the others use nothing of these sets
 # For tests. TT_BASELINE_ONLY=1 compiles the portable baseline alone, for instance under sanitizers. TT_EMULATE=1 does
-# the same, but the one set that is compiled takes the paths of AVX512-BF16, with its instructions emulated.
+# the same, but it takes the paths of AVX512-BF16, and a second set those of AMX, with their instructions emulated.
 EMULATE = bool(os.environ.get("TT_EMULATE"))
 BASELINE_ONLY = EMULATE or bool(os.environ.get("TT_BASELINE_ONLY"))
 
@@ -71,6 +76,8 @@ def check_compiler() -> dict[str, str]:
 def instruction_sets() -> dict[str, str]:
     """Flags per set to compile for: the baseline, and on x86-64 every further one that the compiler knows."""
     known: dict[str, str] = {}
+    if EMULATE:
+        return {"baseline": "-DTT_FLOAT64", "amx": "-DTT_AMX"}
     if "__x86_64__" in check_compiler() and not BASELINE_ONLY:
         for name, (flags, instruction) in X86.items():
             with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +98,7 @@ def objects(build: Path) -> list[tuple[Path, Path, str]]:
     found = [(build / f"{source.stem}.o", source, "-O1") for source in sorted((ROOT / "csrc").glob("*.cpp"))]
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         for isa, flags in instruction_sets().items():
-            if isa == "avx512bf16" and source.stem not in BF16:
+            if isa in BF16_SETS and source.stem not in BF16:
                 continue
             found.append((build / f"{source.stem}.{isa}.o", source, f"-DTT_ISA={isa} -fno-rtti {flags}"))
     return found

@@ -12,6 +12,7 @@
 #include <immintrin.h>
 #define TT_BF16_DOT
 #elif defined(TT_EMULATE)
+#include "flushed_fma.h"
 #define TT_BF16_DOT
 #endif
 
@@ -29,17 +30,7 @@ inline FloatVector bf16_dot(FloatVector sum, WordVector a, WordVector b) {
 #if defined(__AVX512BF16__)
     return (FloatVector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)a, (__m512bh)(__m512i)b);
 #else
-    auto flushed = [](FloatVector x) {
-        const WordVector bits = (WordVector)x;
-        return (FloatVector)((bits & 0x7f800000u) == 0 ? bits & 0x80000000u : bits);
-    };
-    auto fused = [flushed](WordVector x, WordVector y, FloatVector z) {
-        const FloatVector p = flushed((FloatVector)x), q = flushed((FloatVector)y);
-        z = flushed(z);
-        for (int i = 0; i < 16; ++i) z[i] = std::fma(p[i], q[i], z[i]);
-        return flushed(z);
-    };
-    return fused(a << 16, b << 16, fused(a & 0xffff0000u, b & 0xffff0000u, sum));
+    return flushed_fma(a << 16, b << 16, flushed_fma(a & 0xffff0000u, b & 0xffff0000u, flushed(sum)));
 #endif
 }
 
