@@ -35,6 +35,10 @@ X86 = {
         "-march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512",
         "vdpbf16ps %zmm0, %zmm1, %zmm2",
     ),
+    "amx": (
+        "-march=x86-64-v4 -mavx512bf16 -mamx-tile -mamx-bf16 -mprefer-vector-width=512 -DTT_AMX",
+        "tdpbf16ps %tmm0, %tmm1, %tmm2",
+    ),
 }
 # On Arm g++ reorders instructions before it allots registers, which it does not on x86, and spills a tile's sums: 36
 # loads and stores beside the 96 products in the loop of linear_tile.h's widest tile in float, and none with this.
@@ -42,9 +46,9 @@ ARM_GCC = "-fno-schedule-insns"
 ARM = {"neonbf16": ("-march=armv8.2-a+bf16", "bfdot v0.4s, v1.8h, v2.8h")}
 FAMILIES = {"__x86_64__": X86, "__aarch64__": ARM}  # by the compiler's macro
 # TT_KERNEL_BF16: the other kernels use nothing of the sets that multiply bfloat16.
-BF16_SETS, BF16 = ("avx512bf16", "neonbf16"), ("attention", "linear", "moe_experts")
+BF16_SETS, BF16 = ("avx512bf16", "amx", "neonbf16"), ("attention", "linear", "moe_experts")
 # For tests. TT_BASELINE_ONLY=1 compiles the portable baseline alone, for instance under sanitizers. TT_EMULATE=1 does
-# the same, but the one set that is compiled takes the paths of AVX512-BF16, with its instructions emulated.
+# the same, but it takes the paths of AVX512-BF16, and a second set those of AMX, with their instructions emulated.
 EMULATE = bool(os.environ.get("TT_EMULATE"))
 BASELINE_ONLY = EMULATE or bool(os.environ.get("TT_BASELINE_ONLY"))
 
@@ -77,6 +81,8 @@ def check_compiler() -> dict[str, str]:
 def instruction_sets() -> dict[str, str]:
     """Flags per set to compile for: the baseline, and of the processor's family every one that the compiler knows."""
     known: dict[str, str] = {}
+    if EMULATE:
+        return {"baseline": "-DTT_FLOAT64", "amx": "-DTT_AMX"}
     macros = check_compiler()
     family = next((sets for macro, sets in FAMILIES.items() if macro in macros), {})
     if not BASELINE_ONLY:

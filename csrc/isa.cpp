@@ -5,6 +5,10 @@
 #elif defined(TT_HAS_NEONBF16) && defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
+#if defined(TT_HAS_AMX) && !defined(TT_EMULATE)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace tt {
 
@@ -24,8 +28,24 @@ bool has_neonbf16() {
 #endif
 }
 #endif
+#if defined(TT_HAS_AMX) && !defined(TT_EMULATE)
+// Linux gives a process the tiles' state, 8 KB a thread, when it asks for it: once, for all its threads. An old kernel
+// or a sandbox refuses.
+bool tiles_permitted() {
+#if defined(SYS_arch_prctl)
+    constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+    static const bool permitted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    return permitted;
+#else
+    return false;
+#endif
+}
+#endif
 
 Isa detect() {
+#if defined(TT_EMULATE)
+    return Isa::amx;
+#else
     Isa best = Isa::baseline;
 #if defined(TT_HAS_AVX2)
     __builtin_cpu_init();
@@ -41,12 +61,17 @@ Isa detect() {
     best = Isa::avx512;
 #endif
 #if defined(TT_HAS_AVX512BF16)
-    if (__builtin_cpu_supports("avx512bf16")) best = Isa::avx512bf16;
+    if (!__builtin_cpu_supports("avx512bf16")) return best;
+    best = Isa::avx512bf16;
+#endif
+#if defined(TT_HAS_AMX)
+    if (processor_has_amx() && tiles_permitted()) best = Isa::amx;
 #endif
 #if defined(TT_HAS_NEONBF16)
     if (has_neonbf16()) best = Isa::neonbf16;
 #endif
     return best;
+#endif
 }
 Isa chosen = detect();
 }  // namespace
@@ -63,11 +88,12 @@ void set_isa(Isa isa) {
 
 const char* isa_name(Isa isa) {
 #if defined(TT_EMULATE)
-    if (isa == Isa::baseline) return "avx512bf16, emulated";
-#endif
+    static const char* names[] = {"avx512bf16, emulated", "amx, emulated"};
+#else
 #define TT_NAME(name) #name,
     static const char* names[] = {TT_EACH_ISA(TT_NAME)};
 #undef TT_NAME
+#endif
     return names[static_cast<int>(isa)];
 }
 

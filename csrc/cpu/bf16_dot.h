@@ -20,6 +20,7 @@
 #include <arm_neon.h>
 #define TT_BF16_DOT
 #elif defined(TT_EMULATE)
+#include "flushed_fma.h"
 #define TT_BF16_DOT
 #endif
 
@@ -43,17 +44,7 @@ inline FloatVector bf16_dot(FloatVector sum, WordVector a, WordVector b) {
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
     return (FloatVector)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b);
 #else
-    auto flushed = [](FloatVector x) {
-        const WordVector bits = (WordVector)x;
-        return (FloatVector)((bits & 0x7f800000u) == 0 ? bits & 0x80000000u : bits);
-    };
-    auto fused = [flushed](WordVector x, WordVector y, FloatVector z) {
-        const FloatVector p = flushed((FloatVector)x), q = flushed((FloatVector)y);
-        z = flushed(z);
-        for (int i = 0; i < 16; ++i) z[i] = std::fma(p[i], q[i], z[i]);
-        return flushed(z);
-    };
-    return fused(a << 16, b << 16, fused(a & 0xffff0000u, b & 0xffff0000u, sum));
+    return flushed_fma(a << 16, b << 16, flushed_fma(a & 0xffff0000u, b & 0xffff0000u, flushed(sum)));
 #endif
 }
 

@@ -2,8 +2,8 @@
 //
 // Every csrc/cpu/<op>.cpp is compiled with TT_ISA set to each name below and with that set's compiler flags (setup.py),
 // and puts all it defines into namespace tt::TT_ISA. TT_KERNEL in a header declares the function in all of them and a
-// function of the same name in tt that calls the best one this processor runs. Only kernels that use bf16_dot.h are
-// compiled for AVX512-BF16 and for Arm's BF16 as well: TT_KERNEL_BF16.
+// function of the same name in tt that calls the best one this processor runs. Only kernels that use bf16_dot.h or
+// amx.h are compiled for AVX512-BF16, AMX and Arm's BF16 as well: TT_KERNEL_BF16.
 //
 // A template or inline function of the standard library that is instantiated in such a file, but not inlined, would be
 // merged by the linker with the baseline's copy and could bring AVX-512 to a processor without it. So kernels use plain
@@ -28,14 +28,28 @@
 #else
 #define TT_IF_AVX512BF16(...)
 #endif
+#if defined(TT_HAS_AMX)
+#define TT_IF_AMX(...) __VA_ARGS__
+#else
+#define TT_IF_AMX(...)
+#endif
 #if defined(TT_HAS_NEONBF16)
 #define TT_IF_NEONBF16(...) __VA_ARGS__
 #else
 #define TT_IF_NEONBF16(...)
 #endif
-#define TT_EACH_X86_ISA(X) TT_IF_AVX2(X(avx2)) TT_IF_AVX512(X(avx512)) TT_IF_AVX512BF16(X(avx512bf16))
+// clang-format off
+#define TT_EACH_X86_ISA(X) TT_IF_AVX2(X(avx2)) TT_IF_AVX512(X(avx512)) TT_IF_AVX512BF16(X(avx512bf16)) TT_IF_AMX(X(amx))
+// clang-format on
 #define TT_EACH_ARM_ISA(X) TT_IF_NEONBF16(X(neonbf16))
 #define TT_EACH_ISA(X) X(baseline) TT_EACH_X86_ISA(X) TT_EACH_ARM_ISA(X)
+// The best set of x86's for kernels that use nothing newer. Where AMX is emulated, only the baseline is there beside
+// it.
+#if defined(TT_EMULATE)
+#define TT_NEWEST_PLAIN baseline
+#else
+#define TT_NEWEST_PLAIN avx512
+#endif
 
 namespace tt {
 
@@ -47,6 +61,7 @@ Isa best_isa();         // the best set that this processor has
 Isa isa();              // the set in use: the best one unless set_isa said otherwise
 void set_isa(Isa isa);  // for tests; the caller checks that the processor has it
 const char* isa_name(Isa isa);
+bool processor_has_amx();  // csrc/amx.cpp
 
 }  // namespace tt
 
@@ -56,20 +71,22 @@ const char* isa_name(Isa isa);
     }
 #define TT_CASE(isa, from, name) \
     case Isa::isa: return from::name(arguments);
-#define TT_DISPATCHED(name, Arguments, newest, newest_arm)      \
+#define TT_DISPATCHED(name, Arguments, newest, with_amx, arm)   \
     TT_DECLARED(baseline, name, Arguments)                      \
     TT_IF_AVX2(TT_DECLARED(avx2, name, Arguments))              \
     TT_IF_AVX512(TT_DECLARED(avx512, name, Arguments))          \
     TT_IF_AVX512BF16(TT_DECLARED(newest, name, Arguments))      \
-    TT_IF_NEONBF16(TT_DECLARED(newest_arm, name, Arguments))    \
+    TT_IF_AMX(TT_DECLARED(with_amx, name, Arguments))           \
+    TT_IF_NEONBF16(TT_DECLARED(arm, name, Arguments))           \
     inline void name(const Arguments& arguments) {              \
         switch (isa()) {                                        \
-            TT_IF_NEONBF16(TT_CASE(neonbf16, newest_arm, name)) \
+            TT_IF_NEONBF16(TT_CASE(neonbf16, arm, name))        \
+            TT_IF_AMX(TT_CASE(amx, with_amx, name))             \
             TT_IF_AVX512BF16(TT_CASE(avx512bf16, newest, name)) \
             TT_IF_AVX512(TT_CASE(avx512, avx512, name))         \
             TT_IF_AVX2(TT_CASE(avx2, avx2, name))               \
             TT_CASE(baseline, baseline, name)                   \
         }                                                       \
     }
-#define TT_KERNEL(name, Arguments) TT_DISPATCHED(name, Arguments, avx512, baseline)
-#define TT_KERNEL_BF16(name, Arguments) TT_DISPATCHED(name, Arguments, avx512bf16, neonbf16)
+#define TT_KERNEL(name, Arguments) TT_DISPATCHED(name, Arguments, TT_NEWEST_PLAIN, TT_NEWEST_PLAIN, baseline)
+#define TT_KERNEL_BF16(name, Arguments) TT_DISPATCHED(name, Arguments, avx512bf16, amx, neonbf16)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -13,27 +21,58 @@ import torch
 from torch import Tensor
 
 from tests.compare import as_tuple, assert_results_within_budget, widened
+from tests.paths import ROOT
 from twotower_kernels import cpu
 from twotower_kernels.ops import _direct
 from twotower_kernels.ops._library import CPU
 from twotower_kernels.reference import moe
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-ISAS: list[str] = cpu.kernels().isas()  # those of this machine, the plainest first
-EVERY_ISA = ("baseline", "avx2", "avx512", "avx512bf16")  # of all machines, to draw from: the same draws everywhere
-STANDING_IN = {"avx512bf16": "neonbf16"}  # Arm's set with the same kind of instruction
+MACHINE_ISAS: list[str] = cpu.kernels().isas()  # those of this machine, the plainest first
+EVERY_ISA = ("baseline", "avx2", "avx512", "avx512bf16", "amx")  # of all machines, to draw from: the same everywhere
+STANDING_IN = {"avx512bf16": "neonbf16", "amx": "neonbf16"}  # Arm's set with the same kind of instruction
+# AMX's tiles are emulated where the machine has none, unless the library under test is a special one.
+ISAS = MACHINE_ISAS if "amx" in MACHINE_ISAS or os.environ.get("KERNEL_LIBRARY") else [*MACHINE_ISAS, "amx"]
 
 
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
-    """Kernels use this instruction set inside, or what stands in for it, or the best below it that this machine has."""
+    """Kernels use this instruction set inside, or what stands in for it, or the best below it that this machine has or
+    emulates."""
     if STANDING_IN.get(name) in ISAS:
         name = STANDING_IN[name]
     if name in EVERY_ISA and name not in ISAS:
-        below = EVERY_ISA[: EVERY_ISA.index(name)]
-        name = next((isa for isa in reversed(below) if isa in ISAS), ISAS[0])
-    with cpu.use(name):
-        yield
+        below = EVERY_ISA[: EVERY_ISA.index(name) + 1]
+        emulated = [f"{isa}, emulated" for isa in below]
+        name = next((isa for isa in reversed([*below, *emulated]) if isa in ISAS), ISAS[0])
+    if name in MACHINE_ISAS or name not in ISAS:
+        with cpu.use(name):
+            yield
+    else:
+        with patch.object(cpu, "kernels", emulated_kernels), cpu.use(f"{name}, emulated"):
+            _direct.entries.cache_clear()
+            try:
+                yield
+            finally:
+                _direct.entries.cache_clear()
+
+
+@cache
+def emulated_kernels() -> ModuleType:
+    """The kernels of AMX with emulated tiles, as `make emulate` builds them, beside those under test."""
+    folder = ROOT / "build" / "emulate"
+    folder.mkdir(parents=True, exist_ok=True)
+    build = ["build_ext", f"--build-lib={folder / 'lib'}", f"--build-temp={folder / 'temp'}"]
+    flags = {"TT_EMULATE": "1", "CXXFLAGS": "-march=native -Wno-psabi"}
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes start together
+        subprocess.run([sys.executable, "setup.py", "-q", *build], env={**os.environ, **flags}, cwd=ROOT, check=True)
+    (library,) = (folder / "lib" / "twotower_kernels").glob(f"_C*{sysconfig.get_config_var('SOABI')}*.so")
+    spec = importlib.util.spec_from_file_location("emulated._C", library)  # the other name is taken
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return cpu.introduced(module)
 
 
 @contextmanager
