@@ -181,10 +181,6 @@ def block_attention_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    if sinks is not None:  # a logit before all others, without a value
-        l_i += tl.where(split == 0, 1.0, 0.0)
-        sink = tl.load(sinks + q_heads) * (1.4426950408889634 / UNIT)
-        m_i = tl.where(split == 0, sink, m_i)
 
     if k_context is not None:
         context_row = row_at(context_index, b, stride_context_index, context_rows)
@@ -258,6 +254,15 @@ def block_attention_kernel(
                         qk += tl.where(seen, 0.0, float("-inf"))[None, :]
                 values = load_tile(tile_of(v_own, 0, start, 0, stride_vt, v_column, BLOCK_N), there, v_column, DIM_V)
                 acc, m_i, l_i = add_keys(qk, values, acc, m_i, l_i, factor, UNIT)
+
+    if sinks is not None and split == 0:  # a logit without a value; last, so that it takes no register in the loops
+        sink = tl.load(sinks + q_heads) * (1.4426950408889634 / UNIT)
+        m_new = tl.maximum(m_i, sink)
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2((m_i - base) * UNIT)
+        acc *= alpha[:, None]
+        l_i = l_i * alpha + tl.exp2((sink - base) * UNIT)
+        m_i = m_new
 
     inside = r < query_rows
     if partial is None:
