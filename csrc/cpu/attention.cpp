@@ -13,6 +13,7 @@
 // exactly 0, and so does a part of which a row sees nothing.)
 #include "attention.h"
 
+#include "attention_amx.h"
 #include "attention_tile.h"
 #include "parallel.h"
 
@@ -73,7 +74,7 @@ struct Problem {
           batch(a.q.size[0]),
           length(a.q.size[1]),
           dim(a.q.size[3]),
-          width(Columns(dim).width),
+          width(Tile<Kind>::width(dim)),
           kv_heads(a.k ? a.k.size[2] : a.k_context.size[2]),
           group(a.q.size[2] / kv_heads),
           query_rows(length * group),
@@ -218,7 +219,7 @@ struct Problem {
         });
         ahead.bytes = dim * int64_t(sizeof(T));
         ahead.next = ahead.offset = 0;
-        const int64_t calls = (item.real_rows + widest - 1) / widest * (keys_of_tile / 6);
+        const int64_t calls = Panel<Kind>::fetches(item.real_rows);
         ahead.lines = (ahead.count * up_to(ahead.bytes, 64) / 64 + calls - 1) / calls;
     }
 

@@ -134,10 +134,12 @@ struct Paired {
         return ((WordVector)w[0] + 0x8000u) >> 16 | (((WordVector)w[1] + 0x8000u) & 0xffff0000u);
     }
 };
+#if !defined(TT_AMX)  // attention_amx.h has another
 template <>
 struct KindOf<bf16> {
     using type = Paired;
 };
+#endif
 #endif
 
 template <class Kind>
@@ -188,6 +190,7 @@ struct Tile {
     static constexpr int64_t steps = keys_of_tile / Kind::fold;           // of the second product, in a whole tile
     static constexpr int64_t block6 = 6 * steps + 2, block4 = 4 * steps;  // numbers from one block to the next
 
+    static int64_t width(int64_t dim) { return Columns(dim).width; }
     static int64_t size(int64_t dim) {  // in factors
         const Columns columns(dim);
         return up_to(keys_of_tile * factors_of<Kind>(dim), 16) + up_to(size_of_values(columns), 16) +
@@ -265,6 +268,11 @@ struct Panel {
     W* m_i;       // [lanes]
     W* l_i;       // [lanes], of weights
     int vectors;  // lanes are so many vectors
+
+    // How often add fetches ahead while a whole tile meets `rows` query rows.
+    static int64_t fetches(int64_t rows) {
+        return (rows + most_vectors * L - 1) / (most_vectors * L) * (keys_of_tile / 6);
+    }
 
     void clear(int64_t width) const {
         for (int64_t i = 0; i < width * vectors * L; ++i) acc[i] = 0;

@@ -1,0 +1,309 @@
+// A tile of keys and the query rows that attend to it (attention_tile.h) by matrix tiles of bfloat16 (amx.h).
+//
+// A product of tiles adds 16 x 32 numbers times 32 x 16 to 16 x 16 sums; the right factor's numbers lie in pairs, as
+// the weights and the packed queries do in attention_tile.h. Query rows stay along the lanes:
+//
+//     logits [keys, rows] = K [keys, numbers] Q^T    left: 16 keys x 32 numbers, as they are stored
+//     sums [columns, rows] += V^T [columns, keys] P  left: 16 columns x 32 keys, transposed once for all query rows;
+//                                                    right: weights, key i of 32 paired with key i + 16
+//
+// Keys are copied into tiles, too: once for all query rows, it makes pages, ragged ends and head dimensions that are no
+// multiple of 32 (filled up with zeros) all the same, and strides of a power of two do not meet in one set of the
+// cache. Both products hold 2 x 2 tiles of sums: four loads for four products, and enough of them to hide the latency.
+//
+// A sum of values stays in its tile over a part's keys, in memory between. It is rescaled where the largest logit has
+// grown by more than `slack` since, else that logit stays the base of the exponentials: the weights are then at most
+// e^slack, which bfloat16 rounds no worse, and rescaling is rare (M. Zadouri et al., FlashAttention-4). Products of
+// tiles flush subnormal sums to zero, also when they add nothing; since all sums come from such products, a tile that
+// is hidden from a row leaves it as it is.
+//
+// What it takes, by the instruction: 96 keys x 32 query rows of head dimension 128 are 192 products of tiles, one per
+// 16 cycles, and 192 vectors of weights. Neither waits for the other: the weights of one strip of 32 rows are computed
+// between the products of the next, all of a tile's loads are one stream, and the processor looks far enough ahead.
+#pragma once
+
+#include "amx.h"
+#include "attention_tile.h"
+
+#if defined(TT_AMX)
+namespace tt {
+namespace TT_ISA {
+
+struct Tiled : Paired {};
+template <>
+struct KindOf<bf16> {
+    using type = Tiled;
+};
+template <>
+constexpr int64_t factors_of<Tiled>(int64_t n) {
+    return up_to(n, 32) / 2;
+}
+
+constexpr int64_t tile_words = 16 * 16, tile_keys = 32;  // words of a matrix tile; keys of a step of either product
+constexpr int64_t groups_of_tile = keys_of_tile / tile_keys;
+static_assert(keys_of_tile % tile_keys == 0 && most_vectors == 4, "tiles are whole, and a panel has two strips");
+
+template <>
+struct Tile<Tiled> {
+    static int64_t width(int64_t dim) { return up_to(dim, 32); }
+    static int64_t size(int64_t dim) { return 2 * keys_of_tile * factors_of<Tiled>(dim); }
+    Tile(uint32_t* memory, int64_t dim)
+        : dim(dim), steps(up_to(dim, 32) / 32), k(memory), v(memory + keys_of_tile * factors_of<Tiled>(dim)) {}
+
+    // Reads keys and values of n tokens; `key(i)` and `value(i)` say where.
+    template <class Key, class Value>
+    void read(int64_t n, Key key, Value value) {
+        keys = n;
+        groups = (n + tile_keys - 1) / tile_keys;
+        for (int64_t g = 0; g < groups; ++g) {
+            const int64_t from = g * tile_keys, count = smaller(tile_keys, n - from);
+            const bf16 *key_rows[tile_keys], *value_rows[tile_keys];
+            for (int64_t i = 0; i < count; ++i) key_rows[i] = key(from + i), value_rows[i] = value(from + i);
+            for (int64_t s = 0; s < steps; ++s) {
+                const Step step(key_rows, count, dim, s);
+                for (int64_t i = 0; i < tile_keys; ++i)
+                    std::memcpy(k + ((2 * g + i / 16) * steps + s) * tile_words + i % 16 * 16, step.rows[i], 64);
+            }
+            for (int64_t s = 0; s < steps; ++s)
+                transpose_values(Step(value_rows, count, dim, s), v + (2 * s * groups_of_tile + g) * tile_words);
+        }
+    }
+
+    Tiles tiles;
+    int64_t dim, steps;  // steps: of 32 numbers
+    int64_t keys = 0, groups = 0;
+    uint32_t* k;  // [keys_of_tile / 16, steps] matrix tiles
+    uint32_t* v;  // [width / 16, groups_of_tile] matrix tiles
+
+   private:
+    // 32 numbers of each of 32 rows, from 32 * s on: where they lie or, with zeros for what is not there, in `filled`.
+    struct Step {
+        Step(const bf16* const (&from)[tile_keys], int64_t count, int64_t dim, int64_t s) {
+            const int64_t numbers = smaller(dim - 32 * s, int64_t(32));
+            for (int64_t i = 0; i < tile_keys; ++i) {
+                if (i < count && numbers == 32) {
+                    rows[i] = from[i] + 32 * s;
+                    continue;
+                }
+                std::memset(filled[i], 0, sizeof(filled[i]));
+                if (i < count) std::memcpy(filled[i], from[i] + 32 * s, size_t(numbers) * sizeof(bf16));
+                rows[i] = filled[i];
+            }
+        }
+        const bf16* rows[tile_keys];
+        bf16 filled[tile_keys][32];
+    };
+
+    // A column of words is two columns of numbers.
+    [[gnu::noinline]] static void transpose_values(const Step& step, uint32_t* to) {
+        WordVector low[16], high[16];
+        for (int i = 0; i < 16; ++i) low[i] = unaligned<WordVector>(step.rows[i]);
+        transpose(low);
+        for (int i = 0; i < 16; ++i) high[i] = unaligned<WordVector>(step.rows[16 + i]);
+        transpose(high);
+        for (int i = 0; i < 16; ++i) {
+            WordVector* column = reinterpret_cast<WordVector*>(to + i / 8 * groups_of_tile * tile_words) + 2 * (i % 8);
+            column[0] = (low[i] & 0xffffu) | high[i] << 16;
+            column[1] = low[i] >> 16 | (high[i] & 0xffff0000u);
+        }
+    }
+};
+
+// N vectors of a panel's query rows, whose products share their loads, over one tile of keys: dot for every group of
+// keys, base, weigh for every group, accumulate for every step.
+template <int N>
+struct Strip {
+    using Lanes = FloatVector;
+    static constexpr int64_t L = lanes_of<float>;
+
+    const Tile<Tiled>& tile;
+    const Softmax& softmax;
+    const uint32_t* q;       // [factors, stride]
+    float *acc, *m_i, *l_i;  // [width, stride], [N * L], [N * L]
+    float* logits;           // [keys_of_tile, N * L]
+    int64_t stride;          // numbers from one row of the panel to the next
+    bool first;              // of the part's tiles
+    Lanes negative_base[N], sums[N];
+    float factor;  // of what lies in logits
+
+    // Products of a group of keys with all rows.
+    void dot(int64_t g) {
+        const int64_t steps = tile.steps, row = stride;
+        const uint32_t *keys = tile.k + 2 * g * steps * tile_words, *more = keys + steps * tile_words, *rows = q;
+        tile_zero<0>(), tile_zero<1>();
+        if constexpr (N == 2) tile_zero<2>(), tile_zero<3>();
+        for (int64_t s = 0; s < steps; ++s, keys += tile_words, more += tile_words, rows += 16 * row) {
+            tile_load<4>(keys, 64), tile_load<5>(more, 64);
+            tile_load<6>(rows, row * 4);
+            tile_dot<0, 4, 6>(), tile_dot<1, 5, 6>();
+            if constexpr (N == 2) {
+                tile_load<7>(rows + L, row * 4);
+                tile_dot<2, 4, 7>(), tile_dot<3, 5, 7>();
+            }
+        }
+        float *to = logits + g * tile_keys * N * L, *behind = to + 16 * N * L;
+        tile_store<0>(to, N * 64), tile_store<1>(behind, N * 64);
+        if constexpr (N == 2) tile_store<2>(to + L, N * 64), tile_store<3>(behind + L, N * 64);
+    }
+
+    // Masks, finds the base of the exponentials, and rescales what was summed relative to another one. Key i is hidden
+    // from the first hidden + i * group lanes.
+    void base(int64_t hidden, int64_t group) {
+        const int64_t n = tile.keys, whole = tile.groups * tile_keys;
+        factor = float(softmax.scale);
+        if (softmax.softcap > 0 || !(factor > 0)) {
+            const float softcap = float(softmax.softcap);
+            for (int64_t i = 0; i < n * N; ++i) {
+                const Lanes logit = at(logits)[i] * factor;
+                at(logits)[i] = softcap > 0 ? hyperbolic_tangent(logit / softcap) * softcap : logit;
+            }
+            factor = 1;
+        }
+        if (hidden + (n - 1) * group > 0)
+            for (int64_t i = 0; i < n; ++i)
+                for (int64_t lane = 0; lane < smaller(hidden + i * group, N * L); ++lane)
+                    logits[i * N * L + lane] = -INFINITY;
+        for (int64_t i = n * N; i < whole * N; ++i) at(logits)[i] = Lanes{} - INFINITY;  // keys that are not there
+
+        Lanes top[4][N];
+        for (int r = 0; r < 4; ++r)
+            for (int j = 0; j < N; ++j) top[r][j] = at(logits)[r * N + j];
+        for (int64_t i = 4; i < whole; i += 4)
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r)
+#pragma GCC unroll 2
+                for (int j = 0; j < N; ++j) top[r][j] = larger_of(top[r][j], at(logits)[(i + r) * N + j]);
+        for (int j = 0; j < N; ++j) {
+            const Lanes largest = larger_of(larger_of(top[0][j], top[1][j]), larger_of(top[2][j], top[3][j])) * factor;
+            const Lanes before = first ? Lanes{} - INFINITY : at(m_i)[j];
+            const Lanes now = larger_of(before, largest);
+            const Lanes base = replaced(now, float(-INFINITY), 0.f);  // no key yet: -inf less -inf would be NaN
+            at(m_i)[j] = now;
+            negative_base[j] = -base;
+            sums[j] = Lanes{};
+            if (!first) rescale(j, weight_of(before - base));
+        }
+    }
+
+    // A group's logits become weights, in pairs where the logits of its first 16 keys were, and are added up.
+    void weigh(int64_t g, Ahead& ahead) {
+        const Lanes* from = at(logits) + g * tile_keys * N;
+        WordVector* to = reinterpret_cast<WordVector*>(logits) + g * tile_keys * N;
+        for (int j = 0; j < N; ++j) {  // one after the other, for there are constants to hold in registers
+            const Lanes less = negative_base[j];
+            Lanes part{};
+            for (int64_t i = 0; i < 16; ++i) {
+                if (i % steps_of_fetch == 0) ahead.fetch();
+                const Lanes w[2] = {weight_of(from[i * N + j] * factor + less),
+                                    weight_of(from[(16 + i) * N + j] * factor + less)};
+                part += w[0];
+                part += w[1];
+                to[i * N + j] = Tiled::weights(w);
+            }
+            sums[j] += part;
+        }
+        if (g + 1 == tile.groups)
+            for (int j = 0; j < N; ++j) at(l_i)[j] = first ? sums[j] : at(l_i)[j] + sums[j];
+    }
+
+    // Adds the weights' products with 32 columns of the values.
+    void accumulate(int64_t s) const {
+        const int64_t groups = tile.groups, row = stride;
+        const uint32_t *values = tile.v + 2 * s * groups_of_tile * tile_words,
+                       *more = values + groups_of_tile * tile_words;
+        const float* weights = logits;
+        float *to = acc + 32 * s * row, *below = to + 16 * row;
+        if (first) {
+            tile_zero<0>(), tile_zero<1>();
+            if constexpr (N == 2) tile_zero<2>(), tile_zero<3>();
+        } else {
+            tile_load<0>(to, row * 4), tile_load<1>(below, row * 4);
+            if constexpr (N == 2) tile_load<2>(to + L, row * 4), tile_load<3>(below + L, row * 4);
+        }
+        for (int64_t g = 0; g < groups; ++g) {
+            tile_load<4>(values, 64), tile_load<5>(more, 64);
+            tile_load<6>(weights, N * 64);
+            tile_dot<0, 4, 6>(), tile_dot<1, 5, 6>();
+            if constexpr (N == 2) {
+                tile_load<7>(weights + L, N * 64);
+                tile_dot<2, 4, 7>(), tile_dot<3, 5, 7>();
+            }
+            values += tile_words, more += tile_words, weights += tile_keys * N * L;
+        }
+        tile_store<0>(to, row * 4), tile_store<1>(below, row * 4);
+        if constexpr (N == 2) tile_store<2>(to + L, row * 4), tile_store<3>(below + L, row * 4);
+    }
+
+    static constexpr int64_t steps_of_fetch = 4;  // of the 16 that weigh a vector of rows and a group of keys
+
+   private:
+    static Lanes* at(float* numbers) { return reinterpret_cast<Lanes*>(numbers); }
+
+    void rescale(int j, Lanes alpha) const {
+        IntVector same = alpha == 1.f;
+        bool all = true;
+        for (int i = 0; i < L; ++i) all &= same[i] != 0;
+        if (all) return;
+        at(l_i)[j] *= alpha;
+        for (int64_t d = 0; d < 32 * tile.steps; ++d) at(acc + d * stride)[j] *= alpha;
+    }
+};
+
+template <>
+struct Panel<Tiled> {
+    static constexpr int64_t L = lanes_of<float>;
+
+    uint32_t* q;  // [factors, lanes]
+    float* acc;   // [width, lanes], of values
+    float* m_i;   // [lanes], relative to which the sums are
+    float* l_i;   // [lanes], of weights
+    int vectors;  // lanes are so many vectors
+
+    // How often add fetches ahead while a whole tile meets `rows` query rows.
+    static int64_t fetches(int64_t rows) {
+        return (rows + L - 1) / L * groups_of_tile * (16 / Strip<1>::steps_of_fetch);
+    }
+
+    void clear(int64_t width) const {
+        for (int64_t i = 0; i < width * vectors * L; ++i) acc[i] = 0;
+        for (int64_t i = 0; i < vectors * L; ++i) m_i[i] = -INFINITY, l_i[i] = 0;
+    }
+
+    // Adds a tile's keys. Key i is hidden from the first hidden + i * group lanes. logits: [keys_of_tile, lanes].
+    void add(const Tile<Tiled>& tile, const Softmax& softmax, int64_t hidden, int64_t group, bool first, float* logits,
+             Ahead& ahead) const {
+        if (vectors == 1) return add_strip(strip<1>(tile, softmax, 0, first, logits), hidden, group, ahead);
+        if (vectors == 2) return add_strip(strip<2>(tile, softmax, 0, first, logits), hidden, group, ahead);
+        Strip<2> one = strip<2>(tile, softmax, 0, first, logits);
+        Strip<2> two = strip<2>(tile, softmax, 2, first, logits + keys_of_tile * 2 * L);
+        for (int64_t g = 0; g < tile.groups; ++g) one.dot(g);
+        one.base(hidden, group);
+        for (int64_t g = 0; g < tile.groups; ++g) {
+            two.dot(g);
+            one.weigh(g, ahead);
+        }
+        two.base(hidden - 2 * L, group);
+        for (int64_t i = 0; i < larger(tile.groups, tile.steps); ++i) {
+            if (i < tile.steps) one.accumulate(i);
+            if (i < tile.groups) two.weigh(i, ahead);
+        }
+        for (int64_t s = 0; s < tile.steps; ++s) two.accumulate(s);
+    }
+
+   private:
+    template <int N>
+    Strip<N> strip(const Tile<Tiled>& tile, const Softmax& softmax, int64_t j, bool first, float* logits) const {
+        return {tile, softmax, q + j * L, acc + j * L, m_i + j * L, l_i + j * L, logits, vectors * L, first, {}, {}, 0};
+    }
+    template <int N>
+    static void add_strip(Strip<N> strip, int64_t hidden, int64_t group, Ahead& ahead) {
+        for (int64_t g = 0; g < strip.tile.groups; ++g) strip.dot(g);
+        strip.base(hidden, group);
+        for (int64_t g = 0; g < strip.tile.groups; ++g) strip.weigh(g, ahead);
+        for (int64_t s = 0; s < strip.tile.steps; ++s) strip.accumulate(s);
+    }
+};
+
+}  // namespace TT_ISA
+}  // namespace tt
+#endif
