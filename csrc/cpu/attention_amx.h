@@ -1,25 +1,36 @@
-// A tile of keys and the query rows that attend to it (attention_tile.h) by matrix tiles of bfloat16 (amx.h).
+// A tile of keys and the query rows that attend to it, as in attention_tile.h, by the matrix tiles of AMX: bfloat16.
 //
-// A product of tiles adds 16 x 32 numbers times 32 x 16 to 16 x 16 sums; the right factor's numbers lie in pairs, as
-// the weights and the packed queries do in attention_tile.h. Query rows stay along the lanes:
+// Query rows lie along the lanes here, too, so that packing, softmax, masks and all that is done with a state is the
+// same. amx.h says what a product of tiles is; the two are
 //
-//     logits [keys, rows] = K [keys, numbers] Q^T    left: 16 keys x 32 numbers, as they are stored
-//     sums [columns, rows] += V^T [columns, keys] P  left: 16 columns x 32 keys, transposed once for all query rows;
-//                                                    right: weights, key i of 32 paired with key i + 16
+//     logits [keys, rows]   = K Q^T    left: 16 keys x 32 numbers; right: queries in pairs of numbers, as they are
+//     packed sums [columns, rows] += V^T P    left: 16 columns x 32 keys; right: weights in pairs of keys, i and i + 16
 //
-// Keys are copied into tiles, too: once for all query rows, it makes pages, ragged ends and head dimensions that are no
-// multiple of 32 (filled up with zeros) all the same, and strides of a power of two do not meet in one set of the
-// cache. Both products hold 2 x 2 tiles of sums: four loads for four products, and enough of them to hide the latency.
+// Keys are copied and values transposed once per tile of keys, for up to 256 query rows, into matrix tiles that lie one
+// behind the other. So pages, ragged ends and head dimensions that are no multiple of 32, which zeros fill up, are all
+// the same to the products, and rows whose distance is a power of two do not meet in a few sets of the cache. In a pair
+// are keys 16 apart, for then the weights of a pair come from two vectors of logits without a shuffle, and the halves
+// of two transposed vectors make two rows of V^T.
 //
-// A sum of values stays in its tile over a part's keys, in memory between. It is rescaled where the largest logit has
-// grown by more than `slack` since, else that logit stays the base of the exponentials: the weights are then at most
-// e^slack, which bfloat16 rounds no worse, and rescaling is rare (M. Zadouri et al., FlashAttention-4). Products of
-// tiles flush subnormal sums to zero, also when they add nothing; since all sums come from such products, a tile that
-// is hidden from a row leaves it as it is.
+// A strip of 32 query rows holds 2 x 2 matrix tiles of sums and loads four for four products. For 96 keys of head
+// dimension 128 it takes
 //
-// What it takes, by the instruction: 96 keys x 32 query rows of head dimension 128 are 192 products of tiles, one per
-// 16 cycles, and 192 vectors of weights. Neither waits for the other: the weights of one strip of 32 rows are computed
-// between the products of the next, all of a tile's loads are one stream, and the processor looks far enough ahead.
+//     products      96 of 16 cycles                                           1536 cycles of the matrix unit
+//     weights       192 vectors: 17 vector operations each, two a cycle       1632 cycles of the vector units
+//     maxima        192 loads and comparisons                                  100
+//     matrix tiles  112 loads of 8 cycles, 28 stores of 16                     900 and 450 of the ports to memory
+//     rescaling     256 multiplications and stores, where a maximum grew       130 to 260
+//     its share of  384 vectors of keys copied, 12 transpositions of 290       250 where 8 strips share them
+//                   instructions, 128 of them on the one port for shuffles
+//
+// so neither product nor weights should wait for the other: those of a panel's one strip stand between those of the
+// other, in pieces of 16 products and 64 vectors of weights, near enough for the processor to overlap them. These are
+// counts of GCC 12's instructions and the timing of Intel's manual. No processor with AMX was there to measure: not
+// the time, not whether the overlap comes about, nor whether copying the keys is dearer than loading them in place.
+//
+// A sum over a part of the keys stays one running sum: in bfloat16 results its error does not show. It is rescaled only
+// where some maximum of the vector grew. Products flush subnormal sums to zero, even where they add nothing; as all
+// sums come from products, a tile that is hidden from a row still leaves its numbers as they are.
 #pragma once
 
 #include "amx.h"
@@ -69,7 +80,7 @@ struct Tile<Tiled> {
         }
     }
 
-    Tiles tiles;
+    Tiles tiles;         // as long as this thread works with them
     int64_t dim, steps;  // steps: of 32 numbers
     int64_t keys = 0, groups = 0;
     uint32_t* k;  // [keys_of_tile / 16, steps] matrix tiles
@@ -110,7 +121,7 @@ struct Tile<Tiled> {
 };
 
 // N vectors of a panel's query rows, whose products share their loads, over one tile of keys: dot for every group of
-// keys, base, weigh for every group, accumulate for every step.
+// keys, find_largest, weigh for every group, accumulate for every step.
 template <int N>
 struct Strip {
     using Lanes = FloatVector;
@@ -146,9 +157,9 @@ struct Strip {
         if constexpr (N == 2) tile_store<2>(to + L, N * 64), tile_store<3>(behind + L, N * 64);
     }
 
-    // Masks, finds the base of the exponentials, and rescales what was summed relative to another one. Key i is hidden
-    // from the first hidden + i * group lanes.
-    void base(int64_t hidden, int64_t group) {
+    // Masks, finds the largest logits, and rescales what was summed relative to others. Key i is hidden from the first
+    // hidden + i * group lanes.
+    void find_largest(int64_t hidden, int64_t group) {
         const int64_t n = tile.keys, whole = tile.groups * tile_keys;
         factor = float(softmax.scale);
         if (softmax.softcap > 0 || !(factor > 0)) {
@@ -277,12 +288,12 @@ struct Panel<Tiled> {
         Strip<2> one = strip<2>(tile, softmax, 0, first, logits);
         Strip<2> two = strip<2>(tile, softmax, 2, first, logits + keys_of_tile * 2 * L);
         for (int64_t g = 0; g < tile.groups; ++g) one.dot(g);
-        one.base(hidden, group);
+        one.find_largest(hidden, group);
         for (int64_t g = 0; g < tile.groups; ++g) {
             two.dot(g);
             one.weigh(g, ahead);
         }
-        two.base(hidden - 2 * L, group);
+        two.find_largest(hidden - 2 * L, group);
         for (int64_t i = 0; i < larger(tile.groups, tile.steps); ++i) {
             if (i < tile.steps) one.accumulate(i);
             if (i < tile.groups) two.weigh(i, ahead);
@@ -298,7 +309,7 @@ struct Panel<Tiled> {
     template <int N>
     static void add_strip(Strip<N> strip, int64_t hidden, int64_t group, Ahead& ahead) {
         for (int64_t g = 0; g < strip.tile.groups; ++g) strip.dot(g);
-        strip.base(hidden, group);
+        strip.find_largest(hidden, group);
         for (int64_t g = 0; g < strip.tile.groups; ++g) strip.weigh(g, ahead);
         for (int64_t s = 0; s < strip.tile.steps; ++s) strip.accumulate(s);
     }
