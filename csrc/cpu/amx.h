@@ -9,8 +9,8 @@
 // The order of summation, which the emulation keeps (Intel's Software Developer's Manual, TDPBF16PS): for each of the
 // 256 sums, the even products are added up in ascending k, and apart from them the odd ones, each by one fused
 // multiply-add that starts from 0; then the odd sum is added to the even one, and that to what stood in `sums`. All is
-// rounded to the nearest, ties to even; subnormal numbers are zeros, those that come in and those that come out. Columns
-// do not meet, nor do rows: what is in one that is not used does not matter.
+// rounded to the nearest, ties to even; subnormal numbers are zeros, those that come in and those that come out.
+// Columns do not meet, nor do rows: what is in one that is not used does not matter.
 //
 // Timing (Intel's Optimization Reference Manual, chapter on AMX): a product starts every 16 cycles, 1024 multiply-adds
 // a cycle; a tile loads in 8 cycles from the first-level cache, its 16 rows by two ports; a store takes 16.
@@ -111,8 +111,7 @@ inline void tile_zero() {
 template <int tile>
 inline void tile_load(const void* from, int64_t stride) {
     WordVector* rows = emulated_tiles().at(tile);
-    for (int m = 0; m < tile_height; ++m)
-        rows[m] = unaligned<WordVector>(static_cast<const char*>(from) + m * stride);
+    for (int m = 0; m < tile_height; ++m) rows[m] = unaligned<WordVector>(static_cast<const char*>(from) + m * stride);
 }
 template <int tile>
 inline void tile_store(void* to, int64_t stride) {

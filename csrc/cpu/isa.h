@@ -2,8 +2,8 @@
 //
 // Every csrc/cpu/<op>.cpp is compiled with TT_ISA set to each name below and with that set's compiler flags (setup.py),
 // and puts all it defines into namespace tt::TT_ISA. TT_KERNEL in a header declares the function in all of them and a
-// function of the same name in tt that calls the best one this processor runs. Only kernels that use bf16_dot.h or amx.h
-// are compiled for AVX512-BF16 and AMX as well: TT_KERNEL_BF16.
+// function of the same name in tt that calls the best one this processor runs. Only kernels that use bf16_dot.h or
+// amx.h are compiled for AVX512-BF16 and AMX as well: TT_KERNEL_BF16.
 //
 // A template or inline function of the standard library that is instantiated in such a file, but not inlined, would be
 // merged by the linker with the baseline's copy and could bring AVX-512 to a processor without it. So kernels use plain

@@ -1,5 +1,5 @@
 // out = x weight^T + bias, summed in float (double for double) and rounded once, in one order of summation whatever
-// the number of rows (see linear_tile.h).
+// the number of rows (see linear_tile.h). Where there is AMX, linear_amx.h has bfloat16.
 //
 // A piece of work is n_block rows of the weight by all rows of x. With few rows it is the reading of the weight, which
 // comes faster where fewer rows of it are read side by side: 2 vectors of them. (Measured on two cores of a Zen 5, one
@@ -7,6 +7,7 @@
 // With many, a chunk of rows of x is packed at a time, which bounds the scratch memory.
 #include "linear.h"
 
+#include "linear_amx.h"
 #include "linear_tile.h"
 #include "numeric.h"
 #include "parallel.h"
@@ -109,6 +110,9 @@ void product(const Linear& a) {
 }  // namespace
 
 void linear(const Linear& a) {
+#if defined(TT_AMX)
+    if (a.x.dtype == DType::bfloat16) return linear_by_tiles(a);
+#endif
     for_fast(a.x.dtype, [&](auto type) { product<typename decltype(type)::type>(a); }, [&] { baseline::linear(a); });
 }
 

@@ -72,8 +72,8 @@ struct Group {
     Group(int64_t pairs, int64_t h, int64_t i)
         : x_row(P::padded(h)),
           hidden_row(P::padded(i)),
-          x(pairs, x_row),
-          hidden(pairs, hidden_row),
+          x(pairs + P::spare, x_row),
+          hidden(pairs + P::spare, hidden_row),
           weight(pairs),
           token(pairs),
           tiles(pairs) {}
@@ -149,7 +149,8 @@ void up(const Experts& experts, Group<T>& group) {
         return experts.row<T>(w, tiles[piece / blocks].expert, piece % blocks * skinny_rows);
     };
     parallel_for(pieces, grain(skinny_rows * h), [&](int64_t begin, int64_t end) {
-        W gate[skinny_panel * skinny_rows], value[skinny_panel * skinny_rows];
+        [[maybe_unused]] const SkinnyThread<T> ready;
+        W gate[Panel<W, T>::most * skinny_rows], value[Panel<W, T>::most * skinny_rows];
         for (int64_t piece = begin; piece < end; ++piece) {
             const Tile tile = tiles[piece / blocks];
             const int64_t i = piece % blocks * skinny_rows;
@@ -187,7 +188,8 @@ void down(const Experts& experts, Group<T>& group) {
     const int64_t* token = group.token;
     const int64_t products = skinny_rows * i_size * group.tile_count;
     parallel_for(blocks, grain(products), [&](int64_t begin, int64_t end) {
-        W y[skinny_panel * skinny_rows];
+        [[maybe_unused]] const SkinnyThread<T> ready;
+        W y[Panel<W, T>::most * skinny_rows];
         for (int64_t t = 0; t < group.tile_count; ++t) {
             const Tile tile = tiles[t];
             for (int64_t block = begin; block < end; ++block) {

@@ -24,7 +24,7 @@ namespace tt {
 namespace TT_ISA {
 
 constexpr int skinny_rows = 16;   // rows of w per call
-constexpr int skinny_panel = 20;  // rows of x per call: a stretch of them stays in the first-level cache
+constexpr int skinny_panel = 20;  // rows of x per call at most: a stretch of them stays in the first-level cache
 
 // How elements meet: `step` of them from a row of w make `parts` operands, and x is kept as what makes the same ones.
 template <class W, class T>
@@ -74,6 +74,7 @@ template <class W, class T>
 struct Panel {
     using F = Factors<W, T>;
     using Kept = typename F::Kept;
+    static constexpr int tile = 1, most = skinny_panel, spare = 0;  // see skinny_amx.h
     Kept* data;
     int64_t count;
 
@@ -111,12 +112,17 @@ struct Panel {
 // `count` rows of x as panels of nearly equal size: f(panel, its first row). Their storage is padded(n) a row.
 template <class W, class T, class Function>
 inline void for_panels(typename Factors<W, T>::Kept* data, int64_t count, int64_t n, Function f) {
-    const int64_t panels = (count + skinny_panel - 1) / skinny_panel, row = Panel<W, T>::padded(n);
+    using P = Panel<W, T>;
+    const int64_t panels = (count + P::most - 1) / P::most, row = P::padded(n), tiles = (count + P::tile - 1) / P::tile;
     for (int64_t p = 0; p < panels; ++p) {
-        const int64_t first = count * p / panels;
-        f(Panel<W, T>{data + first * row, count * (p + 1) / panels - first}, first);
+        const int64_t first = tiles * p / panels * P::tile, end = smaller(count, tiles * (p + 1) / panels * P::tile);
+        f(P{data + first * row, end - first}, first);
     }
 }
+
+// What a thread holds while it multiplies rows of T.
+template <class T>
+struct SkinnyThread {};
 
 // GCC 12 would rather read a value from memory for each use, where the loads bound the loop.
 template <class V>
@@ -271,3 +277,5 @@ void skinny(const T* w, int64_t w_stride, int rows, const Panel<W, T>& x, int64_
 
 }  // namespace TT_ISA
 }  // namespace tt
+
+#include "skinny_amx.h"

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from tests.kernels import kernel_checks
-from tests.kernels.kernel_checks import EVERY_ISA, ISAS, instruction_set
+from tests.kernels.kernel_checks import EVERY_ISA, MACHINE_ISAS, instruction_set
 from tests.paths import ROOT
 from twotower_kernels import cpu
 
 LIBRARY = Path(cpu.kernels().__file__)
 # A module of this name in front of the path stands for a machine without torch.
 NO_TORCH = 'raise ImportError("torch is not installed here")\n'
-X86 = ["avx2", "avx512", "avx512bf16"]
+X86 = ["avx2", "avx512", "avx512bf16", "amx"]
+PLAIN = ["avx2", "avx512"]  # the sets of kernels that use nothing newer
 on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the sets are x86's")
 
 
@@ -52,7 +53,7 @@ except ImportError as error:
     print(error)
 """
     first, second = python(code, tmp_path).splitlines()
-    assert first == f"{ISAS[-1]} 1"
+    assert first == f"{MACHINE_ISAS[-1]} 1"
     assert second == "torch is not installed here"
 
 
@@ -94,7 +95,8 @@ def test_no_instruction_set_leaks_into_another() -> None:
     object compiled for a newer one. Weak symbols outside tt::<isa> in such an object would be such functions."""
     objects = sorted(ROOT.glob("build/temp*/*.*.o"))
     newer = [path for path in objects if path.suffixes[-2] not in (".baseline",)]
-    assert bool(newer) == (len(ISAS) > 1), "build in place first: python setup.py build_ext --inplace"
+    assert bool(newer) == (len(MACHINE_ISAS) > 1), "build in place first: python setup.py build_ext --inplace"
+    assert {path.suffixes[-2][1:] for path in newer} >= set(MACHINE_ISAS[1:])
     for path in newer:
         isa = path.suffixes[-2][1:]
         listed = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
@@ -117,26 +119,26 @@ def test_one_thread_pool() -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", MACHINE_ISAS)
 def test_instruction_sets_can_be_chosen(isa: str) -> None:
     with instruction_set(isa):
         assert cpu.kernels().isa() == isa
-    assert cpu.kernels().isa() == ISAS[-1]
+    assert cpu.kernels().isa() == MACHINE_ISAS[-1]
     with pytest.raises(ValueError, match="expected one of isas"):
         cpu.kernels().set_isa("mmx")
     with pytest.raises(ValueError, match=r"instruction_set: expected one of baseline.*got .mmx."), cpu.use("mmx"):
         pass
-    assert cpu.kernels().isa() == ISAS[-1]
+    assert cpu.kernels().isa() == MACHINE_ISAS[-1]
 
 
 def test_a_set_that_this_machine_lacks_gives_way_to_the_best_below(monkeypatch: pytest.MonkeyPatch) -> None:
     source = (ROOT / "csrc" / "cpu" / "isa.h").read_text(encoding="utf-8")
-    defined = re.search(r"#define TT_EACH_ISA\(X\)(.*avx.*)", source)
+    defined = re.search(r"#define TT_EACH_ISA\(X\)[\s\\]*(.*avx.*)", source)
     assert defined and list(EVERY_ISA) == re.findall(r"X\((\w+)\)", defined[1])
-    monkeypatch.setattr(kernel_checks, "ISAS", ISAS[:1])
+    monkeypatch.setattr(kernel_checks, "ISAS", MACHINE_ISAS[:1])
     for name in EVERY_ISA:
         with instruction_set(name):
-            assert cpu.kernels().isa() == ISAS[0]
+            assert cpu.kernels().isa() == MACHINE_ISAS[0]
     with pytest.raises(ValueError, match="mmx"), instruction_set("mmx"):
         pass
 
@@ -188,7 +190,9 @@ print(*sorted(set(re.findall(r"-DTT_HAS_(\\w+)", ninja))))
 
 
 @on_x86
-@pytest.mark.parametrize(("refused", "known"), [("-mavx512bf16", 2), ("*-v4", 1), ("*-v3", 0), ("-no-such", 3)])
+@pytest.mark.parametrize(
+    ("refused", "known"), [("-mavx512bf16", 2), ("*-v4", 1), ("*-v3", 0), ("-mamx-tile", 3), ("-no-such", 4)]
+)
 def test_what_the_compiler_does_not_know_is_left_out(tmp_path: Path, refused: str, known: int) -> None:
     """And said, in one line, with the compiler's reason."""
     done = planned(compiler(tmp_path, f"{refused}) echo no $option here >&2; exit 1;;"))
@@ -251,15 +255,16 @@ int main() {
 """,
         encoding="utf-8",
     )
-    here = ["baseline", *[name for name in X86 if name in ISAS]]
+    here = ["baseline", *[name for name in X86 if name in MACHINE_ISAS]]
     for count in range(len(X86) + 1):
         program = tmp_path / f"sets{count}"
         defines = [f"-DTT_HAS_{name.upper()}" for name in X86[:count]]
         command = ["c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", *defines]
-        subprocess.run([*command, str(source), str(ROOT / "csrc" / "isa.cpp"), "-o", str(program)], check=True)
+        sources = [str(source), *[str(ROOT / "csrc" / name) for name in ("isa.cpp", "amx.cpp")]]
+        subprocess.run([*command, *sources, "-o", str(program)], check=True)
         said = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
         sets = here[: count + 1]
-        plain = [min(name, "avx512") if name == "avx512bf16" else name for name in sets]
+        plain = [name if name in ("baseline", *PLAIN) else PLAIN[-1] for name in sets]
         assert said.splitlines() == [f"{a} {a} {b}" for a, b in zip(sets, plain, strict=True)]
 
 

@@ -57,11 +57,9 @@ def emulated_kernels() -> ModuleType:
     flags = {"TT_EMULATE": "1", "CXXFLAGS": "-march=native -Wno-psabi"}
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # test processes start together
-        subprocess.run(
-            [sys.executable, "setup.py", "-q", *build], env={**os.environ, **flags}, cwd=ROOT, check=True
-        )
+        subprocess.run([sys.executable, "setup.py", "-q", *build], env={**os.environ, **flags}, cwd=ROOT, check=True)
     (library,) = (folder / "lib" / "twotower_kernels").glob(f"_C*{sysconfig.get_config_var('SOABI')}*.so")
-    spec = importlib.util.spec_from_file_location("twotower_kernels._C", library)
+    spec = importlib.util.spec_from_file_location("emulated._C", library)  # the other name is taken
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

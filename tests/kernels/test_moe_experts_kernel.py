@@ -117,8 +117,8 @@ def test_every_number_of_16_bits_is_widened_exactly(dtype: torch.dtype, isa: str
     """As weights of the second product, with 1 in between: the output is the weights, special numbers included."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     one, expected = torch.ones(1, 1, dtype=dtype), numbers
-    if dtype == torch.bfloat16 and isa.startswith("avx512bf16"):
-        # AVX512-BF16's dot product takes subnormal numbers for zeros.
+    if dtype == torch.bfloat16 and isa.startswith(("avx512bf16", "amx")):
+        # The products of AVX512-BF16 and AMX take subnormal numbers for zeros.
         expected = torch.where(numbers.abs() < torch.finfo(dtype).tiny, 0, numbers)
     for i in (1, 16):  # the rest of a row, and a whole vector
         w_up, w_down = torch.zeros(1, i, 2**16, dtype=dtype), torch.zeros(1, 2**16, i, dtype=dtype)
