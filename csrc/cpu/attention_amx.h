@@ -56,10 +56,17 @@ static_assert(keys_of_tile % tile_keys == 0 && most_vectors == 4, "tiles are who
 
 template <>
 struct Tile<Tiled> {
-    static int64_t width(int64_t dim) { return up_to(dim, 32); }
-    static int64_t size(int64_t dim) { return 2 * keys_of_tile * factors_of<Tiled>(dim); }
-    Tile(uint32_t* memory, int64_t dim)
-        : dim(dim), steps(up_to(dim, 32) / 32), k(memory), v(memory + keys_of_tile * factors_of<Tiled>(dim)) {}
+    static int64_t width(int64_t value_dim) { return up_to(value_dim, 32); }
+    static int64_t size(int64_t dim, int64_t value_dim) {
+        return keys_of_tile * (factors_of<Tiled>(dim) + factors_of<Tiled>(value_dim));
+    }
+    Tile(uint32_t* memory, int64_t dim, int64_t value_dim)
+        : dim(dim),
+          value_dim(value_dim),
+          steps(up_to(dim, 32) / 32),
+          value_steps(up_to(value_dim, 32) / 32),
+          k(memory),
+          v(memory + keys_of_tile * factors_of<Tiled>(dim)) {}
 
     // Reads keys and values of n tokens; `key(i)` and `value(i)` say where.
     template <class Key, class Value>
@@ -75,13 +82,13 @@ struct Tile<Tiled> {
                 for (int64_t i = 0; i < tile_keys; ++i)
                     std::memcpy(k + ((2 * g + i / 16) * steps + s) * tile_words + i % 16 * 16, step.rows[i], 64);
             }
-            for (int64_t s = 0; s < steps; ++s)
-                transpose_values(Step(value_rows, count, dim, s), v + (2 * s * groups_of_tile + g) * tile_words);
+            for (int64_t s = 0; s < value_steps; ++s)
+                transpose_values(Step(value_rows, count, value_dim, s), v + (2 * s * groups_of_tile + g) * tile_words);
         }
     }
 
-    Tiles tiles;         // as long as this thread works with them
-    int64_t dim, steps;  // steps: of 32 numbers
+    Tiles tiles;                                 // as long as this thread works with them
+    int64_t dim, value_dim, steps, value_steps;  // steps: of 32 numbers
     int64_t keys = 0, groups = 0;
     uint32_t* k;  // [keys_of_tile / 16, steps] matrix tiles
     uint32_t* v;  // [width / 16, groups_of_tile] matrix tiles
@@ -157,9 +164,8 @@ struct Strip {
         if constexpr (N == 2) tile_store<2>(to + L, N * 64), tile_store<3>(behind + L, N * 64);
     }
 
-    // Masks, finds the largest logits, and rescales what was summed relative to others. Key i is hidden from the first
-    // hidden + i * group lanes.
-    void find_largest(int64_t hidden, int64_t group) {
+    // Masks, finds the largest logits, and rescales what was summed relative to others.
+    void find_largest(const Sight& sight) {
         const int64_t n = tile.keys, whole = tile.groups * tile_keys;
         factor = float(softmax.scale);
         if (softmax.softcap > 0 || !(factor > 0)) {
@@ -170,10 +176,7 @@ struct Strip {
             }
             factor = 1;
         }
-        if (hidden + (n - 1) * group > 0)
-            for (int64_t i = 0; i < n; ++i)
-                for (int64_t lane = 0; lane < smaller(hidden + i * group, N * L); ++lane)
-                    logits[i * N * L + lane] = -INFINITY;
+        if (sight.masks(n, N * L)) sight.mask<N * L>(n, logits);
         for (int64_t i = n * N; i < whole * N; ++i) at(logits)[i] = Lanes{} - INFINITY;  // keys that are not there
 
         Lanes top[4][N];
@@ -256,7 +259,7 @@ struct Strip {
         for (int i = 0; i < L; ++i) all &= same[i] != 0;
         if (all) return;
         at(l_i)[j] *= alpha;
-        for (int64_t d = 0; d < 32 * tile.steps; ++d) at(acc + d * stride)[j] *= alpha;
+        for (int64_t d = 0; d < 32 * tile.value_steps; ++d) at(acc + d * stride)[j] *= alpha;
     }
 };
 
@@ -280,25 +283,25 @@ struct Panel<Tiled> {
         for (int64_t i = 0; i < vectors * L; ++i) m_i[i] = -INFINITY, l_i[i] = 0;
     }
 
-    // Adds a tile's keys. Key i is hidden from the first hidden + i * group lanes. logits: [keys_of_tile, lanes].
-    void add(const Tile<Tiled>& tile, const Softmax& softmax, int64_t hidden, int64_t group, bool first, float* logits,
+    // Adds a tile's keys to the lanes that see them. logits: [keys_of_tile, lanes].
+    void add(const Tile<Tiled>& tile, const Softmax& softmax, const Sight& sight, bool first, float* logits,
              Ahead& ahead) const {
-        if (vectors == 1) return add_strip(strip<1>(tile, softmax, 0, first, logits), hidden, group, ahead);
-        if (vectors == 2) return add_strip(strip<2>(tile, softmax, 0, first, logits), hidden, group, ahead);
+        if (vectors == 1) return add_strip(strip<1>(tile, softmax, 0, first, logits), sight, ahead);
+        if (vectors == 2) return add_strip(strip<2>(tile, softmax, 0, first, logits), sight, ahead);
         Strip<2> one = strip<2>(tile, softmax, 0, first, logits);
         Strip<2> two = strip<2>(tile, softmax, 2, first, logits + keys_of_tile * 2 * L);
         for (int64_t g = 0; g < tile.groups; ++g) one.dot(g);
-        one.find_largest(hidden, group);
+        one.find_largest(sight);
         for (int64_t g = 0; g < tile.groups; ++g) {
             two.dot(g);
             one.weigh(g, ahead);
         }
-        two.find_largest(hidden - 2 * L, group);
-        for (int64_t i = 0; i < larger(tile.groups, tile.steps); ++i) {
-            if (i < tile.steps) one.accumulate(i);
+        two.find_largest(sight.from_lane(2 * L));
+        for (int64_t i = 0; i < larger(tile.groups, tile.value_steps); ++i) {
+            if (i < tile.value_steps) one.accumulate(i);
             if (i < tile.groups) two.weigh(i, ahead);
         }
-        for (int64_t s = 0; s < tile.steps; ++s) two.accumulate(s);
+        for (int64_t s = 0; s < tile.value_steps; ++s) two.accumulate(s);
     }
 
    private:
@@ -307,11 +310,11 @@ struct Panel<Tiled> {
         return {tile, softmax, q + j * L, acc + j * L, m_i + j * L, l_i + j * L, logits, vectors * L, first, {}, {}, 0};
     }
     template <int N>
-    static void add_strip(Strip<N> strip, int64_t hidden, int64_t group, Ahead& ahead) {
+    static void add_strip(Strip<N> strip, const Sight& sight, Ahead& ahead) {
         for (int64_t g = 0; g < strip.tile.groups; ++g) strip.dot(g);
-        strip.find_largest(hidden, group);
+        strip.find_largest(sight);
         for (int64_t g = 0; g < strip.tile.groups; ++g) strip.weigh(g, ahead);
-        for (int64_t s = 0; s < strip.tile.steps; ++s) strip.accumulate(s);
+        for (int64_t s = 0; s < strip.tile.value_steps; ++s) strip.accumulate(s);
     }
 };
 

@@ -29,7 +29,7 @@ def drawn(seed: int, *shape: int) -> Tensor:
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_and_layout(sizes, head_dim, op, causal, layout, count, size, seed):  # type: ignore[no-untyped-def]
-    sizes |= {"head_dim": head_dim} | ({"causal": causal} if op == "block_attention" else {})
+    sizes |= {"head_dim": head_dim, "causal": causal}
     inputs = attention.make_inputs(op, sizes, dtype=torch.bfloat16, seed=seed)
     inputs["q"] = inputs["q"] * size
     with instruction_set("amx"), threads(count):
