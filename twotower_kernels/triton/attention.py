@@ -317,9 +317,8 @@ def arguments_of(
     tensors |= {"context_lens": context_lens, "context_starts": context_starts, "context_index": context_index}
     tensors |= {"block_table": block_table, "block_lens": block_lens}
     tensors |= {"sinks": None if sinks is None else sinks.contiguous()}
-    seen = capacity if window is None else min(window, capacity)
-    if slides:
-        seen = min(window, capacity + q.shape[1])  # type: ignore[type-var]
+    most = capacity + q.shape[1] if slides else capacity
+    seen = most if window is None else min(window, most)
     counts = q.shape[1], kv_heads, q.shape[2] // kv_heads, capacity, rows, pages, seen
     scale = dim**-0.5 if scale is None else scale
     return (
