@@ -264,7 +264,10 @@ struct Sight {
     int64_t step;    // so many tokens see each other's keys, and none behind them
     int64_t window;  // keys that a query sees, its own the last; -1: all before it
 
-    int64_t begin(int64_t i) const { return (key + i) / step * step * group - row; }
+    int64_t begin(int64_t i) const {
+        const int64_t first = step == 1 ? key + i : (key + i) / step * step;  // a division is slow
+        return first * group - row;
+    }
     int64_t end(int64_t i, int64_t lanes) const {
         return window < 0 ? lanes : smaller((key + i + window) * group - row, lanes);
     }
