@@ -38,7 +38,7 @@ check: $(DEV)  ## ruff (lint and format), mypy and clang-format
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
-	@$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/common/* csrc/cpu/* csrc/cuda/* tests/simt/*.h tests/simt/*.cpp
+	@$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/common/* csrc/cpu/* csrc/cuda/* csrc/direct/* tests/simt/*.h tests/simt/*.cpp
 
 bench: $(DEV) $(KERNELS)  ## time every operation beside its rivals, then sweeps and generation, into bench/results/cpu
 	@$(PY) -m bench --save bench/results/cpu
@@ -72,7 +72,7 @@ emulate: $(DEV)  ## the kernels' tests with the instructions of AVX512-BF16 emul
 format: $(DEV)  ## let ruff and clang-format rewrite the files
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
-	@$(VENV)/bin/clang-format -i csrc/*.cpp csrc/*.h csrc/common/* csrc/cpu/* csrc/cuda/* tests/simt/*.h tests/simt/*.cpp
+	@$(VENV)/bin/clang-format -i csrc/*.cpp csrc/*.h csrc/common/* csrc/cpu/* csrc/cuda/* csrc/direct/* tests/simt/*.h tests/simt/*.cpp
 
 clean:  ## remove .venv and everything generated
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -86,7 +86,7 @@ $(NVRTC): requirements-nvrtc.txt $(RUNTIME)
 	@touch $@
 
 # ninja compiles only what changed.
-$(KERNELS): $(RUNTIME) setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/common/* csrc/cpu/*)
+$(KERNELS): $(RUNTIME) setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/common/* csrc/cpu/* csrc/direct/*)
 	@$(PY) setup.py -q build_ext --inplace
 	@touch $@
 

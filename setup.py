@@ -96,6 +96,8 @@ def instruction_sets() -> dict[str, str]:
 def objects(build: Path) -> list[tuple[Path, Path, str]]:
     """(object, source, extra flags) of everything that is compiled."""
     found = [(build / f"{source.stem}.o", source, "-O1") for source in sorted((ROOT / "csrc").glob("*.cpp"))]
+    direct = sorted((ROOT / "csrc" / "direct").glob("*.cpp"))
+    found += [(build / f"direct_{source.stem}.o", source, "-O2") for source in direct]
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         for isa, flags in instruction_sets().items():
             if isa in BF16_SETS and source.stem not in BF16:

@@ -15,6 +15,7 @@
 #include "cpu/moe.h"
 #include "cpu/remask.h"
 #include "cpu/threads.h"
+#include "direct/call.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -168,12 +169,6 @@ void bind_machine(py::module_& m) {
         throw py::value_error("set_isa: expected one of isas(), got " + name);
     });
     m.def("max_threads", &tt::max_threads);
-    m.def("set_dtypes", [](const py::tuple& dtypes) {  // PyTorch's, in the order of DType in cpu/view.h
-        if (dtypes.size() != static_cast<size_t>(tt::DType::boolean) + 1)
-            throw py::value_error("set_dtypes: expected a dtype for each that the kernels know");
-        py::object(dtypes).inc_ref();
-        tt::tensor_names().dtypes = dtypes.ptr();
-    });
 }
 
 }  // namespace
@@ -187,4 +182,5 @@ PYBIND11_MODULE(_C, m) {
     bind_moe(m);
     bind_mamba2(m);
     bind_remask(m);
+    tt::direct::bind(m);
 }

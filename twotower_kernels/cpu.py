@@ -1,7 +1,7 @@
 """The compiled CPU kernels: how a tensor is handed to them, and which instruction set they use."""
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
@@ -9,9 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # The order of DType in csrc/cpu/view.h.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
+
+# What may lie between a public function and its kernel: each says something true where it does.
+BETWEEN: tuple[Callable[[], Any], ...] = (
+    torch._C._are_functorch_transforms_active,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._get_tracing_state,
+    torch._C._autograd._profiler_enabled,
+    torch._C._is_any_autocast_enabled,
+)
 
 
 @cache
@@ -28,7 +39,16 @@ def kernels() -> ModuleType:
             "twotower_kernels._C, the compiled CPU kernels, cannot be imported "
             f"({error}); build it with `python setup.py build_ext --inplace`, or reinstall twotower-kernels"
         ) from error
-    module.set_dtypes(DTYPES)
+    module.set_torch(
+        Tensor,
+        torch.nn.Parameter,
+        DTYPES,
+        getattr(Tensor, "__dlpack_c_exchange_api__", None),  # from PyTorch 2.10 on
+        BETWEEN,
+        torch.is_grad_enabled,
+        torch.autograd.graph.increment_version,
+        vars(forward_ad),
+    )
     return module
 
 

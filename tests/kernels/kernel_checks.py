@@ -23,6 +23,7 @@ from torch import Tensor
 from tests.compare import as_tuple, assert_results_within_budget, widened
 from tests.paths import ROOT
 from twotower_kernels import cpu
+from twotower_kernels.ops import _direct
 from twotower_kernels.ops._library import CPU
 from twotower_kernels.reference import moe
 
@@ -76,7 +77,7 @@ def laid_over(kernels: dict[str, Callable[..., Any]]) -> Iterator[None]:
             warnings.simplefilter("ignore")  # PyTorch says that a kernel is laid over another: so it should be
             for name, kernel in kernels.items():
                 library.impl(name, kernel, "CPU", allow_override=True)
-        with patch.dict(CPU, kernels):  # what the autograd kernels call themselves
+        with _direct.off(), patch.dict(CPU, kernels):  # what the autograd kernels call themselves
             yield
     finally:
         library._destroy()

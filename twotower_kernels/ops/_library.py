@@ -8,13 +8,13 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from twotower_kernels.ops import overlap
+from twotower_kernels.ops import _direct, overlap
 from twotower_kernels.ops._traced import traced_kernel, traced_schema
 from twotower_kernels.ops._transforms import Rule, register_autocast, register_batching, register_derivatives
 
 _LIBRARY = torch.library.Library("twotower", "DEF")
 
-CPU: dict[str, Callable[..., Any]] = {}  # per op what is registered for CPUs
+CPU = _direct.KERNELS  # per op what is registered for CPUs
 CUDA: dict[str, str] = {}  # "module:function" in twotower_kernels, for every op that has a kernel for GPUs
 _CHECKED: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {}  # per op: from a kernel to its entry
 DIFFERENTIABLE: set[str] = set()  # every op that has a gradient; the others raise when one is asked for
@@ -66,6 +66,9 @@ def define(
     _CHECKED[name] = checked
     CPU[name] = checked(cpu)
     _LIBRARY.impl(name, CPU[name], "CPU")
+    _direct.TENSORS[name] = sum(1 << i for i, argument in enumerate(arguments) if "Tensor" in str(argument.type))
+    if written:
+        _direct.WRITTEN[name] = written
     if backward is not None:
         DIFFERENTIABLE.add(name)
     if cuda is not None:

@@ -12,18 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twotower_kernels.ops import _direct
+
 _FLOAT = re.compile(r"\bfloat(\[\]|\?)? ")
 _FLOATS: dict[str, list[bool]] = {}  # per operator that has the overload: which of its arguments are floats
-_PLAIN: dict[str, Callable[..., Any]] = {}  # and the operator itself
+_PLAIN: dict[str, Callable[..., Any]] = {}  # every operator
 
 
 def traced_schema(schema: str) -> str | None:
     """The schema of the overload of an operator that is defined; None if it needs none."""
+    name, rest = schema.split("(", 1)
+    if "." in name:
+        return None  # such an overload itself
+    _PLAIN[name] = getattr(torch.ops.twotower, name).default
     if not _FLOAT.search(schema):
         return None
-    name, rest = schema.split("(", 1)
     _FLOATS[name] = [_FLOAT.match(argument) is not None for argument in rest.split(") ->")[0].split(", ")]
-    _PLAIN[name] = getattr(torch.ops.twotower, name).default
     return f"{name}.traced({_FLOAT.sub(lambda found: 'Tensor? ' if found[1] == '?' else 'Tensor ', rest)}"
 
 
@@ -39,8 +43,10 @@ def traced_kernel(name: str) -> Callable[..., Any]:
 
 
 def call(name: str, *arguments: Any) -> Any:
-    """`torch.ops.twotower.<name>`, for an operator with arguments of type float."""
-    if torch.compiler.is_compiling():
+    """`torch.ops.twotower.<name>`, as every public function calls it."""
+    if not torch.compiler.is_compiling():
+        return _direct.call(name, _PLAIN[name], *arguments)
+    if name in _FLOATS:
         return call_in_graph(name, *arguments)
     return _PLAIN[name](*arguments)
 

@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from twotower_kernels import cpu
+from twotower_kernels.ops._direct import entries
 from twotower_kernels.ops._library import check_floats, define, refuse_gradients
 from twotower_kernels.ops._traced import call
 from twotower_kernels.ops._transforms import autocasts, cast_to
@@ -28,6 +30,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     Raises:
         ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.
     """
+    if not is_dynamo_compiling() and (out := entries().rms_norm(x, weight, eps)) is not None:
+        return out
     refuse_gradients("rms_norm", x=x, weight=weight)
     return call("rms_norm", x, weight, real("eps", eps))
 
@@ -60,6 +64,8 @@ def adaln_norm(
         ValueError: unknown order, wrong shape or device, only one of shift and scale, an argument that requires grad.
         TypeError: wrong dtype.
     """
+    if not is_dynamo_compiling() and (out := entries().adaln_norm(x, weight, shift, scale, eps, order)) is not None:
+        return out
     _check_order(order)
     refuse_gradients("adaln_norm", x=x, weight=weight, shift=shift, scale=scale)
     return call("adaln_norm", x, weight, shift, scale, real("eps", eps), order == "norm_modulate")
@@ -80,9 +86,11 @@ def gated_residual(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> T
     Raises:
         ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.
     """
+    if not is_dynamo_compiling() and (out := entries().gated_residual(residual, y, gate)) is not None:
+        return out
     residual, y = _widened(residual, y)
     refuse_gradients("gated_residual", residual=residual, y=y, gate=gate)
-    return torch.ops.twotower.gated_residual.default(residual, y, gate)
+    return call("gated_residual", residual, y, gate)
 
 
 def gated_residual_adaln_norm(
@@ -101,6 +109,10 @@ def gated_residual_adaln_norm(
     Arguments and errors as in `gated_residual` and `adaln_norm`. Returns `(h, normed)`, both `[B, S, H]` in the dtype
     of `residual`; the norm reads `h` as rounded to it, so the result is bit for bit that of the two in a row.
     """
+    if not is_dynamo_compiling():
+        vectors = gate, weight, shift, scale
+        if (out := entries().gated_residual_adaln_norm(residual, y, *vectors, eps, order)) is not None:
+            return out
     _check_order(order)
     residual, y = _widened(residual, y)
     refuse_gradients(

@@ -3,11 +3,12 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from twotower_kernels import cpu
 from twotower_kernels.ops import attention_gradient as gradient
+from twotower_kernels.ops._direct import entries
 from twotower_kernels.ops._library import as_index, define, refuse_gradients
 from twotower_kernels.ops._traced import call
 from twotower_kernels.ops._transforms import Rule, cast_to, lowered
@@ -80,6 +81,11 @@ def block_attention(
             share a place. TypeError: wrong dtype. MemoryError: on a CPU, no room for scratch; `out` may then be
             written in part.
     """
+    if not is_dynamo_compiling() and out is None and block_table is None:
+        past = k_context, v_context, context_lens, context_index
+        numbers = block_lens, causal, window, scale, softcap
+        if (found := entries().block_attention(q, k, v, *past, *numbers)) is not None:
+            return found if return_lse else found[0]
     if out is None:
         q, k, v, k_context, v_context = lowered(q, k, v, k_context, v_context)
     check_axes(q=q, k=k, v=v)
@@ -115,6 +121,12 @@ def context_attention(
 
     Arguments, results and errors as there, without the block's own keys. Differentiable in q.
     """
+    if not is_dynamo_compiling() and out is None and block_table is None:
+        past = k_context, v_context, context_lens, context_index
+        if (
+            found := entries().block_attention(q, None, None, *past, block_lens, False, window, scale, softcap)
+        ) is not None:
+            return found if return_lse else found[0]
     if out is None:
         q, k_context, v_context = lowered(q, k_context, v_context)
     check_axes(q=q)
@@ -150,8 +162,10 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     Raises:
         ValueError: shapes, dtypes or devices that differ. TypeError: wrong dtype.
     """
+    if not is_dynamo_compiling() and (merged := entries().merge_attention(out_a, lse_a, out_b, lse_b)) is not None:
+        return merged
     out_a, out_b = lowered(out_a, out_b)
-    return torch.ops.twotower.merge_attention.default(out_a, lse_a, out_b, lse_b)
+    return call("merge_attention", out_a, lse_a, out_b, lse_b)
 
 
 def append_kv(
@@ -180,6 +194,9 @@ def append_kv(
             dimension is not contiguous, whose elements share a place or that overlaps the other's, an argument that
             requires grad. TypeError: wrong dtype. Nothing is written then.
     """
+    here = context_index is None and block_table is None and not is_dynamo_compiling()
+    if here and entries().append_kv(k_context, v_context, k, v, context_lens, block_lens):
+        return
     k, v = cast_to(k_context.dtype, k, v)
     check_axes(k=k, v=v, k_context=k_context, v_context=v_context)
     check_frozen(k_context, v_context)
@@ -189,7 +206,7 @@ def append_kv(
     index, table = as_index(context_index), as_index(block_table)
     start = as_lengths("context_lens", context_lens, room(k_context, table), k)
     count = as_lengths("block_lens", block_lens, k.shape[1], k)
-    torch.ops.twotower.append_kv.default(k_context, v_context, k, v, start, index, table, count)
+    call("append_kv", k_context, v_context, k, v, start, index, table, count)
 
 
 def _context(

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from twotower_kernels import cpu
+from twotower_kernels.ops._direct import entries
 from twotower_kernels.ops._library import check_alike, define
+from twotower_kernels.ops._traced import call
 from twotower_kernels.ops._transforms import autocasts, lowered
 
 
@@ -33,8 +36,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: wrong shape or device. TypeError: wrong dtype.
     """
+    if not is_dynamo_compiling() and (out := entries().linear(x, weight, bias)) is not None:
+        return out
     if x.device.type in ("cpu", "meta"):
-        return torch.ops.twotower.linear.default(x, weight, bias)
+        return call("linear", x, weight, bias)
     if autocasts(x):
         _check_shapes(x, weight, bias)
     else:

@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from twotower_kernels import cpu
+from twotower_kernels.ops._direct import entries
 from twotower_kernels.ops._library import (
     as_index,
     check_alike,
@@ -51,8 +53,10 @@ def moe_gate(x: Tensor, gate_weight: Tensor) -> Tensor:
     Raises:
         ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.
     """
+    if not is_dynamo_compiling() and (out := entries().moe_gate(x, gate_weight)) is not None:
+        return out
     refuse_gradients("moe_gate", x=x, gate_weight=gate_weight)
-    return torch.ops.twotower.moe_gate.default(x, gate_weight)
+    return call("moe_gate", x, gate_weight)
 
 
 def moe_route(
@@ -89,6 +93,10 @@ def moe_route(
         ValueError: wrong shape or device, `top_k` or groups that do not fit E, an unknown score, an argument that
             requires grad. TypeError: wrong dtype.
     """
+    if not is_dynamo_compiling():
+        options = top_k, score, n_group, topk_group, renormalize, scaling
+        if (chosen := entries().moe_route(logits, correction_bias, *options)) is not None:
+            return chosen
     (logits,) = cast_to(torch.float32, logits)
     choice = _choice(top_k, score, n_group, topk_group, renormalize, scaling)
     refuse_gradients("moe_route", logits=logits, correction_bias=correction_bias)
@@ -125,7 +133,7 @@ def moe_plan(experts: Tensor, num_experts: int) -> MoePlan:
     Raises:
         ValueError: wrong shape, on a CPU experts outside `[0, E)`, which a GPU leaves out. TypeError: wrong dtype.
     """
-    return MoePlan(*torch.ops.twotower.moe_plan.default(as_index(experts), whole("num_experts", num_experts)))
+    return MoePlan(*call("moe_plan", as_index(experts), whole("num_experts", num_experts)))
 
 
 def moe_experts(
@@ -174,8 +182,19 @@ def moe_experts(
         "moe_experts", x=x, w_up=w_up, w_down=w_down, shared_up=shared_up, shared_down=shared_down, weights=weights
     )
     counts, offsets, pairs = plan or (None, None, None)
-    return torch.ops.twotower.moe_experts.default(
-        x, w_up, w_down, weights, as_index(experts), counts, offsets, pairs, shared_up, shared_down, activation
+    return call(
+        "moe_experts",
+        x,
+        w_up,
+        w_down,
+        weights,
+        as_index(experts),
+        counts,
+        offsets,
+        pairs,
+        shared_up,
+        shared_down,
+        activation,
     )
 
 
