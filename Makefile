@@ -62,8 +62,8 @@ sanitize: $(DEV)  ## the kernels' tests under AddressSanitizer and UndefinedBeha
 		KERNEL_LIBRARY="$$(echo $(CURDIR)/$(SANITIZED)/lib/twotower_kernels/_C*.so)" \
 		$(PY) -m pytest -q -n $(WORKERS) tests/kernels
 
-# The paths of AVX512-BF16 on a processor that lacks it: same source, the instruction computed by other means.
-emulate: $(DEV)  ## the kernels' tests with the instructions of AVX512-BF16 emulated
+# The paths of AVX512-BF16 and AMX on a processor that lacks them: same source, the instructions computed by other means.
+emulate: $(DEV)  ## the kernels' tests with the instructions of AVX512-BF16 and AMX emulated
 	@TT_EMULATE=1 CXXFLAGS="-march=native -Wno-psabi" \
 		$(PY) setup.py -q build_ext --build-lib $(EMULATED)/lib --build-temp $(EMULATED)/temp
 	@CI=true OMP_NUM_THREADS=1 KERNEL_LIBRARY="$$(echo $(CURDIR)/$(EMULATED)/lib/twotower_kernels/_C*.so)" \

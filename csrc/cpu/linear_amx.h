@@ -1,7 +1,8 @@
 // linear in bfloat16 by AMX's tiles: see amx_product.h for the product and its order of summation.
 //
-// Few rows of x, 64 at most: it is the reading of the weight. 32 of its rows are read side by side, straight into tiles,
-// for all k, while the 32 that come next are fetched into the second-level cache, evenly. Their sums stay in tiles.
+// Few rows of x, 64 at most: it is the reading of the weight. 32 of its rows are read side by side, straight into
+// tiles, for all k, while the 32 that come next are fetched into the second-level cache, evenly. Their sums stay in
+// tiles.
 //
 // Many rows: 128 rows of the weight by up to 512 rows of x are a piece of work. k is cut into blocks of 512 numbers; a
 // panel of 32 rows of the weight by a block, copied into tiles, is 32 KB and lies in the first-level cache while the
@@ -11,7 +12,8 @@
 // - 16 rows of x: 2 products and 3 loads of tiles for 2 KB of the weight. Two sums in turn wait for each other, 52
 //   cycles the two: 39 bytes of the weight a cycle, some 100 GB/s on a core, several times what its memory gives. 64
 //   rows: two passes of 4 products and 4 loads, 128 cycles for 2 KB or 16 bytes a cycle, still above the memory.
-// - Many rows: 4 products and 4 loads, 64 cycles and 32 of the load ports, 32 bytes a cycle from the second-level cache,
+// - Many rows: 4 products and 4 loads, 64 cycles and 32 of the load ports, 32 bytes a cycle from the second-level
+// cache,
 //   which gives 48. A block is 16 such steps, 1024 cycles; to load and store its sums takes 96: 91 % of the peak, if
 //   nothing overlaps. Copying the panel is 1024 loads and stores for as many steps as there are pairs of tiles of x,
 //   6 % at 256 rows, and the transposition of sums about 100 instructions a tile, once per 16 k cycles / 32.
@@ -27,7 +29,7 @@ namespace tt {
 namespace TT_ISA {
 
 constexpr int64_t panel_rows = 2 * tile_height, panel_numbers = 512;
-constexpr int64_t few_tiles = 4;                     // of 16 rows of x
+constexpr int64_t few_tiles = 4;                       // of 16 rows of x
 constexpr int64_t piece_rows = 128, piece_tiles = 32;  // many: of the weight, of x
 
 // One call's weight, bias and rows of out, from a certain row of x on.
@@ -65,7 +67,8 @@ struct LinearTiles {
         const int64_t w_stride = stride() * int64_t(sizeof(bf16)), steps = tiles_of(k, tile_numbers);
         const Left straight = {reinterpret_cast<const char*>(row(r)), w_stride, tile_bytes, tile_height * w_stride};
         const Left packed = {copied, tile_bytes, tile_size, (steps - whole) * tile_size};
-        const int64_t passes = tiles_of(x_tiles, 2), lines = tiles_of(ahead.lines(), larger<int64_t>(1, passes * steps));
+        const int64_t passes = tiles_of(x_tiles, 2),
+                      lines = tiles_of(ahead.lines(), larger<int64_t>(1, passes * steps));
         alignas(64) char sums[4 * tile_size];
         for (int64_t t = 0; t < x_tiles; t += 2) {
             const bool two_of_w = rows > tile_height, two_of_x = t + 1 < x_tiles;

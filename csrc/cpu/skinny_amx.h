@@ -78,16 +78,18 @@ void skinny_tiles(const bf16* w, int64_t w_stride, int rows, const Panel<float, 
     const int64_t lines = tiles_of(ahead.lines(), larger<int64_t>(1, steps));
     const int64_t x_row = x.count * 2 * int64_t(sizeof(bf16));
     const char* right = reinterpret_cast<const char*>(x.data);
-    add_skinny<G>(reinterpret_cast<const char*>(w), w_stride * int64_t(sizeof(bf16)), right, x_row, whole, ahead, lines);
+    add_skinny<G>(reinterpret_cast<const char*>(w), w_stride * int64_t(sizeof(bf16)), right, x_row, whole, ahead,
+                  lines);
     alignas(64) char tile[tile_size];
     for (int64_t i = whole; i < steps; ++i) {  // what does not fill its tile: few rows, or the last numbers
         pack_left(tile, w + i * tile_numbers, w_stride, rows, smaller<int64_t>(tile_numbers, n - i * tile_numbers));
         add_skinny<G>(tile, tile_bytes, right + i * tile_height * x_row, x_row, 1, ahead, lines);
     }
     const auto put = [&](int g) {
-        for_sums(tile, smaller<int64_t>(tile_rows_of_x, x.count - g * tile_rows_of_x), [&](int64_t m, FloatVector sums) {
-            std::memcpy(out + (g * tile_rows_of_x + m) * skinny_rows, &sums, sizeof(sums));
-        });
+        for_sums(tile, smaller<int64_t>(tile_rows_of_x, x.count - g * tile_rows_of_x),
+                 [&](int64_t m, FloatVector sums) {
+                     std::memcpy(out + (g * tile_rows_of_x + m) * skinny_rows, &sums, sizeof(sums));
+                 });
     };
     tile_store<0>(tile, tile_bytes), put(0);
     if constexpr (G > 1) tile_store<1>(tile, tile_bytes), put(1);

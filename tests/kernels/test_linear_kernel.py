@@ -69,6 +69,14 @@ def test_many_rows(dtype: torch.dtype, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("rows", "k", "r"), [(1040, 4100, 10), (150, 1100, 300)])
+def test_long_rows(rows: int, k: int, r: int, isa: str) -> None:
+    """More numbers, or more of the weight's rows, than are multiplied at a time; and more rows than are packed."""
+    with instruction_set(isa):
+        assert_as_specified(make_inputs((rows,), k, r, bias=True, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_stays_in_its_row_and_column(dtype: torch.dtype, isa: str) -> None:
     inputs = make_inputs((9,), 150, 80, dtype=dtype)
@@ -136,6 +144,19 @@ def test_every_number_of_rows_gives_the_same_bits(dtype: torch.dtype, isa: str) 
             assert same(tt.linear(x[:rows], *rest), together[:rows])
         for row in range(0, 300, 7):
             assert same(tt.linear(x[row : row + 1], *rest), together[row : row + 1])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", FEW_DTYPES)
+def test_blocks_of_k_change_no_bit(dtype: torch.dtype, isa: str) -> None:
+    """Few rows are summed in one go, many block by block, on several threads."""
+    inputs = make_inputs((560,), 1100, 140, bias=True, dtype=dtype)
+    x, rest = inputs.pop("x"), list(inputs.values())
+    assert x is not None
+    with instruction_set(isa), threads(2):
+        together = tt.linear(x, *rest)
+        for rows in (1, 16, 33, 64, 65, 97, 200, 528):
+            assert same(tt.linear(x[:rows], *rest), together[:rows])
 
 
 @pytest.mark.parametrize("isa", ISAS)
