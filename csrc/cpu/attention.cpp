@@ -2,9 +2,9 @@
 //
 // Softmax is computed online, one tile of keys after the other (Milakov & Gimelshein 2018; Dao et al. 2022): the
 // context is read once, where it lies, and the block's own keys are just more tiles. A tile is widened to float, or its
-// bfloat16 numbers paired where the processor multiplies pairs, once for all query rows of its key head,
-// S * Hq / Hkv of them; attention_tile.h has what is done with it. Sums over a tile start from zero, which errs less
-// than one running sum.
+// bfloat16 numbers paired or laid out as matrix tiles where the processor multiplies these, once for all query rows of
+// its key head, S * Hq / Hkv of them; attention_tile.h and attention_amx.h have what is done with it. Sums over a tile
+// start from zero, which errs less than one running sum.
 //
 // A row's bits depend on the row alone. Work is split over batch rows, key heads and pieces of the query rows; keys are
 // split into parts at fixed tiles, each with a state of its own, and the states are added up in order, by one thread or

@@ -3,8 +3,8 @@
 // Query rows lie along the lanes here, too, so that packing, softmax, masks and all that is done with a state is the
 // same. amx.h says what a product of tiles is; the two are
 //
-//     logits [keys, rows]   = K Q^T    left: 16 keys x 32 numbers; right: queries in pairs of numbers, as they are
-//     packed sums [columns, rows] += V^T P    left: 16 columns x 32 keys; right: weights in pairs of keys, i and i + 16
+//     logits [keys, rows]   = K Q^T    left: 16 keys x 32 numbers; right: queries, packed in pairs of numbers
+//     sums [columns, rows] += V^T P    left: 16 columns x 32 keys; right: weights in pairs of keys, i and i + 16
 //
 // Keys are copied and values transposed once per tile of keys, for up to 256 query rows, into matrix tiles that lie one
 // behind the other. So pages, ragged ends and head dimensions that are no multiple of 32, which zeros fill up, are all
@@ -12,21 +12,22 @@
 // are keys 16 apart, for then the weights of a pair come from two vectors of logits without a shuffle, and the halves
 // of two transposed vectors make two rows of V^T.
 //
-// A strip of 32 query rows holds 2 x 2 matrix tiles of sums and loads four for four products. For 96 keys of head
-// dimension 128 it takes
+// A strip of 32 query rows holds 2 x 2 matrix tiles of sums and loads four for four products. 96 keys of head dimension
+// 128 take, beside what was measured on one core of a Zen 5, which has no AMX but the same vectors, of four vector
+// operations a cycle,
 //
 //     products      96 of 16 cycles                                           1536 cycles of the matrix unit
-//     weights       192 vectors: 17 vector operations each, two a cycle       1632 cycles of the vector units
-//     maxima        192 loads and comparisons                                  100
-//     matrix tiles  112 loads of 8 cycles, 28 stores of 16                     900 and 450 of the ports to memory
-//     rescaling     256 multiplications and stores, where a maximum grew       130 to 260
-//     its share of  384 vectors of keys copied, 12 transpositions of 290       250 where 8 strips share them
-//                   instructions, 128 of them on the one port for shuffles
+//     weights       192 vectors: 17 vector operations each, two a cycle       1632 cycles of Intel's vector units; 1370
+//     maxima        192 loads and comparisons, two a cycle                    96; 130
+//     rescaling     256 multiplications and stores, where a maximum grew      256; 340
+//     matrix tiles  112 loads of 8 cycles, 28 stores of 16                    900 and 450 of the ports to memory
+//     reading       its share of 384 vectors of keys copied and of 12         270, where 8 strips share 2200
+//                   transpositions of 290 instructions
 //
 // so neither product nor weights should wait for the other: those of a panel's one strip stand between those of the
-// other, in pieces of 16 products and 64 vectors of weights, near enough for the processor to overlap them. These are
-// counts of GCC 12's instructions and the timing of Intel's manual. No processor with AMX was there to measure: not
-// the time, not whether the overlap comes about, nor whether copying the keys is dearer than loading them in place.
+// other, in pieces of 16 products and 64 vectors of weights, near enough for the processor to overlap them. On a
+// processor with AMX nothing was measured: not the time, not whether the overlap comes about, nor whether to copy the
+// keys is dearer than to load them in place.
 //
 // A sum over a part of the keys stays one running sum: in bfloat16 results its error does not show. It is rescaled only
 // where some maximum of the vector grew. Products flush subnormal sums to zero, even where they add nothing; as all
@@ -68,15 +69,19 @@ struct Tile<Tiled> {
         groups = (n + tile_keys - 1) / tile_keys;
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t from = g * tile_keys, count = smaller(tile_keys, n - from);
-            const bf16 *key_rows[tile_keys], *value_rows[tile_keys];
-            for (int64_t i = 0; i < count; ++i) key_rows[i] = key(from + i), value_rows[i] = value(from + i);
+            Rows key_rows(count, dim), value_rows(count, dim);
+            for (int64_t i = 0; i < count; ++i) key_rows.row[i] = key(from + i), value_rows.row[i] = value(from + i);
             for (int64_t s = 0; s < steps; ++s) {
-                const Step step(key_rows, count, dim, s);
-                for (int64_t i = 0; i < tile_keys; ++i)
-                    std::memcpy(k + ((2 * g + i / 16) * steps + s) * tile_words + i % 16 * 16, step.rows[i], 64);
+                key_rows.go_to(s);
+                WordVector* to = reinterpret_cast<WordVector*>(k + (2 * g * steps + s) * tile_words);
+                for (int64_t i = 0; i < 16; ++i) to[i] = key_rows.words(i);
+                to += steps * 16;
+                for (int64_t i = 0; i < 16; ++i) to[i] = key_rows.words(16 + i);
             }
-            for (int64_t s = 0; s < steps; ++s)
-                transpose_values(Step(value_rows, count, dim, s), v + (2 * s * groups_of_tile + g) * tile_words);
+            for (int64_t s = 0; s < steps; ++s) {
+                value_rows.go_to(s);
+                transpose_values(value_rows, v + (2 * s * groups_of_tile + g) * tile_words);
+            }
         }
     }
 
@@ -87,30 +92,32 @@ struct Tile<Tiled> {
     uint32_t* v;  // [width / 16, groups_of_tile] matrix tiles
 
    private:
-    // 32 numbers of each of 32 rows, from 32 * s on: where they lie or, with zeros for what is not there, in `filled`.
-    struct Step {
-        Step(const bf16* const (&from)[tile_keys], int64_t count, int64_t dim, int64_t s) {
-            const int64_t numbers = smaller(dim - 32 * s, int64_t(32));
-            for (int64_t i = 0; i < tile_keys; ++i) {
-                if (i < count && numbers == 32) {
-                    rows[i] = from[i] + 32 * s;
-                    continue;
-                }
-                std::memset(filled[i], 0, sizeof(filled[i]));
-                if (i < count) std::memcpy(filled[i], from[i] + 32 * s, size_t(numbers) * sizeof(bf16));
-                rows[i] = filled[i];
-            }
+    // 32 rows, of which `count` are there, and a step of 32 numbers in them; zeros for what is not there.
+    struct Rows {
+        Rows(int64_t count, int64_t dim) : count(count), dim(dim) {}
+        void go_to(int64_t step) {
+            at = row, offset = 32 * step;
+            const int64_t numbers = smaller(dim - offset, int64_t(32));
+            if (count == tile_keys && numbers == 32) return;
+            std::memset(filled, 0, sizeof(filled));
+            for (int64_t i = 0; i < count; ++i) std::memcpy(filled[i], row[i] + offset, size_t(numbers) * sizeof(bf16));
+            for (int64_t i = 0; i < tile_keys; ++i) filled_row[i] = filled[i];
+            at = filled_row, offset = 0;
         }
-        const bf16* rows[tile_keys];
+        WordVector words(int64_t i) const { return unaligned<WordVector>(at[i] + offset); }
+
+        int64_t count, dim, offset = 0;
+        const bf16 *row[tile_keys], *filled_row[tile_keys];
+        const bf16* const* at = row;
         bf16 filled[tile_keys][32];
     };
 
     // A column of words is two columns of numbers.
-    [[gnu::noinline]] static void transpose_values(const Step& step, uint32_t* to) {
+    [[gnu::noinline]] static void transpose_values(const Rows& rows, uint32_t* to) {
         WordVector low[16], high[16];
-        for (int i = 0; i < 16; ++i) low[i] = unaligned<WordVector>(step.rows[i]);
+        for (int i = 0; i < 16; ++i) low[i] = rows.words(i);
         transpose(low);
-        for (int i = 0; i < 16; ++i) high[i] = unaligned<WordVector>(step.rows[16 + i]);
+        for (int i = 0; i < 16; ++i) high[i] = rows.words(16 + i);
         transpose(high);
         for (int i = 0; i < 16; ++i) {
             WordVector* column = reinterpret_cast<WordVector*>(to + i / 8 * groups_of_tile * tile_words) + 2 * (i % 8);
@@ -161,15 +168,14 @@ struct Strip {
     // hidden + i * group lanes.
     void find_largest(int64_t hidden, int64_t group) {
         const int64_t n = tile.keys, whole = tile.groups * tile_keys;
-        factor = float(softmax.scale);
-        if (softmax.softcap > 0 || !(factor > 0)) {
-            const float softcap = float(softmax.softcap);
+        const float scale = float(softmax.scale), softcap = float(softmax.softcap);
+        const bool scaled = softcap > 0 || !(scale > 0);  // in place, else with the exponential
+        if (scaled)
             for (int64_t i = 0; i < n * N; ++i) {
-                const Lanes logit = at(logits)[i] * factor;
+                const Lanes logit = at(logits)[i] * scale;
                 at(logits)[i] = softcap > 0 ? hyperbolic_tangent(logit / softcap) * softcap : logit;
             }
-            factor = 1;
-        }
+        factor = scaled ? 1.f : scale;
         if (hidden + (n - 1) * group > 0)
             for (int64_t i = 0; i < n; ++i)
                 for (int64_t lane = 0; lane < smaller(hidden + i * group, N * L); ++lane)
@@ -192,7 +198,7 @@ struct Strip {
             at(m_i)[j] = now;
             negative_base[j] = -base;
             sums[j] = Lanes{};
-            if (!first) rescale(j, weight_of(before - base));
+            if (!first && std::memcmp(&now, &before, sizeof(now)) != 0) rescale(j, weight_of(before - base));
         }
     }
 
@@ -251,12 +257,10 @@ struct Strip {
     static Lanes* at(float* numbers) { return reinterpret_cast<Lanes*>(numbers); }
 
     void rescale(int j, Lanes alpha) const {
-        IntVector same = alpha == 1.f;
-        bool all = true;
-        for (int i = 0; i < L; ++i) all &= same[i] != 0;
-        if (all) return;
         at(l_i)[j] *= alpha;
-        for (int64_t d = 0; d < 32 * tile.steps; ++d) at(acc + d * stride)[j] *= alpha;
+        const int64_t step = stride;
+        float* const end = acc + 32 * tile.steps * step;
+        for (float* row = acc; row < end; row += 2 * step) at(row)[j] *= alpha, at(row + step)[j] *= alpha;
     }
 };
 
