@@ -9,17 +9,18 @@
 //
 // What that should cost, by the counts in amx.h (no machine with AMX was at hand, so no product has been timed):
 // - 16 rows of x: a product and two loads of tiles for 1 KB of the weight. Products of one sum wait for each other, 52
-//   cycles: 20 bytes of the weight a cycle, some 50 GB/s on a core, above what its memory gives. 64 rows: four
-//   products, 64 cycles, or 16 bytes a cycle, still above it. So both should take as long as the reading.
-// - The reading alone, tile loads replaced by 16 loads of vectors, has been timed on one core of a Zen 5, 16 rows of x,
-//   k 2688: 30 GB/s where a plain loop reads 43. With the next rows fetched meanwhile, in whatever order, 23: the
-//   processor's own fetching ahead gets in each other's way with that. With 32 rows side by side it is the same.
-// - Many rows: 4 products and 4 loads, 64 cycles and 32 of the load ports, 32 bytes a cycle from the second-level
-// cache,
-//   which gives 48. A block is 16 such steps, 1024 cycles; to load and store its sums takes 96: 91 % of the peak, if
-//   nothing overlaps. Copying the panel is 1024 loads and stores for as many steps as there are pairs of tiles of x,
-//   6 % at 256 rows, and the transposition of sums about 100 instructions a tile, once per 16 k cycles / 32.
-// - From memory or the third-level cache a piece reads 128 and 512 rows of k numbers, 40 k bytes, in 128 k cycles.
+//   cycles: 20 bytes of the weight a cycle, some 50 GB/s on a core, above what its memory gives. 64 rows: 4 products in
+//   64 cycles, and 5 KB from the second-level cache, 107 cycles at 48 bytes: 10 bytes of the weight a cycle.
+// - The reading alone, tile loads replaced by 16 loads of vectors, has been timed on one core of a busy Zen 5, for 16
+//   rows of x and k 2688: 28 GB/s where a plain loop reads 38, in another run 30 of 43, with 16 and with 32 rows side
+//   by side; with the next rows, or the same ones' next numbers, fetched meanwhile by instructions, 16 to 25.
+//   The processor fetches them by itself.
+// - Many rows: 4 products and 4 loads, 64 cycles and 32 of the load ports, and 32 bytes a cycle from the
+//   second-level cache, which gives 48. A block is 16 such steps, 1024 cycles;
+//   to load and store its sums takes 96: 91 % of the peak, if nothing overlaps. A panel is copied by 512 loads and
+//   stores for a block of every pair of tiles of x, 6 % at 256 rows; transposing sums is about 100 instructions a tile,
+//   of k / 2 cycles of products.
+// - From memory or the third-level cache a piece reads 640 rows, 1280 k bytes, in 128 k cycles: 10 bytes a cycle.
 #pragma once
 
 #include "amx_product.h"
