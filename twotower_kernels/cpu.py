@@ -39,6 +39,11 @@ def kernels() -> ModuleType:
             "twotower_kernels._C, the compiled CPU kernels, cannot be imported "
             f"({error}); build it with `python setup.py build_ext --inplace`, or reinstall twotower-kernels"
         ) from error
+    return introduced(module)
+
+
+def introduced(module: ModuleType) -> ModuleType:
+    """A compiled module, told of PyTorch: it looks for nothing by itself."""
     module.set_torch(
         Tensor,
         torch.nn.Parameter,

@@ -45,13 +45,23 @@ inline void pack_left(char* to, const bf16* w, int64_t stride, int64_t rows, int
             }
 }
 
+// Where tiles lie: `row` bytes from row to row, `step` to the tile of the next numbers, `next` to those of other 16
+// rows.
+struct TilesAt {
+    const char* data;
+    int64_t row, step, next;
+    TilesAt after(int64_t steps) const { return {data + steps * step, row, step, next}; }
+};
+
 // Rows of x as right tiles, [tile of rows][tile of numbers], filled up with zeros.
 struct RightTiles {
     char* data;
     int64_t rows, k;
 
     static int64_t bytes(int64_t k) { return tiles_of(k, tile_numbers) * tile_size; }  // of 16 rows
-    const char* at(int64_t tile_of_rows) const { return data + tile_of_rows * bytes(k); }
+    TilesAt from(int64_t tile_of_rows) const {
+        return {data + tile_of_rows * bytes(k), tile_bytes, tile_size, bytes(k)};
+    }
     // A tile of rows; `from(row)` says where one lies.
     template <class F>
     void fill(int64_t tile_of_rows, F from) const {
@@ -67,27 +77,64 @@ struct RightTiles {
     }
 };
 
-// Rows of memory that will be wanted soon, brought into the second-level cache line by line.
-struct Ahead {
-    const char* row;
-    int64_t stride, bytes, rows, at = 0;
-    int64_t lines() const { return rows * tiles_of(bytes, 64); }
-    void fetch(int64_t count) {
-        for (; count > 0 && rows > 0; --count) {
-            __builtin_prefetch(row + at, 0, 2);
-            if ((at += 64) < bytes) continue;
-            at = 0, row += stride, --rows;
+// --- few rows of x: 16 rows of w by G tiles of x; tiles 0 to 3 are the sums
+// ---------------------------------------------
+
+template <int G>
+inline void add_few(TilesAt w, TilesAt x, int64_t steps) {
+    for (int64_t i = 0; i < steps; ++i, w.data += w.step, x.data += x.step) {
+        tile_load<4>(w.data, w.row);
+        tile_load<5>(x.data, x.row);
+        tile_dot<0, 4, 5>();
+        if constexpr (G > 1) {
+            tile_load<6>(x.data + x.next, x.row);
+            tile_dot<1, 4, 6>();
+        }
+        if constexpr (G > 2) {
+            tile_load<7>(x.data + 2 * x.next, x.row);
+            tile_dot<2, 4, 7>();
+        }
+        if constexpr (G > 3) {
+            tile_load<5>(x.data + 3 * x.next, x.row);
+            tile_dot<3, 4, 5>();
         }
     }
-};
+}
 
-// Where left tiles lie: `row` bytes from row to row, `step` from tile to tile, `next` to those of the next 16 rows.
-struct Left {
-    const char* data;
-    int64_t row, step, next;
-};
+// Tiles of sums one after the other, for `rows` rows of w, 16 at most: read as they lie, but for what does not fill its
+// tile, the last numbers or all numbers of fewer rows, which is copied.
+template <int G>
+[[gnu::noinline]] void few_sums(const bf16* w, int64_t stride, int64_t rows, int64_t k, TilesAt x, char* sums) {
+    tile_zero<0>();
+    if constexpr (G > 1) tile_zero<1>();
+    if constexpr (G > 2) tile_zero<2>();
+    if constexpr (G > 3) tile_zero<3>();
+    const int64_t whole = rows < tile_height ? 0 : k / tile_numbers;
+    add_few<G>({reinterpret_cast<const char*>(w), stride * int64_t(sizeof(bf16)), tile_bytes, 0}, x, whole);
+    for (int64_t i = whole; i < tiles_of(k, tile_numbers); ++i) {
+        alignas(64) char tile[tile_size];
+        pack_left(tile, w + i * tile_numbers, stride, rows, smaller<int64_t>(tile_numbers, k - i * tile_numbers));
+        add_few<G>({tile, tile_bytes, 0, 0}, x.after(i), 1);
+    }
+    tile_store<0>(sums, tile_bytes);
+    if constexpr (G > 1) tile_store<1>(sums + tile_size, tile_bytes);
+    if constexpr (G > 2) tile_store<2>(sums + 2 * tile_size, tile_bytes);
+    if constexpr (G > 3) tile_store<3>(sums + 3 * tile_size, tile_bytes);
+}
 
-// The sums of R times 16 rows of w and G times 16 rows of x are tiles 0 to 3, for the time of these functions.
+constexpr int64_t few_tiles = 4;
+inline void few_sums(const bf16* w, int64_t stride, int64_t rows, int64_t k, TilesAt x, int64_t x_tiles, char* sums) {
+    switch (x_tiles) {
+        case 1: return few_sums<1>(w, stride, rows, k, x, sums);
+        case 2: return few_sums<2>(w, stride, rows, k, x, sums);
+        case 3: return few_sums<3>(w, stride, rows, k, x, sums);
+        default: return few_sums<4>(w, stride, rows, k, x, sums);
+    }
+}
+
+// --- many rows of x: R tiles of w by G tiles of x, 1 or 2 of each; tiles 0 to 3 are the sums
+// ----------------------------
+
 template <int R, int G>
 inline void zero_sums() {
     tile_zero<0>();
@@ -110,14 +157,13 @@ inline void store_sums(char* to, int64_t next_w, int64_t next_x) {
     if constexpr (R == 2 && G == 2) tile_store<3>(to + next_w + next_x, tile_bytes);
 }
 template <int R, int G>
-inline void add_products(Left w, const char* x, int64_t next_x, int64_t steps, Ahead& ahead, int64_t lines) {
-    for (int64_t i = 0; i < steps; ++i, w.data += w.step, x += tile_size) {
-        ahead.fetch(lines);
+inline void add_many(TilesAt w, TilesAt x, int64_t steps) {
+    for (int64_t i = 0; i < steps; ++i, w.data += w.step, x.data += x.step) {
         tile_load<4>(w.data, w.row);
-        tile_load<6>(x, tile_bytes);
+        tile_load<6>(x.data, x.row);
         tile_dot<0, 4, 6>();
         if constexpr (G == 2) {
-            tile_load<7>(x + next_x, tile_bytes);
+            tile_load<7>(x.data + x.next, x.row);
             tile_dot<1, 4, 7>();
         }
         if constexpr (R == 2) {

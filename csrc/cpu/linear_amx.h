@@ -1,23 +1,26 @@
 // linear in bfloat16 by AMX's tiles: see amx_product.h for the product and its order of summation.
 //
-// Few rows of x, 64 at most: it is the reading of the weight. 32 of its rows are read side by side, straight into
-// tiles, for all k, while the 32 that come next are fetched into the second-level cache, evenly. Their sums stay in
-// tiles.
+// Few rows of x, 64 at most: it is the reading of the weight. 16 of its rows are read side by side, straight into
+// tiles, for all k, and multiplied by all rows of x; their sums stay in tiles.
 //
 // Many rows: 128 rows of the weight by up to 512 rows of x are a piece of work. k is cut into blocks of 512 numbers; a
 // panel of 32 rows of the weight by a block, copied into tiles, is 32 KB and lies in the first-level cache while the
 // block of x, 512 KB, passes by from the second. Sums are kept in memory between blocks, 256 KB.
 //
-// What that should cost, by the counts in amx.h (nothing here has been measured: no machine with AMX was at hand):
-// - 16 rows of x: 2 products and 3 loads of tiles for 2 KB of the weight. Two sums in turn wait for each other, 52
-//   cycles the two: 39 bytes of the weight a cycle, some 100 GB/s on a core, several times what its memory gives. 64
-//   rows: two passes of 4 products and 4 loads, 128 cycles for 2 KB or 16 bytes a cycle, still above the memory.
-// - Many rows: 4 products and 4 loads, 64 cycles and 32 of the load ports, 32 bytes a cycle from the second-level
-// cache,
-//   which gives 48. A block is 16 such steps, 1024 cycles; to load and store its sums takes 96: 91 % of the peak, if
-//   nothing overlaps. Copying the panel is 1024 loads and stores for as many steps as there are pairs of tiles of x,
-//   6 % at 256 rows, and the transposition of sums about 100 instructions a tile, once per 16 k cycles / 32.
-// - From memory or the third-level cache a piece reads 128 and 512 rows in 8 (32 k / 32) 16 cycles: 10 bytes a cycle.
+// What that should cost, by the counts in amx.h (no machine with AMX was at hand, so no product has been timed):
+// - 16 rows of x: a product and two loads of tiles for 1 KB of the weight. Products of one sum wait for each other, 52
+//   cycles: 20 bytes of the weight a cycle, some 50 GB/s on a core, above what its memory gives. 64 rows: 4 products in
+//   64 cycles, and 5 KB from the second-level cache, 107 cycles at 48 bytes: 10 bytes of the weight a cycle.
+// - The reading alone, tile loads replaced by 16 loads of vectors, has been timed on one core of a busy Zen 5, for 16
+//   rows of x and k 2688: 28 GB/s where a plain loop reads 38, in another run 30 of 43, with 16 and with 32 rows side
+//   by side; with the next rows, or the same ones' next numbers, fetched meanwhile by instructions, 16 to 25.
+//   The processor fetches them by itself.
+// - Many rows: 4 products and 4 loads, 64 cycles and 32 of the load ports, and 32 bytes a cycle from the
+//   second-level cache, which gives 48. A block is 16 such steps, 1024 cycles;
+//   to load and store its sums takes 96: 91 % of the peak, if nothing overlaps. A panel is copied by 512 loads and
+//   stores for a block of every pair of tiles of x, 6 % at 256 rows; transposing sums is about 100 instructions a tile,
+//   of k / 2 cycles of products.
+// - From memory or the third-level cache a piece reads 640 rows, 1280 k bytes, in 128 k cycles: 10 bytes a cycle.
 #pragma once
 
 #include "amx_product.h"
@@ -29,7 +32,6 @@ namespace tt {
 namespace TT_ISA {
 
 constexpr int64_t panel_rows = 2 * tile_height, panel_numbers = 512;
-constexpr int64_t few_tiles = 4;                       // of 16 rows of x
 constexpr int64_t piece_rows = 128, piece_tiles = 32;  // many: of the weight, of x
 
 // One call's weight, bias and rows of out, from a certain row of x on.
@@ -57,31 +59,14 @@ struct LinearTiles {
         });
     }
 
-    // Rows [r, r + 32) of the weight, or to its end, for all rows of x. `ahead`: rows wanted after these.
-    void few(int64_t r, Ahead ahead) const {
-        const int64_t rows = smaller(panel_rows, n() - r), k = x.k, x_tiles = tiles_of(x.rows, tile_rows_of_x);
-        // What does not fill its tiles is copied: the last rows, or the last numbers of each row.
-        const int64_t whole = rows % tile_height ? 0 : k / tile_numbers, rest = k - whole * tile_numbers;
-        Scratch<char> copied(tiles_of(rest, tile_numbers), 2 * tile_size);
-        pack_left(copied, row(r) + whole * tile_numbers, stride(), rows, rest);
-        const int64_t w_stride = stride() * int64_t(sizeof(bf16)), steps = tiles_of(k, tile_numbers);
-        const Left straight = {reinterpret_cast<const char*>(row(r)), w_stride, tile_bytes, tile_height * w_stride};
-        const Left packed = {copied, tile_bytes, tile_size, (steps - whole) * tile_size};
-        const int64_t passes = tiles_of(x_tiles, 2),
-                      lines = tiles_of(ahead.lines(), larger<int64_t>(1, passes * steps));
-        alignas(64) char sums[4 * tile_size];
-        for (int64_t t = 0; t < x_tiles; t += 2) {
-            const bool two_of_w = rows > tile_height, two_of_x = t + 1 < x_tiles;
-            for_tiles(two_of_w, two_of_x, [&](auto w_count, auto x_count) {
-                constexpr int R = w_count, G = x_count;
-                zero_sums<R, G>();
-                const int64_t next = RightTiles::bytes(k);
-                add_products<R, G>(straight, x.at(t), next, whole, ahead, lines);
-                add_products<R, G>(packed, x.at(t) + whole * tile_size, next, steps - whole, ahead, lines);
-                store_sums<R, G>(sums, 2 * tile_size, tile_size);
-            });
-            for (int w = 0; w <= two_of_w; ++w)
-                for (int m = 0; m <= two_of_x; ++m) finish(sums + (2 * w + m) * tile_size, r + w * tile_height, t + m);
+    // Rows [r, r + 16) of the weight, or to its end, for all rows of x.
+    void few(int64_t r) const {
+        const int64_t x_tiles = tiles_of(x.rows, tile_rows_of_x), rows = smaller<int64_t>(tile_height, n() - r);
+        alignas(64) char sums[few_tiles * tile_size];
+        for (int64_t t = 0; t < x_tiles; t += few_tiles) {
+            const int64_t some = smaller(few_tiles, x_tiles - t);
+            few_sums(row(r), stride(), rows, x.k, x.from(t), some, sums);
+            for (int64_t m = 0; m < some; ++m) finish(sums + m * tile_size, r, t + m);
         }
     }
 
@@ -93,13 +78,7 @@ struct LinearTiles {
             for (int64_t r = begin; r < end; r += panel_rows) {
                 const int64_t rows = smaller(panel_rows, end - r);
                 pack_left(panel, row(r) + i, stride(), rows, numbers);
-                const Left w = {panel, tile_bytes, tile_size, steps * tile_size};
-                const bool same_block = r + panel_rows < end;
-                const int64_t then = same_block ? i : i + panel_numbers, there = same_block ? r + panel_rows : begin;
-                Ahead ahead = {reinterpret_cast<const char*>(row(there) + then), stride() * int64_t(sizeof(bf16)),
-                               smaller(panel_numbers, k - then) * int64_t(sizeof(bf16)),
-                               then < k ? smaller(panel_rows, end - there) : 0};
-                const int64_t lines = tiles_of(ahead.lines(), tiles_of(x_tiles, 2) * steps);
+                const TilesAt w = {panel, tile_bytes, tile_size, steps * tile_size};
                 for (int64_t t = 0; t < x_tiles; t += 2) {
                     char* sums = total + (r - begin) / tile_height * next_w + t * tile_size;
                     for_tiles(rows > tile_height, t + 1 < x_tiles, [&](auto w_count, auto x_count) {
@@ -108,8 +87,7 @@ struct LinearTiles {
                             zero_sums<R, G>();
                         else
                             load_sums<R, G>(sums, next_w, next_x);
-                        add_products<R, G>(w, x.at(x_begin + t) + i / tile_numbers * tile_size, RightTiles::bytes(k),
-                                           steps, ahead, lines);
+                        add_many<R, G>(w, x.from(x_begin + t).after(i / tile_numbers), steps);
                         store_sums<R, G>(sums, next_w, next_x);
                     });
                 }
@@ -123,18 +101,10 @@ struct LinearTiles {
     void all() const {
         const int64_t x_tiles = tiles_of(x.rows, tile_rows_of_x), k = larger<int64_t>(1, x.k);
         if (x_tiles <= few_tiles || x.k == 0) {
-            const int64_t blocks = tiles_of(n(), panel_rows), products = panel_rows * k * x.rows;
+            const int64_t blocks = tiles_of(n(), tile_height), products = tile_height * k * x.rows;
             parallel_for(blocks, larger<int64_t>(1, worth / products), [&](int64_t begin, int64_t end) {
                 const Tiles tiles;
-                for (int64_t block = begin; block < end; ++block) {
-                    const int64_t r = block * panel_rows, next = r + panel_rows;
-                    Ahead ahead = {nullptr, stride() * int64_t(sizeof(bf16)), x.k * int64_t(sizeof(bf16)), 0};
-                    if (block + 1 < end) {
-                        ahead.row = reinterpret_cast<const char*>(row(next));
-                        ahead.rows = smaller(panel_rows, n() - next);
-                    }
-                    few(r, ahead);
-                }
+                for (int64_t block = begin; block < end; ++block) few(block * tile_height);
             });
             return;
         }

@@ -43,70 +43,18 @@ struct Panel<float, bf16> {
     }
 };
 
-// Sums of 16 rows of w and G tiles of x, by tiles 0 to G - 1.
-template <int G>
-inline void add_skinny(const char* w, int64_t w_row, const char* x, int64_t x_row, int64_t steps, Ahead& ahead,
-                       int64_t lines) {
-    for (int64_t i = 0; i < steps; ++i, w += tile_bytes, x += tile_height * x_row) {
-        ahead.fetch(lines);
-        tile_load<4>(w, w_row);
-        tile_load<5>(x, x_row);
-        tile_dot<0, 4, 5>();
-        if constexpr (G > 1) {
-            tile_load<6>(x + tile_bytes, x_row);
-            tile_dot<1, 4, 6>();
-        }
-        if constexpr (G > 2) {
-            tile_load<7>(x + 2 * tile_bytes, x_row);
-            tile_dot<2, 4, 7>();
-        }
-        if constexpr (G > 3) {
-            tile_load<5>(x + 3 * tile_bytes, x_row);
-            tile_dot<3, 4, 5>();
-        }
-    }
-}
-
-template <int G>
-void skinny_tiles(const bf16* w, int64_t w_stride, int rows, const Panel<float, bf16>& x, int64_t n, Ahead ahead,
-                  float* out) {
-    tile_zero<0>();
-    if constexpr (G > 1) tile_zero<1>();
-    if constexpr (G > 2) tile_zero<2>();
-    if constexpr (G > 3) tile_zero<3>();
-    const int64_t whole = rows < tile_height ? 0 : n / tile_numbers, steps = tiles_of(n, tile_numbers);
-    const int64_t lines = tiles_of(ahead.lines(), larger<int64_t>(1, steps));
-    const int64_t x_row = x.count * 2 * int64_t(sizeof(bf16));
-    const char* right = reinterpret_cast<const char*>(x.data);
-    add_skinny<G>(reinterpret_cast<const char*>(w), w_stride * int64_t(sizeof(bf16)), right, x_row, whole, ahead,
-                  lines);
-    alignas(64) char tile[tile_size];
-    for (int64_t i = whole; i < steps; ++i) {  // what does not fill its tile: few rows, or the last numbers
-        pack_left(tile, w + i * tile_numbers, w_stride, rows, smaller<int64_t>(tile_numbers, n - i * tile_numbers));
-        add_skinny<G>(tile, tile_bytes, right + i * tile_height * x_row, x_row, 1, ahead, lines);
-    }
-    const auto put = [&](int g) {
-        for_sums(tile, smaller<int64_t>(tile_rows_of_x, x.count - g * tile_rows_of_x),
-                 [&](int64_t m, FloatVector sums) {
-                     std::memcpy(out + (g * tile_rows_of_x + m) * skinny_rows, &sums, sizeof(sums));
-                 });
-    };
-    tile_store<0>(tile, tile_bytes), put(0);
-    if constexpr (G > 1) tile_store<1>(tile, tile_bytes), put(1);
-    if constexpr (G > 2) tile_store<2>(tile, tile_bytes), put(2);
-    if constexpr (G > 3) tile_store<3>(tile, tile_bytes), put(3);
-}
-
-inline void skinny(const bf16* w, int64_t w_stride, int rows, const Panel<float, bf16>& x, int64_t n, const bf16* next,
+// What comes next is not fetched meanwhile: see linear_amx.h.
+inline void skinny(const bf16* w, int64_t w_stride, int rows, const Panel<float, bf16>& x, int64_t n, const bf16*,
                    float* out) {
-    const Ahead ahead = {reinterpret_cast<const char*>(next), w_stride * int64_t(sizeof(bf16)),
-                         n * int64_t(sizeof(bf16)), next != w ? rows : 0};
-    switch (tiles_of(x.count, tile_rows_of_x)) {
-        case 1: return skinny_tiles<1>(w, w_stride, rows, x, n, ahead, out);
-        case 2: return skinny_tiles<2>(w, w_stride, rows, x, n, ahead, out);
-        case 3: return skinny_tiles<3>(w, w_stride, rows, x, n, ahead, out);
-        default: return skinny_tiles<4>(w, w_stride, rows, x, n, ahead, out);
-    }
+    const int64_t pair = x.count * 2 * int64_t(sizeof(bf16)), tiles = tiles_of(x.count, tile_rows_of_x);
+    alignas(64) char sums[few_tiles * tile_size];
+    few_sums(w, w_stride, rows, n, {reinterpret_cast<const char*>(x.data), pair, tile_height * pair, tile_bytes}, tiles,
+             sums);
+    for (int64_t t = 0; t < tiles; ++t)
+        for_sums(sums + t * tile_size, smaller<int64_t>(tile_rows_of_x, x.count - t * tile_rows_of_x),
+                 [&](int64_t m, FloatVector of_row) {
+                     std::memcpy(out + (t * tile_rows_of_x + m) * skinny_rows, &of_row, sizeof(of_row));
+                 });
 }
 
 // What a thread holds while it multiplies.

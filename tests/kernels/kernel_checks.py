@@ -46,7 +46,11 @@ def instruction_set(name: str) -> Iterator[None]:
             yield
     else:
         with patch.object(cpu, "kernels", emulated_kernels), cpu.use(f"{name}, emulated"):
-            yield
+            _direct.entries.cache_clear()
+            try:
+                yield
+            finally:
+                _direct.entries.cache_clear()
 
 
 @cache
@@ -64,8 +68,7 @@ def emulated_kernels() -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.set_dtypes(cpu.DTYPES)
-    return module
+    return cpu.introduced(module)
 
 
 @contextmanager
