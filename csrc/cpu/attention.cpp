@@ -2,9 +2,9 @@
 //
 // Softmax is computed online, one tile of keys after the other (Milakov & Gimelshein 2018; Dao et al. 2022): the
 // context is read once, where it lies, and the block's own keys are just more tiles. A tile is widened to float, or its
-// bfloat16 numbers paired where the processor multiplies pairs, once for all query rows of its key head,
-// S * Hq / Hkv of them; attention_tile.h has what is done with it. Sums over a tile start from zero, which errs less
-// than one running sum.
+// bfloat16 numbers paired or laid out as matrix tiles where the processor multiplies these, once for all query rows of
+// its key head, S * Hq / Hkv of them; attention_tile.h and attention_amx.h have what is done with it. Sums over a tile
+// start from zero, which errs less than one running sum.
 //
 // A row's bits depend on the row alone. Work is split over batch rows, key heads and pieces of the query rows; keys are
 // split into parts at fixed tiles, each with a state of its own, and the states are added up in order, by one thread or
@@ -14,6 +14,7 @@
 // exactly 0, and so does a part of which a row sees nothing.) A sink comes last, when all parts are added up.
 #include "attention.h"
 
+#include "attention_amx.h"
 #include "attention_tile.h"
 #include "parallel.h"
 
@@ -75,7 +76,7 @@ struct Problem {
           length(a.q.size[1]),
           dim(a.q.size[3]),
           value_dim(a.out.size[3]),
-          width(Columns(value_dim).width),
+          width(Tile<Kind>::width(value_dim)),
           kv_heads(a.k ? a.k.size[2] : a.k_context.size[2]),
           group(a.q.size[2] / kv_heads),
           query_rows(length * group),
@@ -235,7 +236,7 @@ struct Problem {
         });
         ahead.bytes = larger(dim, value_dim) * int64_t(sizeof(T));
         ahead.next = ahead.offset = 0;
-        const int64_t calls = (item.real_rows + widest - 1) / widest * (keys_of_tile / 6);
+        const int64_t calls = Panel<Kind>::fetches(item.real_rows);
         ahead.lines = (ahead.count * up_to(ahead.bytes, 64) / 64 + calls - 1) / calls;
     }
 

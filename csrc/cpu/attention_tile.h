@@ -134,10 +134,12 @@ struct Paired {
         return ((WordVector)w[0] + 0x8000u) >> 16 | (((WordVector)w[1] + 0x8000u) & 0xffff0000u);
     }
 };
+#if !defined(TT_AMX)  // attention_amx.h has another
 template <>
 struct KindOf<bf16> {
     using type = Paired;
 };
+#endif
 #endif
 
 template <class Kind>
@@ -188,6 +190,7 @@ struct Tile {
     static constexpr int64_t steps = keys_of_tile / Kind::fold;           // of the second product, in a whole tile
     static constexpr int64_t block6 = 6 * steps + 2, block4 = 4 * steps;  // numbers from one block to the next
 
+    static int64_t width(int64_t value_dim) { return Columns(value_dim).width; }
     static int64_t size(int64_t dim, int64_t value_dim) {  // in factors
         const Columns columns(value_dim);
         return up_to(keys_of_tile * factors_of<Kind>(dim), 16) + up_to(size_of_values(columns), 16) +
@@ -271,6 +274,15 @@ struct Sight {
     // Whether there are lanes that see a key of the n, and some that do not see all.
     bool any(int64_t n, int64_t lanes) const { return begin(0) < lanes && end(n - 1, lanes) > 0; }
     bool masks(int64_t n, int64_t lanes) const { return begin(n - 1) > 0 || end(0, lanes) < lanes; }
+    // Hides from each lane what it does not see. logits: [n, lanes].
+    template <int lanes, class W>
+    void mask(int64_t n, W* logits) const {
+        for (int64_t i = 0; i < n; ++i, logits += lanes) {
+            for (int64_t lane = 0; lane < smaller(begin(i), int64_t(lanes)); ++lane) logits[lane] = -INFINITY;
+            for (int64_t lane = larger(end(i, lanes), int64_t(0)); lane < lanes; ++lane) logits[lane] = -INFINITY;
+        }
+    }
+    Sight from_lane(int64_t lane) const { return {key, row + lane, group, step, window}; }
 };
 
 // One lane per query row: the query, and what has been summed so far over keys, relative to the largest logit.
@@ -286,6 +298,11 @@ struct Panel {
     W* m_i;       // [lanes]
     W* l_i;       // [lanes], of weights
     int vectors;  // lanes are so many vectors
+
+    // How often add fetches ahead while a whole tile meets `rows` query rows.
+    static int64_t fetches(int64_t rows) {
+        return (rows + most_vectors * L - 1) / (most_vectors * L) * (keys_of_tile / 6);
+    }
 
     void clear(int64_t width) const {
         for (int64_t i = 0; i < width * vectors * L; ++i) acc[i] = 0;
@@ -317,7 +334,7 @@ struct Panel {
         }
         const bool masked = sight.masks(n, N * L);
         if (softmax.softcap > 0) cap(n * N, W(softmax.softcap), logits);
-        if (masked) mask<N>(n, sight, logits);
+        if (masked) sight.mask<N * L>(n, logits);
         if (masked || softmax.softcap > 0)
             for (int j = 0; j < N; ++j) {
                 m_new[j] = m_old[j];
@@ -369,14 +386,6 @@ struct Panel {
 
     static void cap(int64_t n, W softcap, W* logits) {
         for (int64_t i = 0; i < n; ++i) lanes(logits)[i] = hyperbolic_tangent(lanes(logits)[i] / softcap) * softcap;
-    }
-
-    template <int N>
-    static void mask(int64_t n, const Sight& sight, W* logits) {
-        for (int64_t i = 0; i < n; ++i, logits += N * L) {
-            for (int64_t lane = 0; lane < smaller(sight.begin(i), int64_t(N * L)); ++lane) logits[lane] = -INFINITY;
-            for (int64_t lane = larger(sight.end(i, N * L), int64_t(0)); lane < N * L; ++lane) logits[lane] = -INFINITY;
-        }
     }
 
     // Logits become weights, in place, and are added up. Returns the steps of the second product.

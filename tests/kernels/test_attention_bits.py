@@ -47,6 +47,8 @@ THREADS = st.integers(1, 3)
 )
 @example(context=95, tokens=64, heads=(4, 2), dim=64, threads=(2, 2), dtype=torch.bfloat16, isa="avx512bf16",
          softcap=0.0, paged=False, seed=0)  # fmt: skip
+@example(context=95, tokens=64, heads=(6, 1), dim=160, threads=(2, 1), dtype=torch.bfloat16, isa="amx",
+         softcap=0.0, paged=True, seed=0)  # fmt: skip
 @example(context=BEYOND, tokens=3, heads=(2, 1), dim=8, threads=(3, 1), dtype=torch.float32, isa="avx2",
          softcap=0.0, paged=False, seed=0)  # fmt: skip
 def test_tokens_at_once_see_what_they_see_one_by_one(
