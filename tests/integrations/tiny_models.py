@@ -67,6 +67,20 @@ def tiny(name: str, **more: object) -> transformers.PreTrainedModel:
     return model.eval()
 
 
+def diffusion_gemma() -> transformers.PreTrainedModel:
+    """Of two sliding layers and a full one, with a canvas of 8 tokens."""
+    text = (
+        SIZES
+        | WINDOW
+        | {"num_hidden_layers": 3, "global_head_dim": 16, "num_global_key_value_heads": 1, "eos_token_id": 2}
+    )
+    text |= {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+    text |= {"num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 24}
+    config = transformers.DiffusionGemmaConfig(text_config=text, vision_config=None, canvas_length=8)
+    torch.manual_seed(7)
+    return transformers.DiffusionGemmaForBlockDiffusion._from_config(config, attn_implementation="sdpa").eval()
+
+
 def padded_batch() -> tuple[Tensor, Tensor]:
     """Prompts of 11, 7 and 1 tokens, padded on the left, and their mask."""
     generator = torch.Generator().manual_seed(3)

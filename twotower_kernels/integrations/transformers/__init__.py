@@ -4,10 +4,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.moe import ExpertsInterface
 
 from twotower_kernels.integrations.transformers.attention import attention
+from twotower_kernels.integrations.transformers.cache import BlockCache
 from twotower_kernels.integrations.transformers.experts import experts
 from twotower_kernels.integrations.transformers.masks import mask
+from twotower_kernels.integrations.transformers.packing import Swap, replace, restore
 
-__all__ = ["register"]
+__all__ = ["BlockCache", "Swap", "register", "replace", "restore"]
 
 
 def register(name: str = "twotower") -> None:

@@ -72,7 +72,8 @@ def _refuse(module: torch.nn.Module) -> None:
     kind = type(module).__name__
     for flag, served in (("is_transposed", False), ("is_concatenated", True), ("has_post_expert_norm", False)):
         if getattr(module, flag) != served:
-            raise NotImplementedError(f"twotower experts: {flag}={not served} of {kind} is not served")
+            hint = "" if flag == "has_post_expert_norm" else "; replace(model) packs them"
+            raise NotImplementedError(f"twotower experts: {flag}={not served} of {kind} is not served{hint}")
 
 
 def _activation(module: torch.nn.Module) -> tuple[str, float | None, float | None]:
