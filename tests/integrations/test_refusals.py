@@ -1,5 +1,7 @@
 """What the adapter does not serve is refused by its name, and what it serves is not refused."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -103,6 +105,15 @@ def test_packed_sequences() -> None:
     ids, positions = torch.randint(2, 97, (1, 6)), torch.tensor([[0, 1, 2, 0, 1, 2]])
     with pytest.raises(NotImplementedError, match=r"^twotower mask: .*packed_sequence_mask_function"):
         model(input_ids=ids, position_ids=positions, use_cache=False)
+
+
+@pytest.mark.parametrize(
+    "compute", [lambda x: x.dtype, lambda x: x[:, :, :2], lambda x: torch.zeros(3) + x, lambda x: torch.where(x, 1, 0)]
+)
+def test_models_that_compute_with_their_mask(compute: Callable[[Mask], object]) -> None:
+    with pytest.raises(NotImplementedError, match=r"^twotower mask: expected a model that hands its mask on"):
+        compute(mask(2, 3, 3))
+    assert not hasattr(mask(2, 3, 3), "to")
 
 
 def as_matrix(seen: Mask) -> Tensor:

@@ -34,6 +34,16 @@ _HARMLESS = {
 }
 
 
+_OF_TENSORS = {name for name in dir(Tensor) if not name.startswith("_")}
+
+
+class NotATensor(NotImplementedError, AttributeError):
+    """A model computes with its mask. An AttributeError, too, for those who only ask what it has."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"twotower mask: expected a model that hands its mask on, got one that asks for its {name}")
+
+
 @dataclass(frozen=True, eq=False)
 class Mask:
     """What the queries of a call see of the keys that a cache returned, those of the call itself included.
@@ -62,6 +72,18 @@ class Mask:
     def contiguous(self) -> "Mask":
         """Itself: `generate` asks every prepared mask for it."""
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_TENSORS:
+            raise NotATensor(name)
+        raise AttributeError(name)
+
+    def __getitem__(self, index: Any) -> Any:
+        raise NotATensor("elements")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotATensor(getattr(function, "__name__", repr(function)))
 
 
 def mask(

@@ -1,0 +1,112 @@
+"""Every causal language model of transformers that builds small from its configuration, with these kernels and without.
+
+`python -m tests.transformers_sweep [model type ...]` prints a line for each and fails if one is silently wrong.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+from tests.integrations.tiny_models import SIZES
+from twotower_kernels.integrations.transformers import register, replace
+from twotower_kernels.integrations.transformers.attention import attention
+from twotower_kernels.integrations.transformers.experts import experts
+
+NAMES = SIZES | {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **{"num_experts_per_tok": 2, "moe_intermediate_size": 16, "sliding_window": 5, "tie_word_embeddings": False},
+    **{"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "d_model": 32, "eos_token_id": 2},
+}
+LARGEST = 3_000_000  # parameters; a configuration with sizes under other names stays as large as it is by default
+TOLERANCE = 1e-3
+calls: Counter[str] = Counter()
+
+
+def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls[name] += 1
+        return function(*args, **kwargs)
+
+    return call
+
+
+def build(kind: str, layers: int) -> PreTrainedModel:
+    classes = CAUSAL[kind]
+    of_model = getattr(transformers, classes if isinstance(classes, str) else classes[0])
+    of_config = of_model.config_class
+    renamed = getattr(of_config, "attribute_map", {})
+    sizes = {name: value for name, value in NAMES.items() if name in of_config.__dataclass_fields__ or name in renamed}
+    sizes = {name: value for name, value in sizes.items() if renamed.get(name) not in sizes}
+    sizes |= {name: layers for name in ("num_hidden_layers", "n_layer") if name in sizes}
+    config = of_config(**sizes)
+    with torch.device("meta"):
+        parameters = sum(x.numel() for x in of_model._from_config(config, attn_implementation="eager").parameters())
+    if parameters > LARGEST:
+        raise ValueError(f"{parameters / 1e6:.0f} million parameters")
+    torch.manual_seed(0)
+    return of_model._from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
+
+
+def run(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and greedy tokens of two prompts, one padded on the left."""
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(3)) * mask
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+        return logits, model.generate(input_ids=ids, attention_mask=mask, **options)
+
+
+def compare(kind: str) -> tuple[str, str]:
+    """What became of a model, in a word, and why."""
+    for layers in (2, 8):  # of hybrid models, the first two layers may have no attention
+        try:
+            model = build(kind, layers)
+            logits, tokens = run(model)
+            break
+        except Exception as error:  # whatever stops a model of random sizes stops it without the kernels
+            reason = f"{type(error).__name__}: {error}"
+    else:
+        return "not run", reason
+    calls.clear()
+    try:
+        model.set_attn_implementation("twotower")
+        model.set_experts_implementation("twotower")
+        replace(model)
+        found, found_tokens = run(model)
+    except (NotImplementedError, ValueError) as error:
+        return ("refused" if str(error).startswith("twotower") else "error"), str(error)
+    except Exception as error:
+        return "error", f"{type(error).__name__}: {error}"
+    distance = (found - logits).abs().max().item()
+    if not distance < TOLERANCE or not torch.equal(found_tokens, tokens):
+        return "wrong", f"logits off by {distance:.1e}, {int((found_tokens != tokens).sum())} other tokens"
+    if not calls:
+        return "not reached", "its attention is its own"
+    return "agrees", " and ".join(sorted(calls))
+
+
+def main(kinds: list[str]) -> int:
+    transformers.logging.set_verbosity_error()
+    register()
+    AttentionInterface.register("twotower", counted("attention", attention))
+    ExpertsInterface.register("twotower", counted("experts", experts))
+    total: Counter[str] = Counter()
+    for kind in kinds or sorted(CAUSAL):
+        verdict, why = compare(kind)
+        total[verdict] += 1
+        print(f"{kind:32} {verdict:12} {' '.join(why.split())[:160]}", flush=True)
+    print(", ".join(f"{count} {verdict}" for verdict, count in total.most_common()))
+    return int(bool(total["wrong"] or total["error"] or not total["agrees"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
