@@ -1,0 +1,98 @@
+"""Dream (arXiv 2508.15487) on these operations: NVlabs/Fast-dLLM, `modeling_dream.py` and `diffusion_generate`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import twotower_kernels as tt
+from examples.layers import Config, Rotary, Weights, activation, field, refuse
+
+
+class Dream:
+    """A dense encoder whose output at a position predicts the token behind it."""
+
+    def __init__(self, config: Config, weights: Weights, mask_token_id: int) -> None:
+        refuse(config, partial_rotary_factor=1.0)
+        self.weights, self.mask_token_id = weights, mask_token_id
+        self.layers, self.eps = field(config, "num_hidden_layers"), field(config, "rms_norm_eps")
+        self.head_dim = field(config, "hidden_size") // field(config, "num_attention_heads")
+        self.act = activation(config, "hidden_act")
+        self.rotary = Rotary(config, self.head_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits `[B, S, V]` of tokens `[B, S]`, not shifted."""
+        weights = self.weights
+        x = weights.tied("model.embed_tokens.weight", "lm_head.weight")[tokens]
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        for i in range(self.layers):
+            layer = weights.below(f"model.layers.{i}")
+            y, attention = self.norm(x, layer["input_layernorm.weight"]), layer.below("self_attn")
+            q, k, v = (attention.linear(y, f"{p}_proj").unflatten(-1, (-1, self.head_dim)) for p in "qkv")
+            y = tt.block_attention(*self.rotary(positions, q, k), v)
+            x = x + attention.linear(y.flatten(2), "o_proj")
+            x = x + layer.below("mlp").mlp(self.norm(x, layer["post_attention_layernorm.weight"]), self.act)
+        x = self.norm(x, weights["model.norm.weight"])
+        return tt.linear(x, weights.tied("lm_head.weight", "model.embed_tokens.weight"))
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return tt.rms_norm(x, weight, eps=self.eps)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Tensor,
+        *,
+        alg: str,
+        steps: int,
+        new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        eps: float = 1e-3,
+        alg_temp: float | None = None,
+        threshold: float = 0.9,
+    ) -> tuple[Tensor, int]:
+        """`diffusion_generate`, the most likely token taken for each draw: tokens `[B, T]`, and how many steps it took.
+
+        threshold: of `alg="confidence_threshold"`, which takes more steps where it refuses tokens in the last one.
+        """
+        if alg_temp:
+            raise NotImplementedError(f"alg_temp: expected None or 0, as positions are not drawn, got {alg_temp}")
+        policy = rule(alg, eps, threshold)
+        x = F.pad(prompt, (0, new_tokens), value=self.mask_token_id)
+        n0, step, total = (x == self.mask_token_id).sum(1), 0, steps
+        if alg == "confidence_threshold" and (len(x) > 1 or n0 % steps):
+            raise ValueError(f"steps: expected one row and a divisor of {n0.tolist()} masks, got {len(x)}, {steps}")
+        while step < total:
+            logits = self.forward(x)
+            logits = torch.cat((logits[:, :1], logits[:, :-1]), 1)
+            result = tt.remask(
+                logits,
+                x,
+                mask_token_id=self.mask_token_id,
+                policy=policy,
+                step=step,
+                num_steps=steps,
+                temperature=temperature,
+                top_p=1.0 if top_p is None else top_p,
+                top_k=top_k or 0,
+                initial_num_masked=n0,
+            )
+            x, step = result.tokens, step + 1
+            if alg == "confidence_threshold" and step >= total:
+                total += int(result.num_masked)
+        return x, total
+
+
+def rule(alg: str, eps: float, threshold: float) -> tt.RemaskPolicy:
+    """The rule of an `alg`."""
+    if alg == "confidence_threshold":
+        return tt.RemaskPolicy.fast_dllm_dream(threshold)
+    known = {"maskgit_plus": "maskgit", "topk_margin": "margin", "entropy": "entropy"}
+    if alg not in known:
+        raise NotImplementedError(f"alg: expected 'confidence_threshold' or one of {list(known)}, got {alg!r}")
+    return replace(tt.RemaskPolicy.dream(known[alg], eps=eps), greedy=True)

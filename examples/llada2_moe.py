@@ -1,0 +1,107 @@
+"""LLaDA2 with experts on these operations: inclusionAI/dInfer, `modeling_llada2_moe.py`, `ThresholdParallelDecoder`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import twotower_kernels as tt
+from examples.layers import Cache, Config, Rotary, Weights, activation, block_causal_attention, field
+
+
+class Llada2Moe:
+    """A decoder with routed experts, causal from block to block."""
+
+    def __init__(self, config: Config, weights: Weights, mask_token_id: int) -> None:
+        self.config, self.weights, self.mask_token_id = config, weights, mask_token_id
+        self.layers, self.eps = field(config, "num_hidden_layers"), field(config, "rms_norm_eps")
+        self.heads = field(config, "num_attention_heads")
+        self.kv_heads = config.get("num_key_value_heads") or self.heads
+        self.head_dim = config.get("head_dim") or field(config, "hidden_size") // self.heads
+        self.act = activation(config, "hidden_act")
+        self.rotary = Rotary(config, int(self.head_dim * config.get("partial_rotary_factor", 1.0)))
+        self.dense = self.layers if config.get("num_experts") is None else config.get("first_k_dense_replace", 0)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        start: Tensor | int = 0,
+        rows: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+        commit: bool = False,
+        block_length: int | None = None,
+    ) -> Tensor:
+        """Logits `[R, S, V]` of tokens `[R, S]` behind the first `start` tokens of the cache's rows.
+
+        commit: write their keys and values into the cache.
+        block_length: the tokens are blocks of so many, and nothing is before them; None: they are one block.
+        """
+        weights = self.weights
+        x = weights.tied("model.word_embeddings.weight", "lm_head.weight")[tokens]
+        positions = torch.arange(tokens.shape[1], device=tokens.device) + torch.as_tensor(start)[..., None]
+        for i in range(self.layers):
+            layer = weights.below(f"model.layers.{i}")
+            y, attention = self.norm(x, layer["input_layernorm.weight"]), layer.below("attention")
+            fused = attention.linear(y, "query_key_value").unflatten(-1, (-1, self.head_dim))
+            q, k, v = fused.split([self.heads, self.kv_heads, self.kv_heads], 2)
+            q, k = self.norm(q, attention["query_layernorm.weight"]), self.norm(k, attention["key_layernorm.weight"])
+            q, k = self.rotary(positions, q, k)
+            if block_length is not None:
+                y = block_causal_attention(q, k, v, block_length)
+            elif cache is None:
+                y = tt.block_attention(q, k, v)
+            else:
+                y = tt.block_attention(q, k, v, cache.k[i], cache.v[i], context_lens=start, context_index=rows)
+            if cache is not None and commit:
+                cache.append(i, k, v, start, rows)
+            x = x + attention.linear(y.flatten(2), "dense")
+            y, mlp = self.norm(x, layer["post_attention_layernorm.weight"]), layer.below("mlp")
+            x = x + (mlp.mlp(y, self.act) if i < self.dense else self.experts(y.flatten(0, 1), mlp).view_as(x))
+        x = self.norm(x, weights["model.norm.weight"])
+        return tt.linear(x, weights.tied("lm_head.weight", "model.word_embeddings.weight"))
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return tt.rms_norm(x, weight, eps=self.eps)
+
+    def route(self, logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and experts `[N, k]`: the bias chooses only, and an expert of a dropped group cannot be chosen."""
+        top_k = field(self.config, "num_experts_per_tok")
+        bias = bias - bias.min() + 1
+        return tt.moe_route(
+            logits,
+            bias,
+            top_k=top_k,
+            n_group=field(self.config, "n_group"),
+            topk_group=field(self.config, "topk_group"),
+            renormalize=top_k > 1,
+            scaling=field(self.config, "routed_scaling_factor"),
+        )
+
+    def experts(self, x: Tensor, mlp: Weights) -> Tensor:
+        weights, experts = self.route(tt.moe_gate(x, mlp["gate.weight"]), mlp["gate.expert_bias"])
+        shared = dict()
+        if self.config.get("num_shared_experts"):
+            gate, up = mlp["shared_experts.gate_proj.weight"], mlp["shared_experts.up_proj.weight"]
+            shared = dict(shared_up=torch.cat((gate, up)), shared_down=mlp["shared_experts.down_proj.weight"])
+        w_up, w_down = mlp["experts.w13_weight"], mlp["experts.w2_weight"]
+        return tt.moe_experts(x, w_up, w_down, weights, experts, activation="silu_gated", **shared)
+
+    @torch.no_grad()
+    def generate(self, prompt: Tensor, *, blocks: int, block_length: int, threshold: float) -> tuple[Tensor, int]:
+        x, nfe, given = F.pad(prompt, (0, blocks * block_length), value=self.mask_token_id), 0, prompt.shape[1]
+        x = F.pad(x, (0, -x.shape[1] % block_length), value=self.mask_token_id)
+        cache = Cache(self.layers, len(x), x.shape[1], self.kv_heads, self.head_dim, self.weights["model.norm.weight"])
+        prefilled = given // block_length * block_length
+        if prefilled:
+            self.forward(x[:, :prefilled], cache=cache, commit=True, block_length=block_length)
+        for start in range(prefilled, x.shape[1], block_length):
+            block = x[:, start : start + block_length]
+            while (block == self.mask_token_id).any():
+                logits = self.forward(block, start, cache=cache)
+                nfe += 1
+                policy = tt.RemaskPolicy.dinfer(threshold)
+                block.copy_(tt.remask(logits, block, mask_token_id=self.mask_token_id, policy=policy).tokens)
+            self.forward(block, start, cache=cache, commit=True)
+        return x, nfe
