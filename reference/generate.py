@@ -15,7 +15,7 @@ batch, so it costs nothing.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.options.arguments import Integers
-from twotower_kernels.options.generation import MODES, GenerationConfig, Prompts, prompt_rows
+from twotower_kernels.options.generation import MODES, GenerationConfig, Processor, Prompts, prompt_rows
 from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.reference.model import ContextState, TwoTower
 from twotower_kernels.reference.philox import row_seeds
@@ -41,10 +41,11 @@ class StepEvent:
     """What just happened to R rows of the request: one un-masking step, or one block finished.
 
     In the autoregressive modes a block is one token and only finished blocks are reported. The finished blocks of a
-    row, one after the other, are its new tokens before the cut at `max_new_tokens` and after the first EOS.
+    row, one after the other, are its text from its first mask on (without one, its new tokens), before the cut at
+    `max_new_tokens` and after the first EOS.
     """
 
-    block: int  # index of the block (autoregressive modes: of the new token)
+    block: int  # index of the block, from the row's first one (autoregressive modes: of the new token)
     step: int  # index of the un-masking step inside the block; for a finished block, the steps it took at most
     committed: bool  # the block is finished (otherwise: a step inside it)
     rows: Tensor  # [R] int64, index of each row in the request
@@ -52,15 +53,18 @@ class StepEvent:
     after: Tensor  # [R, S] int64
     num_masked: Tensor  # [R] int64, masks left in `after`
     nfe: Tensor  # [R] int64, model calls this row has cost so far
-    logprobs: Tensor | None = None  # [R, S] float32, if asked for: those of `after`, NaN for masks
+    logprobs: Tensor | None = None  # [R, S] float32, if asked for: those of `after`, NaN for masks and what is given
+    start: Tensor | None = None  # [R] int64, position of the block's first token in its row, prompt included
 
 
 @dataclass(frozen=True)
 class GenerateResult:
     """The generated text of B prompts and what it cost."""
 
-    sequences: list[Tensor]  # per row, 1-D int64: prompt + new tokens, cut after the EOS, which is kept
-    new_tokens: list[Tensor]  # per row, 1-D int64: the new tokens alone
+    sequences: list[
+        Tensor
+    ]  # per row, 1-D int64: prompt, masks filled, and what follows, cut after the EOS, which is kept
+    new_tokens: list[Tensor]  # per row, 1-D int64: the new tokens alone: those in the prompt's masks, and behind it
     nfe: list[int]  # per row: denoiser calls while the row had masks (ar: context-tower predictions)
     finish_reason: list[str]  # per row: "eos" or "length"
     seconds: float  # wall-clock time of the whole request, prefill included
@@ -74,20 +78,35 @@ class GenerateResult:
 
 @dataclass
 class _Run:
-    """The request as the three modes see it: checked arguments, and what the rows have got so far."""
+    """The request as the three modes see it: checked arguments, and the texts that the rows have got so far.
+
+    A text is laid out whole: the prompt, then masks as far as blocks reach. Blocks are written into it.
+    """
 
     model: TwoTower
-    prompts: Tensor  # [B, T] int64, right-padded
-    lengths: Tensor  # [B] int64
-    max_new_tokens: int
-    ends: list[int]  # the tokens with which a row ends
-    sampling: dict[str, Any]  # temperature, top_k, top_p
+    config: GenerationConfig
+    text: Tensor  # [B, N] int64
+    given: Tensor  # bool [B, N]: what the prompt says
+    lengths: Tensor  # [B] int64, of the prompts
+    first: Tensor  # [B] int64, where a row's first block begins
+    num_blocks: Tensor  # [B] int64
+    block_size: int  # of the autoregressive modes: 1
+    mask_token_id: int
     seeds: Tensor  # [B] int64, Philox keys
     on_step: Callable[[StepEvent], object] | None
     nfe: Tensor  # [B] int64
-    with_logprobs: bool
-    blocks: list[list[Tensor]]  # per row, its finished blocks
-    logprobs: list[list[Tensor]]  # per row, those of its finished blocks
+    logprobs: Tensor  # [B, N] float32
+
+    def places(self, block: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Where in the text a block of these rows [R] lies: indices [R, 1] and [R, S]."""
+        begin = self.first[rows] + block * self.block_size
+        return rows[:, None], begin[:, None] + torch.arange(self.block_size, device=rows.device)
+
+    def processed(self, logits: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+        """The logits [R, S, V] after the caller's processors, which get copies."""
+        for processor in self.config.processors:
+            logits = processor(logits.clone(), tokens.clone(), rows.clone())
+        return logits
 
     def report(
         self, block: int, step: int, rows: Tensor, before: Tensor, after: Tensor, masked: Tensor, logprobs: Tensor
@@ -95,30 +114,73 @@ class _Run:
         """Tell the observer about an un-masking step."""
         if self.on_step is not None:
             tensors = rows.clone(), before.clone(), after.clone(), masked, self.nfe[rows]
-            self.on_step(StepEvent(block, step, False, *tensors, logprobs.clone() if self.with_logprobs else None))
+            asked = logprobs.clone() if self.config.logprobs else None
+            self.on_step(StepEvent(block, step, False, *tensors, asked, self.places(block, rows)[1][:, 0]))
 
     def finish_block(self, block: int, step: int, rows: Tensor, tokens: Tensor, logprobs: Tensor) -> Tensor:
-        """Hand a finished block [R, S] to its rows; return bool [R]: which rows want another one."""
-        for row, new, of_new in zip(rows.tolist(), tokens, logprobs, strict=True):
-            self.blocks[row].append(new)
-            self.logprobs[row].append(of_new)
+        """Write a finished block [R, S] into its rows' texts; return bool [R]: which rows want another one."""
+        places = self.places(block, rows)
+        self.text[places], self.logprobs[places] = tokens, logprobs
         if self.on_step is not None:
             tensors = rows.clone(), tokens.clone(), tokens.clone(), torch.zeros_like(rows), self.nfe[rows]
-            self.on_step(StepEvent(block, step, True, *tensors, logprobs.clone() if self.with_logprobs else None))
-        return ~self.is_end(tokens).any(dim=1)
+            asked = logprobs.clone() if self.config.logprobs else None
+            self.on_step(StepEvent(block, step, True, *tensors, asked, places[1][:, 0]))
+        return ~self.is_end(rows, places[1]).any(dim=1)
 
-    def is_end(self, tokens: Tensor) -> Tensor:
-        """Which tokens end a row."""
-        return torch.isin(tokens, torch.tensor(self.ends, dtype=tokens.dtype, device=tokens.device))
+    def is_end(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Which tokens of the rows' texts, at positions [R, n], end a row: those behind everything given."""
+        numbers = torch.arange(1, self.text.shape[1] + 1, device=rows.device)
+        behind = (self.given[rows] * numbers).amax(dim=1, keepdim=True)  # [R, 1]
+        ends = torch.tensor(self.config.ends, dtype=torch.int64, device=rows.device)
+        return torch.isin(self.text[rows[:, None], positions], ends) & (positions >= behind)
 
-    def cut(self, row: int) -> tuple[Tensor, Tensor, str]:
-        """A row's new tokens, at most `max_new_tokens`, up to and including the first EOS; their logprobs."""
-        new = torch.cat([self.prompts.new_empty(0), *self.blocks[row]])[: self.max_new_tokens]
-        logprobs = torch.cat([torch.empty(0, device=new.device), *self.logprobs[row]])
-        hits = self.is_end(new).nonzero()
-        if len(hits):
-            new = new[: int(hits[0]) + 1]
-        return new, logprobs[: len(new)], "eos" if len(hits) else "length"
+    def cut(self, row: int) -> tuple[Tensor, Tensor, Tensor, str]:
+        """A row's text up to its length, or up to and including the first EOS that ends it; of that the new tokens,
+        and their logprobs."""
+        positions = torch.arange(int(self.lengths[row]) + self.config.max_new_tokens, device=self.text.device)
+        hits = self.is_end(torch.tensor([row], device=self.text.device), positions[None])[0].nonzero()
+        end = int(hits[0]) + 1 if len(hits) else len(positions)
+        new = ~self.given[row, :end]
+        text, logprobs = self.text[row, :end], self.logprobs[row, :end]
+        return text, text[new], logprobs[new], "eos" if len(hits) else "length"
+
+
+def _begin(
+    model: TwoTower, config: GenerationConfig, prompts: list[Tensor], on_step: Callable[[StepEvent], object] | None
+) -> _Run:
+    """The request with nothing written yet."""
+    device, in_blocks = prompts[0].device, config.mode == "mask_diffusion"
+    mask = config.mask_token_id if in_blocks else model.config.mask_token_id
+    assert mask is not None  # the model's, if no other was given
+    size, new = config.block_size if in_blocks else 1, config.max_new_tokens
+    plans = []  # per row: where its first block begins, and how many it has
+    for row in prompts:
+        masks = (row == mask).nonzero()[:, 0].tolist() if in_blocks else []
+        first = masks[0] if masks else len(row)
+        last = len(row) + new if new else masks[-1] + 1 if masks else first
+        plans.append((first, math.ceil((last - first) / size)))
+    longest = max(max(len(row) + new, first + count * size) for row, (first, count) in zip(prompts, plans, strict=True))
+    text = torch.full((len(prompts), longest), mask, device=device)
+    given = torch.zeros_like(text, dtype=torch.bool)
+    for b, row in enumerate(prompts):
+        text[b, : len(row)] = row
+        given[b, : len(row)] = row != mask if in_blocks else True
+    first, num_blocks = torch.tensor(plans, device=device).T
+    return _Run(
+        model=model,
+        config=config,
+        text=text,
+        given=given,
+        lengths=torch.tensor([len(row) for row in prompts], device=device),
+        first=first,
+        num_blocks=num_blocks,
+        block_size=size,
+        mask_token_id=mask,
+        seeds=torch.tensor(row_seeds(config.seed, len(prompts)), device=device),
+        on_step=on_step,
+        nfe=torch.zeros(len(prompts), dtype=torch.int64, device=device),
+        logprobs=torch.full(text.shape, torch.nan, device=device),
+    )
 
 
 @torch.no_grad()
@@ -139,16 +201,21 @@ def generate(
     eos_token_id: int | Integers | None = None,
     seed: int | Integers = 0,
     logprobs: bool = False,
+    processors: Sequence[Processor] = (),
     on_step: Callable[[StepEvent], object] | None = None,
 ) -> GenerateResult:
     """Continue every prompt by up to `max_new_tokens` tokens.
 
     Args:
         model: the two towers.
-        prompts: [B, T], or B one-dimensional tensors, arrays or lists of any lengths >= 1; integers of any dtype.
+        prompts: [B, T], or B one-dimensional tensors, arrays or lists of any lengths >= 1; integers of any dtype. In
+            mask_diffusion masks in them are filled in, and what is given stays: the first block begins with the first
+            mask, what is given of it and later ones is read there, and left alone. In the other modes a mask is a token
+            as any other.
         mode: "mask_diffusion", "mock_ar" or "ar".
-        max_new_tokens: per row. When it is no multiple of the block size, the last block is denoised whole and then
-            cut, so a shorter request gives a prefix of a longer one.
+        max_new_tokens: per row, behind its prompt. Where a row does not end with a block, the last one is denoised
+            whole and then cut, so a shorter request gives a prefix of a longer one. With 0 masks are filled in, and
+            nothing is done to prompts without.
         block_size, steps_per_block: S and T (mask_diffusion only). S above the size the model was trained with makes
             sampling collapse and is warned about; below is safe.
         confidence_threshold: gamma of the TwoTower rule. With n masks and r steps left, each step commits the
@@ -161,13 +228,15 @@ def generate(
             and top_p 1 are no filter.
         mask_token_id: what a position to be filled holds (mask_diffusion only; the other modes treat it as any token);
             None: the config's.
-        eos_token_id: a token, or several: a row ends with the first of them among its new tokens.
+        eos_token_id: a token, or several: a row ends with the first of them that is written behind everything given.
         seed: the request's seed, or one per row. Row b draws with the key `philox.sequence_seed(seed, b)`, or with its
             own seed as the key. In mask_diffusion the counter holds (token, position in the block, step, index of the
             block); in the autoregressive modes (token, 0, 0, index of the new token).
-        logprobs: also give the logarithm of each new token's probability at temperature 1, without filters, by the
-            tower that proposed it. In mask_diffusion the mask token has none, and it is that of the step that wrote the
-            token, or last rewrote it.
+        logprobs: also give the logarithm of each new token's probability at temperature 1, without filters and
+            processors, by the tower that proposed it. In mask_diffusion the mask token has none, and it is that of the
+            step that wrote the token, or last rewrote it.
+        processors: called one after the other as `processor(logits [R, S, V], tokens [R, S], rows [R])` before anything
+            is sampled; each returns logits. Tokens are the block as it stands, in the autoregressive modes one mask.
         on_step: called with a `StepEvent` after every un-masking step and for every finished block.
 
     Raises:
@@ -191,114 +260,96 @@ def generate(
         eos_token_id=eos_token_id,
         seed=seed,
         logprobs=logprobs,
+        processors=processors,
     ).for_model(model.config)
-    device = next(model.parameters()).device
-    rows = prompt_rows(prompts, model.config.vocab_size, device)
-    run = _Run(
-        model=model,
-        prompts=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
-        lengths=torch.tensor([len(row) for row in rows], device=device),
-        max_new_tokens=config.max_new_tokens,
-        ends=list(config.ends),
-        sampling=config.sampling,
-        seeds=torch.tensor(row_seeds(config.seed, len(rows)), device=device),
-        on_step=on_step,
-        nfe=torch.zeros(len(rows), dtype=torch.int64, device=device),
-        with_logprobs=logprobs,
-        blocks=[[] for _ in rows],
-        logprobs=[[] for _ in rows],
-    )
-    if config.max_new_tokens and mode == "mask_diffusion":
-        assert config.mask_token_id is not None  # the model's, if no other was given
-        _diffuse(run, config.unmasking, config.block_size, config.steps_per_block, config.mask_token_id)
+    rows = prompt_rows(prompts, model.config.vocab_size, next(model.parameters()).device)
+    run = _begin(model, config, rows, on_step)
+    if mode == "mask_diffusion":
+        _diffuse(run)
     elif config.max_new_tokens:
         _autoregress(run, with_denoiser=mode == "mock_ar")
-    new_tokens, of_new, reasons = zip(*(run.cut(b) for b in range(len(rows))), strict=True)
-    sequences = [torch.cat(pair) for pair in zip(rows, new_tokens, strict=True)]
+    sequences, new_tokens, of_new, reasons = (list(part) for part in zip(*map(run.cut, range(len(rows))), strict=True))
     seconds = time.perf_counter() - start
-    asked = list(of_new) if logprobs else None
-    return GenerateResult(sequences, list(new_tokens), run.nfe.tolist(), list(reasons), seconds, asked)
+    return GenerateResult(sequences, new_tokens, run.nfe.tolist(), reasons, seconds, of_new if logprobs else None)
 
 
-def _diffuse(run: _Run, policy: RemaskPolicy, block_size: int, num_steps: int, mask_token_id: int) -> None:
+def _diffuse(run: _Run) -> None:
     """Block after block: denoise it, hand it out, extend the context of the rows that go on."""
-    state = run.model.prefill(run.prompts, run.lengths)
-    rows = torch.arange(len(run.lengths), device=run.lengths.device)  # [R] rows still generating, in the state's order
-    num_blocks = math.ceil(run.max_new_tokens / block_size)
-    for block in range(num_blocks):
-        tokens, logprobs, steps = _denoise_block(run, state, rows, policy, block, block_size, num_steps, mask_token_id)
-        go_on = run.finish_block(block, steps, rows, tokens, logprobs)
-        if block + 1 == num_blocks or not go_on.any():
-            return  # the last block is read by nobody: the context need not grow
+    rows = run.num_blocks.nonzero()[:, 0]  # [R] rows still generating, in the state's order
+    if not len(rows):
+        return
+    lengths = run.first[rows]
+    state = run.model.prefill(run.text[rows, : int(lengths.max())], lengths)
+    block = 0
+    while True:
+        tokens, logprobs, steps = _denoise_block(run, state, rows, block)
+        go_on = run.finish_block(block, steps, rows, tokens, logprobs) & (run.num_blocks[rows] > block + 1)
+        if not go_on.any():
+            return  # a row's last block is read by nobody: its context need not grow
         if not go_on.all():
             keep = go_on.nonzero().squeeze(1)
             state, rows, tokens = state.select(keep), rows[keep], tokens[keep]
-        state = run.model.commit(tokens, state)
+        state, block = run.model.commit(tokens, state), block + 1
 
 
-def _denoise_block(
-    run: _Run,
-    state: ContextState,
-    rows: Tensor,
-    policy: RemaskPolicy,
-    block: int,
-    block_size: int,
-    num_steps: int,
-    mask_token_id: int,
-) -> tuple[Tensor, Tensor, int]:
-    """From all masks to none: int64 [R, S] tokens, their logprobs, and the number of steps the slowest row took."""
-    tokens = torch.full((len(rows), block_size), mask_token_id, device=rows.device)
+def _denoise_block(run: _Run, state: ContextState, rows: Tensor, block: int) -> tuple[Tensor, Tensor, int]:
+    """Until no mask is left: int64 [R, S] tokens, their logprobs, and the number of steps the slowest row took."""
+    config, mask, block_size = run.config, run.mask_token_id, run.block_size
+    policy, num_steps = config.unmasking, config.steps_per_block
+    tokens = run.text[run.places(block, rows)]
     logprobs = torch.full(tokens.shape, torch.nan, device=rows.device)
-    active = torch.arange(len(rows), device=rows.device)  # [A] rows of this block that still hold masks
-    masked = torch.full_like(rows, block_size)  # [A]
-    last_call = max(num_steps, block_size)
-    for step in range(last_call + 1):
+    editable = tokens == mask
+    initial = editable.sum(dim=1)
+    active = initial.nonzero()[:, 0]  # [A] rows of this block that still hold masks
+    state, masked = state.select(active), initial[active]
+    last_call, step = max(num_steps, block_size), 0
+    while len(active):
         of_steps = max(num_steps, step + 1)  # past the schedule, every step is the last one
         before = tokens[active]  # [A, S]
         t = model_time(policy, masked, block_size, torch.tensor(step), torch.tensor(of_steps))  # [A]
         logits = run.model.denoise(before, state, t)  # [A, S, V]
         result = remask(
-            logits,
+            run.processed(logits, before, rows[active]),
             before,
-            mask_token_id=mask_token_id,
+            mask_token_id=mask,
             policy=policy if step < last_call else FINISH,
             step=step,
             num_steps=of_steps,
             seed=run.seeds[rows[active]],
             offset=block,
-            initial_num_masked=block_size,
-            **run.sampling,
+            editable=editable[active],
+            initial_num_masked=initial[active],
+            **config.sampling,
         )
         _check_finite(result.confidence, rows[active])
         tokens[active] = result.tokens
-        scored = logits.index_fill(2, torch.tensor(mask_token_id, device=logits.device), -torch.inf)
+        scored = logits.index_fill(2, torch.tensor(mask, device=logits.device), -torch.inf)
         written = torch.where(result.transfer_mask, _logprobs(scored, result.tokens), logprobs[active])
-        logprobs[active] = written.masked_fill(result.tokens == mask_token_id, torch.nan)
+        logprobs[active] = written.masked_fill(result.tokens == mask, torch.nan)
         masked = result.num_masked.long()
         run.nfe[rows[active]] += 1
         run.report(block, step, rows[active], before, result.tokens, masked, logprobs[active])
-        if not masked.all():
-            keep = masked.nonzero().squeeze(1)
-            if not len(keep):
-                break
-            state, active, masked = state.select(keep), active[keep], masked[keep]
-    return tokens, logprobs, step + 1
+        keep = masked.nonzero().squeeze(1)
+        state, active, masked, step = state.select(keep), active[keep], masked[keep], step + 1
+    return tokens, logprobs, step
 
 
 def _autoregress(run: _Run, with_denoiser: bool) -> None:
     """One token at a time, proposed by the denoiser (mock_ar) or by the context tower (ar)."""
     rows = torch.arange(len(run.lengths), device=run.lengths.device)  # [R] rows still generating, in the state's order
-    last = run.prompts.gather(1, run.lengths[:, None] - 1)  # [R, 1]
+    prompts = run.text[:, : int(run.lengths.max())]
+    last = prompts.gather(1, run.lengths[:, None] - 1)  # [R, 1]
     if with_denoiser:  # it reads the last token itself, so the context stops before it
-        state = run.model.prefill(run.prompts[:, :-1], run.lengths - 1)
+        state = run.model.prefill(prompts[:, :-1], run.lengths - 1)
     else:
-        state = run.model.prefill(run.prompts, run.lengths)
-    for index in range(run.max_new_tokens):
-        logits = run.model.denoise(last, state, t=None)[:, 0] if with_denoiser else state.logits  # [R, V]
-        token = _next_token(logits, rows, run.seeds[rows], index, run.sampling)  # [R, 1]
+        state = run.model.prefill(prompts, run.lengths)
+    for index in range(run.config.max_new_tokens):
+        logits = run.model.denoise(last, state, t=None) if with_denoiser else state.logits[:, None]  # [R, 1, V]
+        proposed = run.processed(logits, torch.full_like(last, run.mask_token_id), rows)
+        token = _next_token(proposed, rows, run.seeds[rows], index, run.config.sampling)  # [R, 1]
         run.nfe[rows] += 1
-        go_on = run.finish_block(index, 1, rows, token, _logprobs(logits[:, None], token))
-        if index + 1 == run.max_new_tokens or not go_on.any():
+        go_on = run.finish_block(index, 1, rows, token, _logprobs(logits, token))
+        if index + 1 == run.config.max_new_tokens or not go_on.any():
             return
         if not go_on.all():
             keep = go_on.nonzero().squeeze(1)
@@ -308,12 +359,12 @@ def _autoregress(run: _Run, with_denoiser: bool) -> None:
 
 
 def _next_token(logits: Tensor, rows: Tensor, seeds: Tensor, index: int, sampling: dict[str, Any]) -> Tensor:
-    """Greedy or sampled next token: logits [R, V] -> int64 [R, 1].
+    """Greedy or sampled next token: logits [R, 1, V] -> int64 [R, 1].
 
     It is the proposal of a remasking step on a block of one, so both kinds of generation share one sampler.
     """
     block = torch.zeros(len(seeds), 1, dtype=torch.int64, device=logits.device)  # of masks, whatever their number
-    step = remask(logits[:, None], block, mask_token_id=0, policy=PROPOSE, seed=seeds, offset=index, **sampling)
+    step = remask(logits, block, mask_token_id=0, policy=PROPOSE, seed=seeds, offset=index, **sampling)
     _check_finite(step.confidence, rows)
     return step.candidate
 

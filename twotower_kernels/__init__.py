@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from twotower_kernels.model import ContextState, GenerateResult, StepEvent, Stream, TwoTowerModel
+from twotower_kernels.generation import GenerateResult, StepEvent, Stream, generate_blocks, stream_blocks
+from twotower_kernels.model import ContextState, TwoTowerModel
 from twotower_kernels.ops import (
     MoePlan,
     adaln_norm,
@@ -48,6 +49,7 @@ __all__ = [
     "gated_residual",
     "gated_residual_adaln_norm",
     "gated_rms_norm",
+    "generate_blocks",
     "linear",
     "mamba2_scan",
     "merge_attention",
@@ -58,6 +60,7 @@ __all__ = [
     "remask",
     "rms_norm",
     "sequence_seed",
+    "stream_blocks",
 ]
 
 

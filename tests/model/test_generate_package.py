@@ -21,8 +21,12 @@ from hypothesis import strategies as st
 from tests.model import recordings
 from tests.model.small_model import MASK, VOCAB, package_model, small_model
 from tests.paths import GOLDEN
-from twotower_kernels.model import autoregression, diffusion, request, state
-from twotower_kernels.model.generate import MODES, GenerateResult, StepEvent, generate, stream
+from twotower_kernels.generation import blocks as blocks_module
+from twotower_kernels.generation import request
+from twotower_kernels.generation import stream as stream_module
+from twotower_kernels.generation.results import GenerateResult, StepEvent
+from twotower_kernels.model import autoregression, diffusion, state
+from twotower_kernels.model.generate import MODES, generate, stream
 from twotower_kernels.model.two_tower import TwoTowerModel
 from twotower_kernels.ops.remask_checks import REAL
 from twotower_kernels.options import generation
@@ -165,7 +169,7 @@ def test_rows_that_are_done_cost_nothing(mode: str, ends: bool) -> None:
     assert sum(model.committed) == sum((math.ceil(len(new) / block) - 1) * block for new in result.new_tokens)
 
 
-LOOPS = {Path(module.__file__) for module in (autoregression, diffusion, request, state)}
+LOOPS = {Path(module.__file__) for module in (autoregression, diffusion, blocks_module, request, stream_module, state)}
 READS = ("tolist", "item", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 
 

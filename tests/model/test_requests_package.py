@@ -15,7 +15,8 @@ from torch import Tensor
 
 import twotower_kernels as tt
 from tests.model.small_model import MASK, VOCAB, save_small_model, small_model
-from twotower_kernels.model.generate import MODES, StepEvent
+from twotower_kernels.generation.results import StepEvent
+from twotower_kernels.model.generate import MODES
 from twotower_kernels.reference import generate as specification
 
 

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from tests.model.small_model import EOS, MASK, save_small_model
 from twotower_kernels.cli.show import BLANK, Painter, Printer, costs, printable, verdict
-from twotower_kernels.model.generate import GenerateResult, StepEvent, stream
+from twotower_kernels.generation import GenerateResult, StepEvent
+from twotower_kernels.model.generate import stream
 from twotower_kernels.model.two_tower import TwoTowerModel
 
 

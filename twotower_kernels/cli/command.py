@@ -28,7 +28,8 @@ from tokenizers import Tokenizer
 import twotower_kernels
 from twotower_kernels.cli import info
 from twotower_kernels.cli.show import Painter, Printer, costs, fitting, printable, speed, verdict
-from twotower_kernels.model.generate import MODES, GenerateResult, Stream, generate, stream
+from twotower_kernels.generation import GenerateResult, Stream
+from twotower_kernels.model.generate import MODES, generate, stream
 from twotower_kernels.model.two_tower import TwoTowerModel
 from twotower_kernels.options.flags import checked, integer, number
 from twotower_kernels.options.generation import MOST_BLOCK

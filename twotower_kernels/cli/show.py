@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from twotower_kernels.model.generate import GenerateResult, StepEvent
+from twotower_kernels.generation import GenerateResult, StepEvent
 
 BLANK = "░"  # a place that is still masked
 NEW = "bold black on green"

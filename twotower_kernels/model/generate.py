@@ -17,63 +17,31 @@ batch.
 Tokens are drawn, and the results lie, where the logits are: on the denoiser's device, in `ar` on the context tower's.
 Where these are two, the model itself sends ids to the tower that reads them.
 
-The host learns of a step what it must to go on, and no more: how many masks each row has left, whether its logits
-were numbers, whether it wrote its last token. That is one small read per step; everything else stays on the device.
+The loop over blocks is `generation.blocks`, which any model can use; its steps read one small tensor back to the host.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
+from twotower_kernels.generation.blocks import diffuse
+from twotower_kernels.generation.plan import plan_blocks, plan_tokens
+from twotower_kernels.generation.request import Request
+from twotower_kernels.generation.results import GenerateResult, StepEvent
+from twotower_kernels.generation.stream import Stream
 from twotower_kernels.model.autoregression import autoregress
 from twotower_kernels.model.capture import CapturedModel
-from twotower_kernels.model.diffusion import diffuse
+from twotower_kernels.model.diffusion import prefilled
 from twotower_kernels.model.inference import inference
-from twotower_kernels.model.interface import Towers
-from twotower_kernels.model.request import Request
-from twotower_kernels.model.results import GenerateResult, StepEvent
+from twotower_kernels.model.interface import Calls, Towers
 from twotower_kernels.options.arguments import Integers
 from twotower_kernels.options.generation import MODES as MODES
-from twotower_kernels.options.generation import GenerationConfig, Prompts, prompt_rows
+from twotower_kernels.options.generation import GenerationConfig, Processor, Prompts, prompt_rows
 from twotower_kernels.options.remask_policy import RemaskPolicy
-from twotower_kernels.options.seeds import row_seeds
-
-
-class Stream(Iterator[StepEvent]):
-    """A generation in progress: an iterator over its events, and what it has written so far.
-
-    The model works while the next event is asked for. Whoever stops asking, closes the stream or is interrupted
-    (Ctrl-C) keeps every finished block: `result` says what they are. A stream that was interrupted does not go on.
-    """
-
-    def __init__(self, request: Request, events: Generator[StepEvent, None, None], seconds: float) -> None:
-        self._request, self._events, self._seconds = request, events, seconds
-
-    @inference
-    def __next__(self) -> StepEvent:
-        start = time.perf_counter()
-        try:
-            return next(self._events)
-        finally:
-            self._seconds += time.perf_counter() - start
-
-    def close(self) -> None:
-        """Ends the generation and gives its memory back; `result` remains."""
-        self._events.close()
-
-    @inference
-    def result(self) -> GenerateResult:
-        """What has been generated so far; a row that has not ended has the finish reason "interrupted"."""
-        request = self._request
-        new_tokens, reasons = zip(*map(request.cut, range(len(request.prompts))), strict=True)
-        sequences = [torch.cat(pair) for pair in zip(request.prompts, new_tokens, strict=True)]
-        logprobs = None
-        if request.logprobs is not None:
-            logprobs = [request.cut_logprobs(row, len(new)) for row, new in enumerate(new_tokens)]
-        return GenerateResult(sequences, list(new_tokens), list(request.nfe), list(reasons), self._seconds, logprobs)
 
 
 @inference
@@ -94,6 +62,7 @@ def stream(
     eos_token_id: int | Integers | None = None,
     seed: int | Integers = 0,
     logprobs: bool = False,
+    processors: Sequence[Processor] = (),
 ) -> Stream:
     """Continues every prompt by up to `max_new_tokens` tokens, one event after the other. Not differentiable.
 
@@ -101,10 +70,14 @@ def stream(
 
     Args:
         model: the two towers.
-        prompts: [B, T], or B one-dimensional tensors, arrays or lists of any lengths >= 1; integers of any dtype.
+        prompts: [B, T], or B one-dimensional tensors, arrays or lists of any lengths >= 1; integers of any dtype. In
+            mask_diffusion masks in them are filled in, and what is given stays: the first block begins with the first
+            mask, what is given of it and later ones is read there, and left alone. In the other modes a mask is a token
+            as any other.
         mode: "mask_diffusion", "mock_ar" or "ar".
-        max_new_tokens: per row. When it is no multiple of the block size, the last block is denoised whole and then
-            cut, so a shorter request gives a prefix of a longer one.
+        max_new_tokens: per row, behind its prompt. Where a row does not end with a block, the last one is denoised
+            whole and then cut, so a shorter request gives a prefix of a longer one. With 0 masks are filled in, and
+            nothing is done to prompts without.
         block_size, steps_per_block: S and T (mask_diffusion only). S above the size the model was trained with makes
             sampling collapse and is warned about; below is safe.
         confidence_threshold: gamma of the TwoTower rule. With n masks and r steps left, each step commits the
@@ -117,14 +90,19 @@ def stream(
             and top_p 1 are no filter.
         mask_token_id: what a position to be filled holds (mask_diffusion only; the other modes treat it as any token).
             None: the config's `mask_token_id`, which is 3 where a released file does not say another.
-        eos_token_id: a token, or several: a row ends with the first of them among its new tokens. None: with none.
+        eos_token_id: a token, or several: a row ends with the first of them that is written behind everything given.
+            None: with none.
         seed: the request's seed, 64 bits, or one seed per row. Row b draws with the key `sequence_seed(seed, b)`, or
             with its own seed as the key: so it draws the same in any batch, and `seed=[sequence_seed(seed, b)]` repeats
             row b of a request with one seed. In mask_diffusion the counter holds (token, position in the block, step,
             index of the block); in the autoregressive modes (token, 0, 0, index of the new token).
         logprobs: also say how probable each new token was: the logarithm of its probability at temperature 1, without
-            filters, for the tower that proposed it. In mask_diffusion the mask token has no probability, and it is that
-            of the step that wrote the token, or last rewrote it.
+            filters and processors, for the tower that proposed it. In mask_diffusion the mask token has no probability,
+            and it is that of the step that wrote the token, or last rewrote it.
+        processors: called one after the other as `processor(logits [R, S, V], tokens [R, S], rows [R])` in every step,
+            before anything is sampled; each returns logits of the same shape, and may have written to those it got.
+            Rows are indices in the request. Tokens are the block as it stands, in the autoregressive modes one mask;
+            what stands before it is told by the events.
 
         Numbers may be NumPy's, and elements of arrays or of tensors on the CPU.
 
@@ -151,24 +129,29 @@ def stream(
         eos_token_id=eos_token_id,
         seed=seed,
         logprobs=logprobs,
+        processors=processors,
     ).for_model(model.config)
     device = model.device if mode == "ar" else model.denoiser_device
     rows = prompt_rows(prompts, model.config.vocab_size, device)
     captured = CapturedModel(model)
-    request = Request(
-        model=model,
-        options=options,
-        prompts=rows,
-        ends=torch.tensor(options.ends, dtype=torch.int64, device=device),
-        seeds=torch.tensor(row_seeds(options.seed, len(rows)), device=device),
-        nfe=[0] * len(rows),
-        blocks=[[] for _ in rows],
-        logprobs=[[] for _ in rows] if logprobs else None,
+    calls = Calls(
+        prefill=model.prefill,
         denoise=(captured if _records(model.denoiser_device) else model).denoise,
         commit=(captured if _records(model.device) else model).commit,
     )
-    events = diffuse(request) if mode == "mask_diffusion" else autoregress(request, with_denoiser=mode == "mock_ar")
-    return Stream(request, events, time.perf_counter() - start)
+    if mode == "mask_diffusion":
+        mask, new = options.mask_token_id, options.max_new_tokens
+        assert mask is not None  # the model's, if no other was given
+        plans = [
+            plan_blocks(row, mask_token_id=mask, block_size=options.block_size, max_new_tokens=new, aligned=False)
+            for row in rows
+        ]
+        request = Request.begin(options, rows, plans)
+        events = diffuse(request, partial(prefilled, request, calls))
+    else:
+        request = Request.begin(options, rows, [plan_tokens(row, options.max_new_tokens) for row in rows])
+        events = autoregress(request, calls, mode == "mock_ar", model.config.mask_token_id)
+    return Stream(request, events, time.perf_counter() - start, inference)
 
 
 def generate(
@@ -188,6 +171,7 @@ def generate(
     eos_token_id: int | Integers | None = None,
     seed: int | Integers = 0,
     logprobs: bool = False,
+    processors: Sequence[Processor] = (),
     on_step: Callable[[StepEvent], object] | None = None,
 ) -> GenerateResult:
     """Continues every prompt by up to `max_new_tokens` tokens: a `stream` run to its end. Not differentiable.
@@ -203,7 +187,7 @@ def generate(
         ValueError, TypeError, FloatingPointError: as `stream` does. An exception from `on_step`, or Ctrl-C, ends the
         generation; who wants to keep what was written until then uses `stream`.
     """
-    events = stream(
+    return stream(
         model,
         prompts,
         mode=mode,
@@ -219,11 +203,8 @@ def generate(
         eos_token_id=eos_token_id,
         seed=seed,
         logprobs=logprobs,
-    )
-    for event in events:
-        if on_step is not None:
-            on_step(event)
-    return events.result()
+        processors=processors,
+    ).run(on_step)
 
 
 def _records(device: torch.device) -> bool:

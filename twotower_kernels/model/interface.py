@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -39,3 +40,12 @@ class Towers(Protocol):
     ) -> ContextState: ...
 
     def read_block(self, block_ids: Tensor, state: ContextState, lengths: Tensor | None) -> BlockRead: ...
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What generation calls of a model; on a GPU, denoising and commits of whole blocks are recorded and replayed."""
+
+    prefill: Callable[[Tensor, Tensor], ContextState]
+    denoise: Callable[..., Tensor]
+    commit: Callable[[Tensor, ContextState], ContextState]

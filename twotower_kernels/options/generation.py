@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,15 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twotower_kernels.options.arguments import Integers, are_several, integers, real, whole, wholes
+from twotower_kernels.options.arguments import Integers, are_several, integers, kind_of, real, whole, wholes
 from twotower_kernels.options.config import TwoTowerConfig
 from twotower_kernels.options.remask_policy import HIGHEST_TEMPERATURE, RemaskPolicy
 
 MODES = ("mask_diffusion", "mock_ar", "ar")
 MOST_BLOCK = 2**16  # tokens; a block is denoised whole, its logits over the vocabulary too
 MOST_STEPS = 2**31 - 1
+MOST_VOCABULARY = 2**31  # tokens
 
 Prompts = Tensor | np.ndarray | Sequence[Integers]
+Processor = Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits [R, S, V], tokens [R, S], rows [R]) -> logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,7 @@ class GenerationConfig:
     eos_token_id: int | Integers | None = None
     seed: int | Integers = 0
     logprobs: bool = False
+    processors: Sequence[Processor] = ()
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -70,7 +73,7 @@ class GenerationConfig:
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p: expected a number above 0 and at most 1, got {top_p}")
         checked = {"max_new_tokens": count, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        return checked | {"eos_token_id": self._ends(), "seed": self._seed()}
+        return checked | {"eos_token_id": self._ends(), "seed": self._seed(), "processors": self._processors()}
 
     def _ends(self) -> tuple[int, ...]:
         if self.eos_token_id is None:
@@ -82,6 +85,16 @@ class GenerationConfig:
         if are_several(self.seed):
             return tuple(wholes("seed", self.seed, "an integer, or one per row"))
         return whole("seed", self.seed)
+
+    def _processors(self) -> tuple[Processor, ...]:
+        given: Any = self.processors
+        if callable(given) or not isinstance(given, Iterable):
+            raise TypeError(f"processors: expected a list of callables, got {kind_of(given)}")
+        found = tuple(given)
+        for i, processor in enumerate(found):
+            if not callable(processor):
+                raise TypeError(f"processors[{i}]: expected a callable, got {kind_of(processor)}")
+        return found
 
     def _of_blocks(self) -> dict[str, Any]:
         """What only mask_diffusion reads."""
@@ -123,28 +136,40 @@ class GenerationConfig:
         Raises:
             ValueError: tokens that are not in its vocabulary, or a top_k larger than that.
         """
-        vocabulary, trained = model.vocab_size, model.block_size
-        if self.top_k > vocabulary:
-            raise ValueError(f"top_k: expected 0 to the vocabulary size {vocabulary}, got {self.top_k}")
-        for token in self.ends:
-            if not 0 <= token < vocabulary:
-                raise ValueError(f"eos_token_id: expected tokens of a vocabulary of {vocabulary}, got {token}")
-        if self.mode != "mask_diffusion":
-            return self
-        mask = model.mask_token_id if self.mask_token_id is None else self.mask_token_id
-        if not 0 <= mask < vocabulary:
-            raise ValueError(f"mask_token_id: expected a token of a vocabulary of {vocabulary}, got {mask}")
+        found = self
+        if self.mode == "mask_diffusion" and self.mask_token_id is None:
+            found = replace(self, mask_token_id=model.mask_token_id)
+        found.check_vocabulary(model.vocab_size)
+        trained = model.block_size if self.mode == "mask_diffusion" else None
         if trained is not None and self.block_size > trained:
             warnings.warn(
                 f"block_size {self.block_size} is larger than the {trained} the model was trained with: sampling may "
                 "collapse",
                 stacklevel=_frames_inside() + 1,
             )
-        return replace(self, mask_token_id=mask)
+        return found
+
+    def check_vocabulary(self, size: int) -> None:
+        """ValueError unless tokens are in a vocabulary of this size, and top_k is no larger."""
+        if self.top_k > size:
+            raise ValueError(f"top_k: expected 0 to the vocabulary size {size}, got {self.top_k}")
+        for token in self.ends:
+            if not 0 <= token < size:
+                raise ValueError(f"eos_token_id: expected tokens of a vocabulary of {size}, got {token}")
+        mask = self.mask_token_id if self.mode == "mask_diffusion" else None
+        if mask is not None and not 0 <= mask < size:
+            raise ValueError(f"mask_token_id: expected a token of a vocabulary of {size}, got {mask}")
 
 
-def prompt_rows(prompts: Prompts, vocab_size: int, device: torch.device) -> list[Tensor]:
-    """B checked one-dimensional int64 prompts on the device."""
+def prompt_rows(prompts: Prompts, vocab_size: int | None, device: torch.device | None) -> list[Tensor]:
+    """B checked one-dimensional int64 prompts on the device.
+
+    Args:
+        vocab_size: None: not known; tokens are 0 or more.
+        device: None: where they are.
+    """
+    size = MOST_VOCABULARY if vocab_size is None else vocab_size
+    expected = "tokens, 0 or more" if vocab_size is None else f"tokens of a vocabulary of {vocab_size}"
     if isinstance(prompts, Tensor) and prompts.ndim != 2:
         raise ValueError(f"prompts: expected [B, T] or a list of rows, got a tensor of shape {list(prompts.shape)}")
     if not len(prompts):
@@ -156,9 +181,9 @@ def prompt_rows(prompts: Prompts, vocab_size: int, device: torch.device) -> list
             raise ValueError(f"prompts[{b}]: expected one token or more in one dimension, got shape {list(row.shape)}")
         if row.dtype != torch.int64:
             raise TypeError(f"prompts[{b}]: expected integers, got {row.dtype}")
-        wrong = row[(row < 0) | (row >= vocab_size)]
+        wrong = row[(row < 0) | (row >= size)]
         if len(wrong):
-            raise ValueError(f"prompts[{b}]: expected tokens of a vocabulary of {vocab_size}, got {int(wrong[0])}")
+            raise ValueError(f"prompts[{b}]: expected {expected}, got {int(wrong[0])}")
         rows.append(row.to(device))
     return rows
 

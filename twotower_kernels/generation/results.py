@@ -12,12 +12,13 @@ class StepEvent:
     """What just happened to R rows of the request: one un-masking step, or one block finished.
 
     In the autoregressive modes a block is one token and only finished blocks are reported. The finished blocks of a
-    row, one after the other, are its new tokens before the cut at `max_new_tokens` and after the first EOS.
+    row, one after the other, are its text from the first block's start on, before the cut at its end and after the
+    first EOS. Without masks in the prompt they are its new tokens, behind those that the prompt gives of a block.
 
-    What the host knows (rows, num_masked, nfe) is on the CPU, tokens are where the model draws them.
+    What the host knows (rows, num_masked, nfe, start) is on the CPU, tokens are where they are drawn.
     """
 
-    block: int  # index of the block (autoregressive modes: of the new token)
+    block: int  # index of the block, from the row's first one (autoregressive modes: of the new token)
     step: int  # index of the un-masking step inside the block; for a finished block, the steps it took at most
     committed: bool  # the block is finished (otherwise: a step inside it)
     rows: Tensor  # [R] int64, index of each row in the request
@@ -25,15 +26,20 @@ class StepEvent:
     after: Tensor  # [R, S] int64
     num_masked: Tensor  # [R] int64, masks left in `after`
     nfe: Tensor  # [R] int64, model calls this row has cost so far
-    logprobs: Tensor | None = None  # [R, S] float32, where they were asked for: those of `after`, NaN for masks
+    logprobs: Tensor | None = None  # [R, S] float32, where they were asked for: those of `after`; NaN: mask, or given
+    start: Tensor | None = None  # [R] int64, position of the block's first token in its row, prompt included
 
 
 @dataclass(frozen=True)
 class GenerateResult:
     """The generated text of B prompts and what it cost."""
 
-    sequences: list[Tensor]  # per row, 1-D int64: prompt + new tokens, cut after the EOS, which is kept
-    new_tokens: list[Tensor]  # per row, 1-D int64: the new tokens alone
+    sequences: list[
+        Tensor
+    ]  # per row, 1-D int64: prompt, its masks filled, + new tokens, cut after the EOS, which stays
+    new_tokens: list[
+        Tensor
+    ]  # per row, 1-D int64: the tokens written, in order of position: in masks and behind the end
     nfe: list[int]  # per row: denoiser calls while the row had masks (ar: context-tower predictions)
     finish_reason: list[str]  # per row: "eos", "length", or "interrupted" if the stream was left before its end
     seconds: float  # spent generating, prefill included; what an observer does with the events is not counted
