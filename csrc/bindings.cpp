@@ -29,7 +29,7 @@ struct type_caster<tt::Activation> {
             PyErr_Clear();
             return false;
         }
-        if (code < 0 || code > static_cast<long>(tt::Activation::gelu_gated))
+        if (code < 0 || code > static_cast<long>(tt::Activation::clamped_gated))
             throw py::value_error("expected the code of an activation, got " + std::to_string(code));
         value = static_cast<tt::Activation>(code);
         return true;
@@ -51,13 +51,13 @@ void bind_adaln(py::module_& m) {
         "gated_residual_adaln_norm",
         [](Cube x, Optional<3> y, Optional<2> gate, Optional<1> weight, Optional<2> shift, Optional<2> scale,
            Optional<3> h, Optional<3> normed, double eps, bool norm_first) {
-            tt::gated_residual_adaln_norm({x, y, gate, weight, shift, scale, h, normed, eps, norm_first});
+            tt::gated_residual_adaln_norm({x, y, gate, weight, shift, scale, h, normed, eps, norm_first, false});
         },
         Released());
     m.def(
         "rms_norm",
-        [](tt::Rows x, Vector weight, tt::Rows normed, double eps) {
-            tt::gated_residual_adaln_norm({x, {}, {}, weight, {}, {}, {}, normed, eps, false});
+        [](tt::Rows x, Optional<1> weight, tt::Rows normed, double eps, bool round_first) {
+            tt::gated_residual_adaln_norm({x, {}, {}, weight, {}, {}, {}, normed, eps, false, round_first});
         },
         Released());
 }
@@ -97,9 +97,10 @@ void bind_moe(py::module_& m) {
     m.def("moe_gate", [](Matrix x, Matrix weight, Matrix logits) { tt::moe_gate({x, weight, logits}); }, Released());
     m.def(
         "moe_route",
-        [](Matrix logits, Optional<1> bias, Matrix weights, Matrix experts, bool softmax, int64_t n_group,
-           int64_t topk_group, bool renormalize, double scaling) {
-            tt::moe_route({logits, bias, weights, experts, softmax, n_group, topk_group, renormalize, scaling});
+        [](Matrix logits, Optional<1> bias, Optional<1> scale, Matrix weights, Matrix experts, bool softmax,
+           int64_t n_group, int64_t topk_group, bool renormalize, double scaling, bool exclude_dropped) {
+            tt::moe_route({logits, bias, scale, weights, experts, softmax, n_group, topk_group, renormalize, scaling,
+                           exclude_dropped});
         },
         Released());
     m.def(
@@ -119,8 +120,10 @@ void bind_moe(py::module_& m) {
     m.def(
         "moe_experts",
         [](Matrix x, Cube up, Cube down, Matrix weights, Vector offsets, Vector pairs, Optional<2> shared_up,
-           Optional<2> shared_down, Matrix total, Matrix out, tt::Activation activation) {
-            tt::moe_experts({x, up, down, weights, offsets, pairs, shared_up, shared_down, total, out, activation});
+           Optional<2> shared_down, Optional<2> up_bias, Optional<2> down_bias, Matrix total, Matrix out,
+           tt::Activation activation, double alpha, double limit) {
+            tt::moe_experts({x, up, down, weights, offsets, pairs, shared_up, shared_down, up_bias, down_bias, total,
+                             out, activation, alpha, limit});
         },
         Released());
 }

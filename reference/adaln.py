@@ -1,6 +1,6 @@
 """RMSNorm, adaLN modulation and the gated residual.
 
-    rms(x)          = x / sqrt(mean(x²) + eps) · w                      over the last dimension
+    rms(x)          = x / sqrt(mean(x²) + eps) · w                      over the last dimension; also without w
     modulate_norm   : y = rms(x · (1 + scale) + shift)                  Mamba-2 and attention layers
     norm_modulate   : y = rms(x) · (1 + scale) + shift                  MoE and dense MLP layers
     gated residual  : h = r + gate · y
@@ -30,21 +30,25 @@ def _per_token(vector: Tensor, x: Tensor) -> Tensor:
     return vector.to(x.dtype).reshape(x.shape[0], *[1] * (x.dim() - 2), x.shape[-1])
 
 
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float, round_first: bool = False) -> Tensor:
     """Root-mean-square norm over the last dimension (arXiv 1910.07467, eq. 4), the weight multiplied before rounding.
 
     Args:
         x: `[..., H]`, any floating dtype.
-        weight: `[H]`.
+        weight: `[H]`, or None for 1.
         eps: added to the mean square.
+        round_first: round what is normalised to the dtype of `x` before the weight multiplies it, and once more after.
 
     Returns:
         `[..., H]` in the dtype of `x`.
     """
-    if weight.shape != x.shape[-1:]:
+    if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(f"weight: expected shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
     acc = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return (acc * torch.rsqrt(acc.square().mean(-1, keepdim=True) + eps) * weight.to(acc.dtype)).to(x.dtype)
+    normed = acc * torch.rsqrt(acc.square().mean(-1, keepdim=True) + eps)
+    if round_first:
+        normed = normed.to(x.dtype).to(acc.dtype)
+    return (normed if weight is None else normed * weight.to(acc.dtype)).to(x.dtype)
 
 
 def adaln_norm(
@@ -129,7 +133,11 @@ _SIZES: dict[str, dict[str, int]] = {
     "released": dict(b=1, s=16, h=2688),
 }
 CASES: dict[str, dict[str, dict]] = {
-    "rms_norm": _SIZES,
+    "rms_norm": _SIZES
+    | {
+        "unweighted": dict(b=2, s=3, h=33, weighted=False),
+        "rounded_first": dict(b=2, s=16, h=96, round_first=True),
+    },
     "adaln_norm": {
         f"{name}_{order}": dict(sizes, order=order) for name, sizes in _SIZES.items() for order in ("plain", *ORDERS)
     },
@@ -155,7 +163,8 @@ def make_inputs(
 
     x, weight = normal(b, s, h), normal(h)
     if op == "rms_norm":
-        return dict(x=x, weight=weight, eps=1e-5)
+        options = {"round_first": True} if sizes.get("round_first") else {}
+        return dict(x=x, weight=weight if sizes.get("weighted", True) else None, eps=1e-5, **options)
     if op == "gated_residual":
         return dict(residual=x, y=normal(b, s, h), gate=normal(b, h) if sizes["gated"] else None)
     plain = sizes["order"] == "plain"

@@ -2,23 +2,47 @@
 
     logits   = x·Wᵀ in float64                                     (`moe_gate`: selection must not hang on rounding)
     s        = sigmoid(logits) or softmax(logits)
-    choice   = s + correction_bias; with groups, only the `topk_group` groups whose two best choices sum highest stay
-    experts  = the top_k of choice; weights = their s, / (Σ + 1e-20) if renormalized, · scaling     (`moe_route`)
+    choice   = s + correction_bias; with groups, only the `topk_group` groups whose two best choices sum highest stay:
+               the choices of the others count as 0, or cannot be taken
+    experts  = the top_k of choice; weights = their s, / (Σ + 1e-20) if renormalized, · scaling, · per_expert_scale of
+               the expert                                                                           (`moe_route`)
     y        = Σ_k weight_k · down_k(act(up_k·x)) [+ down(act(up·x)) of the shared expert]          (`moe_experts`)
 
-Routing with bias and groups: DeepSeek-V3 (arXiv 2412.19437, eq. 12-16). relu²: Primer (arXiv 2109.08668).
-Activations: "relu2" relu(u)²; "silu_gated" SiLU(g)·u and "gelu_gated" gelu_tanh(g)·u with `w_up = [g rows; u rows]`.
+Routing with bias and groups: DeepSeek-V3 (arXiv 2412.19437, eq. 12-16). Activations of u, or of g and u with
+`w_up = [g rows; u rows]`:
+
+    relu2      relu(u)² (Primer, arXiv 2109.08668)        silu_gated      SiLU(g)·u (GLU variants, arXiv 2002.05202)
+    silu       SiLU(u)                                    gelu_gated      gelu(g)·u, the tanh form
+    gelu       gelu(u), by erf (arXiv 1606.08415)         gelu_erf_gated  gelu(g)·u, by erf
+    gelu_tanh  gelu(u), the tanh form                     clamped_gated   g'·sigmoid(α·g')·(u' + 1) (gpt-oss)
+
+with g' = min(g, limit) and u' = u clamped to [-limit, limit].
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ACTIVATIONS = ("relu2", "silu_gated", "gelu_gated")
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu2": lambda u: u.relu().square(),
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+}
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu_gated": F.silu,
+    "gelu_gated": _gelu_tanh,
+    "gelu_erf_gated": F.gelu,
+}
+ACTIVATIONS = (*PLAIN, *GATES, "clamped_gated")
+ALPHA, LIMIT = 1.702, 7.0  # of gpt-oss
 SCORES = ("sigmoid", "softmax")
+DROPPED = ("zero", "-inf")
 
 
 def moe_gate(x: Tensor, gate_weight: Tensor) -> Tensor:
@@ -47,30 +71,36 @@ def moe_route(
     topk_group: int = 1,
     renormalize: bool = True,
     scaling: float = 1.0,
+    dropped: str = "zero",
+    per_expert_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Chooses `top_k` experts per token (arXiv 2412.19437, eq. 13-16).
 
     The bias takes part in the selection only, never in the weights. Ties take the lowest expert.
 
     Args:
-        logits: `[N, E]` float64 or float32.
+        logits: `[N, E]`, any floating dtype; scores are float32, float64 for float64.
         correction_bias: `[E]` or None.
         top_k: experts per token, at most E.
         score: "sigmoid" or "softmax".
         n_group, topk_group: experts lie in `n_group` equal groups, of which `topk_group` are eligible.
         renormalize: divide the chosen scores by their sum.
         scaling: multiplies the weights, after renormalization.
+        dropped: what the choices of the other groups become. "zero": 0, which is chosen before a negative choice of a
+            group that stayed. "-inf": they cannot be chosen.
+        per_expert_scale: `[E]` or None; multiplies the weight of a chosen expert, after renormalization.
 
     Returns:
         weights `[N, top_k]` float32 (float64 for float64 logits is rounded here) and experts `[N, top_k]` int32, in
         descending selection score.
 
     Raises:
-        ValueError: `top_k` or groups that do not fit E, an unknown score.
-        TypeError: logits neither float32 nor float64.
+        ValueError: `top_k` or groups that do not fit E, fewer experts than `top_k` that can be chosen, an unknown score
+            or `dropped`.
+        TypeError: logits that are not floating.
     """
-    if logits.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"logits: expected float32 or float64, got {logits.dtype}")
+    if not logits.is_floating_point():
+        raise TypeError(f"logits: expected a floating dtype, got {logits.dtype}")
     if logits.dim() != 2:
         raise ValueError(f"logits: expected [N, E], got {tuple(logits.shape)}")
     if score not in SCORES:
@@ -82,9 +112,16 @@ def moe_route(
         )
     if not 1 <= top_k <= e:
         raise ValueError(f"top_k: expected 1..{e} for {e} experts, got {top_k}")
-    if correction_bias is not None and correction_bias.shape != (e,):
-        raise ValueError(f"correction_bias: expected shape {(e,)}, got {tuple(correction_bias.shape)}")
+    for name, vector in (("correction_bias", correction_bias), ("per_expert_scale", per_expert_scale)):
+        if vector is not None and vector.shape != (e,):
+            raise ValueError(f"{name}: expected shape {(e,)}, got {tuple(vector.shape)}")
+    if dropped not in DROPPED:
+        raise ValueError(f"dropped: expected one of {DROPPED}, got {dropped!r}")
+    kept = e // n_group * topk_group
+    if dropped == "-inf" and kept < top_k:
+        raise ValueError(f"top_k: expected 1..{kept}, the experts of {topk_group} of {n_group} groups, got {top_k}")
 
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     scores = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
     choice = scores if correction_bias is None else scores + correction_bias.to(scores.dtype)
     if n_group > 1:
@@ -92,19 +129,28 @@ def moe_route(
         best_two = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)  # [N, groups]
         best_groups = torch.zeros_like(best_two, dtype=torch.bool)
         best_groups.scatter_(1, best_two.sort(dim=1, descending=True, stable=True).indices[:, :topk_group], True)
-        choice = grouped.masked_fill(~best_groups[..., None], 0).flatten(1)
+        others = ~best_groups[..., None].expand_as(grouped)  # [N, groups, E/groups]
+        choice = grouped.masked_fill(others, 0).flatten(1)
     # A stable sort keeps the lower expert first among equals; torch.topk promises no order.
-    experts = choice.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    experts = choice.sort(dim=1, descending=True, stable=True).indices
+    if n_group > 1 and dropped == "-inf":  # behind all that can be chosen, also behind a choice of -inf
+        last = others.flatten(1).gather(1, experts).byte().sort(dim=1, stable=True).indices
+        experts = experts.gather(1, last)
+    experts = experts[:, :top_k]
     weights = scores.gather(1, experts)
     if renormalize:
         weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
-    return (weights * scaling).float(), experts.int()
+    weights = weights * scaling
+    if per_expert_scale is not None:
+        weights = weights * per_expert_scale.to(weights.dtype)[experts]
+    return weights.float(), experts.int()
 
 
 class MoePlan(NamedTuple):
     """The (token, choice) pairs sorted by expert, stably, so that tokens ascend within an expert.
 
-    counts: `[E]` pairs per expert. offsets: `[E+1]` their exclusive running sum. pairs: `[N·k]`, token·k + choice.
+    counts: `[E]` pairs per expert. offsets: `[E+1]` their exclusive running sum. pairs: `[N·k]`, token·k + choice;
+    behind the last offset those of experts outside [0, E), which belong to nobody here.
     """
 
     counts: Tensor
@@ -116,32 +162,47 @@ def moe_plan(experts: Tensor, num_experts: int) -> MoePlan:
     """Sorts the pairs of `experts [N, k]` by expert, on the device.
 
     Raises:
-        ValueError: `experts` is no integer matrix, or has numbers outside [0, num_experts).
+        ValueError: `experts` is no integer matrix.
     """
     if experts.dim() != 2 or experts.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"experts: expected integers [N, k], got {experts.dtype} {tuple(experts.shape)}")
     flat = experts.flatten().long()
-    if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < num_experts:
-        raise ValueError(f"experts: expected 0..{num_experts - 1}, got {int(flat.min())}..{int(flat.max())}")
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=flat.device).index_add_(0, flat, torch.ones_like(flat))
+    flat = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)  # what is nobody's comes last
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
+    counts = counts.index_add_(0, flat, torch.ones_like(flat))[:num_experts]
     return MoePlan(counts, F.pad(counts.cumsum(0), (1, 0)), flat.sort(stable=True).indices)
 
 
-def _activate(up: Tensor, activation: str) -> Tensor:
-    if activation == "relu2":
-        return up.relu().square()
+def activate(up: Tensor, activation: str, alpha: float = ALPHA, limit: float = LIMIT) -> Tensor:
+    """The activation of products `[..., I or 2I]`, each of its operations rounded to their dtype."""
+    if activation in PLAIN:
+        return PLAIN[activation](up)
     gate, value = up.chunk(2, -1)
-    return (F.silu(gate) if activation == "silu_gated" else F.gelu(gate, approximate="tanh")) * value
+    if activation in GATES:
+        return GATES[activation](gate) * value
+    gate, value = gate.clamp(max=limit), value.clamp(-limit, limit)
+    wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
+    return (wide * (alpha * wide).sigmoid()).to(gate.dtype) * (value + 1)
 
 
-def feed_forward(x: Tensor, up: Tensor, down: Tensor, activation: str = "relu2") -> Tensor:
+def feed_forward(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str = "relu2",
+    *,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    alpha: float = ALPHA,
+    limit: float = LIMIT,
+) -> Tensor:
     """`down(act(up·x))`: one expert, the shared expert, a dense MLP. x `[N, H]`, up `[I or 2I, H]`, down `[H, I]`."""
-    return F.linear(_activate(F.linear(x, up), activation), down)
+    return F.linear(activate(F.linear(x, up, up_bias), activation, alpha, limit), down, down_bias)
 
 
 def _check_matrices(names: str, up: Tensor, down: Tensor, x: Tensor, activation: str) -> None:
     """An expert's matrices are `[I or 2I, H]` and `[H, I]`, in the dtype of `x [N, H]`."""
-    factor = 1 if activation == "relu2" else 2
+    factor = 1 if activation in PLAIN else 2
     if up.dim() != 2 or down.dim() != 2 or up.shape != (factor * down.shape[1], x.shape[1]) or len(down) != x.shape[1]:
         shapes = f"{tuple(up.shape)} and {tuple(down.shape)}"
         raise ValueError(
@@ -162,6 +223,10 @@ def moe_experts(
     activation: str = "relu2",
     shared_up: Tensor | None = None,
     shared_down: Tensor | None = None,
+    up_bias: Tensor | Sequence[Tensor] | None = None,
+    down_bias: Tensor | Sequence[Tensor] | None = None,
+    alpha: float = ALPHA,
+    limit: float = LIMIT,
 ) -> Tensor:
     """The weighted sum of each token's experts, summed in float32, then the shared expert.
 
@@ -169,17 +234,18 @@ def moe_experts(
         x: `[N, H]`.
         w_up: `[E, I, H]` (gated: `[E, 2I, H]`, gate rows first), or a sequence of E matrices.
         w_down: `[E, H, I]`, or a sequence.
-        weights, experts: `[N, k]`, from `moe_route`.
+        weights, experts: `[N, k]`, from `moe_route`. An expert outside [0, E) adds nothing.
         plan: `moe_plan(experts, E)`, computed if None.
-        activation: "relu2", "silu_gated" or "gelu_gated".
+        activation: one of `ACTIVATIONS`.
         shared_up, shared_down: the expert that every token passes, unweighted.
+        up_bias, down_bias: `[E, I or 2I]` and `[E, H]`, added to the experts' products; or None.
+        alpha, limit: of "clamped_gated".
 
     Returns:
         `[N, H]` in the dtype of `x`.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown activation, one shared matrix without the other, experts that
-            have no matrices.
+        ValueError: shapes that do not fit, an unknown activation, one shared matrix without the other.
         TypeError: matrices in another dtype than `x`.
     """
     if activation not in ACTIVATIONS:
@@ -196,6 +262,12 @@ def moe_experts(
     if shared_up is not None and shared_down is not None:
         _check_matrices("shared_up, shared_down", shared_up, shared_down, x, activation)
 
+    if up_bias is not None and [b.shape for b in up_bias] != [up.shape[:1] for up in w_up]:
+        raise ValueError(f"up_bias: expected a vector for every expert's rows, got {[tuple(b.shape) for b in up_bias]}")
+    if down_bias is not None and [b.shape for b in down_bias] != [down.shape[:1] for down in w_down]:
+        shapes = [tuple(b.shape) for b in down_bias]
+        raise ValueError(f"down_bias: expected [{x.shape[1]}] for every expert, got {shapes}")
+
     plan = plan or moe_plan(experts, len(w_up))
     acc_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     total = torch.zeros(x.shape, dtype=acc_dtype, device=x.device)
@@ -206,12 +278,21 @@ def moe_experts(
         pairs = plan.pairs[offsets[e] : offsets[e + 1]]
         if len(pairs):
             tokens = pairs // top_k
-            y = feed_forward(x[tokens], w_up[e], w_down[e], activation).to(acc_dtype)
-            total = total.index_add(0, tokens, y * flat_weights[pairs, None])
+            y = feed_forward(
+                x[tokens],
+                w_up[e],
+                w_down[e],
+                activation,
+                up_bias=None if up_bias is None else up_bias[e],
+                down_bias=None if down_bias is None else down_bias[e],
+                alpha=alpha,
+                limit=limit,
+            )
+            total = total.index_add(0, tokens, y.to(acc_dtype) * flat_weights[pairs, None])
     out = total.to(x.dtype)
-    return (
-        out if shared_up is None or shared_down is None else out + feed_forward(x, shared_up, shared_down, activation)
-    )
+    if shared_up is None or shared_down is None:
+        return out
+    return out + feed_forward(x, shared_up, shared_down, activation, alpha=alpha, limit=limit)
 
 
 _ROUTE: dict[str, dict] = {
@@ -222,6 +303,9 @@ _ROUTE: dict[str, dict] = {
     "softmax": dict(n=7, e=12, top_k=3, score="softmax", renormalize=False),
     "grouped": dict(n=19, e=16, top_k=4, n_group=4, topk_group=2, scaling=2.5),
     "singleton_groups": dict(n=6, e=4, top_k=2, n_group=4, topk_group=2),
+    "dropped": dict(n=19, e=16, top_k=4, n_group=4, topk_group=2, dropped="-inf", bias=-1.0),
+    "dropped_all_kept": dict(n=7, e=12, top_k=4, score="softmax", n_group=6, topk_group=2, dropped="-inf"),
+    "scaled": dict(n=9, e=8, top_k=3, score="softmax", per_expert_scale=True),
     "all": dict(n=4, e=6, top_k=6),
     "released": dict(n=16, e=128, top_k=6, scaling=2.5),
 }
@@ -231,6 +315,12 @@ _EXPERTS: dict[str, dict] = {
     "relu2": dict(n=9, e=8, top_k=2, h=16, i=12),
     "silu_gated": dict(n=9, e=8, top_k=2, h=16, i=12, activation="silu_gated"),
     "gelu_gated": dict(n=5, e=4, top_k=3, h=7, i=5, activation="gelu_gated"),
+    "silu": dict(n=9, e=8, top_k=2, h=16, i=12, activation="silu"),
+    "gelu_biased": dict(n=6, e=4, top_k=2, h=19, i=21, activation="gelu", biased=True, shared=5),
+    "gelu_tanh": dict(n=4, e=3, top_k=2, h=9, i=6, activation="gelu_tanh"),
+    "gelu_erf_gated": dict(n=5, e=4, top_k=3, h=16, i=20, activation="gelu_erf_gated"),
+    "clamped_gated": dict(n=7, e=6, top_k=3, h=33, i=19, activation="clamped_gated", limit=0.7, biased=True),
+    "not_mine": dict(n=17, e=5, of=12, top_k=3, h=10, i=7, activation="silu_gated", shared=4, biased=True),
     "shared": dict(n=17, e=8, top_k=3, h=17, i=11, shared=23),
     "idle_experts": dict(n=2, e=32, top_k=2, h=8, i=6, shared=6),
     "released": dict(n=16, e=128, top_k=6, h=2688, i=1856, shared=3712),
@@ -264,19 +354,23 @@ def make_inputs(
     n, e = sizes["n"], sizes["e"]
     if op == "moe_gate":
         return dict(x=normal(n, sizes["h"]), gate_weight=normal(e, sizes["h"], to=torch.float32))
-    # Router logits are float32 or float64, whatever the activations' dtype.
-    logits = normal(n, e, to=torch.float32 if dtype == torch.float32 else torch.float64)
+    # Router logits are float32 or float64, whatever the activations' dtype. `of`: so many experts, some not here.
+    logits = normal(n, sizes.get("of", e), to=torch.float32 if dtype == torch.float32 else torch.float64)
     if op == "moe_route":
-        options = {k: v for k, v in sizes.items() if k not in ("n", "e", "bias")}
-        bias = normal(e, to=torch.float32) * 0.1 if sizes.get("bias", True) else None
-        return dict(logits=logits, correction_bias=bias, **options)
+        options = {k: v for k, v in sizes.items() if k not in ("n", "e", "bias", "per_expert_scale")}
+        bias = sizes.get("bias", 0.0)  # False: none; a number: their mean
+        bias = None if bias is False else normal(e, to=torch.float32) * 0.1 + bias
+        inputs = dict(logits=logits, correction_bias=bias, **options)
+        if sizes.get("per_expert_scale"):
+            inputs["per_expert_scale"] = 1 + 0.3 * normal(e, to=torch.float32)
+        return inputs
     weights, experts = moe_route(logits, top_k=sizes["top_k"])
     if op == "moe_plan":
         return dict(experts=experts, num_experts=e)
     h, i, shared = sizes["h"], sizes["i"], sizes.get("shared", 0)
     activation = sizes.get("activation", "relu2")
-    factor = 1 if activation == "relu2" else 2
-    return dict(
+    factor = 1 if activation in PLAIN else 2
+    inputs = dict(
         x=normal(n, h),
         w_up=normal(e, factor * i, h) / h**0.5,
         w_down=normal(e, h, i) / i**0.5,
@@ -286,3 +380,6 @@ def make_inputs(
         shared_up=normal(factor * shared, h) / h**0.5 if shared else None,
         shared_down=normal(h, shared) / shared**0.5 if shared else None,
     )
+    if sizes.get("biased"):
+        inputs |= dict(up_bias=normal(e, factor * i), down_bias=normal(e, h))
+    return inputs | {name: sizes[name] for name in ("alpha", "limit") if name in sizes}

@@ -2,7 +2,7 @@
 //
 // A row of 2688 floats is 10.5 KB: it stays in L1 between the pass that sums the squares and the one that scales, so
 // each tensor is read and written once. Rounding after every operation of modulation and residual is part of the
-// definition; the norm itself is computed in float and rounded once.
+// definition; the norm itself is computed in float and rounded once, or once more before the weight multiplies it.
 #include "adaln.h"
 
 #include "parallel.h"
@@ -53,6 +53,12 @@ void token_row(const GatedResidualAdalnNorm& a, int64_t b, int64_t s, Vectors<Wi
     });
     if (!out) return;
     const W inverse = squares.inverse_root(n, a.eps);
+    if (a.round_first) {
+        for_vectors<W>(n, [=](int64_t i, auto count) {
+            store_some<X>(out + i, round(unaligned<V>(residual + i) * inverse) * unaligned<V>(weight + i), count);
+        });
+        return;
+    }
     for_vectors<W>(n, [=](int64_t i, auto count) {
         V normed = unaligned<V>(residual + i) * inverse * unaligned<V>(weight + i);
         if (after) normed = round(round(normed) * unaligned<V>(scale + i)) + unaligned<V>(shift + i);
@@ -67,7 +73,10 @@ void token_rows(const GatedResidualAdalnNorm& a) {
     parallel_for(a.x.size[0] * length, 4, [&](int64_t begin, int64_t end) {
         Vectors<W> vectors(n);
         Scratch<W> h(n + lanes_of<W>);
-        if (a.weight) load<W>(vectors.weight, a.weight, 0, n);
+        if (a.weight)
+            load<W>(vectors.weight, a.weight, 0, n);
+        else
+            for (int64_t i = 0; i < n; ++i) vectors.weight[i] = 1;
         for (int64_t r = begin; r < end; ++r) {
             const int64_t b = r / length;
             if (b != vectors.sequence) {

@@ -11,13 +11,14 @@ struct GatedResidualAdalnNorm {
     View x;       // [B, S, H]
     View y;       // [B, S, H]
     View gate;    // [B, H]
-    View weight;  // [H]
+    View weight;  // [H], or null for 1
     View shift;   // [B, H]
     View scale;   // [B, H]
     View h;       // [B, S, H] out, dtype of x
     View normed;  // [B, S, H] out, dtype of x
     double eps;
     bool norm_first;
+    bool round_first;  // what is normalised is rounded before the weight multiplies it
 };
 TT_KERNEL(gated_residual_adaln_norm, GatedResidualAdalnNorm)
 

@@ -12,6 +12,7 @@
 // sums inside a product and the weighted sum over experts are float (or double). Keeping more digits in between is
 // another model: a router downstream then chooses other experts at the boundaries between them.
 #include "moe.h"
+#include "moe_activation.h"
 #include "numeric.h"
 #include "parallel.h"
 #include "rounding.h"
@@ -43,25 +44,17 @@ struct Experts {
     }
     int64_t row_stride(const View& w) const { return w.stride[planned ? 1 : 0]; }
     int64_t rows(const View& w) const { return w.size[planned ? 1 : 0]; }
+    template <class T>
+    const T* bias(const View& of_all, int64_t expert) const {  // null: none
+        return planned && of_all ? of_all.as<T>() + expert * of_all.stride[0] : nullptr;
+    }
 };
 
-// SiLU(z) = z / (1 + exp(-z)), and the tanh form of GELU is z / (1 + exp(-2u)): (1 + tanh u) / 2 without the
-// cancellation at negative u.
-template <class T, class W = Wide<T>>
-inline W activate_gated(Activation activation, W gate, W value) {
-    value = rounded<T>(value);
-    gate = rounded<T>(gate);
-    W z = gate;
-    if (activation == Activation::gelu_gated) z = W(1.5957691216057308) * (gate + W(0.044715) * gate * gate * gate);
-    return rounded<T>(rounded<T>(gate / (1 + std::exp(-z))) * value);
-}
-template <class T, class W = Wide<T>>
-inline void activate_relu2(W* values) {  // 16 of them; NaN stays NaN
-    const Vector<W> zero{};
-    for (int r = 0; r < skinny_rows; r += lanes_of<W>) {
-        const Vector<W> v = Rounding<T>::rounded(unaligned<Vector<W>>(values + r));
-        Rounding<W>::store(values + r, v < zero ? zero : Rounding<T>::rounded(v * v));
-    }
+// The products of a panel's pairs, plus the bias of their rows.
+template <class T>
+inline void add_bias(Wide<T>* products, int64_t pairs, const T* bias, int rows) {
+    for (int64_t m = 0; m < pairs; ++m)
+        for (int r = 0; r < rows; ++r) products[m * skinny_rows + r] += widen(bias[r]);
 }
 
 // The pairs at work: their activations before and in between, as panels of each tile, and where their results go.
@@ -139,8 +132,8 @@ template <class T>
 void up(const Experts& experts, Group<T>& group) {
     using W = Wide<T>;
     const View& w = experts.up;
-    const Activation activation = experts.a.activation;
-    const bool gated = activation != Activation::relu2;
+    const bool gated = experts.a.activation >= Activation::silu_gated;
+    const Activate<T> activate(experts.a);
     const int64_t h = experts.a.x.size[1], stride = experts.row_stride(w);
     const int64_t i_size = gated ? experts.rows(w) / 2 : experts.rows(w);
     const int64_t blocks = (i_size + skinny_rows - 1) / skinny_rows, pieces = group.tile_count * blocks;
@@ -156,17 +149,18 @@ void up(const Experts& experts, Group<T>& group) {
             const int rows = int(smaller<int64_t>(skinny_rows, i_size - i));
             const T *row = first_row(piece), *next = first_row(piece + 1 < end ? piece + 1 : piece);
             const T* value_row = gated ? row + i_size * stride : row;
+            const T* bias = experts.bias<T>(experts.a.up_bias, tile.expert);
             for_panels<W, T>(group.x + tile.begin * group.x_row, tile.count, h, [&](auto x, int64_t first) {
                 if (gated) skinny(row, stride, rows, x, h, value_row, gate);
                 skinny(value_row, stride, rows, x, h, next, value);
+                if (bias) {
+                    if (gated) add_bias(gate, x.count, bias + i, rows);
+                    add_bias(value, x.count, gated ? bias + i_size + i : bias + i, rows);
+                }
                 const Panel<W, T> hidden = {group.hidden + (tile.begin + first) * group.hidden_row, x.count};
                 for (int64_t m = 0; m < x.count; ++m) {
                     W* act = value + m * skinny_rows;
-                    if (gated)
-                        for (int r = 0; r < rows; ++r)
-                            act[r] = activate_gated<T>(activation, gate[m * skinny_rows + r], act[r]);
-                    else
-                        activate_relu2<T>(act);
+                    activate(gate + m * skinny_rows, act, rows);
                     hidden.put(m, i, act, rows);
                     if (i + rows == i_size) hidden.clear(m, i_size, group.hidden_row);
                 }
@@ -198,9 +192,11 @@ void down(const Experts& experts, Group<T>& group) {
                     next = row + skinny_rows * stride;
                 else if (t + 1 < group.tile_count)
                     next = experts.row<T>(w, tiles[t + 1].expert, begin * skinny_rows);
+                const T* bias = experts.bias<T>(experts.a.down_bias, tile.expert);
                 for_panels<W, T>(group.hidden + tile.begin * group.hidden_row, tile.count, i_size,
                                  [&](auto hidden, int64_t first) {
                                      skinny(row, stride, rows, hidden, i_size, next, y);
+                                     if (bias) add_bias(y, hidden.count, bias + h, rows);
                                      for (int64_t m = 0; m < hidden.count; ++m) {
                                          const int64_t p = tile.begin + first + m;
                                          W* total = experts.a.total.as<W>() + token[p] * h_size + h;

@@ -58,16 +58,23 @@ bool before(W a, W b) {
     return a > b || (a != a && b == b);
 }
 
-// The `some` largest of n values, their indices in descending order of value, equals in ascending order of index.
+// Takes values [begin, end) into the list of the `some` largest so far, of which there are `found`: their indices in
+// descending order of value, equals in the order of their arrival. Returns how many there are now.
 template <class W>
-void largest(const W* values, int64_t n, int64_t some, int64_t* indices) {
-    int64_t found = 0;
-    for (int64_t i = 0; i < n; ++i) {
+int64_t take_largest(const W* values, int64_t begin, int64_t end, int64_t some, int64_t* indices, int64_t found) {
+    for (int64_t i = begin; i < end; ++i) {
         if (found == some && !before(values[i], values[indices[found - 1]])) continue;
         int64_t at = found < some ? found++ : found - 1;
         for (; at > 0 && before(values[i], values[indices[at - 1]]); --at) indices[at] = indices[at - 1];
         indices[at] = i;
     }
+    return found;
+}
+
+// The `some` largest of n values, their indices in descending order of value, equals in ascending order of index.
+template <class W>
+void largest(const W* values, int64_t n, int64_t some, int64_t* indices) {
+    take_largest(values, 0, n, some, indices, 0);
 }
 
 inline void exponentials(float* x, int64_t n) {
@@ -98,10 +105,9 @@ void scores_of(W* scores, int64_t e, bool softmax) {
     for (int64_t i = 0; i < e; ++i) scores[i] /= sum;
 }
 
-// Every choice outside the topk_group groups with the largest sums of their two best choices becomes 0.
+// The topk_group groups with the largest sums of their two best choices, as a mark for each: whether it stays.
 template <class W>
-void drop_groups(const MoeRoute& a, W* choice, int64_t e, W* sums, int64_t* indices) {
-    const int64_t size = e / a.n_group;
+void keep_groups(const MoeRoute& a, const W* choice, int64_t size, W* sums, int64_t* indices, bool* stays) {
     for (int64_t g = 0; g < a.n_group; ++g) {
         const W* group = choice + g * size;
         int64_t best[2];
@@ -109,10 +115,21 @@ void drop_groups(const MoeRoute& a, W* choice, int64_t e, W* sums, int64_t* indi
         sums[g] = size > 1 ? group[best[0]] + group[best[1]] : group[best[0]];
     }
     largest(sums, a.n_group, a.topk_group, indices);
+    for (int64_t g = 0; g < a.n_group; ++g) stays[g] = false;
+    for (int64_t i = 0; i < a.topk_group; ++i) stays[indices[i]] = true;
+}
+
+// The k largest choices, of the groups that stay if the others are excluded; else those of the others count as 0.
+template <class W>
+void choose(const MoeRoute& a, W* choice, int64_t e, int64_t k, W* sums, bool* stays, int64_t* indices) {
+    if (a.n_group == 1) return largest(choice, e, k, indices);
+    const int64_t size = e / a.n_group;
+    keep_groups<W>(a, choice, size, sums, indices, stays);
+    int64_t found = 0;
     for (int64_t g = 0; g < a.n_group; ++g) {
-        bool survives = false;
-        for (int64_t i = 0; i < a.topk_group; ++i) survives = survives || indices[i] == g;
-        for (int64_t i = 0; i < size && !survives; ++i) choice[g * size + i] = 0;
+        if (!stays[g] && a.exclude_dropped) continue;
+        for (int64_t i = g * size; i < (g + 1) * size && !stays[g]; ++i) choice[i] = 0;
+        found = take_largest(choice, g * size, (g + 1) * size, k, indices, found);
     }
 }
 
@@ -121,23 +138,27 @@ void route(const MoeRoute& a) {
     const int64_t e = a.logits.size[1], k = a.weights.size[1];
     parallel_for(a.logits.size[0], 16, [&](int64_t begin, int64_t end) {
         Scratch<W> score_scratch(e + lanes_of<W>), choice_scratch(e), bias_scratch(e), sums(a.n_group);
+        Scratch<W> scale_scratch(e);
+        Scratch<bool> stays(a.n_group);
         Scratch<int64_t> index_scratch(larger(k, a.topk_group));
         for (int i = 0; i < lanes_of<W>; ++i) score_scratch[e + i] = 0;  // behind the last score, in whole vectors
-        W *scores = score_scratch, *choice = choice_scratch, *bias = bias_scratch;
+        W *scores = score_scratch, *choice = choice_scratch, *bias = bias_scratch, *scale = scale_scratch;
         int64_t* indices = index_scratch;
         if (a.bias) load<W>(bias, a.bias, 0, e);
+        if (a.scale) load<W>(scale, a.scale, 0, e);
         for (int64_t n = begin; n < end; ++n) {
             load<W>(scores, a.logits, n * a.logits.stride[0], e);
             scores_of(scores, e, a.softmax);
             for (int64_t i = 0; i < e; ++i) choice[i] = a.bias ? scores[i] + bias[i] : scores[i];
-            if (a.n_group > 1) drop_groups<W>(a, choice, e, sums, indices);
-            largest(choice, e, k, indices);
+            choose<W>(a, choice, e, k, sums, stays, indices);
             W sum = 0;
             for (int64_t i = 0; i < k; ++i) sum += scores[indices[i]];
             for (int64_t i = 0; i < k; ++i) {
                 W weight = scores[indices[i]];
                 if (a.renormalize) weight /= sum + W(1e-20);
-                a.weights.as<float>()[n * k + i] = float(weight * W(a.scaling));
+                weight *= W(a.scaling);
+                if (a.scale) weight *= scale[indices[i]];
+                a.weights.as<float>()[n * k + i] = float(weight);
                 a.experts.as<int32_t>()[n * k + i] = int32_t(indices[i]);
             }
         }
@@ -151,28 +172,39 @@ void plan(const MoePlan& a) {
     const int64_t n = a.experts.size[0], k = a.experts.size[1], e = a.counts.size[0], stride = a.experts.stride[0];
     const I* experts = a.experts.as<I>();
     int64_t *counts = a.counts.as<int64_t>(), *offsets = a.offsets.as<int64_t>(), *pairs = a.pairs.as<int64_t>();
-    for (int64_t i = 0; i < e; ++i) counts[i] = 0;
+    const auto expert_of = [=](int64_t t, int64_t c) {  // e: none of these
+        const int64_t expert = experts[t * stride + c];
+        return expert >= 0 && expert < e ? expert : e;
+    };
+    Scratch<int64_t> scratch(e + 1);
+    int64_t* next = scratch;  // first the pairs of an expert, then where the next of them goes
+    for (int64_t i = 0; i <= e; ++i) next[i] = 0;
     for (int64_t t = 0; t < n; ++t)
-        for (int64_t c = 0; c < k; ++c) ++counts[experts[t * stride + c]];
-    Scratch<int64_t> scratch(e);
-    int64_t* next = scratch;  // where the next pair of an expert goes
+        for (int64_t c = 0; c < k; ++c) ++next[expert_of(t, c)];
     offsets[0] = 0;
     for (int64_t i = 0; i < e; ++i) {
+        counts[i] = next[i];
         next[i] = offsets[i];
         offsets[i + 1] = offsets[i] + counts[i];
     }
+    next[e] = offsets[e];
     for (int64_t t = 0; t < n; ++t)
-        for (int64_t c = 0; c < k; ++c) pairs[next[experts[t * stride + c]]++] = t * k + c;
+        for (int64_t c = 0; c < k; ++c) pairs[next[expert_of(t, c)]++] = t * k + c;
 }
 
-// Pairs that ascend within every expert are distinct, and as many as there are: so each is there once. If each also
-// names its expert, then every expert is in bounds.
+// Pairs that ascend within every expert, and name it, are distinct: if they are as many as have an expert, each of
+// those is there once.
 template <class I>
 bool holds(const MoePlan& a) {
     const int64_t k = a.experts.size[1], total = a.experts.size[0] * k, e = a.counts.size[0];
     const int64_t *counts = a.counts.as<int64_t>(), *offsets = a.offsets.as<int64_t>(), *pairs = a.pairs.as<int64_t>();
     const I* experts = a.experts.as<I>();
-    if (offsets[0] != 0 || offsets[e] != total) return false;
+    int64_t known = 0;
+    for (int64_t pair = 0; pair < total; ++pair) {
+        const I expert = experts[pair / k * a.experts.stride[0] + pair % k];
+        known += expert >= 0 && expert < e;
+    }
+    if (offsets[0] != 0 || offsets[e] != known) return false;
     for (int64_t i = 0; i < e; ++i) {
         const int64_t begin = offsets[i], end = offsets[i + 1];
         if (end < begin || end > total || counts[i] != end - begin) return false;

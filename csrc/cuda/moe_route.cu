@@ -16,7 +16,7 @@
 //
 // More tokens than 64 take moe_route_kernel and moe_plan.cu. Predictions: docs/gpu_kernels.md.
 //
-// Compiled for LOGIT float or double.
+// Compiled for logits that are STORED as any float; LOGIT is what they are computed in, float or double.
 #include "moe_gate.h"
 
 template <class W>
@@ -29,17 +29,23 @@ struct KeyOf<float> {
 };
 using Key = KeyOf<LOGIT>::type;
 
+// Floats of any type, or null.
+struct Vector {
+    const void* data;
+    int64 type, stride;
+};
+
 // The arguments of both kernels.
 struct Routing {
-    const LOGIT* logits;
+    const STORED* logits;
     int64 logits_row, logits_column;  // strides, in elements
-    const void* bias;                 // [E] of bias_type, or null
-    int64 bias_type, bias_stride;
-    float* topk_weights;  // [N, k]
-    int* topk_ids;        // [N, k]
+    Vector bias, scale;               // [E], or none
+    float* topk_weights;              // [N, k]
+    int* topk_ids;                    // [N, k]
     int64 n;
     int e, k, softmax, n_group, topk_group, renormalize;
     double scaling;
+    int exclude_dropped;
 };
 
 // A warp's part of shared memory, `_Routing.launch` in twotower_kernels/cuda/moe.py counts its bytes.
@@ -79,20 +85,21 @@ __device__ inline Numbers numbers_at(const void* array, int64 stride, int first,
 }
 
 __device__ inline Numbers biases_at(const Routing& a, int first) {
-    const int count = a.bias ? a.e : 0;
-    if (a.bias_type == type_float64) return numbers_at<double>(a.bias, a.bias_stride, first, count);
-    if (a.bias_type == type_float32) return numbers_at<float>(a.bias, a.bias_stride, first, count);
-    if (a.bias_type == type_bfloat16) return numbers_at<Bfloat16>(a.bias, a.bias_stride, first, count);
-    return numbers_at<Float16>(a.bias, a.bias_stride, first, count);
+    const Vector& bias = a.bias;
+    const int count = bias.data ? a.e : 0;
+    if (bias.type == type_float64) return numbers_at<double>(bias.data, bias.stride, first, count);
+    if (bias.type == type_float32) return numbers_at<float>(bias.data, bias.stride, first, count);
+    if (bias.type == type_bfloat16) return numbers_at<Bfloat16>(bias.data, bias.stride, first, count);
+    return numbers_at<Float16>(bias.data, bias.stride, first, count);
 }
 
 // A token's logits and biases, as `scores` and `keys`: those of 128 experts are on their way before the first is waited
 // for. Without a bias it is 0, which changes no score.
 __device__ inline void fetch(const Routing& a, int64 token, const Scratch& scratch) {
-    const LOGIT* logits = a.logits + token * a.logits_row;
+    const STORED* logits = a.logits + token * a.logits_row;
 #pragma unroll 1
     for (int first = lane_id(); first < a.e; first += each * lanes) {
-        const Numbers scores = numbers_at<LOGIT>(logits, a.logits_column, first, a.e), biases = biases_at(a, first);
+        const Numbers scores = numbers_at<STORED>(logits, a.logits_column, first, a.e), biases = biases_at(a, first);
 #pragma unroll
         for (int j = 0; j < each; ++j) {
             const int i = first + j * lanes;
@@ -141,7 +148,7 @@ __device__ inline int largest(const Key* keys, int n) {
     return int(__reduce_min_sync(whole_warp, top == best ? at : ~0u));
 }
 
-// The choices outside the topk_group groups with the largest sums of their two best become 0.
+// The choices outside the topk_group groups with the largest sums of their two best become 0, or are taken already.
 __device__ inline void drop_groups(Key* keys, const Routing& a, Key* groups) {
     const int lane = lane_id(), size = a.e / a.n_group;
 #pragma unroll 1
@@ -170,9 +177,10 @@ __device__ inline void drop_groups(Key* keys, const Routing& a, Key* groups) {
         if (lane == group % lanes) groups[group] = 0;  // it survives, and is not taken twice
     }
     __syncwarp();
+    const Key other = a.exclude_dropped ? 0 : ordered(LOGIT(0));
 #pragma unroll 1
     for (int i = lane; i < a.e; i += lanes)
-        if (groups[i / size] != 0) keys[i] = ordered(LOGIT(0));
+        if (groups[i / size] != 0) keys[i] = other;
 }
 
 // One warp chooses for one token. What is in `scratch` may be overwritten after the warp's next barrier.
@@ -196,33 +204,41 @@ __device__ inline void route(const Routing& a, int64 token, const Scratch& scrat
     for (int c = lane; c < a.k; c += lanes) {
         LOGIT weight = scratch.scores[scratch.topk_ids[c]];
         if (a.renormalize) weight /= sum + LOGIT(1e-20);
-        a.topk_weights[token * a.k + c] = float(weight * LOGIT(a.scaling));
+        weight *= LOGIT(a.scaling);
+        if (a.scale.data) weight *= number_at<LOGIT>(a.scale.data, a.scale.type, scratch.topk_ids[c] * a.scale.stride);
+        a.topk_weights[token * a.k + c] = float(weight);
         a.topk_ids[token * a.k + c] = scratch.topk_ids[c];
     }
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1)
-    moe_route_kernel(const LOGIT* logits, int64 logits_row, int64 logits_column, const void* bias, int64 bias_type,
-                     int64 bias_stride, float* topk_weights, int* topk_ids, int64 n, int64 e, int64 k, int64 softmax,
-                     int64 n_group, int64 topk_group, int64 renormalize, double scaling) {
+    moe_route_kernel(const STORED* logits, int64 logits_row, int64 logits_column, const void* bias, int64 bias_type,
+                     int64 bias_stride, const void* scale, int64 scale_type, int64 scale_stride, float* topk_weights,
+                     int* topk_ids, int64 n, int64 e, int64 k, int64 softmax, int64 n_group, int64 topk_group,
+                     int64 renormalize, double scaling, int64 exclude_dropped) {
     SHARED_MEMORY(shared);
-    const Routing a = {logits,           logits_row, logits_column, bias,   bias_type,    bias_stride,  topk_weights,
-                       topk_ids,         n,          int(e),        int(k), int(softmax), int(n_group), int(topk_group),
-                       int(renormalize), scaling};
+    const Vector biases = {bias, bias_type, bias_stride}, scales = {scale, scale_type, scale_stride};
+    const Routing a = {logits,          logits_row,       logits_column, biases,
+                       scales,          topk_weights,     topk_ids,      n,
+                       int(e),          int(k),           int(softmax),  int(n_group),
+                       int(topk_group), int(renormalize), scaling,       int(exclude_dropped)};
     const int64 token = int64(blockIdx.x) * (blockDim.x / lanes) + warp_id();
     if (token < n) route(a, token, scratch_at(shared, a));
 }
 
 // One block on a processor: without that 1, sm_100 and sm_120 keep to 64 registers and spill three of them.
 extern "C" __global__ void __launch_bounds__(512, 1)
-    moe_route_plan_kernel(const LOGIT* logits, int64 logits_row, int64 logits_column, const void* bias, int64 bias_type,
-                          int64 bias_stride, float* topk_weights, int* topk_ids, int64 n, int64 e, int64 k,
-                          int64 softmax, int64 n_group, int64 topk_group, int64 renormalize, double scaling,
+    moe_route_plan_kernel(const STORED* logits, int64 logits_row, int64 logits_column, const void* bias,
+                          int64 bias_type, int64 bias_stride, const void* scale, int64 scale_type, int64 scale_stride,
+                          float* topk_weights, int* topk_ids, int64 n, int64 e, int64 k, int64 softmax, int64 n_group,
+                          int64 topk_group, int64 renormalize, double scaling, int64 exclude_dropped,
                           int64* expert_counts, int64* expert_offsets, int64* sorted_token_ids) {
     SHARED_MEMORY(shared);
-    const Routing a = {logits,           logits_row, logits_column, bias,   bias_type,    bias_stride,  topk_weights,
-                       topk_ids,         n,          int(e),        int(k), int(softmax), int(n_group), int(topk_group),
-                       int(renormalize), scaling};
+    const Vector biases = {bias, bias_type, bias_stride}, scales = {scale, scale_type, scale_stride};
+    const Routing a = {logits,          logits_row,       logits_column, biases,
+                       scales,          topk_weights,     topk_ids,      n,
+                       int(e),          int(k),           int(softmax),  int(n_group),
+                       int(topk_group), int(renormalize), scaling,       int(exclude_dropped)};
     launch_dependents();  // the experts' first launch may ask for the shared expert's weights meanwhile
     const int warps = int(blockDim.x) / lanes;
     uint64* token_masks = shared;                                  // [E], which tokens chose an expert

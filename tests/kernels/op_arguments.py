@@ -106,10 +106,10 @@ def _remask(normal: Normal, wide: torch.dtype) -> list[Any]:
     ]  # fmt: skip
 
 
-_ROUTE = 2, False, 1, 1, True, 1.0
+_ROUTE = 2, False, 1, 1, True, 1.0, False
 
 ARGUMENTS: dict[str, Callable[[Normal, torch.dtype], list[Any]]] = {
-    "rms_norm": lambda normal, wide: [normal(2, 3, 4), normal(4), 1e-5],
+    "rms_norm": lambda normal, wide: [normal(2, 3, 4), normal(4), 1e-5, True],
     "adaln_norm": lambda normal, wide: [normal(2, 3, 4), normal(4), normal(2, 4), normal(2, 4), 1e-5, False],
     "append_kv": lambda normal, wide: [
         *(normal(2, 6, 1, 4) for _ in range(2)), *(normal(2, 3, 1, 4) for _ in range(2)), torch.tensor([3, 0]),
@@ -131,7 +131,9 @@ ARGUMENTS: dict[str, Callable[[Normal, torch.dtype], list[Any]]] = {
     "moe_experts": _moe,
     "moe_gate": lambda normal, wide: [normal(3, 4), normal(5, 4)],
     "moe_plan": lambda normal, wide: [_experts(), 3],
-    "moe_route": lambda normal, wide: [normal(3, 5, dtype=wide), normal(5, dtype=wide), *_ROUTE],
-    "moe_router": lambda normal, wide: [normal(3, 4), normal(5, 4), normal(5, dtype=wide), *_ROUTE],
+    "moe_route": lambda normal, wide: [normal(3, 5), normal(5, dtype=wide), normal(5), *_ROUTE],
+    "moe_router": lambda normal, wide: [
+        normal(3, 4), normal(5, 4), normal(5, dtype=wide), normal(5), *_ROUTE,
+    ],
     "remask": _remask,
 }  # fmt: skip

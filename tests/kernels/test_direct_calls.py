@@ -45,7 +45,7 @@ def whole(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.int64)
 
 
-ROUTE: list[Any] = [False, 1, 1, True, 1.0]
+ROUTE: list[Any] = [False, 1, 1, True, 1.0, False]
 Q, KV = zeros(1, 2, 2, 4), zeros(1, 8, 2, 4)
 SCAN: list[Any] = [zeros(1, 2, 8), zeros(1, 2, 2), zeros(8, 4), None, *[zeros(2)] * 3]
 SCAN_OPTIONS: list[Any] = [0.0, 1.0, False, 0]
@@ -56,8 +56,13 @@ NOTHING: list[Any] = [*[None] * 9, [], None, [], *[None] * 5]
 
 # Op, arguments, error, message.
 WRONG: list[tuple[str, list[Any], type[Exception], str]] = [
-    ("rms_norm", [zeros(2, 3), zeros(4), 1e-5], ValueError, r"weight: expected \[H\] for x \[..., H\], got \[4\] for"),
-    ("rms_norm", [zeros(2, 3), zeros(3).long(), 1e-5], TypeError, "weight: expected float64"),
+    (
+        "rms_norm",
+        [zeros(2, 3), zeros(4), 1e-5, False],
+        ValueError,
+        r"weight: expected \[H\] for x \[..., H\], got \[4\] for",
+    ),
+    ("rms_norm", [zeros(2, 3), zeros(3).long(), 1e-5, False], TypeError, "weight: expected float64"),
     ("adaln_norm", [zeros(1, 2, 3), zeros(4), None, None, 1e-5, False], ValueError, r"weight: expected shape \[3\]"),
     ("adaln_norm", [zeros(1, 2, 3), zeros(3), zeros(1, 3), None, 1e-5, False], ValueError, "expected both or neither"),
     ("gated_residual", [zeros(1, 2, 3), zeros(1, 2, 3), zeros(1, 2)], ValueError, r"gate: expected shape \[1, 3\]"),
@@ -78,10 +83,10 @@ WRONG: list[tuple[str, list[Any], type[Exception], str]] = [
     ("mamba2_scan", [*SCAN, 1, 2, None, None, whole(3), None, *SCAN_OPTIONS], ValueError, "state_index: expected"),
     ("mamba2_scan", [*SCAN, 1, 2, *[None] * 4, 0.0, 1.0, False, -1], ValueError, "states_every: expected 0 or more"),
     ("moe_gate", [zeros(2, 3), zeros(4, 400)], ValueError, r"gate_weight: expected \[E, 3\], got \[4, 400\]"),
-    ("moe_route", [zeros(2, 4), None, 400, *ROUTE], ValueError, r"top_k: expected 1\.\.4 for 4 experts, got 400"),
-    ("moe_route", [zeros(2, 4000), zeros(1), 2, *ROUTE], ValueError, r"correction_bias: expected shape \[4000\]"),
+    ("moe_route", [zeros(2, 4), None, None, 400, *ROUTE], ValueError, r"top_k: expected 1\.\.4 for 4 experts, got 400"),
+    ("moe_route", [zeros(2, 4000), zeros(1), None, 2, *ROUTE], ValueError, r"correction_bias: expected shape \[4000\]"),
     ("moe_route", [zeros(2, 4), None, 2, False, 0, 1, True, 1.0], ValueError, "n_group: expected a divisor of 4"),
-    ("moe_router", [zeros(2, 3), zeros(4, 3), None, 5, *ROUTE], ValueError, r"top_k: expected 1\.\.4"),
+    ("moe_router", [zeros(2, 3), zeros(4, 3), None, None, 5, *ROUTE], ValueError, r"top_k: expected 1\.\.4"),
     ("moe_plan", [whole(2, 2), -1], ValueError, "num_experts: expected 0 or more, got -1"),
     ("moe_plan", [zeros(2, 2), 4], TypeError, "experts: expected int32 or int64, got torch.float32"),
     (
@@ -221,11 +226,11 @@ def test_the_bindings_refuse_a_wrong_tensor(wrong: Any, error: type[Exception], 
 def test_rows_of_any_rank_are_read(shape: tuple[int, ...], layout: int) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight, out = torch.arange(1.0, 1 + shape[-1]), torch.empty(shape)
-    cpu.kernels().rms_norm(awkward(x, layout), weight, out, 1e-5)
+    cpu.kernels().rms_norm(awkward(x, layout), weight, out, 1e-5, False)
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
     torch.testing.assert_close(out, expected)
     with pytest.raises(ValueError, match="expected a tensor of rank 1 or more, got 0"):
-        cpu.kernels().rms_norm(torch.tensor(1.0), weight, out, 1e-5)
+        cpu.kernels().rms_norm(torch.tensor(1.0), weight, out, 1e-5, False)
 
 
 def test_an_empty_tensor_of_strided_rows_is_read_as_it_lies() -> None:

@@ -20,7 +20,6 @@ MOST_EXPERTS = 1024  # for whose scratch there is room in any case
 ONE_BLOCK = 64  # tokens that one block routes and plans: a bit for each
 PLANNED_PAIRS = 4096  # by a block, if there are several
 MOST_PLANNERS = 128  # blocks: about one for every processor, and each reads what all have counted
-_LOGITS = {torch.float64: "double", torch.float32: "float"}
 _NUMBERS = {torch.float64: "double", torch.float32: "float", torch.bfloat16: "Bfloat16", torch.float16: "Float16"}
 
 
@@ -107,30 +106,34 @@ class _Options(NamedTuple):
     topk_group: int
     renormalize: bool
     scaling: float
+    exclude_dropped: bool
 
 
 class _Routing:
     """The results of a choice, and how to launch it."""
 
-    def __init__(self, logits: Tensor, bias: Tensor | None, *options: Any) -> None:
+    def __init__(self, logits: Tensor, bias: Tensor | None, scale: Tensor | None, *options: Any) -> None:
         e = logits.shape[1]
         if e > MOST_EXPERTS:
             raise NotImplementedError(f"moe_route on cuda: expected at most {MOST_EXPERTS} experts, got {e}")
-        self.logits, self.bias, self.options = logits, bias, _Options(*options)
+        self.logits, self.bias, self.scale, self.options = logits, bias, scale, _Options(*options)
         self.weights, self.experts = empty_choice(logits, self.options.top_k)
 
     def arguments(self) -> list[cuda.Argument]:
         """Of both kernels, as `Routing` in moe_route.cu takes them."""
-        logits, bias, options = self.logits, self.bias, self.options
-        bias_layout = (0, 0) if bias is None else (cuda.DTYPES.index(bias.dtype), bias.stride(0))
-        tensors = (logits, *logits.stride(), bias, *bias_layout, self.weights, self.experts)
-        numbers = (*options[:-1], float(options.scaling))
-        return [*tensors, *logits.shape, *numbers]
+        logits, options = self.logits, self.options
+        vectors: list[cuda.Argument] = []
+        for vector in (self.bias, self.scale):
+            layout = (0, 0) if vector is None else (cuda.DTYPES.index(vector.dtype), vector.stride(0))
+            vectors += vector, *layout
+        tensors = (logits, *logits.stride(), *vectors, self.weights, self.experts)
+        return [*tensors, *logits.shape, *options._replace(scaling=float(options.scaling))]
 
     def launch(self, plan: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
         (n, e), options = self.logits.shape, self.options
         # A warp's scratch: scores, keys, groups, chosen experts; rounded up to whole words.
-        scratch = (2 * e + options.n_group) * self.logits.element_size() + 4 * options.top_k
+        computed = 8 if self.logits.dtype == torch.float64 else 4  # bytes of a score
+        scratch = (2 * e + options.n_group) * computed + 4 * options.top_k
         scratch = -(-scratch // 8) * 8
         common = 0 if plan is None else 8 * (e + (e + 1) // 2)  # masks and starts
         wanted = 4 if plan is None else 16
@@ -144,7 +147,7 @@ class _Routing:
 
 
 def _defines(dtype: torch.dtype) -> tuple[tuple[str, str], ...]:
-    return (("LOGIT", _LOGITS[dtype]),)
+    return (("STORED", _NUMBERS[dtype]), ("LOGIT", "double" if dtype == torch.float64 else "float"))
 
 
 def _factors(x: torch.dtype, weight: torch.dtype) -> tuple[tuple[str, str], ...]:
@@ -157,5 +160,5 @@ def builds() -> Iterator[tuple[str, tuple[tuple[str, str], ...]]]:
     for x, weight in itertools.product(_NUMBERS, repeat=2):
         yield "moe_gate_tiled", _factors(x, weight)
     yield "moe_plan", ()
-    for dtype in _LOGITS:
+    for dtype in _NUMBERS:
         yield "moe_route", _defines(dtype)

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+from twotower_kernels.ops._refusal import refused
+
 Rule = Callable[..., tuple[Any, ...]]  # from an op's arguments to those that it runs on
 
 # The keys of a call on a CPU with nothing between the derivatives and the device: no mode, transform or fake tensor.
@@ -60,6 +62,7 @@ def register_derivatives(
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             given, keyset = inputs[:-1], inputs[-1]
+            ctx.given = [(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in given]
             if torch._C._are_functorch_transforms_active():
                 # Gradients are off inside an autograd.Function, but not for the transforms that lie below this one.
                 with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
@@ -73,12 +76,14 @@ def register_derivatives(
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             if backward is None:
-                raise NotImplementedError(f"{name} is not differentiable")
-            results = backward(ctx, *grads)
-            for argument, needed, grad in zip(arguments, ctx.needs_input_grad, results, strict=False):
-                if needed and grad is None:
-                    raise NotImplementedError(f"{name} is not differentiable in {argument.name}")
-            return *results, None
+                results, text = (None,) * len(arguments), f"{name} is not differentiable"
+            else:
+                results, text = backward(ctx, *grads), f"{name} is not differentiable in {{}}"
+            asked = zip(arguments, ctx.given, ctx.needs_input_grad, results, strict=False)
+            return *(
+                refused(text.format(argument.name), grads, x) if needed and grad is None else grad
+                for argument, x, needed, grad in asked
+            ), None
 
     def kernel(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
         if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels import cpu
-from twotower_kernels.ops._library import check_floats, define, refuse_gradients
+from twotower_kernels.ops._library import check_floats, define
 from twotower_kernels.ops._traced import call
 from twotower_kernels.ops._transforms import autocasts, cast_to
 from twotower_kernels.options.arguments import real
@@ -14,22 +14,23 @@ from twotower_kernels.options.arguments import real
 ORDERS = ("modulate_norm", "norm_modulate")
 
 
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float, round_first: bool = False) -> Tensor:
     """Root-mean-square norm over the last dimension (arXiv 1910.07467, eq. 4), the weight multiplied before rounding.
 
     Args:
         x: `[..., H]`; float64, float32, bfloat16 or float16; any strides.
-        weight: `[H]`, any of these dtypes.
+        weight: `[H]`, any of these dtypes, or None for 1.
         eps: added to the mean square.
+        round_first: what is normalised is rounded to the dtype of `x` before the weight multiplies it, and the product
+            again: the norm of Llama, Qwen and LLaDA. In bfloat16 about a quarter of the numbers differ.
 
     Returns:
         `[..., H]` in the dtype of `x`, under autocast too. Not differentiable.
 
     Raises:
-        ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.
+        ValueError: wrong shape or device. TypeError: wrong dtype.
     """
-    refuse_gradients("rms_norm", x=x, weight=weight)
-    return call("rms_norm", x, weight, real("eps", eps))
+    return call("rms_norm", x, weight, real("eps", eps), round_first)
 
 
 def adaln_norm(
@@ -57,11 +58,9 @@ def adaln_norm(
         `[B, S, H]` in the dtype of `x`, under autocast too. Not differentiable.
 
     Raises:
-        ValueError: unknown order, wrong shape or device, only one of shift and scale, an argument that requires grad.
-        TypeError: wrong dtype.
+        ValueError: unknown order, wrong shape or device, only one of shift and scale. TypeError: wrong dtype.
     """
     _check_order(order)
-    refuse_gradients("adaln_norm", x=x, weight=weight, shift=shift, scale=scale)
     return call("adaln_norm", x, weight, shift, scale, real("eps", eps), order == "norm_modulate")
 
 
@@ -78,10 +77,9 @@ def gated_residual(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> T
         `[B, S, H]` in the dtype of `residual`. Not differentiable.
 
     Raises:
-        ValueError: wrong shape or device, an argument that requires grad. TypeError: wrong dtype.
+        ValueError: wrong shape or device. TypeError: wrong dtype.
     """
     residual, y = _widened(residual, y)
-    refuse_gradients("gated_residual", residual=residual, y=y, gate=gate)
     return torch.ops.twotower.gated_residual.default(residual, y, gate)
 
 
@@ -103,9 +101,6 @@ def gated_residual_adaln_norm(
     """
     _check_order(order)
     residual, y = _widened(residual, y)
-    refuse_gradients(
-        "gated_residual_adaln_norm", residual=residual, y=y, gate=gate, weight=weight, shift=shift, scale=scale
-    )
     return call(
         "gated_residual_adaln_norm", residual, y, gate, weight, shift, scale, real("eps", eps), order == "norm_modulate"
     )
@@ -154,9 +149,11 @@ def _check(
         raise TypeError(f"y: expected {x.dtype} as residual, or a narrower dtype, got {y.dtype}")
 
 
-def _check_rms_norm(x: Tensor, weight: Tensor, eps: object) -> None:
+def _check_rms_norm(x: Tensor, weight: Tensor | None, *_: object) -> None:
     shape = x.shape
-    if not shape or weight.shape != shape[-1:]:
+    if not shape:
+        raise ValueError("x: expected [..., H], got a tensor without dimensions")
+    if weight is not None and weight.shape != shape[-1:]:
         raise ValueError(f"weight: expected [H] for x [..., H], got {list(weight.shape)} for {list(shape)}")
     check_floats(x, x=x, weight=weight)
 
@@ -169,9 +166,9 @@ def _empty(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, round_first: bool) -> Tensor:
     normed = _empty(x)
-    cpu.call("rms_norm", x, weight, normed, eps)
+    cpu.call("rms_norm", x, weight, normed, eps, round_first)
     return normed
 
 
@@ -208,7 +205,7 @@ def _gated_residual_adaln_norm(
 
 
 define(
-    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    "rms_norm(Tensor x, Tensor? weight, float eps, bool round_first) -> Tensor",
     check=_check_rms_norm,
     cpu=_rms_norm,
     cuda="triton.adaln:rms_norm",

@@ -76,8 +76,8 @@ def block_attention(
         `[B, S, Hq]`, float32 (float64 for float64). Differentiable in q, k and v; the context is frozen.
 
     Raises:
-        ValueError: wrong shape, length, index or page, a context that requires grad, an `out` two of whose elements
-            share a place. TypeError: wrong dtype. MemoryError: on a CPU, no room for scratch; `out` may then be
+        ValueError: wrong shape, length, index or page, an `out` two of whose elements share a place, or with anything
+            that requires grad. TypeError: wrong dtype. MemoryError: on a CPU, no room for scratch; `out` may then be
             written in part.
     """
     if out is None:
@@ -90,7 +90,7 @@ def block_attention(
     if out is None:
         result, lse = call("block_attention", *arguments)
     else:
-        check_no_gradient(out, q, k, v)
+        check_no_gradient(out, q, k, v, k_context, v_context)
         result, lse = out, out.new_empty(q.shape[:3], dtype=statistics_dtype(q))
         call("block_attention_out", *arguments, out, lse)
     return (result, lse) if return_lse else result
@@ -125,7 +125,7 @@ def context_attention(
     if out is None:
         result, lse = call("context_attention", *arguments)
     else:
-        check_no_gradient(out, q)
+        check_no_gradient(out, q, k_context, v_context)
         result, lse = out, out.new_empty(q.shape[:3], dtype=statistics_dtype(q))
         call("context_attention_out", *arguments, out, lse)
     return (result, lse) if return_lse else result
@@ -206,7 +206,6 @@ def _context(
             check_no_past(context_lens, context_index, block_table)
         return k_context, v_context, None, None, None  # one without the other is refused by the operators
     check_axes(k_context=k_context, v_context=v_context)
-    check_frozen(k_context, v_context)
     table = as_index(block_table)
     lens = as_lengths("context_lens", context_lens, room(k_context, table), q)
     return k_context, v_context, lens, as_index(context_index), table

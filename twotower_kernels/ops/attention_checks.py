@@ -34,9 +34,9 @@ def check_frozen(k_context: Tensor, v_context: Tensor) -> None:
         raise ValueError("k_context, v_context: the context is frozen, expected no requires_grad; detach them")
 
 
-def check_no_gradient(out: Tensor, *differentiable: Tensor) -> None:
+def check_no_gradient(*tensors: Tensor | None) -> None:
     """No gradient is wanted of a result written in place."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (out, *differentiable)):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise ValueError("out: expected no tensor that requires grad, results written in place carry no gradient")
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels import cpu
-from twotower_kernels.ops._library import as_index, check_floats, check_index, define, refuse_gradients, same_device
+from twotower_kernels.ops._library import as_index, check_floats, check_index, define, same_device
 from twotower_kernels.ops._traced import call
 from twotower_kernels.options.arguments import real, whole
 
@@ -59,16 +59,13 @@ def mamba2_scan(
         States are new tensors. Autocast changes nothing: a state keeps its digits. Not differentiable.
 
     Raises:
-        ValueError: shapes that do not fit, another device, an argument that requires grad, `seq_lens` outside [0, L],
-            `state_index` outside the states (the last two before anything is computed). TypeError: wrong dtype.
+        ValueError: shapes that do not fit, another device, `seq_lens` outside [0, L], `state_index` outside the states
+            (the last two before anything is computed). TypeError: wrong dtype.
     """
     if conv_weight.ndim == 3 and conv_weight.shape[1] == 1:
         conv_weight = conv_weight.squeeze(1)
     n_groups, head_dim = whole("n_groups", n_groups), whole("head_dim", head_dim)
     states_every = whole("states_every", states_every)
-    floats = {"xbc": xbc, "dt": dt, "conv_weight": conv_weight, "conv_bias": conv_bias, "a_log": a_log, "d": d}
-    floats |= {"dt_bias": dt_bias, "conv_state": conv_state, "ssm_state": ssm_state}
-    refuse_gradients("mamba2_scan", **floats)
     low, high = (real("time_step_limit", limit) for limit in time_step_limit)
     y, conv, ssm = call("mamba2_scan", 
         xbc, dt, conv_weight, conv_bias, a_log, d, dt_bias, n_groups, head_dim, conv_state, ssm_state,
@@ -93,10 +90,9 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, *, n_groups: int, eps: 
         `[..., D]` in the dtype of `y`, rounded once, under autocast too. Not differentiable.
 
     Raises:
-        ValueError: shapes that do not fit, another device, an argument that requires grad. TypeError: wrong dtype.
+        ValueError: shapes that do not fit, another device. TypeError: wrong dtype.
     """
     n_groups, eps = whole("n_groups", n_groups), real("eps", eps)
-    refuse_gradients("gated_rms_norm", y=y, z=z, weight=weight)
     if y.ndim == 3:
         return call("gated_rms_norm", y, z, weight, n_groups, eps)
     _check_channels(y, z, weight)  # here already, for their shapes as they were given

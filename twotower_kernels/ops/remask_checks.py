@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from twotower_kernels.ops._library import as_index, check_float, refuse_gradients, same_device
+from twotower_kernels.ops._library import as_index, check_float, same_device
 from twotower_kernels.options.arguments import real, whole, wholes
 from twotower_kernels.options.remask_policy import (
     BOUNDS,
@@ -210,7 +210,6 @@ def check_kinds(
                 raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     mask: int | None = None if mask_token_id is None else whole("mask_token_id", mask_token_id, "an int")
     _check_logits(logits)
-    refuse_gradients("remask", logits=logits)
     return mask
 
 

@@ -2,7 +2,8 @@
 
 One program per row, the whole row in registers: each tensor is read and written once, and a block of 16 rows of 2688
 takes one launch, whose latency bounds it (16 rows of bfloat16 are 86 KB). Rounding after every operation of modulation
-and residual is part of the definition; the norm itself is computed in float32 and rounded once.
+and residual is part of the definition; the norm itself is computed in float32 and rounded once, or once more before
+the weight multiplies it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def adaln_norm_kernel(
     x,  # [B, S, H], the residual
     y,  # [B, S, H] or None
     gate,  # [B, H] or None
-    weight,  # [H], None: no norm is wanted
+    weight,  # [H], None: 1
     shift,  # [B, H] or None
     scale,  # [B, H] or None
     h,  # [B, S, H] contiguous, or None
@@ -41,6 +42,7 @@ def adaln_norm_kernel(
     stride_scale,
     eps,
     NORM_FIRST: tl.constexpr,
+    ROUND_FIRST: tl.constexpr,  # what is normalised is rounded before the weight multiplies it
     BLOCK_H: tl.constexpr,  # a power of two, at least H
 ):
     token_row = tl.program_id(0).to(tl.int64)
@@ -49,7 +51,8 @@ def adaln_norm_kernel(
     mask = offs_h < hidden_size
     X = x.dtype.element_ty
     if normed is not None:
-        weight_value = tl.load(weight + offs_h, mask=mask, other=0, volatile=IN_ORDER)
+        if weight is not None:
+            weight_value = tl.load(weight + offs_h, mask=mask, other=0, volatile=IN_ORDER)
         if scale is not None:
             scale_value = tl.load(scale + b * stride_scale + offs_h, mask=mask, other=0, volatile=IN_ORDER)
             shift_value = tl.load(shift + b * stride_shift + offs_h, mask=mask, other=0, volatile=IN_ORDER)
@@ -74,7 +77,11 @@ def adaln_norm_kernel(
         if scale is not None and not NORM_FIRST:
             value = ((value * scale_value).to(X).to(tl.float32) + shift_value).to(X).to(tl.float32)
         rstd = 1 / tl.sqrt_rn(tl.sum(value * value) / hidden_size + eps)
-        value = value * rstd * weight_value.to(tl.float32)
+        value = value * rstd
+        if ROUND_FIRST:
+            value = value.to(X).to(tl.float32)
+        if weight is not None:
+            value = value * weight_value.to(tl.float32)
         if scale is not None and NORM_FIRST:
             value = (value.to(X).to(tl.float32) * scale_value).to(X).to(tl.float32) + shift_value
         tl.store(normed + token_row * hidden_size + offs_h, value.to(X), mask=mask)
@@ -98,6 +105,7 @@ def _launch(
     normed: Tensor | None,
     eps: float,
     norm_first: bool,
+    round_first: bool = False,
 ) -> None:
     check_dtype(op, x=x, y=y, gate=gate, weight=weight, shift=shift, scale=scale)
     x, y, gate, weight, shift, scale = map(rows_contiguous, (x, y, gate, weight, shift, scale))  # type: ignore[assignment]
@@ -112,17 +120,30 @@ def _launch(
             *(length, hidden_size, *x.stride()[:2], *((0, 0) if y is None else y.stride()[:2]), *strides),
             eps,
             NORM_FIRST=norm_first,
+            ROUND_FIRST=round_first,
             BLOCK_H=block_h,
             num_warps=num_warps,
         )
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, round_first: bool) -> Tensor:
     normed = x.new_empty(x.shape)
     if x.numel():
-        hidden_size = x.shape[-1]
-        flat = x.reshape(1, -1, hidden_size)
-        _launch("rms_norm", flat, None, None, weight, None, None, None, normed.view(1, -1, hidden_size), eps, False)
+        rows = (1, -1, x.shape[-1])
+        _launch(
+            "rms_norm",
+            x.reshape(rows),
+            None,
+            None,
+            weight,
+            None,
+            None,
+            None,
+            normed.view(rows),
+            eps,
+            False,
+            round_first,
+        )
     return normed
 
 
@@ -168,5 +189,9 @@ def builds(arch: int) -> Iterator[Build]:
                 types = {name: f"*{dtype}" for name, present in presence.items() if present}
                 types |= {name: "i32" for name in integers.split()} | {"eps": "fp32"}
                 constants: dict[str, object] = {name: None for name, present in presence.items() if not present}
-                constants |= {"NORM_FIRST": norm_first, "BLOCK_H": block_h}
+                constants |= {"NORM_FIRST": norm_first, "ROUND_FIRST": False, "BLOCK_H": block_h}
                 yield Build(adaln_norm_kernel, types, constants, num_warps=num_warps)
+            # The last, plain one with what rms_norm has beside it.
+            yield Build(adaln_norm_kernel, types, constants | {"ROUND_FIRST": True}, num_warps=num_warps)
+            unweighted = {name: type for name, type in types.items() if name != "weight"}
+            yield Build(adaln_norm_kernel, unweighted, constants | {"weight": None}, num_warps=num_warps)

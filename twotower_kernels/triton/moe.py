@@ -38,13 +38,10 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, machine, on_device_of, rows_contiguous
+from twotower_kernels.triton.moe_activation import ACTIVATIONS, SILU_GATED, activated
 from twotower_kernels.triton.moe_tuning import NARROW, Tuning, overlaps, tuning
 
 AHEAD = tl.constexpr(512)  # numbers of each row of `down` that are asked for before `hidden` is there
-RELU2 = tl.constexpr(0)
-SILU = tl.constexpr(1)
-GELU = tl.constexpr(2)
-ACTIVATIONS = {"relu2": RELU2.value, "silu_gated": SILU.value, "gelu_gated": GELU.value}
 
 
 @triton.jit
@@ -98,23 +95,11 @@ def _after_the_kernel_before():
 
 
 @triton.jit
-def _activated(gate, value, T: tl.constexpr, ACTIVATION: tl.constexpr):
-    """Rounded after every step. The tanh form of GELU is z / (1 + exp(-2u)), without cancellation at negative u."""
-    value = value.to(T).to(tl.float32)
-    if ACTIVATION == RELU2:
-        return tl.where(value < 0, 0, value * value).to(T)  # NaN stays NaN
-    gate = gate.to(T).to(tl.float32)
-    z = gate
-    if ACTIVATION == GELU:
-        z = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-    return ((gate / (1 + tl.exp(-z))).to(T).to(tl.float32) * value).to(T)
-
-
-@triton.jit
 def up_kernel(
     x,  # [N, H]
     up,  # [E, I or 2I, H]
     shared_up,  # [J or 2J, H]
+    up_bias,  # [E, I or 2I] or None, of the routed experts
     expert_offsets,  # [E + 1]
     sorted_token_ids,  # [N k], token * k + choice of every slot
     hidden,  # [N k, I] by slot, then [N, J]
@@ -129,6 +114,9 @@ def up_kernel(
     stride_ue,
     stride_ui,
     stride_sj,
+    stride_be,
+    alpha,
+    limit,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -148,7 +136,7 @@ def up_kernel(
         if pid < tl.cdiv(j, BLOCK_M):
             long_row = tl.cast(stride_sj, tl.int64)
             _prefetch(shared_up, pid * BLOCK_M, j, long_row, h, BLOCK_M)
-            if ACTIVATION != RELU2:
+            if ACTIVATION >= SILU_GATED:
                 _prefetch(shared_up + j * long_row, pid * BLOCK_M, j, long_row, h, BLOCK_M)
         _after_the_kernel_before()
     if pid < shared_programs:
@@ -157,6 +145,7 @@ def up_kernel(
         last = n
         slot = tl.minimum(first + offs_n, last - 1)
         token = slot
+        expert = tl.full((), -1, tl.int64)
         w = shared_up
         stride = tl.cast(stride_sj, tl.int64)
         size = tl.cast(j, tl.int32)
@@ -183,13 +172,13 @@ def up_kernel(
     w_ptrs = w + inside[:, None] * stride + offs_k[None, :]
     value = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     gate = value
-    if ACTIVATION != RELU2:
+    if ACTIVATION >= SILU_GATED:
         u_ptrs = w_ptrs + size * stride
     for start in range(0, h, BLOCK_K):
         left = h - start
         xs = tl.load(x_ptrs) if EVEN_K else tl.load(x_ptrs, mask=offs_k[:, None] < left, other=0)
         ws = tl.load(w_ptrs) if EVEN_K else tl.load(w_ptrs, mask=offs_k[None, :] < left, other=0)
-        if ACTIVATION == RELU2:
+        if ACTIVATION < SILU_GATED:
             value = tl.dot(ws, xs, value, input_precision="ieee")
         else:
             us = tl.load(u_ptrs) if EVEN_K else tl.load(u_ptrs, mask=offs_k[None, :] < left, other=0)
@@ -198,7 +187,14 @@ def up_kernel(
             u_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
-    result = _activated(gate, value, T, ACTIVATION)
+    if up_bias is not None:
+        b_ptrs = up_bias + expert * stride_be + offs_m
+        biased = (expert >= 0) & (offs_m < size)
+        if ACTIVATION >= SILU_GATED:
+            gate += tl.load(b_ptrs, mask=biased, other=0).to(tl.float32)[:, None]
+            b_ptrs += size
+        value += tl.load(b_ptrs, mask=biased, other=0).to(tl.float32)[:, None]
+    result = activated(gate, value, alpha, limit, T, ACTIVATION)
     to = out + (first + offs_n)[None, :] * size + offs_m[:, None]
     tl.store(to, result, mask=(offs_m[:, None] < size) & ((first + offs_n)[None, :] < last))
 
@@ -208,6 +204,7 @@ def down_kernel(
     hidden,  # [N k, I] by slot, then [N, J]
     down,  # [E, H, I]
     shared_down,  # [H, J]
+    down_bias,  # [E, H] or None, of the routed experts
     expert_offsets,  # [E + 1]
     sorted_token_ids,  # [N k], token * k + choice of every slot
     y,  # [N k, H] in the order of token * k + choice, then [N, H]
@@ -221,6 +218,7 @@ def down_kernel(
     stride_de,
     stride_dh,
     stride_sj,
+    stride_be,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -241,6 +239,7 @@ def down_kernel(
         last = n
         slot = tl.minimum(first + offs_n, last - 1)
         y_row = num_pairs + slot
+        expert = tl.full((), -1, tl.int64)
         w = shared_down
         stride = tl.cast(stride_sj, tl.int64)
         size = tl.cast(j, tl.int32)
@@ -273,6 +272,9 @@ def down_kernel(
         acc = tl.dot(ws, xs, acc, input_precision="ieee")
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
+    if down_bias is not None:
+        biased = (expert >= 0) & (offs_m < h)
+        acc += tl.load(down_bias + expert * stride_be + offs_m, mask=biased, other=0).to(tl.float32)[:, None]
     to = y + y_row[None, :] * h + offs_m[:, None]
     tl.store(to, acc.to(T), mask=(offs_m[:, None] < h) & ((first + offs_n)[None, :] < last))
 
@@ -303,7 +305,7 @@ def combine_kernel(
     expert = tl.load(topk_ids + token * stride_tn + choice, mask=choice < top_k, other=0, cache_modifier=CACHE)
     expert = expert.to(tl.int64)
     known = (expert >= 0) & (expert < num_experts)
-    # Ascending experts, and ascending choices of the same; an expert that does not exist comes last, as NaN.
+    # Ascending experts, and ascending choices of the same; what no expert here has made comes last, and is not added.
     key = tl.where(known, expert, num_experts) * top_k + choice
     key = tl.where(choice < top_k, key, 0x7FFFFFFFFFFFFFFF)
     none = tl.cast(num_experts, tl.int64) * top_k
@@ -316,7 +318,7 @@ def combine_kernel(
         nth = last_key % top_k
         value = tl.load(y + (token * top_k + nth) * h + offs_h, mask=inside, other=0).to(tl.float32)
         weight = tl.load(topk_weights + token * stride_wn + nth).to(tl.float32)
-        acc += tl.where(last_key < none, weight * value, float("nan"))
+        acc += tl.where(last_key < none, weight * value, 0)
     if SHARED:
         shared = y + (tl.cast(num_tokens, tl.int64) * top_k + token) * h
         acc = acc.to(T).to(tl.float32) + tl.load(shared + offs_h, mask=inside, other=0).to(tl.float32)
@@ -344,17 +346,21 @@ def moe_experts(
     pairs: Tensor | None,
     shared_up: Tensor | None,
     shared_down: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
     activation: str,
+    alpha: float,
+    limit: float,
 ) -> Tensor:
-    """A given plan cannot be compared with the experts without waiting for the device: tokens whose experts it leaves
-    out, or that are outside [0, E), become NaN."""
+    """A given plan cannot be compared with the experts without waiting for the device: of a pair that it leaves out,
+    though its expert is in [0, E), the result is undefined."""
     check_dtype("moe_experts", x=x)
     if offsets is None or pairs is None:
         _, offsets, pairs = torch.ops.twotower.moe_plan.default(experts, w_up.shape[0])
     offsets, pairs = offsets.contiguous(), pairs.contiguous()
     shared = shared_up is not None
     x, w_up, w_down, weights, experts = map(rows_contiguous, (x, w_up, w_down, weights, experts))  # type: ignore[assignment]
-    shared_up, shared_down = map(rows_contiguous, (shared_up, shared_down))
+    shared_up, shared_down, up_bias, down_bias = map(rows_contiguous, (shared_up, shared_down, up_bias, down_bias))
     out = x.new_empty(x.shape)
     if out.numel() == 0:
         return out
@@ -368,7 +374,8 @@ def moe_experts(
     addresses = (tensor.data_ptr() for tensor in (x, w_up, w_down, shared_up, shared_down))
     aligned = not any(number % 16 for number in (h, i, j, *up_strides, *down_strides, *addresses))
     arch, _ = machine(x.device)
-    up = tuning(x.dtype, n * k, e, activation != "relu2", aligned, arch)
+    kind = ACTIVATIONS[activation]
+    up = tuning(x.dtype, n * k, e, kind >= SILU_GATED.value, aligned, arch)
     down = tuning(x.dtype, n * k, e, False, aligned, arch)
     shared_tiles = triton.cdiv(n, up.block_n) if shared else 0
     most = _most_tiles(n * k, e, up.block_n)
@@ -384,17 +391,17 @@ def moe_experts(
     with on_device_of(x):
         if up_programs:
             up_kernel[(up_programs,)](
-                *(x, w_up, shared_up, offsets, pairs, hidden, *common),
-                *up_strides,
-                ACTIVATION=ACTIVATIONS[activation],
+                *(x, w_up, shared_up, up_bias, offsets, pairs, hidden, *common),
+                *(*up_strides, 0 if up_bias is None else up_bias.stride(0), float(alpha), float(limit)),
+                ACTIVATION=kind,
                 EVEN_K=h % up.block_k == 0,
                 BLOCK_E=padded,
                 **_options(up) | pdl,
             )
         if down_programs:
             down_kernel[(down_programs,)](
-                *(hidden, w_down, shared_down, offsets, pairs, y, *common),
-                *down_strides,
+                *(hidden, w_down, shared_down, down_bias, offsets, pairs, y, *common),
+                *(*down_strides, 0 if down_bias is None else down_bias.stride(0)),
                 EVEN_K=i % down.block_k == 0 and j % down.block_k == 0,
                 BLOCK_E=padded,
                 **_options(down) | pdl,
@@ -416,28 +423,35 @@ def _block(h: int) -> int:
 
 _SIZES = ("shared_tiles", "num_tokens", "top_k", "num_experts", "h", "i", "j")
 _POINTERS = {
-    up_kernel: ("x", "up", "shared_up", "expert_offsets", "sorted_token_ids", "hidden"),
-    down_kernel: ("hidden", "down", "shared_down", "expert_offsets", "sorted_token_ids", "y"),
+    up_kernel: ("x", "up", "shared_up", "up_bias", "expert_offsets", "sorted_token_ids", "hidden"),
+    down_kernel: ("hidden", "down", "shared_down", "down_bias", "expert_offsets", "sorted_token_ids", "y"),
     combine_kernel: ("y", "topk_weights", "topk_ids", "out"),
 }
 _INTEGERS = {
-    up_kernel: (*_SIZES, "stride_xn", "stride_ue", "stride_ui", "stride_sj"),
-    down_kernel: (*_SIZES, "stride_de", "stride_dh", "stride_sj"),
+    up_kernel: (*_SIZES, "stride_xn", "stride_ue", "stride_ui", "stride_sj", "stride_be"),
+    down_kernel: (*_SIZES, "stride_de", "stride_dh", "stride_sj", "stride_be"),
     combine_kernel: ("num_tokens", "top_k", "num_experts", "h", "stride_wn", "stride_tn"),
 }
 # Not divided by 16.
 _FEW = frozenset(("shared_tiles", "num_tokens", "top_k", "num_experts", "stride_wn", "stride_tn"))
+_BIAS = {up_kernel: "up_bias", down_kernel: "down_bias"}
 
 
-def _build(kernel: Any, dtype: torch.dtype, constants: dict[str, Any], tile: Tuning | None, numbers: str) -> Build:
+def _build(
+    kernel: Any, dtype: torch.dtype, constants: dict[str, Any], tile: Tuning | None, numbers: str, biased: bool = False
+) -> Build:
     """numbers: "aligned" to 16, "any", or "one", which Triton compiles as constants."""
     types = {name: f"*{DTYPES[dtype]}" for name in _POINTERS[kernel]}
+    if kernel in _BIAS and not biased:
+        constants = constants | {_BIAS[kernel]: None}
+        del types[_BIAS[kernel]]
     types |= {name: "*i64" for name in ("expert_offsets", "sorted_token_ids") if name in types}
     types |= {name: type for name, type in (("topk_weights", "*fp32"), ("topk_ids", "*i32")) if name in types}
     if numbers == "one":
         constants = constants | {name: 1 for name in _INTEGERS[kernel]}
     else:
         types |= {name: "i32" for name in _INTEGERS[kernel]}
+    types |= {name: "fp32" for name in ("alpha", "limit") if kernel is up_kernel}
     odd = _FEW if numbers == "aligned" else frozenset(types)
     if tile is None:
         return Build(kernel, types, constants, odd=odd)
@@ -447,7 +461,7 @@ def _build(kernel: Any, dtype: torch.dtype, constants: dict[str, Any], tile: Tun
 
 
 def builds(arch: int) -> Iterator[Build]:
-    """Every tile that `tuning` gives; the narrowest for every activation and kind of numbers."""
+    """Every tile that `tuning` gives, the narrowest for every activation, the narrowest and the widest with biases."""
     for dtype in DTYPES:
         widths = (96, 4096) if dtype == torch.float32 else (96, 4096, 8192, 16384)
         for pairs, gated in itertools.product(widths, (False, True)):
@@ -461,13 +475,13 @@ def builds(arch: int) -> Iterator[Build]:
             for numbers, whole, experts, pdl in kinds:
                 tile = tuning(dtype, pairs, 128, gated, numbers == "aligned", arch)
                 constants = {"EVEN_K": whole, "BLOCK_E": experts, "PDL": pdl}
-                if not gated:
-                    yield _build(up_kernel, dtype, constants | {"ACTIVATION": RELU2.value}, tile, numbers)
-                    yield _build(down_kernel, dtype, constants, tile, numbers)
-                    continue
-                yield _build(up_kernel, dtype, constants | {"ACTIVATION": SILU.value}, tile, numbers)
-                if pairs == 96:
-                    yield _build(up_kernel, dtype, constants | {"ACTIVATION": GELU.value}, tile, numbers)
+                usual = numbers == "aligned" and whole and not pdl
+                activations = [kind for kind in ACTIVATIONS.values() if gated == (kind >= SILU_GATED.value)]
+                for biased in (False, True) if usual and pairs in (96, widths[-1]) else (False,):
+                    for kind in activations if usual and pairs == 96 else activations[:1]:
+                        yield _build(up_kernel, dtype, constants | {"ACTIVATION": kind}, tile, numbers, biased)
+                    if not gated:
+                        yield _build(down_kernel, dtype, constants, tile, numbers, biased)
         for shared, h, pdl in itertools.product((False, True), (64, 2688), (False, True)[: 1 + (arch >= 90)]):
             constants = dict(SHARED=shared, BLOCK_TOPK=8, BLOCK_H=_block(h), PDL=pdl)
             yield _build(combine_kernel, dtype, constants, None, "aligned")
