@@ -39,7 +39,7 @@ class Dream:
         return tt.linear(x, weights.tied("lm_head.weight", "model.embed_tokens.weight"))
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return tt.rms_norm(x, weight, eps=self.eps)
+        return tt.rms_norm(x, weight, eps=self.eps, round_first=True)
 
     @torch.no_grad()
     def generate(

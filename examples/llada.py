@@ -72,11 +72,9 @@ class Llada:
             raise NotImplementedError(
                 f"layer_norm_type: expected rms, gemma_rms, default or low_precision, got {kind!r}"
             )
-        if weight is None:
-            weight = x.new_ones(x.shape[-1])
-        elif kind == "gemma_rms":
+        if weight is not None and kind == "gemma_rms":
             weight = 1 + weight
-        y = tt.rms_norm(x, weight, eps=field(self.config, "rms_norm_eps"))
+        y = tt.rms_norm(x, weight, eps=field(self.config, "rms_norm_eps"), round_first=True)
         return y if bias is None else y + bias
 
     @torch.no_grad()

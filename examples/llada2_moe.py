@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import twotower_kernels as tt
 from examples.layers import Cache, Config, Rotary, Weights, activation, block_causal_attention, field
@@ -32,10 +31,10 @@ class Llada2Moe:
         cache: Cache | None = None,
         commit: bool = False,
         block_length: int | None = None,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Logits `[R, S, V]` of tokens `[R, S]` behind the first `start` tokens of the cache's rows.
 
-        commit: write their keys and values into the cache.
+        commit: write keys and values into the cache instead.
         block_length: the tokens are blocks of so many, and nothing is before them; None: they are one block.
         """
         weights = self.weights
@@ -59,16 +58,17 @@ class Llada2Moe:
             x = x + attention.linear(y.flatten(2), "dense")
             y, mlp = self.norm(x, layer["post_attention_layernorm.weight"]), layer.below("mlp")
             x = x + (mlp.mlp(y, self.act) if i < self.dense else self.experts(y.flatten(0, 1), mlp).view_as(x))
+        if commit:
+            return None
         x = self.norm(x, weights["model.norm.weight"])
         return tt.linear(x, weights.tied("lm_head.weight", "model.word_embeddings.weight"))
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return tt.rms_norm(x, weight, eps=self.eps)
+        return tt.rms_norm(x, weight, eps=self.eps, round_first=True)
 
     def route(self, logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and experts `[N, k]`: the bias chooses only, and an expert of a dropped group cannot be chosen."""
         top_k = field(self.config, "num_experts_per_tok")
-        bias = bias - bias.min() + 1
         return tt.moe_route(
             logits,
             bias,
@@ -77,6 +77,7 @@ class Llada2Moe:
             topk_group=field(self.config, "topk_group"),
             renormalize=top_k > 1,
             scaling=field(self.config, "routed_scaling_factor"),
+            dropped="-inf",
         )
 
     def experts(self, x: Tensor, mlp: Weights) -> Tensor:
@@ -88,20 +89,27 @@ class Llada2Moe:
         w_up, w_down = mlp["experts.w13_weight"], mlp["experts.w2_weight"]
         return tt.moe_experts(x, w_up, w_down, weights, experts, activation="silu_gated", **shared)
 
-    @torch.no_grad()
     def generate(self, prompt: Tensor, *, blocks: int, block_length: int, threshold: float) -> tuple[Tensor, int]:
-        x, nfe, given = F.pad(prompt, (0, blocks * block_length), value=self.mask_token_id), 0, prompt.shape[1]
-        x = F.pad(x, (0, -x.shape[1] % block_length), value=self.mask_token_id)
-        cache = Cache(self.layers, len(x), x.shape[1], self.kv_heads, self.head_dim, self.weights["model.norm.weight"])
-        prefilled = given // block_length * block_length
-        if prefilled:
-            self.forward(x[:, :prefilled], cache=cache, commit=True, block_length=block_length)
-        for start in range(prefilled, x.shape[1], block_length):
-            block = x[:, start : start + block_length]
-            while (block == self.mask_token_id).any():
-                logits = self.forward(block, start, cache=cache)
-                nfe += 1
-                policy = tt.RemaskPolicy.dinfer(threshold)
-                block.copy_(tt.remask(logits, block, mask_token_id=self.mask_token_id, policy=policy).tokens)
-            self.forward(block, start, cache=cache, commit=True)
-        return x, nfe
+        """Block diffusion with `ThresholdParallelDecoder`: tokens `[B, T]` for prompts `[B, P]`, T the next multiple of
+        the block, and how many steps denoised."""
+        length = -(-(prompt.shape[1] + blocks * block_length) // block_length) * block_length
+        norm, nfe = self.weights["model.norm.weight"], 0
+        cache = Cache(self.layers, len(prompt), length, self.kv_heads, self.head_dim, norm)
+
+        def step(tokens: Tensor, start: Tensor, rows: Tensor, commit: bool) -> Tensor | None:
+            nonlocal nfe
+            nfe += not commit
+            prefill = commit and tokens.shape[1] != block_length
+            return self.forward(
+                *(tokens, start, rows), cache=cache, commit=commit, block_length=block_length if prefill else None
+            )
+
+        result = tt.generate_blocks(
+            step,
+            prompt,
+            policy=tt.RemaskPolicy.dinfer(threshold),
+            block_size=block_length,
+            mask_token_id=self.mask_token_id,
+            max_new_tokens=length - prompt.shape[1],
+        )
+        return torch.stack(result.sequences), nfe

@@ -18,6 +18,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from examples import sdar_recorded
 from examples.dream import Dream
 from examples.layers import Weights
 from examples.llada import Llada
@@ -115,12 +117,14 @@ class Recording:
         return _differs("weights", *dense)
 
     def _generation(self, index: int, case: dict[str, Any]) -> str:
-        known = inspect.signature(self.model.generate).parameters
+        model = self.model
+        generate = partial(sdar_recorded.generate, model) if isinstance(model, Sdar) else model.generate
+        known = inspect.signature(generate).parameters
         options = {name: value for name, value in case.items() if name in known}
         if isinstance(options.get("temperature"), str):  # "1.0, its multinomial draw replaced by the most likely token"
             options["temperature"] = float(options["temperature"].split(",")[0])
         prompt, expected = self.tensor(f"case{index}.prompt"), self.tensor(f"case{index}.sequence")
-        tokens, nfe = self.model.generate(prompt, **options)
+        tokens, nfe = generate(prompt, **options)
         if tokens.shape != expected.shape:
             return f"expected tokens {list(expected.shape)}, got {list(tokens.shape)}"
         if not tokens.equal(expected):

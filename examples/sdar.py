@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import twotower_kernels as tt
 from examples.layers import Cache, Config, Rotary, Weights, activation, block_causal_attention, field, refuse
@@ -32,10 +31,10 @@ class Sdar:
         cache: Cache | None = None,
         commit: bool = False,
         block_length: int | None = None,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Logits `[R, S, V]` of tokens `[R, S]` behind the first `start` tokens of the cache's rows.
 
-        commit: write their keys and values into the cache.
+        commit: write keys and values into the cache instead.
         block_length: the tokens are blocks of so many, and nothing is before them; None: they are one block.
         """
         weights = self.weights
@@ -57,13 +56,17 @@ class Sdar:
                 cache.append(i, k, v, start, rows)
             x = x + attention.linear(y.flatten(2), "o_proj")
             x = x + layer.below("mlp").mlp(self.norm(x, layer["post_attention_layernorm.weight"]), self.act)
+        if commit:
+            return None
         x = self.norm(x, weights["model.norm.weight"])
         return tt.linear(x, weights.tied("lm_head.weight", "model.embed_tokens.weight"))
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return tt.rms_norm(x, weight, eps=self.eps)
+        return tt.rms_norm(x, weight, eps=self.eps, round_first=True)
 
-    @torch.no_grad()
+    def cache(self, rows: int, length: int) -> Cache:
+        return Cache(self.layers, rows, length, self.kv_heads, self.head_dim, self.weights["model.norm.weight"])
+
     def generate(
         self,
         prompt: Tensor,
@@ -77,66 +80,35 @@ class Sdar:
         top_k: int = 0,
         top_p: float = 1.0,
         stopping_criteria_idx: list[int] | None = None,
-    ) -> tuple[Tensor, int]:
-        """`block_diffusion_generate`, the most likely token taken for each draw: tokens `[B, T]`, and how many steps
-        denoised.
+    ) -> tt.GenerateResult:
+        """`block_diffusion_generate` for prompts `[B, P]`, the most likely token taken for each draw.
 
-        T is the next multiple of the block; masks are left behind a block that holds a token to stop at.
+        What a token once committed is, it stays: `examples.sdar_recorded` is the original to the last token.
         """
-        given = prompt.shape[1]
-        length = -(-(given + gen_length) // block_length) * block_length
-        x = F.pad(prompt, (0, length - given), value=self.mask_token_id)
-        cache = Cache(self.layers, len(x), length, self.kv_heads, self.head_dim, self.weights["model.norm.weight"])
-        prefilled, nfe = given // block_length * block_length, 0
-        if prefilled:
-            self.forward(x[:, :prefilled], cache=cache, commit=True, block_length=block_length)
-        for start in range(prefilled, length, block_length):
-            block = x[:, start : start + block_length]
-            for step in range(denoising_steps):
-                if not (block == self.mask_token_id).any():
-                    break
-                logits = self.forward(block, start, cache=cache)
-                nfe += 1
-                result = tt.remask(
-                    logits,
-                    block,
-                    mask_token_id=self.mask_token_id,
-                    policy=policy(strategy, confidence_threshold),
-                    step=step,
-                    num_steps=denoising_steps,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                )
-                block.copy_(self.overwritten(result, block, logits, strategy, step, denoising_steps))
-            if (block == self.mask_token_id).any():
-                raise RuntimeError(f"masks are left after {denoising_steps} steps, where the original fails")
-            self.forward(block, start, cache=cache, commit=True)
-            if stopping_criteria_idx and torch.isin(x[:, given:], torch.tensor(stopping_criteria_idx)).any():
-                break
-        return x, nfe
+        cache = self.cache(len(prompt), -(-(prompt.shape[1] + gen_length) // block_length) * block_length)
 
-    def overwritten(
-        self, result: tt.RemaskResult, before: Tensor, logits: Tensor, strategy: str, step: int, steps: int
-    ) -> Tensor:
-        """The tokens after a step, with what the original does where it has fewer masks than its quota, which it counts
-        from the block: `torch.topk` then takes committed tokens, too, and they are overwritten."""
-        quota = before.shape[1] // steps + (step < before.shape[1] % steps)
-        masked, tokens = before == self.mask_token_id, result.tokens
-        for row in range(len(tokens)):
-            if strategy == "sequential":
-                first = int(masked[row].int().argmax())
-                taken = torch.arange(first, min(first + quota, before.shape[1]))
-            elif masked[row].sum() < quota:
-                taken = torch.where(masked[row], result.confidence[row], -torch.inf).topk(quota).indices
-            else:
-                continue
-            taken = taken[~masked[row, taken]]
-            tokens[row, taken] = logits[row, taken].argmax(-1)
-        return tokens
+        def step(tokens: Tensor, start: Tensor, rows: Tensor, commit: bool) -> Tensor | None:
+            prefill = commit and tokens.shape[1] != block_length
+            return self.forward(
+                *(tokens, start, rows), cache=cache, commit=commit, block_length=block_length if prefill else None
+            )
+
+        return tt.generate_blocks(
+            step,
+            prompt,
+            policy=policy(strategy, confidence_threshold),
+            block_size=block_length,
+            mask_token_id=self.mask_token_id,
+            max_new_tokens=gen_length,
+            steps_per_block=denoising_steps,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=stopping_criteria_idx,
+        )
 
 
-def policy(strategy: str, confidence_threshold: float | None) -> tt.RemaskPolicy:
+def policy(strategy: str, confidence_threshold: float | None = None) -> tt.RemaskPolicy:
     """The rule of a `remasking_strategy`."""
     if strategy == "low_confidence_dynamic":
         return tt.RemaskPolicy.sdar(confidence_threshold, greedy=True)

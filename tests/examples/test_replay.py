@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from examples.replay import main
 from tests.examples.random_systems import write
@@ -31,9 +28,7 @@ def test_everything_recorded_agrees(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def sdar(strategy: str, block: int, steps: int, tau: float | None = None, new: int = 30) -> dict[str, Any]:
-    return dict(
-        strategy=strategy, confidence_threshold=tau, gen_length=new, block_length=block, denoising_steps=steps
-    )
+    return dict(strategy=strategy, confidence_threshold=tau, gen_length=new, block_length=block, denoising_steps=steps)
 
 
 def llada(cache: str | None, threshold: float | None = None, block: int = 12, steps: int = 18) -> dict[str, Any]:
@@ -96,9 +91,7 @@ VARIATIONS: dict[str, tuple[str, list[tuple[int, dict[str, Any]]], dict[str, Any
 
 
 @pytest.mark.parametrize("name", VARIATIONS)
-def test_random_models_agree_with_plain_programs(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_random_models_agree_with_plain_programs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(len(name))
     system, cases, config = VARIATIONS[name]
     write(tmp_path / system, system, cases, config)
