@@ -271,11 +271,10 @@ def test_everything_public_is_explained() -> None:
             assert inspect.getdoc(thing), public
 
 
-def test_readme_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of its Python, one block after the other, as a reader would paste it at the repository's root."""
+@pytest.mark.parametrize("page", ["README.md", "docs/generate_blocks.md"])
+def test_examples_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a page's Python, one block after the other, as a reader would paste it at the repository's root."""
     monkeypatch.chdir(ROOT)
-    blocks = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert blocks
     exec("\n".join(blocks), {})

@@ -110,10 +110,12 @@ def stream_blocks(
     )
     if not callable(step):
         raise TypeError(f"step: expected a callable, got {kind_of(step)}")
-    if not isinstance(policy, RemaskPolicy):
-        raise TypeError(f"policy: expected a RemaskPolicy, got {kind_of(policy)}")
+    if options.policy is None:
+        raise TypeError("policy: expected a RemaskPolicy, got NoneType")
     if options.mask_token_id is None:
         raise TypeError("mask_token_id: expected a token, got None")
+    if not isinstance(aligned, bool):
+        raise TypeError(f"aligned: expected True or False, got {aligned!r}")
     rows = prompt_rows(prompts, None, None if device is None else torch.device(device))
     devices = {row.device for row in rows}
     if len(devices) > 1:

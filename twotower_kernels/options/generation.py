@@ -79,7 +79,10 @@ class GenerationConfig:
         if self.eos_token_id is None:
             return ()
         given: Any = self.eos_token_id
-        return tuple(wholes("eos_token_id", given if are_several(given) else [given], "None, a token or tokens"))
+        ends = wholes("eos_token_id", given if are_several(given) else [given], "None, a token or tokens")
+        if min(ends, default=0) < 0:
+            raise ValueError(f"eos_token_id: expected tokens, 0 or more, got {min(ends)}")
+        return tuple(ends)
 
     def _seed(self) -> int | tuple[int, ...]:
         if are_several(self.seed):
@@ -105,6 +108,10 @@ class GenerationConfig:
             raise ValueError(f"block_size: expected 1 to {MOST_BLOCK}, got {size}")
         if not 1 <= steps <= MOST_STEPS:
             raise ValueError(f"steps_per_block: expected 1 to {MOST_STEPS}, got {steps}")
+        if mask is not None and mask < 0:
+            raise ValueError(f"mask_token_id: expected a token, 0 or more, got {mask}")
+        if self.policy is not None and not isinstance(self.policy, RemaskPolicy):
+            raise TypeError(f"policy: expected a RemaskPolicy, got {kind_of(self.policy)}")
         if self.policy is not None and self.policy.renoise:
             raise ValueError("policy: expected one that un-masks, got renoise, which has no mask token")
         if math.isnan(threshold):
@@ -154,7 +161,7 @@ class GenerationConfig:
         if self.top_k > size:
             raise ValueError(f"top_k: expected 0 to the vocabulary size {size}, got {self.top_k}")
         for token in self.ends:
-            if not 0 <= token < size:
+            if token >= size:
                 raise ValueError(f"eos_token_id: expected tokens of a vocabulary of {size}, got {token}")
         mask = self.mask_token_id if self.mode == "mask_diffusion" else None
         if mask is not None and not 0 <= mask < size:
