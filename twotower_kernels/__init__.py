@@ -20,6 +20,7 @@ from twotower_kernels.ops import (
     moe_gate,
     moe_plan,
     moe_route,
+    pack_experts,
     rms_norm,
 )
 from twotower_kernels.ops.remask import RemaskResult, remask
@@ -57,6 +58,7 @@ __all__ = [
     "moe_gate",
     "moe_plan",
     "moe_route",
+    "pack_experts",
     "remask",
     "rms_norm",
     "sequence_seed",

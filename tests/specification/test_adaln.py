@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tests.compare import assert_within_budget, widened
 from twotower_kernels.bench.baselines.foreign import nemotron_h
@@ -57,7 +58,8 @@ def definition(op: str, inputs: dict) -> tuple[Tensor, ...]:
 
     def normed(numbers: list[float]) -> list[float]:
         root = math.sqrt(math.fsum(v * v for v in numbers) / len(numbers) + inputs["eps"])
-        return [v / root * w for v, w in zip(numbers, inputs["weight"].tolist(), strict=True)]
+        weight = [1.0] * len(numbers) if inputs["weight"] is None else inputs["weight"].tolist()
+        return [v / root * w for v, w in zip(numbers, weight, strict=True)]
 
     h, norm = torch.empty_like(x), torch.empty_like(x)
     for b in range(x.shape[0]):
@@ -170,6 +172,27 @@ def test_the_norms_of_others(size: int, dtype: torch.dtype) -> None:
     module = nemotron_h.Norm(size, eps=inputs["eps"]).to(dtype).requires_grad_(False)
     module.weight.copy_(inputs["weight"])
     assert torch.equal(out, module(inputs["x"]))
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("size", [1, 17, 96, 2688])
+def test_the_norm_that_rounds_first(size: int, dtype: torch.dtype) -> None:
+    """To the last bit Llama's in transformers, which Qwen and LLaDA have, too; in float32 the other one."""
+    inputs = make_inputs("rms_norm", dict(b=2, s=3, h=size), dtype=dtype)
+    module = LlamaRMSNorm(size, eps=inputs["eps"]).to(dtype).requires_grad_(False)
+    module.weight.copy_(inputs["weight"])
+    out = rms_norm(**inputs, round_first=True)
+    assert torch.equal(out, module(inputs["x"]))
+    differ = (out != rms_norm(**inputs)).double().mean()
+    assert differ == 0 if dtype == torch.float32 or size == 1 else 0.1 < differ < 0.4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *LOW])
+@pytest.mark.parametrize("round_first", [False, True])
+def test_no_weight_is_a_weight_of_one(round_first: bool, dtype: torch.dtype) -> None:
+    inputs = make_inputs("rms_norm", "block", dtype=dtype) | {"round_first": round_first}
+    one = inputs | {"weight": torch.ones_like(inputs["weight"])}
+    assert torch.equal(rms_norm(**inputs | {"weight": None}), rms_norm(**one))
 
 
 # --- properties -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from twotower_kernels.ops.attention import append_kv, block_attention, context_a
 from twotower_kernels.ops.linear import linear
 from twotower_kernels.ops.mamba2 import gated_rms_norm, mamba2_scan
 from twotower_kernels.ops.moe import MoePlan, moe_experts, moe_gate, moe_plan, moe_route
+from twotower_kernels.ops.moe_packing import pack_experts
 from twotower_kernels.ops.remask import RemaskResult, remask
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "moe_gate",
     "moe_plan",
     "moe_route",
+    "pack_experts",
     "remask",
     "rms_norm",
 ]
