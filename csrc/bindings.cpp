@@ -66,10 +66,11 @@ void bind_attention(py::module_& m) {
     m.def(
         "block_attention",
         [](Tokens q, Optional<4> k, Optional<4> v, Optional<4> k_context, Optional<4> v_context,
-           Optional<1> context_lens, Optional<1> context_index, Optional<2> block_table, Optional<1> block_lens,
-           Tokens out, Cube lse, double scale, double softcap, int64_t window, bool causal) {
-            tt::block_attention({q, k, v, k_context, v_context, context_lens, context_index, block_table, block_lens,
-                                 out, lse, scale, softcap, window, causal});
+           Optional<1> context_lens, Optional<1> context_starts, Optional<1> context_index, Optional<2> block_table,
+           Optional<1> block_lens, Optional<1> sinks, Tokens out, Cube lse, double scale, double softcap,
+           int64_t window, int64_t causal) {
+            tt::block_attention({q, k, v, k_context, v_context, context_lens, context_starts, context_index,
+                                 block_table, block_lens, sinks, out, lse, scale, softcap, window, causal});
         },
         Released());
     m.def(

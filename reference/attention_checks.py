@@ -12,9 +12,10 @@ Lengths = int | Tensor
 
 
 def context_rows(
-    batch: int, k_context: Tensor, context_index: Tensor | None, block_table: Tensor | None
+    batch: int, k_context: Tensor, context_index: Tensor | None, block_table: Tensor | None, *, shared: bool
 ) -> tuple[Tensor, Tensor | None, int]:
-    """(context row of each batch row [B], block table as int64 or None, tokens of storage per row)."""
+    """(context row of each batch row [B], block table as int64 or None, tokens of storage per row).
+    shared: one context row may be that of all."""
     device = k_context.device
     table, capacity = None, k_context.shape[1]
     if block_table is not None:
@@ -24,8 +25,11 @@ def context_rows(
         table, capacity = block_table.long(), block_table.shape[1] * k_context.shape[1]
     available = k_context.shape[0] if table is None else table.shape[0]
     if context_index is None:
+        if shared and available == 1:
+            return torch.zeros(batch, dtype=torch.int64, device=device), table, capacity
         if available != batch:
-            raise ValueError(f"context: expected {batch} rows, one per block, or a context_index, got {available}")
+            expected = f"{batch} rows, one per block, {'1 row for all, ' if shared else ''}or a context_index"
+            raise ValueError(f"context: expected {expected}, got {available}")
         return torch.arange(batch, device=device), table, capacity
     check_integers("context_index", context_index, device)
     if context_index.shape != (batch,):
@@ -76,14 +80,16 @@ def check_like_queries(q: Tensor, **tensors: Tensor) -> None:
 
 def check_queries(
     q: Tensor,
+    v: Tensor,
     window: int | None,
     scale: float | None,
     softcap: float,
     out: Tensor | None,
-    others: Sequence[Tensor],
+    others: Sequence[Tensor | None],
 ) -> None:
     """q, the numbers and `out`; `others` are the further differentiable tensors, none of which may meet an `out`."""
     check_rank("q", q)
+    check_rank("v", v)
     if q.shape[3] == 0:
         raise ValueError(f"q: expected head_dim of at least 1, got shape {list(q.shape)}")
     if window is not None and (not isinstance(window, int) or window < 0):
@@ -94,20 +100,30 @@ def check_queries(
         raise ValueError(f"softcap: expected a finite number >= 0, got {softcap}")
     if out is None:
         return
-    if out.shape != q.shape or out.dtype != q.dtype or out.device != q.device:
-        expected = f"{list(q.shape)} {q.dtype} on {q.device}"
+    shape = [*q.shape[:3], v.shape[3]]
+    if list(out.shape) != shape or out.dtype != q.dtype or out.device != q.device:
+        expected = f"{shape} {q.dtype} on {q.device}"
         raise ValueError(f"out: expected {expected}, as q, got {list(out.shape)} {out.dtype} on {out.device}")
-    if out.requires_grad or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, *others))):
+    needed = any(x is not None and x.requires_grad for x in (q, *others))
+    if out.requires_grad or (torch.is_grad_enabled() and needed):
         raise ValueError("out: expected no tensor that requires grad, results written in place carry no gradient")
 
 
 def check_context(q: Tensor, k_context: Tensor, v_context: Tensor) -> None:
-    """Keys and values of the context match each other and q's head_dim, and carry no gradient."""
-    if k_context.shape != v_context.shape or k_context.shape[3] != q.shape[3]:
+    """Keys and values of the context match each other and q's head_dim."""
+    if k_context.shape[:3] != v_context.shape[:3] or k_context.shape[3] != q.shape[3]:
         shapes = f"{list(k_context.shape)}, {list(v_context.shape)}"
         raise ValueError(f"k_context, v_context: expected equal shapes with head_dim {q.shape[3]}, got {shapes}")
-    if k_context.requires_grad or v_context.requires_grad:
-        raise ValueError("k_context, v_context: the context is frozen, expected no requires_grad; detach them")
+
+
+def check_sinks(q: Tensor, sinks: Tensor) -> None:
+    """One logit per head of queries."""
+    if sinks.shape != q.shape[2:3]:
+        raise ValueError(f"sinks: expected [{q.shape[2]}], one per head of q, got {list(sinks.shape)}")
+    if not sinks.is_floating_point():
+        raise TypeError(f"sinks: expected a floating dtype, got {sinks.dtype}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks: expected device {q.device}, got {sinks.device}")
 
 
 def check_heads(q: Tensor, k: Tensor, name: str) -> None:

@@ -8,9 +8,10 @@
 //
 // A row's bits depend on the row alone. Work is split over batch rows, key heads and pieces of the query rows; keys are
 // split into parts at fixed tiles, each with a state of its own, and the states are added up in order, by one thread or
-// by many. Under a causal mask context and block are one sequence whose tiles start at multiples of their size, so it
-// does not matter where the block begins: tokens at once see what they see one by one. (A key that is hidden weighs
-// exactly 0, and so does a part of which a row sees nothing.)
+// by many. Under a causal mask context and block are one sequence whose tiles start at multiples of their size, counted
+// from the first token that is not left padding, so it does not matter where the block begins, whether its keys lie in
+// the context already, or how it is padded: tokens at once see what they see one by one. (A key that is hidden weighs
+// exactly 0, and so does a part of which a row sees nothing.) A sink comes last, when all parts are added up.
 #include "attention.h"
 
 #include "attention_tile.h"
@@ -73,24 +74,29 @@ struct Problem {
           batch(a.q.size[0]),
           length(a.q.size[1]),
           dim(a.q.size[3]),
-          width(Columns(dim).width),
+          value_dim(a.out.size[3]),
+          width(Columns(value_dim).width),
           kv_heads(a.k ? a.k.size[2] : a.k_context.size[2]),
           group(a.q.size[2] / kv_heads),
           query_rows(length * group),
-          piece(smaller(smaller(rows_of_piece, larger(numbers_of_piece / dim / widest, int64_t(1)) * widest),
-                        up_to(query_rows, L))),
+          step(larger(smaller(a.causal, length), int64_t(1))),
+          piece(smaller(
+              smaller(rows_of_piece, larger(numbers_of_piece / larger(dim, value_dim) / widest, int64_t(1)) * widest),
+              up_to(query_rows, L))),
           pieces(piece ? (query_rows + piece - 1) / piece : 0) {}
 
     const BlockAttention& a;
     Softmax softmax;
-    int64_t batch, length, dim, width, kv_heads, group, query_rows, piece, pieces;
+    int64_t batch, length, dim, value_dim, width, kv_heads, group, query_rows, step, piece, pieces;
 
     // A work item: some query rows of one key head of one batch row, and the keys they see.
     struct Item {
         int64_t b, head, first, query_rows, real_rows;  // those from real_rows on are padding
         int64_t begin, end, own;                        // context [begin, end), then own keys [0, own)
+        int64_t origin;                                 // where the first query's own key is, or would be
+        int64_t seen, window;                           // the first key that a row sees; keys that each sees, -1: all
         int64_t context_tiles, tiles;                   // context_tiles: only where there is no causal mask
-        int64_t skipped;                                // tiles before the first
+        int64_t start, skipped;                         // where tiles are counted from; those before the first
         int64_t first_part() const { return part_of(skipped); }
         int64_t parts() const { return tiles ? part_of(skipped + tiles - 1) + 1 - first_part() : 1; }
         // Of a part, counted from the item's first: its tiles, counted from the item's first.
@@ -106,20 +112,31 @@ struct Problem {
         item.query_rows = smaller(piece, query_rows - item.first);
         const int64_t tokens = index_or(a.block_lens, item.b, length);
         item.real_rows = smaller(larger(tokens * group - item.first, int64_t(0)), item.query_rows);
-        item.begin = item.end = item.own = 0;
+        item.begin = item.end = item.own = item.start = item.origin = 0;
+        item.window = -1;
         if (item.real_rows && a.k_context) {
             const Context context(a.k_context, a.context_index, a.block_table, item.b);
             item.end = index_or(a.context_lens, item.b, context.tokens());
-            if (a.window >= 0) item.begin = larger(item.end - a.window, int64_t(0));
+            item.begin = item.start = smaller(index_or(a.context_starts, item.b, 0), item.end);
+            if (a.window >= 0 && (a.k || !a.causal)) item.begin = larger(item.end - a.window, item.start);
+            if (a.window >= 0 && !a.k && a.causal) item.window = smaller(a.window, context.tokens() + length);
         }
-        if (item.real_rows && a.k) item.own = a.causal ? (item.first + item.real_rows - 1) / group + 1 : tokens;
+        item.seen = item.begin;
+        item.origin = item.end;
+        const int64_t last = item.real_rows ? (item.first + item.real_rows - 1) / group : 0;
+        if (item.real_rows && a.k) item.own = a.causal ? smaller(last / step * step + step, tokens) : tokens;
+        if (item.real_rows && !a.k && a.causal) {  // the block's own keys are the context's last
+            item.origin -= tokens;
+            item.end = larger(item.origin + last / step * step + step, item.begin);
+            if (item.window >= 0) item.seen = larger(item.origin + item.first / group - item.window + 1, item.begin);
+        }
         const auto tiles = [](int64_t keys) { return (keys + keys_of_tile - 1) / keys_of_tile; };
-        item.skipped = a.causal ? item.begin / keys_of_tile : 0;
+        item.skipped = a.causal ? (item.seen - item.start) / keys_of_tile : 0;
         item.context_tiles = a.causal ? 0 : tiles(item.end - item.begin);
         if (!a.causal)
             item.tiles = item.context_tiles + tiles(item.own);
         else
-            item.tiles = item.begin < item.end + item.own ? tiles(item.end + item.own) - item.skipped : 0;
+            item.tiles = item.seen < item.end + item.own ? tiles(item.end + item.own - item.start) - item.skipped : 0;
         return item;
     }
 
@@ -171,19 +188,19 @@ struct Problem {
 
     // Where a tile of a causal item begins, as a position in context and block.
     int64_t position(const Item& item, int64_t t) const {
-        return larger(item.begin, (item.skipped + t) * keys_of_tile);
+        return larger(item.begin, item.start + (item.skipped + t) * keys_of_tile);
     }
 
     // f(tokens, key, value) for a tile; key(i) and value(i) point to a token's.
     template <class F>
     void with_tile(const Item& item, int64_t t, F f) const {
         if (a.causal) {
-            const int64_t begin = position(item, t), end = (item.skipped + t + 1) * keys_of_tile;
+            const int64_t begin = position(item, t), end = item.start + (item.skipped + t + 1) * keys_of_tile;
             auto at = [&](const View& storage, const View& block) {
                 const Context context(storage, a.context_index, a.block_table, item.b);
                 const int64_t own = item.b * block.stride[0] + item.head * block.stride[2];
                 return [&storage, &block, &item, context, begin, own](int64_t i) {
-                    const int64_t at = begin + i;
+                    const int64_t at = larger(begin + i, item.seen);  // in place of keys that no row sees
                     if (at < item.end) return storage.as<T>() + context.offset(at) + item.head * storage.stride[2];
                     return block.as<T>() + own + (at - item.end) * block.stride[1];
                 };
@@ -216,7 +233,7 @@ struct Problem {
             }
             ahead.count = 2 * n;
         });
-        ahead.bytes = dim * int64_t(sizeof(T));
+        ahead.bytes = larger(dim, value_dim) * int64_t(sizeof(T));
         ahead.next = ahead.offset = 0;
         const int64_t calls = (item.real_rows + widest - 1) / widest * (keys_of_tile / 6);
         ahead.lines = (ahead.count * up_to(ahead.bytes, 64) / 64 + calls - 1) / calls;
@@ -226,12 +243,12 @@ struct Problem {
     struct Workspace {
         explicit Workspace(const Problem& p)
             : queries_size(up_to(p.piece * factors_of<Kind>(p.dim), 16)),
-              tile_size(up_to(Tile<Kind>::size(p.dim), 16)),
-              lines_size(up_to(L * up_to(p.width, L), 16)),
+              tile_size(up_to(Tile<Kind>::size(p.dim, p.value_dim), 16)),
+              lines_size(up_to(L * up_to(larger(p.dim, p.width), L), 16)),
               memory((queries_size + tile_size + lines_size) * int64_t(sizeof(Factor)) +
                      (keys_of_tile * widest + 2 * p.state_size()) * int64_t(sizeof(W))),
               queries(reinterpret_cast<Factor*>(static_cast<char*>(memory))),
-              tile(queries + queries_size, p.dim),
+              tile(queries + queries_size, p.dim, p.value_dim),
               lines(queries + queries_size + tile_size),
               logits(reinterpret_cast<W*>(lines + lines_size)),
               state(logits + keys_of_tile * widest),
@@ -240,7 +257,7 @@ struct Problem {
         Scratch<char> memory;
         Factor* queries;  // [piece, factors], panel by panel
         Tile<Kind> tile;
-        Factor* lines;  // [L, up_to(width, L)], for transpositions
+        Factor* lines;  // [L, up_to(dim or width, L)], for transpositions
         W* logits;      // [keys_of_tile, widest]
         W *state, *part;
     };
@@ -256,12 +273,11 @@ struct Problem {
             with_tile(item, t, [&](int64_t n, auto key, auto value) { workspace.tile.read(n, key, value); });
             ahead.count = 0;
             if (t + 1 < end || next < item.tiles) look_ahead(ahead, item, t + 1 < end ? t + 1 : next);
-            const int64_t own = a.causal ? position(item, t) - item.end : 0;
+            const int64_t keys = workspace.tile.keys, key = a.causal ? position(item, t) - item.origin : -keys;
             each_panel(workspace.queries, state, 0, item.real_rows, [&](const Panel<Kind>& panel, int64_t r) {
-                const int64_t hidden =
-                    a.causal ? own * group - item.first - r : -workspace.tile.keys * group;  // from no row
-                if (hidden < panel.vectors * L)
-                    panel.add(workspace.tile, softmax, hidden, group, t == begin, workspace.logits, ahead);
+                const Sight sight{key, item.first + r, group, step, item.window};
+                if (sight.any(keys, panel.vectors * L))
+                    panel.add(workspace.tile, softmax, sight, t == begin, workspace.logits, ahead);
                 else if (t == begin)
                     panel.clear(width);
             });
@@ -279,7 +295,7 @@ struct Problem {
                 const Lanes base = replaced(top, W(-INFINITY), W(0));
                 const Lanes before = weight_of(m_i - base), more = weight_of(part_m - base);
                 l_i = before * l_i + more * at(panel.l_i + to_part, j);
-                for (int64_t d = 0; d < dim; ++d) {
+                for (int64_t d = 0; d < value_dim; ++d) {
                     Lanes& sum = at(panel.acc, d * panel.vectors + j);
                     sum = before * sum + more * at(panel.acc + to_part, d * panel.vectors + j);
                 }
@@ -288,33 +304,47 @@ struct Problem {
         });
     }
 
+    // Takes the sinks of rows [first, first + L) into maxima and sums of weights. Returns what values are to be
+    // multiplied by.
+    Lanes sink(const Item& item, int64_t first, Lanes& m_i, Lanes& l_i) const {
+        if (!a.sinks) return Lanes{} + W(1);
+        Lanes sinks;
+        for (int64_t i = 0; i < L; ++i)
+            sinks[i] = a.sinks.as<W>()[(item.head * group + (item.first + first + i) % group) * a.sinks.stride[0]];
+        const Lanes top = larger_of(m_i, sinks), base = replaced(top, W(-INFINITY), W(0)),
+                    alpha = weight_of(m_i - base);
+        l_i = alpha * l_i + weight_of(sinks - base);
+        m_i = top;
+        return alpha;
+    }
+
     // Divides sums by weights and writes rows [begin, end); rows that saw no key, and padding, get 0 and -inf.
-    // lines: [L, up_to(dim, L)].
+    // lines: [L, up_to(value_dim, L)].
     void finish(const Item& item, W* state, int64_t begin, int64_t end, W* lines) const {
-        const int64_t line = up_to(dim, L);
+        const int64_t line = up_to(value_dim, L);
         each_panel(nullptr, state, begin, smaller(end, item.real_rows), [&](const Panel<Kind>& panel, int64_t first) {
             for (int64_t j = 0; j < panel.vectors && first + j * L < item.real_rows; ++j) {
                 const Lanes* sums = reinterpret_cast<Lanes*>(panel.acc) + j;
-                const Lanes all = reinterpret_cast<Lanes*>(panel.l_i)[j];
-                const Lanes weights = replaced(all, W(0), W(1));
-                for (int64_t d = 0; d < dim; d += L) {
+                Lanes m_i = reinterpret_cast<Lanes*>(panel.m_i)[j], l_i = reinterpret_cast<Lanes*>(panel.l_i)[j];
+                const Lanes alpha = sink(item, first + j * L, m_i, l_i), weights = replaced(l_i, W(0), W(1));
+                for (int64_t d = 0; d < value_dim; d += L) {
                     Lanes block[L];
                     for (int64_t i = 0; i < L; ++i)
-                        block[i] = d + i < dim ? sums[(d + i) * panel.vectors] / weights : Lanes{};
+                        block[i] = d + i < value_dim ? alpha * sums[(d + i) * panel.vectors] / weights : Lanes{};
                     transpose(block);
                     for (int64_t i = 0; i < L; ++i) *reinterpret_cast<Lanes*>(lines + i * line + d) = block[i];
                 }
                 for (int64_t i = 0; i < smaller(L, item.real_rows - first - j * L); ++i) {
                     const int64_t r = first + j * L + i;
                     T* out = a.out.as<T>() + offset(a.out, item, r);
-                    for (int64_t d = 0; d < dim; ++d) out[d] = narrow<T>(lines[i * line + d]);
-                    a.lse.as<W>()[offset(a.lse, item, r)] = panel.m_i[j * L + i] + std::log(panel.l_i[j * L + i]);
+                    for (int64_t d = 0; d < value_dim; ++d) out[d] = narrow<T>(lines[i * line + d]);
+                    a.lse.as<W>()[offset(a.lse, item, r)] = m_i[i] + std::log(l_i[i]);
                 }
             }
         });
         for (int64_t r = larger(begin, item.real_rows); r < end; ++r) {
             T* out = a.out.as<T>() + offset(a.out, item, r);
-            for (int64_t d = 0; d < dim; ++d) out[d] = narrow<T>(W(0));
+            for (int64_t d = 0; d < value_dim; ++d) out[d] = narrow<T>(W(0));
             a.lse.as<W>()[offset(a.lse, item, r)] = -INFINITY;
         }
     }
@@ -366,7 +396,7 @@ struct Problem {
         });
         const int64_t panels = (piece + widest - 1) / widest;
         parallel_for(items * panels, 1, [&](int64_t begin, int64_t end) {
-            Scratch<W> lines(L, up_to(dim, L));
+            Scratch<W> lines(L, up_to(value_dim, L));
             for (int64_t n = begin; n < end; ++n) {
                 const Item item = this->item(n / panels);
                 const int64_t row = n % panels * widest;

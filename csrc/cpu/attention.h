@@ -8,17 +8,19 @@ namespace tt {
 // Attention of a block over a context and over itself; either may be missing (null views).
 struct BlockAttention {
     View q;                     // [B, S, Hq, D]
-    View k, v;                  // [B, S, Hkv, D]
-    View k_context, v_context;  // [Bc, T, Hkv, D]; with a block table, pages [P, page, Hkv, D]
+    View k, v;                  // [B, S, Hkv, D], [B, S, Hkv, Dv]
+    View k_context, v_context;  // [Bc, T, Hkv, D], [Bc, T, Hkv, Dv]; with a block table, pages [P, page, Hkv, ...]
     View context_lens;          // [B], or null: all of the storage
+    View context_starts;        // [B], or null: 0; what lies before is not seen
     View context_index;         // [B], or null: row b reads context row b
     View block_table;           // [Bc, n], or null
     View block_lens;            // [B], or null: S
-    View out;                   // [B, S, Hq, D] out
+    View sinks;                 // [Hq] of lse's dtype, or null
+    View out;                   // [B, S, Hq, Dv] out
     View lse;                   // [B, S, Hq] out, float (double for double)
     double scale, softcap;      // softcap 0: none
-    int64_t window;             // -1: none
-    bool causal;
+    int64_t window;             // -1: none; of the context, or without k and v under a mask of every query's last keys
+    int64_t causal;             // tokens that see each other and none behind them: 1, or of a block; 0: no such mask
 };
 TT_KERNEL_BF16(block_attention, BlockAttention)
 
@@ -29,7 +31,7 @@ struct MergeAttention {
 };
 TT_KERNEL_BF16(merge_attention, MergeAttention)
 
-// k, v [B, S, Hkv, D] go behind the first context_lens[b] tokens of each row's context; views as in BlockAttention.
+// k, v [B, S, Hkv, ...] go behind the first context_lens[b] tokens of each row's context; views as in BlockAttention.
 struct AppendKv {
     View k_context, v_context;
     View k, v;

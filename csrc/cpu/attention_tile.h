@@ -188,17 +188,18 @@ struct Tile {
     static constexpr int64_t steps = keys_of_tile / Kind::fold;           // of the second product, in a whole tile
     static constexpr int64_t block6 = 6 * steps + 2, block4 = 4 * steps;  // numbers from one block to the next
 
-    static int64_t size(int64_t dim) {  // in factors
-        const Columns columns(dim);
+    static int64_t size(int64_t dim, int64_t value_dim) {  // in factors
+        const Columns columns(value_dim);
         return up_to(keys_of_tile * factors_of<Kind>(dim), 16) + up_to(size_of_values(columns), 16) +
                up_to(columns.width + 2, 16);
     }
     static int64_t size_of_values(const Columns& columns) { return columns.sixes * block6 + columns.fours * block4; }
-    Tile(Factor* memory, int64_t dim) : columns(dim), dim(dim), row(factors_of<Kind>(dim)) {
+    Tile(Factor* memory, int64_t dim, int64_t value_dim)
+        : columns(value_dim), dim(dim), value_dim(value_dim), row(factors_of<Kind>(dim)) {
         k = memory;
         v = k + up_to(keys_of_tile * row, 16);
         line = v + up_to(size_of_values(columns), 16);
-        for (int64_t d = dim; d < columns.width + 2; ++d) line[d] = 0;
+        for (int64_t d = value_dim; d < columns.width + 2; ++d) line[d] = 0;
     }
 
     // Reads keys and values of n tokens; `key(i)` and `value(i)` say where.
@@ -210,7 +211,7 @@ struct Tile {
         for (int64_t i = n; i < n / 6 * 6 + (n % 6 == 0 ? 0 : n % 6 <= 4 ? 4 : 6); ++i)
             std::memcpy(k + i * row, k + (n - 1) * row, size_t(row) * sizeof(Factor));
         for (int64_t i = 0; i < n; i += Kind::fold) {
-            Kind::widen_rows(line, value(i), i + 1 < n ? value(i + 1) : nullptr, dim);
+            Kind::widen_rows(line, value(i), i + 1 < n ? value(i + 1) : nullptr, value_dim);
             const Factor* from = line;
             const int64_t step = i / Kind::fold;
             Factor* to = v + step * 6;  // two more than six are copied, in one go; the next step writes over them
@@ -223,7 +224,7 @@ struct Tile {
     }
 
     Columns columns;
-    int64_t dim, row;  // row: factors of a key
+    int64_t dim, value_dim, row;  // row: factors of a key
     int64_t keys = 0;
     Factor* k;     // [keys, row]
     Factor* v;     // blocks of columns, [steps, 6] and then [steps, 4]
@@ -252,6 +253,23 @@ struct Softmax {
     double scale, softcap;
 };
 
+// Which lanes of a panel see key i of a tile: [begin(i), end(i)).
+struct Sight {
+    int64_t key;  // the tile's first, counted from the first query's own; before it, all lanes see it
+    int64_t row;  // of the query that is the first lane, group rows to a token
+    int64_t group;
+    int64_t step;    // so many tokens see each other's keys, and none behind them
+    int64_t window;  // keys that a query sees, its own the last; -1: all before it
+
+    int64_t begin(int64_t i) const { return (key + i) / step * step * group - row; }
+    int64_t end(int64_t i, int64_t lanes) const {
+        return window < 0 ? lanes : smaller((key + i + window) * group - row, lanes);
+    }
+    // Whether there are lanes that see a key of the n, and some that do not see all.
+    bool any(int64_t n, int64_t lanes) const { return begin(0) < lanes && end(n - 1, lanes) > 0; }
+    bool masks(int64_t n, int64_t lanes) const { return begin(n - 1) > 0 || end(0, lanes) < lanes; }
+};
+
 // One lane per query row: the query, and what has been summed so far over keys, relative to the largest logit.
 template <class Kind>
 struct Panel {
@@ -271,18 +289,17 @@ struct Panel {
         for (int64_t i = 0; i < vectors * L; ++i) m_i[i] = -INFINITY, l_i[i] = 0;
     }
 
-    // Adds a tile's keys. Key i is hidden from the first hidden + i * group lanes. logits: [keys_of_tile, lanes].
-    void add(const Tile<Kind>& tile, const Softmax& softmax, int64_t hidden, int64_t group, bool first, W* logits,
+    // Adds a tile's keys to the lanes that see them. logits: [keys_of_tile, lanes].
+    void add(const Tile<Kind>& tile, const Softmax& softmax, const Sight& sight, bool first, W* logits,
              Ahead& ahead) const {
-        if (most_vectors >= 4 && vectors == 4)
-            return add_to<most_vectors>(tile, softmax, hidden, group, first, logits, ahead);
-        if (vectors == 2) return add_to<2>(tile, softmax, hidden, group, first, logits, ahead);
-        add_to<1>(tile, softmax, hidden, group, first, logits, ahead);
+        if (most_vectors >= 4 && vectors == 4) return add_to<most_vectors>(tile, softmax, sight, first, logits, ahead);
+        if (vectors == 2) return add_to<2>(tile, softmax, sight, first, logits, ahead);
+        add_to<1>(tile, softmax, sight, first, logits, ahead);
     }
 
    private:
     template <int N>
-    void add_to(const Tile<Kind>& tile, const Softmax& softmax, int64_t hidden, int64_t group, bool first, W* logits,
+    void add_to(const Tile<Kind>& tile, const Softmax& softmax, const Sight& sight, bool first, W* logits,
                 Ahead& ahead) const {
         const int64_t n = tile.keys;
         const W scale = W(softmax.scale);
@@ -295,9 +312,9 @@ struct Panel {
             else
                 dot<6, N>(tile, i, scale, logits, m_new);
         }
-        const bool masked = hidden + (n - 1) * group > 0;
+        const bool masked = sight.masks(n, N * L);
         if (softmax.softcap > 0) cap(n * N, W(softmax.softcap), logits);
-        if (masked) mask<N>(n, hidden, group, logits);
+        if (masked) mask<N>(n, sight, logits);
         if (masked || softmax.softcap > 0)
             for (int j = 0; j < N; ++j) {
                 m_new[j] = m_old[j];
@@ -352,10 +369,11 @@ struct Panel {
     }
 
     template <int N>
-    static void mask(int64_t n, int64_t hidden, int64_t group, W* logits) {
-        for (int64_t i = 0; i < n; ++i)
-            for (int64_t lane = 0; lane < smaller(hidden + i * group, int64_t(N * L)); ++lane)
-                logits[i * N * L + lane] = -INFINITY;
+    static void mask(int64_t n, const Sight& sight, W* logits) {
+        for (int64_t i = 0; i < n; ++i, logits += N * L) {
+            for (int64_t lane = 0; lane < smaller(sight.begin(i), int64_t(N * L)); ++lane) logits[lane] = -INFINITY;
+            for (int64_t lane = larger(sight.end(i, N * L), int64_t(0)); lane < N * L; ++lane) logits[lane] = -INFINITY;
+        }
     }
 
     // Logits become weights, in place, and are added up. Returns the steps of the second product.

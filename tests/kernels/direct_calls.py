@@ -68,17 +68,16 @@ def operators() -> set[str]:
 
 def _attention_calls() -> None:
     sizes = {"context": 12, "context_lens": [7, 0], "block_lens": [3, 2], "block": 3}
-    cases = ("tiny", sizes, sizes | {"page": 4, "context_index": [1, 0], "causal": True, "window": 3, "softcap": 2.0})
+    paged = sizes | {"page": 4, "context_index": [1, 0], "causal": True, "window": 3, "softcap": 2.0}
+    cases = ("tiny", sizes, paged, paged | {"context_starts": [2, 0], "sinks": True, "value_dim": 5})
     for op in (tt.block_attention, tt.context_attention):
         for case in cases:
-            case = (
-                case if op is tt.block_attention or case == "tiny" else {k: v for k, v in case.items() if k != "causal"}
-            )
             inputs = attention.make_inputs(op.__name__, case)
-            op(**inputs)
-            op(**inputs, out=torch.empty_like(inputs["q"]))
+            out = op(**inputs)
+            op(**inputs, out=torch.empty_like(out))
             q = inputs["q"].clone().requires_grad_()
             op(**inputs | {"q": q}).nan_to_num().sum().backward()
+    tt.block_causal_attention(**attention.make_inputs("block_causal_attention", "softcap"))
     for case in ("tiny", "empty_sides"):
         tt.merge_attention(**attention.make_inputs("merge_attention", case))
     for case in ("tiny", {"context": 12, "page": 4, "context_lens": [7, 0], "context_index": [1, 0]}):

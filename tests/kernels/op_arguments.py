@@ -51,18 +51,18 @@ def written(name: str) -> list[int]:
 Normal = Callable[..., Tensor]
 
 
-def _context(normal: Normal) -> list[Tensor | None]:
-    """Keys and values of a context, its lengths, no index and no table, the block's lengths."""
-    lens, block_lens = torch.tensor([5, 2]), torch.tensor([3, 2])
-    return [normal(2, 5, 1, 4), normal(2, 5, 1, 4), lens, None, None, block_lens]
+def _context(normal: Normal, wide: torch.dtype) -> list[Tensor | None]:
+    """Keys and values of a context, where it ends and starts, no index and no table, the block's lengths, sinks."""
+    lens, starts, block_lens = torch.tensor([5, 2]), torch.tensor([1, 0]), torch.tensor([3, 2])
+    return [normal(2, 5, 1, 4), normal(2, 5, 1, 4), lens, starts, None, None, block_lens, normal(2, dtype=wide)]
 
 
-def _block(normal: Normal) -> list[Any]:
-    return [normal(2, 3, 2, 4), normal(2, 3, 1, 4), normal(2, 3, 1, 4), *_context(normal), True, None, None, 0.0]
+def _block(normal: Normal, wide: torch.dtype) -> list[Any]:
+    return [normal(2, 3, 2, 4), normal(2, 3, 1, 4), normal(2, 3, 1, 4), *_context(normal, wide), 1, None, None, 0.0]
 
 
-def _past(normal: Normal) -> list[Any]:
-    return [normal(2, 3, 2, 4), *_context(normal), None, None, 0.0]
+def _past(normal: Normal, wide: torch.dtype) -> list[Any]:
+    return [normal(2, 3, 2, 4), *_context(normal, wide), 1, 2, None, 0.0]
 
 
 def _results(normal: Normal, wide: torch.dtype) -> list[Tensor]:
@@ -115,11 +115,11 @@ ARGUMENTS: dict[str, Callable[[Normal, torch.dtype], list[Any]]] = {
         *(normal(2, 6, 1, 4) for _ in range(2)), *(normal(2, 3, 1, 4) for _ in range(2)), torch.tensor([3, 0]),
         None, None, None,
     ],
-    "attention_backward": lambda normal, wide: [*_results(normal, wide), *_block(normal)],
-    "block_attention": lambda normal, wide: _block(normal),
-    "block_attention_out": lambda normal, wide: [*_block(normal), *_results(normal, wide)],
-    "context_attention": lambda normal, wide: _past(normal),
-    "context_attention_out": lambda normal, wide: [*_past(normal), *_results(normal, wide)],
+    "attention_backward": lambda normal, wide: [*_results(normal, wide), *_block(normal, wide)],
+    "block_attention": _block,
+    "block_attention_out": lambda normal, wide: [*_block(normal, wide), *_results(normal, wide)],
+    "context_attention": _past,
+    "context_attention_out": lambda normal, wide: [*_past(normal, wide), *_results(normal, wide)],
     "gated_residual": lambda normal, wide: [normal(2, 3, 4), normal(2, 3, 4), normal(2, 4)],
     "gated_residual_adaln_norm": lambda normal, wide: [
         normal(2, 3, 4), normal(2, 3, 4), normal(2, 4), normal(4), normal(2, 4), normal(2, 4), 1e-5, False,

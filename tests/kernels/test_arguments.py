@@ -27,8 +27,13 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "rms_norm": {"eps": 0.5},
     "adaln_norm": {"eps": 0.5},
     "gated_residual_adaln_norm": {"eps": 0.5},
-    "block_attention": {"context_lens": 4, "block_lens": 3, "window": 2, "scale": 0.25, "softcap": 2.0},
-    "context_attention": {"context_lens": 4, "block_lens": 3, "window": 2, "scale": 0.25, "softcap": 2.0},
+    "block_attention": {
+        **{"context_lens": 4, "context_starts": 1, "block_lens": 3, "window": 2, "scale": 0.25, "softcap": 2.0},
+    },
+    "block_causal_attention": {"block_size": 3, "seq_lens": 5, "scale": 0.25, "softcap": 2.0},
+    "context_attention": {
+        **{"context_lens": 4, "context_starts": 1, "block_lens": 3, "window": 2, "scale": 0.25, "softcap": 2.0},
+    },
     "append_kv": {"context_lens": 4, "block_lens": 3},
     "mamba2_scan": {"n_groups": 1, "head_dim": 1, "states_every": 1, "time_step_limit": (0.25, 0.5)},
     "gated_rms_norm": {"n_groups": 1, "eps": 0.5},

@@ -136,3 +136,110 @@ def test_a_row_is_the_same_alone_and_on_any_number_of_threads(
             )  # fmt: skip
             for ours, theirs in zip(together, alone, strict=True):
                 assert torch.equal(ours[row], theirs)
+
+
+@settings(max_examples=40)
+@given(
+    context=st.one_of(st.integers(0, 12), st.integers(80, 110), st.integers(370, 400)),
+    tokens=st.integers(1, 64),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 1)]),
+    dims=st.sampled_from([(8, 8), (20, 6), (64, 80)]),
+    padding=st.sampled_from([(0, 0), (3, 0), (90, 97)]),
+    window=st.sampled_from([None, 1, 7, 100]),
+    has_sinks=st.booleans(),
+    threads=st.tuples(THREADS, THREADS),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(EVERY_ISA),
+    seed=st.integers(0, 99),
+)
+@example(context=BEYOND, tokens=3, heads=(2, 1), dims=(8, 8), padding=(6144, 1), window=6200, has_sinks=True,
+         threads=(3, 1), dtype=torch.bfloat16, isa="avx512bf16", seed=0)  # fmt: skip
+def test_a_context_that_holds_the_block_is_seen_as_it_is_beside_it_and_unpadded(
+    context: int,
+    tokens: int,
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    padding: tuple[int, int],
+    window: int | None,
+    has_sinks: bool,
+    threads: tuple[int, int],
+    dtype: torch.dtype,
+    isa: str,
+    seed: int,
+) -> None:
+    """Under a causal mask: all at once, one by one through a sliding window, and without the padding on the left."""
+    queries, keys = heads
+    total, rows = context + tokens, len(padding)
+    q = drawn(seed, rows, tokens, queries, dims[0], dtype=dtype)
+    k, v = (drawn(seed + i, rows, total + max(padding), keys, dims[i - 1], dtype=dtype) for i in (1, 2))
+    for b, count in enumerate(padding):
+        k[b, :count] = v[b, :count] = torch.nan
+    starts = torch.tensor(padding)
+    stored: dict[str, Any] = dict(k_context=k, v_context=v, context_starts=starts, causal=True)
+    stored |= {"sinks": drawn(seed, queries, dtype=torch.float32)} if has_sinks else {}
+
+    def run(count: int, **arguments: Any) -> tuple[Tensor, Tensor]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            out: tuple[Tensor, Tensor] = tt.context_attention(**stored | arguments, return_lse=True)
+            return out
+        finally:
+            torch.set_num_threads(before)
+
+    with instruction_set(isa):
+        whole = run(threads[0], q=q, context_lens=starts + total, window=window)
+        for t in range(0, tokens, 5):
+            seen = starts + context + t + 1
+            one = run(threads[1], q=q[:, t : t + 1], context_lens=seen, window=window)
+            for x, y in zip(one, whole, strict=True):
+                assert torch.equal(x[:, 0], y[:, t]), t
+        for b, count in enumerate(padding):
+            row, real = slice(b, b + 1), slice(count, count + total)
+            alone = dict(k_context=k[row, real], v_context=v[row, real], context_starts=None)
+            for x, y in zip(run(threads[1], q=q[row], window=window, **alone), whole, strict=True):
+                assert torch.equal(x, y[row])
+        if window is None:
+            places = (torch.arange(tokens) + starts[:, None] + context)[:, :, None, None]
+            own = [x.gather(1, places.expand(-1, -1, *x.shape[2:])) for x in (k, v)]
+            beside = with_threads(threads[1], q=q, k=own[0], v=own[1], context_lens=starts + context, **stored)
+            for x, y in zip(beside, whole, strict=True):
+                assert torch.equal(x, y)
+
+
+@settings(max_examples=30)
+@given(
+    lens=st.lists(st.integers(0, 400), min_size=1, max_size=3),
+    block_size=st.sampled_from([1, 4, 32, 100, 1000]),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 1)]),
+    threads=st.tuples(THREADS, THREADS),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(EVERY_ISA),
+    seed=st.integers(0, 99),
+)
+def test_a_block_is_the_same_whatever_follows_it(
+    lens: list[int],
+    block_size: int,
+    heads: tuple[int, int],
+    threads: tuple[int, int],
+    dtype: torch.dtype,
+    isa: str,
+    seed: int,
+) -> None:
+    """In a sequence of blocks: alone, on any number of threads, and with the later blocks cut off."""
+    queries, keys = heads
+    q = drawn(seed, len(lens), 400, queries, 8, dtype=dtype)
+    k, v = (drawn(seed + i, len(lens), 400, keys, 8, dtype=dtype) for i in (1, 2))
+    before = torch.get_num_threads()
+    with instruction_set(isa):
+        try:
+            torch.set_num_threads(threads[0])
+            together = tt.block_causal_attention(q, k, v, block_size, seq_lens=torch.tensor(lens), return_lse=True)
+            torch.set_num_threads(threads[1])
+            for b, count in enumerate(lens):
+                cut = min(count // 2 // block_size * block_size, 400)
+                row = [x[b : b + 1, :cut] for x in (q, k, v)]
+                for x, y in zip(tt.block_causal_attention(*row, block_size, return_lse=True), together, strict=True):
+                    assert torch.equal(x[0], y[b, :cut])
+        finally:
+            torch.set_num_threads(before)

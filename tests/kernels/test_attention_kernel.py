@@ -18,6 +18,7 @@ from tests.kernels.kernel_checks import DTYPES, EVERY_ISA, ISAS, assert_op_withi
 from twotower_kernels.reference import attention
 
 ATTENDING = ("block_attention", "context_attention")
+EVERY = (*ATTENDING, "block_causal_attention")
 
 
 def small(op: str) -> list[str]:
@@ -27,7 +28,7 @@ def small(op: str) -> list[str]:
 def pair(op: str) -> tuple[Any, Any]:
     """The kernel and the specification of an op, with the log-sum-exp where it is an option."""
     ours, theirs = getattr(tt, op), getattr(attention, op)
-    return tuple(partial(f, return_lse=True) if op in ATTENDING else f for f in (ours, theirs))
+    return tuple(partial(f, return_lse=True) if op in EVERY else f for f in (ours, theirs))
 
 
 def assert_agrees(op: str, inputs: dict[str, Any], layout: int = 0) -> None:
@@ -67,7 +68,7 @@ def assert_same_storage(inputs: dict[str, Any], layout: int = 0) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("op", "case"), [(op, c) for op in (*ATTENDING, "merge_attention") for c in small(op)])
+@pytest.mark.parametrize(("op", "case"), [(op, c) for op in (*EVERY, "merge_attention") for c in small(op)])
 def test_every_case_on_every_instruction_set(op: str, case: str, isa: str) -> None:
     for dtype in DTYPES:
         with instruction_set(isa):
@@ -98,6 +99,7 @@ def problems(draw: Any) -> dict[str, Any]:
     context = context if page is None else context // page * page
     lengths = lambda top: st.one_of(st.none(), st.lists(st.integers(0, top), min_size=batch, max_size=batch))  # noqa: E731
     rows, shared = draw(st.integers(1, 3)), draw(st.booleans())
+    one = rows == 1 and draw(st.booleans())  # without an index
     return {
         "batch": batch,
         "block": block,
@@ -105,14 +107,17 @@ def problems(draw: Any) -> dict[str, Any]:
         "heads": kv_heads * draw(st.sampled_from([1, 2, 3, 5, 16])),
         "head_dim": draw(st.sampled_from([1, 2, 6, 8, 17, 64])),
         "context": context,
-        "context_rows": rows if shared else batch,
-        "context_index": [draw(st.integers(0, rows - 1)) for _ in range(batch)] if shared else None,
+        "context_rows": rows if shared or one else batch,
+        "context_index": [draw(st.integers(0, rows - 1)) for _ in range(batch)] if shared and not one else None,
         "context_lens": draw(lengths(context)),
+        "context_starts": draw(lengths(context)),
         "block_lens": draw(lengths(block)),
         "page": page,
         "transposed": draw(st.booleans()),
         "window": draw(st.sampled_from([None, 0, 1, 7, 70])),
         "softcap": draw(st.sampled_from([0.0, 0.0, 1.5])),
+        "value_dim": draw(st.sampled_from([None, None, 1, 6, 80])),
+        "sinks": draw(st.booleans()),
     }
 
 
@@ -129,17 +134,34 @@ def problems(draw: Any) -> dict[str, Any]:
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_and_layout(sizes, causal, op, dtype, isa, layout, count, size, seed):  # type: ignore[no-untyped-def]
-    sizes |= {"causal": causal} if op == "block_attention" else {}
-    inputs = attention.make_inputs(op, sizes, dtype=dtype, seed=seed)
+    inputs = attention.make_inputs(op, sizes | {"causal": causal}, dtype=dtype, seed=seed)
     inputs["q"] = inputs["q"] * size
     with instruction_set(isa), threads(count):
         assert_agrees(op, inputs, layout)
 
 
 @settings(max_examples=40, deadline=None)
+@given(
+    sizes=problems(),
+    block_size=st.sampled_from([1, 2, 7, 32, 200]),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(EVERY_ISA),
+    layout=st.integers(0, 3),
+    count=st.sampled_from([1, 2, 5]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_sequence_of_blocks(sizes, block_size, dtype, isa, layout, count, seed):  # type: ignore[no-untyped-def]
+    sizes = {n: x for n, x in sizes.items() if not n.startswith(("context", "page", "window"))}
+    inputs = attention.make_inputs("block_causal_attention", sizes | {"block_size": block_size}, dtype=dtype, seed=seed)
+    with instruction_set(isa), threads(count):
+        assert_agrees("block_causal_attention", inputs, layout)
+
+
+@settings(max_examples=40, deadline=None)
 @given(sizes=problems(), dtype=st.sampled_from(DTYPES), isa=st.sampled_from(EVERY_ISA), layout=st.integers(0, 2))
 def test_any_append(sizes, dtype, isa, layout):  # type: ignore[no-untyped-def]
-    sizes = {k: v for k, v in sizes.items() if k not in ("window", "softcap", "context_lens")}
+    drop = ("window", "softcap", "context_lens", "context_starts", "sinks")
+    sizes = {k: v for k, v in sizes.items() if k not in drop}
     sizes |= {"context_rows": sizes["batch"] + 1, "context_index": list(range(sizes["batch"], 0, -1))}
     page = sizes["page"] or 1
     sizes["context"] += -(-sizes["block"] // page) * page
@@ -258,6 +280,9 @@ DIFFERENTIABLE = {
     "window": {"context": 5, "context_lens": [5, 1], "window": 2},
     "paged": {"context": 4, "page": 2, "context_lens": [1, 4], "window": 2},
     "folded": {"batch": 3, "context": 4, "context_rows": 1, "context_index": [0, 0, 0], "context_lens": [0, 2, 4]},
+    "sinks": {"context": 3, "context_lens": [0, 3], "block_lens": [2, 0], "sinks": True, "softcap": 1.5},
+    "left_padded": {"context": 4, "context_lens": [4, 2], "context_starts": [1, 2], "causal": True, "window": 3},
+    "narrow_values": {"context": 4, "value_dim": 2, "context_rows": 1, "causal": True},
     "alone": {},
 }
 
@@ -267,9 +292,9 @@ DIFFERENTIABLE = {
 def test_gradients(op: str, case: str) -> None:
     sizes = {"block": 3, "heads": 2, "kv_heads": 1, "head_dim": 3} | DIFFERENTIABLE[case]
     if op == "context_attention":
-        sizes = {"context": 4} | {name: x for name, x in sizes.items() if name != "causal"}
+        sizes = {"context": 4} | sizes
     inputs = attention.make_inputs(op, sizes, dtype=torch.float64)
-    names = [name for name in ("q", "k", "v") if name in inputs]
+    names = [name for name in ("q", "k", "v", "sinks") if name in inputs]
     leaves = tuple(inputs.pop(name).nan_to_num(0.5).requires_grad_() for name in names)
 
     def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,6 +302,32 @@ def test_gradients(op: str, case: str) -> None:
         return out, lse.masked_fill(lse.isneginf(), 0)
 
     assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_gradients_of_a_sequence_of_blocks() -> None:
+    sizes = {"block": 7, "heads": 2, "kv_heads": 1, "head_dim": 3, "value_dim": 2, "block_lens": [7, 4], "sinks": True}
+    inputs = attention.make_inputs("block_causal_attention", sizes, dtype=torch.float64)
+    lens = inputs.pop("seq_lens")
+    leaves = [x.nan_to_num(0.5).requires_grad_() for x in inputs.values()]
+
+    def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        given = dict(zip(inputs, tensors, strict=True))
+        out, lse = tt.block_causal_attention(**given, block_size=3, seq_lens=lens, return_lse=True)
+        return out, lse.masked_fill(lse.isneginf(), 0)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("name", ["k_context", "v_context"])
+@pytest.mark.parametrize("op", ATTENDING)
+def test_a_context_that_requires_grad_stops_backward_alone(op: str, name: str) -> None:
+    inputs = attention.make_inputs(op, "tiny")
+    expected = getattr(tt, op)(**inputs)
+    inputs[name].requires_grad_()
+    out = getattr(tt, op)(**inputs)
+    assert torch.equal(out, expected)
+    with pytest.raises(NotImplementedError, match=f"twotower::{op} is not differentiable in {name}"):
+        out.sum().backward()
 
 
 @pytest.mark.parametrize("marks", [(-torch.inf, -torch.inf), (torch.inf, -torch.inf), (torch.inf, torch.inf)])
@@ -312,25 +363,31 @@ def test_low_precision_gradients_stay_within_the_budget(dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize(
-    ("case", "layout", "gradient"), [("no_context", 0, True), ("ragged", 2, False), ("paged_window", 2, True)]
+    ("case", "layout", "gradient"),
+    [
+        ("no_context", 0, True),
+        ("ragged", 2, False),
+        ("paged_window", 2, True),
+        ("sinks", 2, True),
+        ("wide_values", 0, False),
+    ],
 )
 def test_registration_of_attention(case: str, layout: int, gradient: bool) -> None:
     inputs = attention.make_inputs("block_attention", case)
     given = {k: awkward(v, layout) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     q, k, v = (given[name].nan_to_num().requires_grad_(gradient) for name in "qkv")
-    names = ("k_context", "v_context", "context_lens", "context_index", "block_table", "block_lens")
-    context = [given.get(name) for name in names]
-    options = given.get("window"), 0.5, given.get("softcap", 0.0)
-    causal = given.get("causal", False)
-    results = q.new_empty(q.shape).detach(), q.new_empty(q.shape[:3]).detach()
+    names = ("k_context", "v_context", "context_lens", "context_starts", "context_index", "block_table", "block_lens")
+    context = [given.get(name) for name in (*names, "sinks")]
+    options = int(given.get("causal", False)), given.get("window"), 0.5, given.get("softcap", 0.0)
+    results = v.new_empty(*q.shape[:3], v.shape[3]).detach(), q.new_empty(q.shape[:3]).detach()
     ops = torch.ops.twotower
-    torch.library.opcheck(ops.block_attention.default, (q, k, v, *context, causal, *options))
+    torch.library.opcheck(ops.block_attention.default, (q, k, v, *context, *options))
     if context[0] is not None:
         torch.library.opcheck(ops.context_attention.default, (q, *context, *options))
     if not gradient:
-        torch.library.opcheck(ops.block_attention_out.default, (q, k, v, *context, causal, *options, *results))
-        grads = torch.randn(q.shape), torch.randn(q.shape[:3])
-        arguments = (*grads, q, k, v, *context, causal, *options)
+        torch.library.opcheck(ops.block_attention_out.default, (q, k, v, *context, *options, *results))
+        grads = torch.randn(results[0].shape), torch.randn(q.shape[:3])
+        arguments = (*grads, q, k, v, *context, *options)
         torch.library.opcheck(ops.attention_backward.default, arguments)
         if context[0] is not None:
             torch.library.opcheck(ops.context_attention_out.default, (q, *context, *options, *results))

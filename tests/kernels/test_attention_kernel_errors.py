@@ -59,7 +59,10 @@ def test_merge_attention_says_what_is_wrong(change, error, message):  # type: ig
         ({"q": torch.zeros(2, 5, 4, 0)}, ValueError, "k_context, v_context: expected equal shapes with head_dim 0"),
         ({"k_context": torch.zeros(2, 7, 2, 8).half()}, TypeError, "k_context: expected torch.float32"),
         ({"k_context": torch.zeros(2, 7, 2, 8, device="meta")}, ValueError, "k_context: expected device cpu"),
-        ({"v_context": torch.zeros(2, 7, 2, 8, requires_grad=True)}, ValueError, "the context is frozen"),
+        ({"causal": 2}, TypeError, "causal: expected True or False, got 2"),
+        ({"context_starts": torch.tensor([0, 8])}, ValueError, r"context_starts: expected values in \[0, 7\]"),
+        ({"context_starts": -1}, ValueError, r"context_starts: expected values in \[0, 7\], got -1"),
+        ({"sinks": torch.zeros(4, device="meta")}, ValueError, "sinks: expected device cpu, got meta"),
         ({"context_index": torch.tensor([0.0, 1])}, TypeError, "context_index: expected int32 or int64"),
     ],
 )
@@ -96,3 +99,18 @@ def test_second_derivatives_are_refused() -> None:
     (grad,) = torch.autograd.grad(tt.block_attention(q, q, q).sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="attention_backward is not differentiable"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"block_size": 0}, ValueError, "block_size: expected at least 1, got 0"),
+        ({"block_size": 2.5}, TypeError, "block_size: expected an integer"),
+        ({"seq_lens": 8}, ValueError, r"seq_lens: expected values in \[0, 7\], got 8"),
+        ({"seq_lens": torch.tensor([7, 8])}, ValueError, r"seq_lens: expected values in \[0, 7\], got \[7, 8\]"),
+        ({"sinks": torch.zeros(2)}, ValueError, r"sinks: expected \[4\], one per head of q, got \[2\]"),
+    ],
+)
+def test_block_causal_attention_says_what_is_wrong(change, error, message):  # type: ignore[no-untyped-def]
+    with pytest.raises(error, match=message):
+        tt.block_causal_attention(**make_inputs("block_causal_attention", "tiny") | change)

@@ -292,16 +292,16 @@ def test_the_default_compiler_keeps_a_graph_too() -> None:
 def test_registration_of_the_overloads() -> None:
     """Of operators that take numbers as tensors, the results are those of the operators that take numbers."""
     ops, number = torch.ops.twotower, lambda value: torch.tensor(value, dtype=torch.float64)
-    q, k, v, past = drawn(2, 3, 4, 8), drawn(2, 3, 2, 8), drawn(2, 3, 2, 8), [None] * 5
+    q, k, v, past = drawn(2, 3, 4, 8), drawn(2, 3, 2, 8), drawn(2, 3, 2, 8), [None] * 8
     x, y, weight = drawn(2, 3, 8), drawn(2, 3, 8), drawn(8)
     scan = [scan_inputs(3, 5)[name] for name in ("xbc", "dt", "conv_weight", "conv_bias", "a_log", "d", "dt_bias")]
     calls = [
         (ops.adaln_norm, (x, weight, None, None), (1e-5, False)),
         (ops.gated_residual_adaln_norm, (x, y, None, weight, None, None), (1e-5, False)),
         (ops.gated_rms_norm, (x, y, weight, 2), (1e-5,)),
-        (ops.block_attention, (q, k, v, *past, None, True, None), (0.5, 2.0)),
-        (ops.context_attention, (q, k, v, *[None] * 4, 2), (0.5, 2.0)),
-        (ops.attention_backward, (q, drawn(2, 3, 4), q, k, v, *past, None, True, None), (0.5, 2.0)),
+        (ops.block_attention, (q, k, v, *past, 1, None), (0.5, 2.0)),
+        (ops.context_attention, (q, k, v, *[None] * 6, 0, 2), (0.5, 2.0)),
+        (ops.attention_backward, (q, drawn(2, 3, 4), q, k, v, *past, 1, None), (0.5, 2.0)),
         (ops.mamba2_scan, (*scan, 2, 12, None, None, None, None), (0.0, 2.0, True, 0)),
         (ops.moe_route, (drawn(5, 8), None, 2, False, 1, 1, True), (2.5,)),
         (ops.moe_router, (drawn(5, 8), drawn(6, 8), None, 2, False, 1, 1, True), (2.5,)),
@@ -311,8 +311,8 @@ def test_registration_of_the_overloads() -> None:
         assert_same(tree_leaves(op.traced(*first, *as_tensors)), tree_leaves(op.default(*first, *last)))
         torch.library.opcheck(op.traced, (*first, *as_tensors))
     for op, first in (
-        (ops.block_attention_out, (q, k, v, *past, None, True, None)),
-        (ops.context_attention_out, (q, k, v, *[None] * 4, 2)),
+        (ops.block_attention_out, (q, k, v, *past, 1, None)),
+        (ops.context_attention_out, (q, k, v, *[None] * 6, 0, 2)),
     ):
         results = [[q.new_empty(2, 3, 4, 8), q.new_empty(2, 3, 4)] for _ in range(2)]
         op.traced(*first, number(0.5), number(2.0), *results[0])

@@ -107,7 +107,7 @@ def test_targets_that_overlap_each_other_are_refused() -> None:
     q, both = randn(1, 2, 2, 1), torch.ones(1, 2, 2, 1)
     into = torch.ops.twotower.block_attention_out
     with pytest.raises(ValueError, match="out, lse: expected memory of its own for each"):
-        into(q, q, q, *[None] * 6, False, None, None, 0.0, both, both[..., 0])
+        into(q, q, q, *[None] * 8, 0, None, None, 0.0, both, both[..., 0])
     assert bool((storage == 1).all()) and bool((both == 1).all())
 
 

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 
 PLACES = [(op, argument) for op in OPS for argument in floating(op, arguments(op))]
 DIFFERENTIABLE = {
-    "block_attention": {"q", "k", "v"},
-    "context_attention": {"q"},
+    "block_attention": {"q", "k", "v", "sinks"},
+    "context_attention": {"q", "sinks"},
     "linear": {"x", "weight", "bias"},
     "merge_attention": {"out_a", "lse_a", "out_b", "lse_b"},
 }
@@ -168,7 +168,7 @@ def test_a_gradient_is_right_or_an_error(op: str, argument: str, transform: str)
 
 CASES = [
     (op, case)
-    for op in ("block_attention", "context_attention")
+    for op in ("block_attention", "context_attention", "block_causal_attention")
     for case in attention.CASES[op]
     if not case.startswith("released")
 ]
@@ -177,7 +177,7 @@ CASES = [
 @pytest.mark.parametrize(("op", "case"), CASES)
 def test_torch_func_has_the_gradients_of_the_specification(op: str, case: str) -> None:
     inputs = attention.make_inputs(op, case, dtype=torch.float64)
-    names = [name for name in "qkv" if name in inputs]
+    names = [name for name in ("q", "k", "v", "sinks") if name in inputs]
 
     def loss(module: Any) -> Callable[..., Tensor]:
         def function(*leaves: Tensor) -> Tensor:

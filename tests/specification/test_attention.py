@@ -16,12 +16,17 @@ from twotower_kernels.reference.attention import (
     CASES,
     append_kv,
     block_attention,
+    block_causal_attention,
     context_attention,
     make_inputs,
     merge_attention,
 )
 
-OPS = {"block_attention": block_attention, "context_attention": context_attention}
+OPS = {
+    "block_attention": block_attention,
+    "context_attention": context_attention,
+    "block_causal_attention": block_causal_attention,
+}
 SMALL = [(op, case) for op in OPS for case in CASES[op] if not case.startswith("released")]
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -70,6 +75,7 @@ def problems(draw):
     lengths = lambda top: st.one_of(st.none(), st.lists(st.integers(0, top), min_size=batch, max_size=batch))  # noqa: E731
     rows = draw(st.integers(1, 3))
     shared = draw(st.booleans())
+    one = rows == 1 and draw(st.booleans())  # without an index
     return {
         "batch": batch,
         "block": block,
@@ -77,22 +83,25 @@ def problems(draw):
         "heads": kv_heads * draw(st.integers(1, 4)),
         "head_dim": draw(st.integers(1, 6)),
         "context": context,
-        "context_rows": rows if shared else batch,
-        "context_index": [draw(st.integers(0, rows - 1)) for _ in range(batch)] if shared else None,
+        "context_rows": rows if shared or one else batch,
+        "context_index": [draw(st.integers(0, rows - 1)) for _ in range(batch)] if shared and not one else None,
         "context_lens": draw(lengths(context)),
+        "context_starts": draw(lengths(context)),
         "block_lens": draw(lengths(block)),
         "page": page,
         "transposed": draw(st.booleans()),
         "window": draw(st.sampled_from([None, 0, 1, 3, 100])),
         "softcap": draw(st.sampled_from([0.0, 1.5])),
+        "value_dim": draw(st.sampled_from([None, 1, 7])),
+        "sinks": draw(st.booleans()),
     }
 
 
 @settings(max_examples=60)
 @given(sizes=problems(), causal=st.booleans(), seed=st.integers(0, 2**31))
 def test_any_block_equals_the_definition(sizes, causal, seed):
-    for op, extra in (("block_attention", {"causal": causal}), ("context_attention", {})):
-        inputs = make_inputs(op, sizes | extra, dtype=torch.float64, seed=seed)
+    for op in ("block_attention", "context_attention"):
+        inputs = make_inputs(op, sizes | {"causal": causal}, dtype=torch.float64, seed=seed)
         out, lse = OPS[op](**inputs, return_lse=True)
         expected_out, expected_lse = oracle(inputs)
         close(out, expected_out)
@@ -194,7 +203,7 @@ def test_block_attention_is_the_merge_of_its_halves(sizes, causal, seed):
     inputs = make_inputs("block_attention", sizes | {"causal": causal}, dtype=torch.float64, seed=seed)
     options = {"block_lens", "softcap"} & inputs.keys()
     own = attend(**{name: inputs[name] for name in {"q", "k", "v", "causal"} | options})
-    past = attend(**{name: x for name, x in inputs.items() if name not in ("k", "v", "causal")})
+    past = attend(**{name: x for name, x in inputs.items() if name not in ("k", "v", "causal")})  # with the sinks
     for got, expected in zip(merge_attention(*past, *own), attend(**inputs), strict=True):
         close(got, expected)
 
@@ -276,8 +285,11 @@ def test_layout_of_the_storage_does_not_matter(sizes, seed):
     expected = attend(**inputs)
     k_context, v_context, table = inputs["k_context"], inputs["v_context"], inputs.pop("block_table", None)
     if table is not None:
-        shape = (len(table), -1, *k_context.shape[2:]) if table.numel() else (len(table), 0, *k_context.shape[2:])
-        k_context, v_context = (x[table.long()].reshape(shape) for x in (k_context, v_context))  # -1 reads NaN
+        rows, tokens = len(table), table.shape[1] * k_context.shape[1]
+        k_context, v_context = (
+            x[table.long()].reshape(rows, tokens, *x.shape[2:])
+            for x in (k_context, v_context)  # -1 reads NaN
+        )
     index = inputs.pop("context_index", None)
     if index is not None:
         k_context, v_context = k_context[index], v_context[index]
@@ -297,7 +309,7 @@ def test_append_then_attend_is_attention_over_the_concatenation(sizes, seed):
     page = sizes["page"] or 1
     roomy = sizes | {"context_lens": lens, "context": -(-(sizes["context"] + block) // page) * page}
     roomy |= {"context_rows": batch, "context_index": list(range(batch))[::-1]}
-    roomy = {name: x for name, x in roomy.items() if name not in ("window", "softcap")}
+    roomy = {name: x for name, x in roomy.items() if name not in ("window", "softcap", "context_starts", "sinks")}
     inputs = make_inputs("append_kv", roomy, dtype=torch.float64, seed=seed)
     before = {name: x.clone() for name, x in inputs.items()}
     assert append_kv(**inputs) is None
@@ -336,6 +348,73 @@ def test_the_window_is_the_same_for_every_query_of_the_block():
             block_attention(q, k, v, k_context, v_context, window=0, causal=causal),
             block_attention(q, k, v, causal=causal),
         )
+
+
+@settings(max_examples=40)
+@given(
+    sizes=problems(), block_size=st.integers(1, 6), lens=st.lists(st.integers(0, 9), min_size=3, max_size=3),
+    seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_any_sequence_of_blocks_equals_the_definition(sizes, block_size, lens, seed):
+    """And one block after the other, over the context that they have left."""
+    sizes = {n: x for n, x in sizes.items() if not n.startswith(("context", "page", "window"))}
+    sizes |= {"block": 9, "batch": 3, "block_lens": lens}
+    inputs = make_inputs("block_causal_attention", sizes, dtype=torch.float64, seed=seed)
+    got = block_causal_attention(**inputs, block_size=block_size, return_lse=True)
+    for x, expected in zip(got, oracle(inputs | {"block_size": block_size}), strict=True):
+        close(x, expected)
+    q, k, v = (inputs[name] for name in "qkv")
+    options = {name: inputs[name] for name in ("softcap", "sinks") if name in inputs}
+    for start in range(0, 9, block_size):
+        block = slice(start, start + block_size)
+        counts = (inputs["seq_lens"] - start).clamp(0, q[:, block].shape[1])
+        one = block_attention(
+            q[:, block], k[:, block], v[:, block], k, v, context_lens=inputs["seq_lens"].clamp(max=start),
+            block_lens=counts, return_lse=True, **options,
+        )  # fmt: skip
+        for x, expected in zip(one, got, strict=True):
+            close(x, expected[:, block])
+
+
+@settings(max_examples=40)
+@given(sizes=problems(), window=st.sampled_from([None, 1, 2, 5, 100]), seed=st.integers(0, 2**31))
+def test_a_causal_context_holds_the_block(sizes, window, seed):
+    """Appended first or given beside the context, the block sees the same; a window slides with the queries."""
+    batch = sizes["batch"]
+    lens, counts = sizes["context_lens"] or [0] * batch, sizes["block_lens"] or [sizes["block"]] * batch
+    page = sizes["page"] or 1
+    sizes |= {"context_lens": lens, "context": -(-(sizes["context"] + sizes["block"]) // page) * page}
+    sizes |= {"context_rows": batch, "context_index": list(range(batch))[::-1], "context_starts": None}
+    drop = ("window", "softcap", "sinks")
+    stored = make_inputs("append_kv", {n: x for n, x in sizes.items() if n not in drop}, dtype=torch.float64, seed=seed)
+    q = randn(batch, sizes["block"], sizes["heads"], sizes["head_dim"])
+    beside = attend(q=q, **stored, causal=True)
+    append_kv(**stored)
+    del stored["k"], stored["v"]
+    stored["context_lens"] += torch.tensor(counts, dtype=torch.int64)
+    for got, expected in zip(attend(q=q, **stored, causal=True), beside, strict=True):
+        close(got, expected)
+    if window is None:
+        return
+    got = attend(q=q, **stored, causal=True, window=window)
+    for i in range(sizes["block"]):
+        later = [max(n - i - 1, 0) for n in counts]  # tokens of the block behind the query
+        alone = {
+            "block_lens": torch.tensor([i < n for n in counts]).long(),
+            "context_lens": stored["context_lens"] - torch.tensor(later, dtype=torch.int64),
+        }
+        one = attend(q=q[:, i : i + 1], **stored | alone, window=window)
+        for x, expected in zip(got, one, strict=True):
+            close(x[:, i : i + 1], expected)
+
+
+def test_a_sink_is_a_key_whose_value_is_zero():
+    inputs = make_inputs("block_attention", {"context": 4, "sinks": True, "block_lens": [5, 2]}, dtype=torch.float64)
+    sinks = inputs.pop("sinks")
+    out, lse = attend(**inputs)
+    nothing = torch.zeros_like(out), sinks.expand_as(lse).masked_fill(lse.isneginf(), -torch.inf)
+    for got, expected in zip(attend(**inputs, sinks=sinks), merge_attention(out, lse, *nothing), strict=True):
+        close(got, expected)
 
 
 def test_lengths_may_be_scalars_or_tensors_of_either_integer_type():
@@ -396,7 +475,7 @@ def test_extreme_logits_do_not_overflow(size):
 
 
 def test_out_is_written_in_place_whatever_its_strides():
-    for op in OPS:
+    for op in ("block_attention", "context_attention"):
         inputs = make_inputs(op, "transposed")
         expected, lse = OPS[op](**inputs, return_lse=True)
         storage = torch.full((2, 4, 5, 16), 7.0)
@@ -417,6 +496,7 @@ DIFFERENTIABLE = {
     "window": {"context": 5, "context_lens": [5, 1], "window": 2},
     "paged": {"context": 4, "page": 2, "context_lens": [1, 4]},
     "folded": {"batch": 3, "context": 4, "context_rows": 1, "context_index": [0, 0, 0], "context_lens": [0, 2, 4]},
+    "sinks": {"context": 3, "context_lens": [0, 3], "block_lens": [2, 0], "sinks": True, "value_dim": 2},
 }
 
 
@@ -424,7 +504,7 @@ DIFFERENTIABLE = {
 def test_gradients(case):
     sizes = {"block": 3, "heads": 2, "kv_heads": 1, "head_dim": 3} | DIFFERENTIABLE[case]
     inputs = make_inputs("block_attention", sizes, dtype=torch.float64)
-    names = ("q", "k", "v")
+    names = [n for n, x in inputs.items() if torch.is_tensor(x) and x.is_floating_point() and n[2:] != "context"]
     leaves = tuple(inputs.pop(name).nan_to_num(0.5).requires_grad_() for name in names)
 
     def function(*tensors):

@@ -8,6 +8,7 @@ import torch
 from twotower_kernels.reference.attention import (
     append_kv,
     block_attention,
+    block_causal_attention,
     context_attention,
     make_inputs,
     merge_attention,
@@ -17,7 +18,7 @@ SIZES = {"context": 8, "context_lens": [8, 3], "block_lens": [5, 2]}
 BAD_BLOCK = {
     "q of rank 3": (lambda a: a.update(q=a["q"][0]), ValueError, "q: expected 4 axes"),
     "k of another length": (lambda a: a.update(k=a["k"][:, :4], v=a["v"][:, :4]), ValueError, r"k, v: expected \[2, 5"),
-    "v unlike k": (lambda a: a.update(v=a["v"][..., :7]), ValueError, "k, v: expected"),
+    "v unlike k": (lambda a: a.update(v=a["v"][:, :, :1]), ValueError, "k, v: expected"),
     "k of another dtype": (lambda a: a.update(k=a["k"].half()), TypeError, "k: expected torch.float32"),
     "integers": (lambda a: a.update(q=a["q"].nan_to_num().int()), TypeError, "q: expected float64"),
     "heads not a multiple": (
@@ -36,19 +37,30 @@ BAD_BLOCK = {
         "head_dim 8",
     ),
     "context of other rows": (
-        lambda a: a.update(k_context=a["k_context"][:1], v_context=a["v_context"][:1]),
+        lambda a: a.update(k_context=a["k_context"][:0], v_context=a["v_context"][:0]),
         ValueError,
         "context: expected 2 rows",
     ),
-    "context that requires grad": (lambda a: a["k_context"].requires_grad_(), ValueError, "the context is frozen"),
-    "context value that requires grad": (
-        lambda a: a["v_context"].requires_grad_(),
+    "context values of other head_dim": (
+        lambda a: a.update(v_context=a["v_context"][..., :4]),
         ValueError,
-        "the context is frozen",
+        "v_context: expected head_dim 8 as in v, got 4",
     ),
+    "starts beyond the storage": (
+        lambda a: a.update(context_starts=torch.tensor([0, 9])),
+        ValueError,
+        r"context_starts: expected values in \[0, 8\], got \[0, 9\]",
+    ),
+    "sinks of other heads": (lambda a: a.update(sinks=torch.zeros(3)), ValueError, r"sinks: expected \[4\]"),
+    "sinks that are integers": (lambda a: a.update(sinks=torch.arange(4)), TypeError, "sinks: expected .*float"),
     "keys without values": (lambda a: a.pop("v_context"), ValueError, "both or neither"),
     "lengths without a context": (
         lambda a: (a.pop("k_context"), a.pop("v_context")),
+        ValueError,
+        r"context_lens: expected values in \[0, 0\], got \[8, 3\]",
+    ),
+    "an index without a context": (
+        lambda a: (a.pop("k_context"), a.pop("v_context"), a.update(context_index=torch.tensor([0, 1]))),
         ValueError,
         "expected none without a context",
     ),
@@ -149,7 +161,7 @@ BAD_APPEND = {
     ),
     "values of another dtype": (lambda a: a.update(v=a["v"].half()), TypeError, "v: expected torch.float32"),
     "a block that requires grad": (lambda a: a["k"].requires_grad_(), ValueError, "not differentiable"),
-    "storage that requires grad": (lambda a: a["k_context"].requires_grad_(), ValueError, "frozen"),
+    "storage that requires grad": (lambda a: a["k_context"].requires_grad_(), ValueError, "expected no requires_grad"),
     "a page that is not reserved": (
         lambda a: a.update(block_table=torch.tensor([[0, -1], [1, -1]]), context_lens=10),
         ValueError,
@@ -176,7 +188,14 @@ def test_context_attention_checks_the_same():
         ({"context_lens": 8}, ValueError, r"context_lens: expected values in \[0, 7\]"),
         ({"q": inputs["q"][:, :, :3]}, ValueError, "q: expected a multiple of the 2 heads of k_context"),
         ({"k_context": inputs["k_context"].half()}, TypeError, "k_context: expected torch.float32"),
-        ({"v_context": inputs["v_context"].clone().requires_grad_()}, ValueError, "the context is frozen"),
+        ({"v_context": inputs["v_context"][:, :4]}, ValueError, "k_context, v_context: expected equal shapes"),
     ):
         with pytest.raises(error, match=message):
             context_attention(**inputs | change)
+
+
+@pytest.mark.parametrize(("size", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (None, TypeError)])
+def test_a_block_size_is_an_integer_above_zero(size, error):
+    inputs = make_inputs("block_causal_attention", "tiny") | {"block_size": size}
+    with pytest.raises(error, match="block_size: expected"):
+        block_causal_attention(**inputs)

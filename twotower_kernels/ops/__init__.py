@@ -1,7 +1,13 @@
 """The operations. One file per family; each holds public functions, checks, schemas, fakes and gradients."""
 
 from twotower_kernels.ops.adaln import adaln_norm, gated_residual, gated_residual_adaln_norm, rms_norm
-from twotower_kernels.ops.attention import append_kv, block_attention, context_attention, merge_attention
+from twotower_kernels.ops.attention import (
+    append_kv,
+    block_attention,
+    block_causal_attention,
+    context_attention,
+    merge_attention,
+)
 from twotower_kernels.ops.linear import linear
 from twotower_kernels.ops.mamba2 import gated_rms_norm, mamba2_scan
 from twotower_kernels.ops.moe import MoePlan, moe_experts, moe_gate, moe_plan, moe_route
@@ -14,6 +20,7 @@ __all__ = [
     "adaln_norm",
     "append_kv",
     "block_attention",
+    "block_causal_attention",
     "context_attention",
     "gated_residual",
     "gated_residual_adaln_norm",

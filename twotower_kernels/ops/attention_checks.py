@@ -29,14 +29,14 @@ def check_axes(**tensors: Tensor | None) -> None:
 
 
 def check_frozen(k_context: Tensor, v_context: Tensor) -> None:
-    """No gradient is wanted of the context."""
+    """No gradient is wanted of storage that is written in place."""
     if torch.is_grad_enabled() and (k_context.requires_grad or v_context.requires_grad):
         raise ValueError("k_context, v_context: the context is frozen, expected no requires_grad; detach them")
 
 
-def check_no_gradient(*tensors: Tensor | None) -> None:
+def check_no_gradient(out: Tensor, *inputs: Tensor | None) -> None:
     """No gradient is wanted of a result written in place."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (out, *inputs)):
         raise ValueError("out: expected no tensor that requires grad, results written in place carry no gradient")
 
 
@@ -50,10 +50,22 @@ def softmax_numbers(window: Any, scale: Any, softcap: Any) -> tuple[int | None, 
     return window, None if scale is None else real("scale", scale, "None or a number"), real("softcap", softcap)
 
 
-def check_no_past(context_lens: Lengths | None, context_index: Tensor | None, block_table: Tensor | None) -> None:
-    """Nothing is said of a context where there is none."""
-    if context_lens is not None or context_index is not None or block_table is not None:
-        raise ValueError("context_lens, context_index, block_table: expected none without a context")
+def as_flag(name: str, value: Any) -> int:
+    """1 or 0 for True or False."""
+    if value is not True and value is not False and value not in (0, 1):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return int(value)
+
+
+def as_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
+    """Sinks of any floating dtype in that of the statistics; what floats not is refused by the operators."""
+    return sinks.to(statistics_dtype(q)) if sinks is not None and sinks.is_floating_point() else sinks
+
+
+def check_no_past(starts: Any, context_index: Tensor | None, block_table: Tensor | None) -> None:
+    """Nothing but a length is said of a context where there is none."""
+    if starts is not None or context_index is not None or block_table is not None:
+        raise ValueError("context_starts, context_index, block_table: expected none without a context")
 
 
 def room(k_context: Tensor, block_table: Tensor | None) -> int:
@@ -84,40 +96,45 @@ def as_lengths(name: str, lens: Lengths | None, limit: int, q: Tensor) -> Tensor
 
 def check_block(
     q: Tensor, k: Tensor, v: Tensor, k_context: Tensor | None, v_context: Tensor | None, context_lens: Tensor | None,
-    context_index: Tensor | None, block_table: Tensor | None, block_lens: Tensor | None,
-    causal: bool, window: int | None, scale: float | None, softcap: float,
+    context_starts: Tensor | None, context_index: Tensor | None, block_table: Tensor | None,
+    block_lens: Tensor | None, sinks: Tensor | None,
+    causal: int, window: int | None, scale: float | None, softcap: float,
 ) -> None:  # fmt: skip
     """What `block_attention` takes."""
     _check_tokens("q", q, k=k, v=v)
     batch, length, _, dim = q.shape
-    if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != dim:
-        raise ValueError(f"k, v: expected [{batch}, {length}, Hkv, {dim}], got {list(k.shape)}, {list(v.shape)}")
+    if k.shape[:3] != v.shape[:3] or k.shape[:2] != q.shape[:2] or k.shape[3] != dim:
+        expected = f"[{batch}, {length}, Hkv, {dim}] and [{batch}, {length}, Hkv, Dv]"
+        raise ValueError(f"k, v: expected {expected}, got {list(k.shape)}, {list(v.shape)}")
     _check_heads(q, k, "k")
     if k_context is not None and v_context is not None:
         if k_context.ndim == 4 and k_context.shape[2] != k.shape[2]:
             raise ValueError(f"k_context: expected {k.shape[2]} key heads as in k, got {k_context.shape[2]}")
-        _check_past(q, k_context, v_context, context_lens, context_index, block_table)
+        if v_context.ndim == 4 and v_context.shape[3] != v.shape[3]:
+            raise ValueError(f"v_context: expected head_dim {v.shape[3]} as in v, got {v_context.shape[3]}")
+        _check_past(q, k_context, v_context, context_lens, context_starts, context_index, block_table)
     elif k_context is not None or v_context is not None:
         raise ValueError("k_context and v_context: expected both or neither, got one")
     else:
-        check_no_past(context_lens, context_index, block_table)
-    _check_options(window, scale, softcap)
-    _check_lens("block_lens", block_lens, q)
+        check_no_past(context_starts, context_index, block_table)
+        _check_lens("context_lens", context_lens, q)
+    _check_options(q, block_lens, sinks, causal, window, scale, softcap)
 
 
 def check_context(
-    q: Tensor, k_context: Tensor, v_context: Tensor, context_lens: Tensor | None, context_index: Tensor | None,
-    block_table: Tensor | None, block_lens: Tensor | None, window: int | None, scale: float | None, softcap: float,
+    q: Tensor, k_context: Tensor, v_context: Tensor, context_lens: Tensor | None, context_starts: Tensor | None,
+    context_index: Tensor | None, block_table: Tensor | None, block_lens: Tensor | None, sinks: Tensor | None,
+    causal: int, window: int | None, scale: float | None, softcap: float,
 ) -> None:  # fmt: skip
     """What `context_attention` takes."""
-    _check_past(q, k_context, v_context, context_lens, context_index, block_table)
-    _check_options(window, scale, softcap)
-    _check_lens("block_lens", block_lens, q)
+    _check_past(q, k_context, v_context, context_lens, context_starts, context_index, block_table)
+    _check_options(q, block_lens, sinks, causal, window, scale, softcap)
 
 
-def check_out(q: Tensor, out: Tensor, lse: Tensor) -> None:
+def check_out(q: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
     """They can take the results."""
-    for name, x, shape, dtype in (("out", out, q.shape, q.dtype), ("lse", lse, q.shape[:3], statistics_dtype(q))):
+    shapes = torch.Size((*q.shape[:3], v.shape[3])), q.shape[:3]
+    for name, x, shape, dtype in (("out", out, shapes[0], q.dtype), ("lse", lse, shapes[1], statistics_dtype(q))):
         if x.shape != shape or x.dtype != dtype or x.device != q.device:
             expected, got = f"{list(shape)} {dtype} on {q.device}", f"{list(x.shape)} {x.dtype} on {x.device}"
             raise ValueError(f"{name}: expected {expected} as q, got {got}")
@@ -136,9 +153,10 @@ def check_backward(
     elif k_context is None or v_context is None:
         raise ValueError("k_context, v_context: expected a context where there are no k and v, got None")
     else:
-        lengths, options = arguments[:4], arguments[5:]  # without `causal`
-        check_context(q, k_context, v_context, *lengths, *options)
-    for name, x, shape in (("grad_out", grad_out, q.shape), ("grad_lse", grad_lse, q.shape[:3])):
+        check_context(q, k_context, v_context, *arguments)
+    values = v if v is not None else v_context
+    shapes = torch.Size((*q.shape[:3], values.shape[3])), q.shape[:3]  # type: ignore[union-attr]
+    for name, x, shape in (("grad_out", grad_out, shapes[0]), ("grad_lse", grad_lse, shapes[1])):
         if x.shape != shape:
             raise ValueError(f"{name}: expected shape {list(shape)} as q, got {list(x.shape)}")
     check_floats(q, grad_out=grad_out, grad_lse=grad_lse)
@@ -165,8 +183,8 @@ def check_append(
     """What `append_kv` takes."""
     _check_tokens("k", k, v=v, k_context=k_context, v_context=v_context)
     _check_storage(k.shape[3], k_context, v_context)
-    if k.shape != v.shape or k.shape[2:] != k_context.shape[2:]:
-        expected = ["B", "S", *k_context.shape[2:]]
+    if k.shape[:3] != v.shape[:3] or k.shape[2:] != k_context.shape[2:] or v.shape[3] != v_context.shape[3]:
+        expected = f"{['B', 'S', *k_context.shape[2:]]}, {['B', 'S', *v_context.shape[2:]]}"
         raise ValueError(f"k, v: expected {expected} as in the context, got {list(k.shape)}, {list(v.shape)}")
     for name, storage in (("k_context", k_context), ("v_context", v_context)):
         if storage.stride(3) != 1 and storage.shape[3] > 1:
@@ -179,14 +197,15 @@ def check_append(
 
 
 def _check_past(
-    q: Tensor, k_context: Tensor, v_context: Tensor, context_lens: Tensor | None, context_index: Tensor | None,
-    block_table: Tensor | None,
+    q: Tensor, k_context: Tensor, v_context: Tensor, context_lens: Tensor | None, context_starts: Tensor | None,
+    context_index: Tensor | None, block_table: Tensor | None,
 ) -> None:  # fmt: skip
     _check_tokens("q", q, k_context=k_context, v_context=v_context)
     _check_storage(q.shape[3], k_context, v_context)
     _check_heads(q, k_context, "k_context")
     _check_rows(q.shape[0], k_context, context_index, block_table)
     _check_lens("context_lens", context_lens, q)
+    _check_lens("context_starts", context_starts, q)
 
 
 def _check_tokens(first_name: str, first: Tensor, /, **others: Tensor) -> None:
@@ -195,8 +214,20 @@ def _check_tokens(first_name: str, first: Tensor, /, **others: Tensor) -> None:
     check_alike(first_name, first, **others)
 
 
-def _check_options(window: int | None, scale: float | None, softcap: float) -> None:
-    """The numbers that shape the softmax, by comparisons, which a trace can follow; NaN fails."""
+def _check_options(
+    q: Tensor, block_lens: Tensor | None, sinks: Tensor | None,
+    causal: int, window: int | None, scale: float | None, softcap: float,
+) -> None:  # fmt: skip
+    """What shapes the softmax; numbers by comparisons, which a trace can follow; NaN fails."""
+    _check_lens(_lens_of(causal), block_lens, q)
+    if sinks is not None:
+        if sinks.shape != q.shape[2:3]:
+            raise ValueError(f"sinks: expected [{q.shape[2]}], one per head of q, got {list(sinks.shape)}")
+        if sinks.dtype != statistics_dtype(q):
+            raise TypeError(f"sinks: expected {statistics_dtype(q)} with {q.dtype} queries, got {sinks.dtype}")
+        same_device(q, sinks=sinks)
+    if causal < 0:
+        raise ValueError(f"causal: expected 0 or more, tokens that see each other, got {causal}")
     if window is not None and window < 0:
         raise ValueError(f"window: expected None or an integer >= 0, got {window!r}")
     if scale is not None and not -math.inf < scale < math.inf:
@@ -215,7 +246,7 @@ def _check_heads(q: Tensor, k: Tensor, name: str) -> None:
 
 def _check_storage(dim: int, k_context: Tensor, v_context: Tensor) -> None:
     """Keys and values of the context fit each other and the head dimension."""
-    if k_context.shape != v_context.shape or k_context.shape[3] != dim:
+    if k_context.shape[:3] != v_context.shape[:3] or k_context.shape[3] != dim:
         got = f"{list(k_context.shape)}, {list(v_context.shape)}"
         raise ValueError(f"k_context, v_context: expected equal shapes with head_dim {dim}, got {got}")
 
@@ -237,6 +268,11 @@ def _check_rows(batch: int, k_context: Tensor, context_index: Tensor | None, blo
         raise ValueError(f"context: expected {batch} rows, one per block, or a context_index, got {rows}")
 
 
+def _lens_of(causal: int) -> str:
+    """What the rows' lengths are called where they are given: those of blocks, or of sequences of blocks."""
+    return "seq_lens" if causal > 1 else "block_lens"
+
+
 def _check_lens(name: str, lens: Tensor | None, q: Tensor) -> None:
     if lens is None:
         return
@@ -250,13 +286,16 @@ def _check_lens(name: str, lens: Tensor | None, q: Tensor) -> None:
 
 
 def check_values(
-    q: Tensor, k_context: Tensor | None, context_lens: Tensor | None, context_index: Tensor | None,
-    block_table: Tensor | None, block_lens: Tensor | None,
+    q: Tensor, k_context: Tensor | None, context_lens: Tensor | None, context_starts: Tensor | None,
+    context_index: Tensor | None, block_table: Tensor | None, block_lens: Tensor | None, causal: int,
 ) -> None:  # fmt: skip
     """Lengths, context rows and pages of an attention op exist."""
-    _check_lengths("block_lens", block_lens, q.shape[1])
+    _check_lengths(_lens_of(causal), block_lens, q.shape[1])
     if k_context is not None:
+        _check_lengths("context_starts", context_starts, room(k_context, block_table))
         _check_places(k_context, context_lens, context_index, block_table)
+    else:
+        _check_lengths("context_lens", context_lens, 0)
 
 
 def _check_lengths(name: str, lens: Tensor | None, limit: int) -> None:

@@ -1,4 +1,4 @@
-"""Gradients of the attention ops, in PyTorch. The context is frozen, so each batch row is a problem of its own."""
+"""Gradients of the attention ops, in PyTorch. None in the context, so each batch row is a problem of its own."""
 
 from typing import Any
 
@@ -22,110 +22,128 @@ def _context(storage: Tensor, table: Tensor | None, row: int, begin: int, end: i
 
 def _row(
     grad_out: Tensor, grad_lse: Tensor, q: Tensor, keys: list[Tensor], values: list[Tensor],
-    causal: bool, scale: float, softcap: float,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    """Gradients of q [S,Hkv,R,D] and, for each part of the keys [T,Hkv,D], of keys and values. The last part is the
-    block itself if `causal`."""
+    hidden: list[Tensor | None], sinks: Tensor | None, scale: float, softcap: float,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:  # fmt: skip
+    """Gradients of q [S,Hkv,R,D] and, for each part of the keys [T,Hkv,D], of keys and values, and of sinks [Hkv,R].
+    hidden: [S,T], keys of a part that a query does not see."""
     logits, slopes = [], []
-    for part, k in enumerate(keys):
+    for k, unseen in zip(keys, hidden, strict=True):
         logit = torch.einsum("sgrd,tgd->sgrt", q, k) * scale
         if softcap:
             tanh = torch.tanh(logit / softcap)
             logit = softcap * tanh
             slopes.append(1 - tanh * tanh)
-        if causal and part == len(keys) - 1:
-            later = torch.ones(len(q), len(k), dtype=torch.bool).triu(1)
-            logit = logit.masked_fill(later[:, None, None], -torch.inf)
-        logits.append(logit)
+        logits.append(logit if unseen is None else logit.masked_fill(unseen[:, None, None], -torch.inf))
+    logits.append(q.new_empty((*q.shape[:3], 0)) if sinks is None else sinks.expand(*q.shape[:3])[..., None])
     whole = torch.cat(logits, dim=-1)
     empty = whole.isneginf().all(-1, keepdim=True)
     weights = whole.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
-    towards = torch.cat([torch.einsum("sgrd,tgd->sgrt", grad_out, v) for v in values], dim=-1)
+    towards = [torch.einsum("sgrd,tgd->sgrt", grad_out, v) for v in values]
+    towards = torch.cat([*towards, torch.zeros_like(logits[-1])], dim=-1)
     grad = weights * (towards - (weights * towards).sum(-1, keepdim=True) + grad_lse[..., None])
-    if softcap:
-        grad = grad * torch.cat(slopes, dim=-1)
-    grad = grad * scale
     sizes = [len(k) for k in keys]
-    grads = grad.split(sizes, dim=-1)
+    *grads, of_sinks = grad.split([*sizes, logits[-1].shape[-1]], dim=-1)
+    if softcap:
+        grads = [g * slope for g, slope in zip(grads, slopes, strict=True)]
+    grads = [g * scale for g in grads]
     grad_q = sum((torch.einsum("sgrt,tgd->sgrd", g, k) for g, k in zip(grads, keys, strict=True)), torch.zeros_like(q))
     grad_k = [torch.einsum("sgrt,sgrd->tgd", g, q) for g in grads]
-    grad_v = [torch.einsum("sgrt,sgrd->tgd", w, grad_out) for w in weights.split(sizes, dim=-1)]
-    return grad_q, grad_k, grad_v
+    grad_v = [torch.einsum("sgrt,sgrd->tgd", w, grad_out) for w in weights.split([*sizes, of_sinks.shape[-1]], -1)[:-1]]
+    return grad_q, grad_k, grad_v, of_sinks.sum((0, 3))
 
 
 def _attention_backward(
     grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None,
-    k_context: Tensor | None, v_context: Tensor | None, context_lens: Tensor | None, context_index: Tensor | None,
-    block_table: Tensor | None, block_lens: Tensor | None,
-    causal: bool, window: int | None, scale: float | None, softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    check_values(q, k_context, context_lens, context_index, block_table, block_lens)
+    k_context: Tensor | None, v_context: Tensor | None, context_lens: Tensor | None, context_starts: Tensor | None,
+    context_index: Tensor | None, block_table: Tensor | None, block_lens: Tensor | None, sinks: Tensor | None,
+    causal: int, window: int | None, scale: float | None, softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    check_values(q, k_context, context_lens, context_starts, context_index, block_table, block_lens, causal)
     dtype, (batch, length, heads, dim) = statistics_dtype(q), q.shape
-    grad_q = q.new_zeros(q.shape)
-    grad_k, grad_v = (q.new_zeros(() if x is None else x.shape) for x in (k, v))
+    grads = _zeros(q, k, v, sinks)
+    grad_q, grad_k, grad_v, grad_sinks = grads
     counts = [length] * batch if block_lens is None else block_lens.tolist()
     rows = list(range(batch)) if context_index is None else context_index.tolist()
-    ends = [0] * batch if context_lens is None else context_lens.tolist()
-    if k_context is not None and context_lens is None:
-        ends = [k_context.shape[1] * (1 if block_table is None else block_table.shape[1])] * batch
-    for b, (count, row, end) in enumerate(zip(counts, rows, ends, strict=True)):
-        begin = 0 if window is None else max(0, end - window)
-        keys, values = [], []
+    tokens = 0 if k_context is None else k_context.shape[1] * (1 if block_table is None else block_table.shape[1])
+    ends = [tokens] * batch if context_lens is None else context_lens.tolist()
+    starts = [0] * batch if context_starts is None else context_starts.tolist()
+    for b, (count, row, start, end) in enumerate(zip(counts, rows, starts, ends, strict=True)):
+        query = torch.arange(count)[:, None]
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        hidden: list[Tensor | None] = []
+        slides = k is None and causal  # the context holds the block
+        begin = start if window is None or slides else max(start, end - window)
         if k_context is not None and v_context is not None and end > begin:
             keys.append(_context(k_context, block_table, row, begin, end).to(dtype))
             values.append(_context(v_context, block_table, row, begin, end).to(dtype))
+            hidden.append(None)
+            if slides:
+                position, last = torch.arange(begin, end), end - count + query // causal * causal + causal - 1
+                hidden[-1] = position > last
+                if window is not None:
+                    hidden[-1] |= position <= end - count + query - window
         if k is not None and v is not None:
             keys.append(k[b, :count].to(dtype))
             values.append(v[b, :count].to(dtype))
-        if count == 0 or not keys or heads == 0:
+            hidden.append(query.T // causal > query // causal if causal else None)
+        if count == 0 or heads == 0 or (not keys and sinks is None):
             continue
-        kv_heads = keys[0].shape[1]
+        kv_heads = (k if k is not None else k_context).shape[2]  # type: ignore[union-attr]
         grouped, towards = (x[b, :count].to(dtype).unflatten(1, (kv_heads, -1)) for x in (q, grad_out))
         lse = grad_lse[b, :count].to(dtype).unflatten(1, (kv_heads, -1))
         scaled = dim**-0.5 if scale is None else scale
-        of_q, of_k, of_v = _row(towards, lse, grouped, keys, values, causal, scaled, softcap)
+        per_head = None if sinks is None else sinks.unflatten(0, (kv_heads, -1))
+        of_q, of_k, of_v, of_sinks = _row(towards, lse, grouped, keys, values, hidden, per_head, scaled, softcap)
         grad_q[b, :count] = of_q.flatten(1, 2)
         if k is not None:
             grad_k[b, :count], grad_v[b, :count] = of_k[-1], of_v[-1]
-    return grad_q, grad_k, grad_v
+        if sinks is not None:
+            grad_sinks += of_sinks.flatten()
+    return grads
+
+
+def _zeros(q: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients of q and of others, `[]` of what is not there."""
+    return q.new_zeros(q.shape), *(q.new_zeros(()) if x is None else x.new_zeros(x.shape) for x in others)
 
 
 define(
     "attention_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor? k, Tensor? v, Tensor? k_context, "
-    "Tensor? v_context, Tensor? context_lens, Tensor? context_index, Tensor? block_table, Tensor? block_lens, "
-    "bool causal, SymInt? window, float? scale, float softcap) -> (Tensor, Tensor, Tensor)",
+    "Tensor? v_context, Tensor? context_lens, Tensor? context_starts, Tensor? context_index, Tensor? block_table, "
+    "Tensor? block_lens, Tensor? sinks, SymInt causal, SymInt? window, float? scale, float softcap) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     check=check_backward,
     cpu=_attention_backward,
     cuda="triton.attention_gradient:attention_backward",
-    fake=lambda grad_out, grad_lse, q, k, v, *_: (
-        q.new_empty(q.shape), *(q.new_empty(() if x is None else x.shape) for x in (k, v))
-    ),
-)  # fmt: skip
+    fake=lambda grad_out, grad_lse, q, k, v, *arguments: _zeros(q, k, v, arguments[7]),
+)
 
 
 def save_block(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Saves the inputs of `block_attention`: nine tensors, then four options."""
+    """Saves the inputs of `block_attention`: eleven tensors, then four options."""
+    ctx.save_for_backward(*inputs[:11])
+    ctx.options = inputs[11:]
+
+
+def block_backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of `block_attention`'s inputs: of q, k, v and sinks."""
+    saved = ctx.saved_tensors
+    *grads, of_sinks = call_in_graph("attention_backward", grad_out, grad_lse, *saved, *ctx.options)
+    return (*grads, *[None] * 7, None if saved[10] is None else of_sinks, *[None] * 4)
+
+
+def save_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Saves the inputs of `context_attention`: nine tensors, then four options."""
     ctx.save_for_backward(*inputs[:9])
     ctx.options = inputs[9:]
 
 
-def block_backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of `block_attention`'s inputs: of q, k and v."""
-    grads = call_in_graph("attention_backward", grad_out, grad_lse, *ctx.saved_tensors, *ctx.options)
-    return (*grads, *[None] * 10)
-
-
-def save_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Saves the inputs of `context_attention`: seven tensors, then three options."""
-    ctx.save_for_backward(*inputs[:7])
-    ctx.options = inputs[7:]
-
-
 def context_backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of `context_attention`'s inputs: of q."""
+    """Gradients of `context_attention`'s inputs: of q and sinks."""
     q, *rest = ctx.saved_tensors
-    grad_q, *_ = call_in_graph("attention_backward", grad_out, grad_lse, q, None, None, *rest, False, *ctx.options)
-    return (grad_q, *[None] * 9)
+    grad_q, _, _, of_sinks = call_in_graph("attention_backward", grad_out, grad_lse, q, None, None, *rest, *ctx.options)
+    return (grad_q, *[None] * 7, None if rest[7] is None else of_sinks, *[None] * 4)
 
 
 def save_merge(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
