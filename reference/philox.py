@@ -18,7 +18,7 @@ from torch import Tensor
 from twotower_kernels.options.arguments import are_several
 from twotower_kernels.options.seeds import as_int64, seed_and_index, seeds_given
 
-RANKING = 2**32 - 1  # the order of a random score, and each position's own coin
+RANKING = 2**32 - 1  # the order of a random score, noise on the order of any, and each position's own coin
 POSTERIOR = 2**32 - 2  # whether a position stays a mask under q(x_s | x_t)
 RENOISE = 2**32 - 3  # the random token of a rejected position
 

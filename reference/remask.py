@@ -47,8 +47,8 @@ def remask(
     step: int | Tensor = 0,
     num_steps: int | Tensor = 1,
     temperature: float | Tensor = 0.0,
-    top_k: int | Tensor = 0,
-    top_p: float | Tensor = 1.0,
+    top_k: int | Tensor | None = 0,
+    top_p: float | Tensor | None = 1.0,
     seed: int | Tensor = 0,
     offset: int | Tensor = 0,
     suppress_ids: Sequence[int] | Tensor | None = None,
@@ -59,13 +59,16 @@ def remask(
     confidence_suppress_ids: Sequence[int] | Tensor | None = None,
     candidates: Tensor | None = None,
     rank_noise: Tensor | None = None,
+    shift: int = 0,
+    shift_logits: Tensor | None = None,
 ) -> RemaskResult:
     """One remasking step; see `RemaskPolicy` for the rule. Nothing is modified, nothing is differentiable.
 
     Every argument marked "per row" is a number or a tensor [B]. A row with its own seed gets what it would get alone.
 
     Args:
-        logits: [B, S, V] floating. Statistics are float32, float64 for float64 logits.
+        logits: [B, S, V] floating. Statistics are float32, float64 for float64 logits. [N, V] is the row [1, N, V]; all
+            that is [B, S] is then [N], what is [B] is [] or [1], and of the results, too: [N] and [].
         tokens: [B, S] integer; a position waits where it equals mask_token_id.
         mask_token_id: in [0, V); None only for policies with renoise, which have no mask.
         policy: the rule.
@@ -74,8 +77,8 @@ def remask(
             becomes the argmax, ties of logits other than 0 included: from T = 1e-36 down by definition, before that
             where the best z / T is too large for a number, or so large that float64 loses the noise. Tempered
             statistics see 1e-36 in the place of what lies between it and 0.
-        top_k, top_p: per row; 0 and 1.0 are off. The k largest logits stay, then the largest ones of which the
-            probabilities before them sum to at most top_p. What ties with the last one kept stays too.
+        top_k, top_p: per row; 0 and 1.0, or None, are off. The k largest logits stay, then the largest ones of which
+            the probabilities before them sum to at most top_p. What ties with the last one kept stays too.
         seed, offset: per row, the Philox key (64 bits) and the row offset of the counter (the block's index).
         suppress_ids: tokens that get no probability, as the mask token.
         editable: bool [B, S], where the step may write. Other positions neither wait nor count.
@@ -85,14 +88,27 @@ def remask(
         gate_bound: per row, instead of the policy's.
         confidence_suppress_ids: tokens without probability in the statistics only; x^ may be one, with confidence 0.
         candidates: int64 [B, S], proposals drawn by the caller; -1: the op draws.
-        rank_noise: [B, S] floating in [0, 1), instead of the op's own number per position: random scores, the coin of
-            each position, whether it stays a mask under the posterior, the random token floor(u V).
+        rank_noise: [B, S] floating in [0, 1), instead of the op's own number per position: random scores, the noise of
+            ranks, the coin of each position, whether it stays a mask under the posterior, the random token floor(u V).
+        shift: 1: position i is predicted by the logits at i - 1 (Dream), the first one by shift_logits; 0: by its own.
+        shift_logits: [B, V] as logits, what stands before the first position. None: the first position's own logits.
 
     A position of which the logits hold NaN or +inf, or nothing finite, keeps its token and has confidence NaN.
 
     Errors: TypeError for a wrong type or dtype, ValueError for a wrong shape, device or value; each names the argument.
     """
     mask_token_id = None if mask_token_id is None else whole("mask_token_id", mask_token_id, "an int")
+    alone = isinstance(logits, Tensor) and logits.ndim == 2
+    if alone:
+        logits, tokens, editable, valid_lens, candidates, rank_noise, shift_logits = remask_checks.as_row(
+            logits,
+            tokens=tokens,
+            editable=editable,
+            valid_lens=valid_lens,
+            candidates=candidates,
+            rank_noise=rank_noise,
+            shift_logits=shift_logits,
+        )
     a = remask_checks.check(
         logits=logits,
         tokens=tokens,
@@ -113,9 +129,15 @@ def remask(
         confidence_suppress_ids=confidence_suppress_ids,
         candidates=candidates,
         rank_noise=rank_noise,
+        shift=shift,
+        shift_logits=shift_logits,
     )
     with torch.no_grad():
-        return _step(policy, mask_token_id, logits, tokens, a)
+        if shift:
+            before = logits[:, :1] if shift_logits is None else shift_logits[:, None]
+            logits = torch.cat([before, logits], 1)[:, : tokens.shape[1]]
+        result = _step(policy, mask_token_id, logits, tokens, a)
+    return RemaskResult(*(x[0] for x in result)) if alone else result
 
 
 def _step(
@@ -143,6 +165,9 @@ def _step(
     if policy.position_penalty:
         position = torch.arange(tokens.shape[1], device=tokens.device)
         score = score - policy.position_penalty * (position - first_waiting(waiting)[:, None])
+    if policy.rank_temperature:
+        noise = -torch.log(-torch.log1p(-a.noise(philox.RANKING)))  # Gumbel: the k best are draws without replacement
+        score = score.double() / max(policy.rank_temperature, COLDEST) + noise
     drawn = torch.zeros_like(masked)
     if policy.schedule == "coin":
         drawn = a.noise(philox.RANKING) < rho[:, None]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.options.arguments import real, whole, wholes
-from twotower_kernels.options.remask_policy import HIGHEST_TEMPERATURE, RemaskPolicy
+from twotower_kernels.options.remask_choices import HIGHEST_TEMPERATURE
+from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.options.seeds import as_int64
 from twotower_kernels.reference import philox
 
@@ -47,6 +48,28 @@ class Arguments:
         return philox.uniform(word)
 
 
+def as_row(logits: Tensor, *, valid_lens: Any, shift_logits: Any, **positions: Any) -> tuple[Any, ...]:
+    """The one row [1, N, V] of logits [N, V], and what belongs to it: arguments [N], then lengths, then logits [V].
+
+    Returns logits, then the arguments in the order of `remask`.
+    """
+    for name, value in positions.items():
+        if isinstance(value, Tensor) and value.ndim != 1:
+            raise ValueError(
+                f"{name}: expected shape [{logits.shape[0]}] as logits are [N, V], got {list(value.shape)}"
+            )
+    if isinstance(shift_logits, Tensor) and shift_logits.ndim != 1:
+        expected = f"[{logits.shape[1]}] as logits are [N, V]"
+        raise ValueError(f"shift_logits: expected shape {expected}, got {list(shift_logits.shape)}")
+    tokens, editable, candidates, rank_noise = (
+        value.unsqueeze(0) if isinstance(value, Tensor) else value for value in positions.values()
+    )
+    if isinstance(valid_lens, Tensor) and valid_lens.ndim == 0:
+        valid_lens = valid_lens.unsqueeze(0)
+    before = shift_logits.unsqueeze(0) if isinstance(shift_logits, Tensor) else shift_logits
+    return logits.unsqueeze(0), tokens, editable, valid_lens, candidates, rank_noise, before
+
+
 def check(
     *,
     logits: Tensor,
@@ -56,8 +79,8 @@ def check(
     step: int | Tensor,
     num_steps: int | Tensor,
     temperature: float | Tensor,
-    top_k: int | Tensor,
-    top_p: float | Tensor,
+    top_k: int | Tensor | None,
+    top_p: float | Tensor | None,
     seed: int | Tensor,
     offset: int | Tensor,
     suppress_ids: Sequence[int] | Tensor | None,
@@ -68,13 +91,15 @@ def check(
     confidence_suppress_ids: Sequence[int] | Tensor | None,
     candidates: Tensor | None,
     rank_noise: Tensor | None,
+    shift: int,
+    shift_logits: Tensor | None,
 ) -> Arguments:
     """The arguments in one form; TypeError or ValueError, naming the argument, where one is not as `remask` says."""
     if not isinstance(policy, RemaskPolicy):
         raise TypeError(f"policy: expected a RemaskPolicy, got {type(policy).__name__}")
     _tensor("logits", logits, FLOATING)
     if logits.ndim != 3 or logits.shape[2] == 0:
-        raise ValueError(f"logits: expected shape [B, S, V] with V > 0, got {list(logits.shape)}")
+        raise ValueError(f"logits: expected shape [B, S, V] or [N, V] with V > 0, got {list(logits.shape)}")
     if logits.requires_grad and torch.is_grad_enabled():
         raise ValueError("logits: remask is not differentiable; detach them, or use torch.no_grad()")
     batch, block, vocab = logits.shape
@@ -107,12 +132,20 @@ def check(
         rank_noise = rank_noise.double()
         if not ((rank_noise >= 0) & (rank_noise < 1)).all():
             raise ValueError("rank_noise: expected numbers in [0, 1), got others")
+    if whole("shift", shift, "0 or 1") not in (0, 1):
+        raise ValueError(f"shift: expected 0 or 1, got {shift}")
+    if shift_logits is not None:
+        _tensor("shift_logits", shift_logits, (logits.dtype,), (batch, vocab), device)
+        if not shift:
+            raise ValueError("shift_logits: expected None with shift=0, which has no use for them")
+        if shift_logits.requires_grad and torch.is_grad_enabled():
+            raise ValueError("shift_logits: remask is not differentiable; detach them, or use torch.no_grad()")
     return Arguments(
         step=per_row("step", step, True, 0),
         num_steps=per_row("num_steps", num_steps, True, 1),
         temperature=per_row("temperature", temperature, False, 0.0, HIGHEST_TEMPERATURE),
-        top_k=per_row("top_k", top_k, True, 0),
-        top_p=per_row("top_p", top_p, False, 0.0, 1.0),
+        top_k=per_row("top_k", 0 if top_k is None else top_k, True, 0),
+        top_p=per_row("top_p", 1.0 if top_p is None else top_p, False, 0.0, 1.0),
         seed=_per_row("seed", seed, batch, device, True),
         offset=per_row("offset", offset, True, 0, 2**32 - 1),
         gate_bound=_per_row(

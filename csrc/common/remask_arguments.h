@@ -34,6 +34,9 @@ struct Remask {
     RemaskBounds bounds;
     RemaskPerPosition<void> logits;  // [B, S, V]
     int64 logits_stride_v, logits_dtype;
+    int64 shift;                     // 0 or 1: position s is predicted by the logits at s - shift
+    const void* shift_logits;        // [B, V], what stands before the first; null: the first position's
+    int64 shift_logits_stride_b;     // the other stride is logits_stride_v
     int64 batch, block, vocabulary;  // B, S, V
     RemaskPerPosition<void> tokens;  // int64 or int32
     int64 tokens_dtype;

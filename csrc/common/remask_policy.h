@@ -13,7 +13,7 @@ struct RemaskOptions {
         has_remask_threshold;
 };
 struct RemaskBounds {
-    double position_penalty, min_t, warmup;
+    double position_penalty, rank_temperature, min_t, warmup;
     double temperature_end, gate_slack, run_threshold, complete_threshold, edit_threshold, remask_threshold;
 };
 

@@ -42,6 +42,20 @@ REMASK_FUNCTION bool noise_matters(W best, double temperature) {
     return largest - largest == 0;
 }
 
+// --- the logits of a position ---------------------------------------------------------------------------------------
+
+struct RemaskLogits {
+    const void* data;
+    int64 first;  // the element of `data` that is token 0's
+};
+
+template <class Step>
+REMASK_FUNCTION RemaskLogits logits_of(const Step& a, int64 b, int64 s) {
+    if (s < a.shift && a.shift_logits) return {a.shift_logits, b * a.shift_logits_stride_b};
+    const int64 row = s < a.shift ? 0 : s - a.shift;
+    return {a.logits.data, b * a.logits.stride_b + row * a.logits.stride_s};
+}
+
 // --- the posterior of a position ------------------------------------------------------------------------------------
 
 // The mask token's logit in q(x_s | x_t): it gives the mask the probability 1 - leave beside tokens whose e^z add up to
@@ -99,6 +113,14 @@ template <class W, class Step>
 REMASK_FUNCTION bool edited(const Step& a, const RemaskPosition& p) {
     return a.options.has_edit_threshold && p.looked && !p.masked && !sent_back<W>(a, p) &&
            p.confidence > double(W(a.bounds.edit_threshold)) && p.candidate != p.before;
+}
+
+// The score of a position with Gumbel noise made from its number in [0, 1): the best of these are draws without
+// replacement, with chances that are the softmax of score / rank_temperature.
+template <class Step>
+REMASK_FUNCTION double noisy_score(const Step& a, double score, double uniform) {
+    const double t = a.bounds.rank_temperature < coldest ? coldest : a.bounds.rank_temperature;
+    return score / t - log(-log1p(-uniform));
 }
 
 struct RemaskOutcome {

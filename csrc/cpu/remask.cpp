@@ -81,8 +81,8 @@ void evaluate(const Remask& a, const Scan<X>& scan, const RemaskRow& row, int64_
     position.drawn = position_noise(a, row, b, s, posterior_draw) < token_probability(q, row.temperature);
 }
 
-void choose(const Remask& a, const RemaskSelection& selection, const RemaskRow& row, RemaskCandidate* position,
-            int64_t block, RemaskOrder& room) {
+void choose(const Remask& a, const RemaskSelection& selection, const RemaskRow& row, int64_t b,
+            RemaskCandidate* position, int64_t block, RemaskOrder& room) {
     const RemaskOptions& options = a.options;
     if (a.bounds.position_penalty != 0) {
         int64_t first = 0;
@@ -92,6 +92,10 @@ void choose(const Remask& a, const RemaskSelection& selection, const RemaskRow& 
             position[s].score = selection.as_score(position[s].score - penalty);
         }
     }
+    if (a.bounds.rank_temperature > 0)
+        for (int64_t s = 0; s < block; ++s)
+            if (position[s].usable)
+                position[s].score = noisy_score(a, position[s].score, position_noise(a, row, b, s, ranking_draw));
     const int64_t size = options.sub_block > 0 ? options.sub_block : larger(block, int64_t(1));
     bool due = true;
     for (int64_t begin = 0; begin < block; begin += size) {
@@ -186,7 +190,7 @@ void step(const Remask& a) {
                 position[s].waiting = waits<W>(a, position[s]);
                 position[s].usable = usable<W>(a, a.mask_token_id, position[s]);
             }
-            choose(a, selection, row, position, block, room);
+            choose(a, selection, row, b, position, block, room);
             write_row<W>(a, row, b, position, block);
         }
     });

@@ -36,7 +36,8 @@ inline RemaskRow remask_row(const Remask& a, int64_t b) {
 // The logits of a position, of which X is the type.
 template <class X>
 inline const X* logits_at(const Remask& a, int64_t b, int64_t s) {
-    return static_cast<const X*>(a.logits.data) + b * a.logits.stride_b + s * a.logits.stride_s;
+    const RemaskLogits z = logits_of(a, b, s);
+    return static_cast<const X*>(z.data) + z.first;
 }
 
 // Whether tokens are int64; else int32.

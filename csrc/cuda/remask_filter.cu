@@ -187,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(POSTERIOR ? 512 : 768, 1)
     const Row row = row_of(a, b);
     if (!row.filtered) return;
     const float t = temperature_of(row);  // here, so that a float stays in registers and no double
-    const Logit* z = static_cast<const Logit*>(a.logits.data) + b * a.logits.stride_b + s * a.logits.stride_s;
+    const Logit* z = position_logits(a, b, s);
     Values values = {a, z, shared, -infinity()};
 
     unsigned most = 0;

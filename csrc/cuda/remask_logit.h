@@ -1,7 +1,7 @@
 // The logits of a kernel that is compiled for one LOGIT_TYPE (warp.h).
 #pragma once
 
-#include "warp.h"
+#include "remask.h"
 
 template <int64 type>
 struct Stored {
@@ -12,6 +12,11 @@ struct Stored<type_float32> {
     using Type = float;
 };
 using Logit = Stored<LOGIT_TYPE>::Type;
+
+__device__ inline const Logit* position_logits(const Remask& a, int64 b, int64 s) {
+    const RemaskLogits z = logits_of(a, b, s);
+    return static_cast<const Logit*>(z.data) + z.first;
+}
 
 __device__ inline float widen(float x) {
     return x;

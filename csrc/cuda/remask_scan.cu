@@ -167,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(256, SAMPLED ? 2 : 3)
     const unsigned position = blockIdx.x / unsigned(pieces);
     const int64 b = position / unsigned(a.block), s = position % unsigned(a.block);
     const int64 begin = int64(blockIdx.x % unsigned(pieces)) * per_thread * blockDim.x;
-    const Logit* z = static_cast<const Logit*>(a.logits.data) + b * a.logits.stride_b + s * a.logits.stride_s;
+    const Logit* z = position_logits(a, b, s);
     const Logit* piece = z + begin * a.logits_stride_v;
     const bool is_in_vectors = in_vectors(a, piece, begin);
     uint4 first[early];

@@ -13,8 +13,8 @@
 // --- one position, by a warp ----------------------------------------------------------------------------------------
 
 __device__ inline float logit_at(const Remask& a, int64 b, int64 s, int64 token) {
-    return number_at<float>(a.logits.data, a.logits_dtype,
-                            b * a.logits.stride_b + s * a.logits.stride_s + token * a.logits_stride_v);
+    const RemaskLogits z = logits_of(a, b, s);
+    return number_at<float>(z.data, a.logits_dtype, z.first + token * a.logits_stride_v);
 }
 
 // The proposal: the caller's, the sample, or the argmax.
@@ -138,6 +138,12 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     Selection selection(a, row, positions);
     const int size = a.options.sub_block > 0 && a.options.sub_block < all.end ? int(a.options.sub_block) : all.end;
     if (a.bounds.position_penalty != 0) selection.penalize(all);
+    if (a.bounds.rank_temperature > 0) {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < all.end; i += blockDim.x)
+            positions.score[i] = noisy_score(a, positions.score[i], position_noise(a, row, b, i, ranking_draw));
+        __syncthreads();
+    }
     selection.rank(all, size);
     const auto stretch_at = [&](int begin) {
         return Stretch{begin, begin + size < all.end ? begin + size : all.end, true};

@@ -28,7 +28,8 @@ SMALL = [case for case in CASES["remask"] if not case.startswith("released")]
 def narrowed(inputs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a step without float64 logits, which the GPU refuses."""
     logits = inputs["logits"]
-    return inputs | {"logits": logits.float() if logits.dtype == torch.float64 else logits}
+    wide = ("logits", "shift_logits") if logits.dtype == torch.float64 else ()
+    return inputs | {name: inputs[name].float() for name in wide if name in inputs}
 
 
 @pytest.mark.parametrize("build", ["plain", "race"])
@@ -44,6 +45,19 @@ def test_every_case(case: str, build: str) -> None:
 def test_any_step(inputs: dict[str, Any], layout: int) -> None:
     with cuda_kernels():
         assert_step_agrees(inputs, layout=layout)
+
+
+def test_scores_that_float32_cannot_tell_apart() -> None:
+    """Nearly flat logits, whose entropies differ by less than the specification rounds: found by `make fuzz`."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 515, generator=generator)
+    favourite = torch.randint(0, 515, (2, 5, 1), generator=generator)
+    logits = 0.01 * logits.scatter_add(2, favourite, 8 * torch.rand(2, 5, 1, generator=generator))
+    tokens = torch.randint(0, 515, (2, 5), generator=generator)
+    options = dict(suppress_mask=False, score="neg_entropy", schedule="none", min_commits=2, finish=False, renoise=True)
+    inputs = dict(logits=logits, tokens=tokens, mask_token_id=MASK, policy=RemaskPolicy(**options))
+    with cuda_kernels():
+        assert_step_agrees(inputs)
 
 
 @settings(max_examples=60)
@@ -94,6 +108,17 @@ def test_vocabularies_of_whole_vectors_and_of_several_pieces(vocab: int, dtype: 
     case = dict(batch=2, block=2, vocab=vocab, num_steps=3, seed=4, policy=RemaskPolicy.dream("margin"), **options)
     inputs = make_inputs("remask", case, dtype=dtype)
     inputs["logits"][0, 1, -9:] = inputs["logits"].max() + 1  # ties at the end: the first of them is proposed
+    with cuda_kernels():
+        for layout in range(4):
+            assert_step_agrees(inputs, layout=layout)
+
+
+@pytest.mark.parametrize("given_before", [False, True])
+def test_shifted_logits_of_several_pieces(given_before: bool) -> None:
+    case = dict(batch=2, block=3, vocab=17001, num_steps=3, temperature=0.9, top_p=0.9, policy=RemaskPolicy.dream())
+    inputs = make_inputs("remask", case) | {"shift": 1}
+    if given_before:
+        inputs["shift_logits"] = torch.randn(2, 17001).mul(4)
     with cuda_kernels():
         for layout in range(4):
             assert_step_agrees(inputs, layout=layout)
@@ -256,7 +281,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[tuple[Any,
     tokens = torch.empty(2, block, device="meta", dtype=torch.int32)
     lengths = torch.empty(2, device="meta", dtype=torch.int32)
     ids = torch.empty(3, device="meta", dtype=torch.int32)
-    last = [[], ids, [4], None, torch.empty(2, block, device="meta", dtype=torch.bool), lengths, tokens, None]
+    last = [[], ids, [4], None, torch.empty(2, block, device="meta", dtype=torch.bool), lengths, tokens, None, 0, None]
     got = cuda_remask.remask(logits, tokens, MASK, *policy.encoded(), whole, real, *rows, *last)
     assert got[0].dtype == torch.int32 and got[3].dtype == torch.float32 and got[5].shape == (2,)
     return made

@@ -119,6 +119,7 @@ def _other_calls() -> None:
             **{name: torch.rand(2) for name in ("temperature", "top_p", "gate_bound")},
             **{"suppress_ids": torch.tensor([3]), "confidence_suppress_ids": torch.tensor([4])},
             **{"editable": tokens > 0, "valid_lens": ints, "candidates": tokens - 2, "rank_noise": torch.rand(2, 3)},
+            **{"shift": 1, "shift_logits": torch.randn(2, 6)},
         )
 
 

@@ -29,9 +29,10 @@ def assert_step_agrees(inputs: dict[str, Any], *, layout: int = 0) -> tt.RemaskR
     got = tt.remask(**laid_out)
     decided = [n for n, result in enumerate(want) if not result.is_floating_point()]
     more_exact = all(got[n].equal(truth[n]) for n in decided)
-    options = {name: value for name, value in inputs.items() if name != "logits"}
+    numbers = {name: inputs[name] for name in ("logits", "shift_logits") if name in inputs}
+    options = {name: value for name, value in inputs.items() if name not in numbers}
     wide = inputs["logits"].dtype == torch.float64
-    draws = cache(partial(losses, partial(remask, **options), {"logits": inputs["logits"]}, narrower=wide))
+    draws = cache(partial(losses, partial(remask, **options), numbers, narrower=wide))
     for n, (name, a, b, exact) in enumerate(zip(want._fields, got, want, truth, strict=True)):
         assert a.dtype == b.dtype and a.shape == b.shape, name
         if not a.is_floating_point():
@@ -57,6 +58,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "temperature_end": st.none() | st.floats(0.3, 1.5),
     "score": st.sampled_from(["confidence", "margin", "neg_entropy", "random", "leftmost"]),
     "position_penalty": st.sampled_from([0.0, 0.0, 0.05, 0.3]),
+    "rank_temperature": st.sampled_from([0.0, 0.0, 0.05, 1.0]),
     "gate": st.sampled_from(["none", "threshold", "factor", "entropy_sum"]),
     "gate_bound": unit,
     "strict": flag,
@@ -99,6 +101,9 @@ def policies(draw: Any) -> RemaskPolicy:
         fields["suppress_mask"] = True
     if fields.get("complete_threshold") is not None and not fields.get("sub_block"):
         fields["sub_block"] = 2
+    if fields.get("rank_temperature"):  # noise is for ranks alone
+        meaningless = {"score": ("random",), "gate_on": ("score",), "schedule": ("coin", "posterior")}
+        fields = {name: value for name, value in fields.items() if value not in meaningless.get(name, ())}
     # carried and rounded count from n0, which a block's base does not have
     if fields.get("schedule") in ("carried", "rounded"):
         fields["schedule_base"] = "masks"
@@ -164,7 +169,13 @@ def steps(draw: Any) -> dict[str, Any]:
         where = torch.rand(batch, block, generator=generator) < 0.3
         kind = draw(st.sampled_from([math.nan, math.inf, -math.inf]))
         logits[where, :: 1 if kind < 0 else vocab] = kind
+    shift = draw(st.sampled_from([None, None, 0, 1]))
+    before = 3 * torch.randn(batch, vocab, generator=generator) if shift and draw(flag) else None
     if "valid_lens" in inputs:
         logits[torch.arange(block) >= inputs["valid_lens"][:, None]] = torch.nan
     inputs["logits"] = logits.to(draw(st.sampled_from(DTYPES)))
+    if shift is not None:
+        inputs["shift"] = shift
+    if before is not None:
+        inputs["shift_logits"] = before.to(inputs["logits"].dtype)
     return inputs

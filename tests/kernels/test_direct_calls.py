@@ -50,9 +50,9 @@ Q, KV = zeros(1, 2, 2, 4), zeros(1, 8, 2, 4)
 SCAN: list[Any] = [zeros(1, 2, 8), zeros(1, 2, 2), zeros(8, 4), None, *[zeros(2)] * 3]
 SCAN_OPTIONS: list[Any] = [0.0, 1.0, False, 0]
 REMASK: list[Any] = [zeros(1, 2, 5), whole(1, 2), 0]
-POLICY: list[Any] = [[1, 0, 0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 0, 0, 0] + [0] * 6, [0.0] * 9]
+POLICY: list[Any] = [[1, 0, 0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 0, 0, 0] + [0] * 6, [0.0] * 10]
 NUMBERS: list[Any] = [[0, 1, 0, 0, 0, -1], [0.0, 1.0, 0.0]]
-NOTHING: list[Any] = [*[None] * 9, [], None, [], *[None] * 5]
+NOTHING: list[Any] = [*[None] * 9, [], None, [], *[None] * 5, 0, None]
 
 # Op, arguments, error, message.
 WRONG: list[tuple[str, list[Any], type[Exception], str]] = [

@@ -252,6 +252,8 @@ def op_arguments(layout: str, rows: bool, policy: tt.RemaskPolicy) -> tuple[Any,
         numbers.get("valid_lens"),
         torch.full((2, 5), -1) if rows else None,
         torch.rand(2, 5) if rows else None,
+        int(rows),
+        torch.randn(2, 40) if rows else None,
     )
 
 

@@ -15,7 +15,7 @@ from twotower_kernels.cuda.build import Kernel
 from twotower_kernels.ops.remask import results
 from twotower_kernels.ops.remask_checks import Arguments
 from twotower_kernels.ops.remask_fields import filled
-from twotower_kernels.options.remask_policy import CHOICES
+from twotower_kernels.options.remask_choices import CHOICES
 
 _TYPES = {torch.float32: "type_float32", torch.bfloat16: "type_bfloat16", torch.float16: "type_float16"}  # in warp.h
 _PER_THREAD = 32  # tokens of a piece that a thread takes
@@ -38,6 +38,9 @@ def remask(*arguments: Any) -> tuple[Tensor, ...]:
     if logits.dtype not in _TYPES:
         raise NotImplementedError(f"remask on cuda: expected float32, bfloat16 or float16 logits, got {logits.dtype}")
     batch, block, vocabulary = logits.shape
+    if a.shift_logits is not None and a.shift_logits.stride(1) != logits.stride(2):  # kernels know one stride
+        logits = logits.contiguous()
+        a = a._replace(logits=logits, shift_logits=a.shift_logits.contiguous())
     out = results(logits, tokens)
     if batch == 0:
         return out

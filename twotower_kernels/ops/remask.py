@@ -16,6 +16,7 @@ from twotower_kernels.ops.remask_checks import (
     PLAIN_REAL,
     PLAIN_WHOLE,
     Arguments,
+    as_row,
     check_arguments,
     check_kinds,
     check_values,
@@ -23,7 +24,9 @@ from twotower_kernels.ops.remask_checks import (
     split_all,
 )
 from twotower_kernels.ops.remask_fields import filled
-from twotower_kernels.options.remask_policy import CHOICES, OPTIONS, RemaskPolicy
+from twotower_kernels.options.arguments import whole as whole_number
+from twotower_kernels.options.remask_choices import CHOICES
+from twotower_kernels.options.remask_policy import OPTIONS, RemaskPolicy
 
 
 class RemaskResult(NamedTuple):
@@ -48,8 +51,8 @@ def remask(
     step: int | Tensor = 0,
     num_steps: int | Tensor = 1,
     temperature: float | Tensor = 0.0,
-    top_k: int | Tensor = 0,
-    top_p: float | Tensor = 1.0,
+    top_k: int | Tensor | None = 0,
+    top_p: float | Tensor | None = 1.0,
     seed: int | Tensor = 0,
     offset: int | Tensor = 0,
     suppress_ids: Sequence[int] | Tensor | None = None,
@@ -60,6 +63,8 @@ def remask(
     confidence_suppress_ids: Sequence[int] | Tensor | None = None,
     candidates: Tensor | None = None,
     rank_noise: Tensor | None = None,
+    shift: int = 0,
+    shift_logits: Tensor | None = None,
 ) -> RemaskResult:
     """Proposes a token for every mask and decides which proposals stay: one step of a masked-diffusion block.
 
@@ -68,6 +73,8 @@ def remask(
 
     Args:
         logits: `[B, S, V]`; float64, float32, bfloat16 or float16; any strides. Statistics are float32 or float64.
+            `[N, V]` is the one row `[1, N, V]`: what is `[B, S]` is then `[N]`, what is `[B]` is `[]` or `[1]`, and the
+            results are `[N]` and `[]`.
         tokens: `[B, S]` int64 or int32; a position waits where it equals `mask_token_id`.
         mask_token_id: a token, or None for policies with renoise, which need no mask.
         policy: the rule.
@@ -75,7 +82,7 @@ def remask(
         temperature: 0 takes the argmax, more samples (unless the policy is greedy). At most 1e6. From 1e-36 down the
             argmax is taken by definition, and before that wherever the best logit divided by it is too large for a
             number: noise could not matter. Tempered statistics see 1e-36 in the place of what lies between it and 0.
-        top_k, top_p: filters of the sample; 0 and 1.0 are off. What ties with the last token kept stays too.
+        top_k, top_p: filters of the sample; 0 and 1.0, or None, are off. What ties with the last token kept stays too.
         seed, offset: the key (64 bits) of the noise, and the row offset of its counter (the block's index).
         suppress_ids: tokens without probability, like the mask token; a sequence or an integer tensor `[n]`.
         editable: bool `[B, S]`, where the step may write. Other positions neither wait nor count.
@@ -86,6 +93,10 @@ def remask(
         confidence_suppress_ids: tokens without probability in the statistics, which may still be proposed.
         candidates: `[B, S]` integers, proposals of the caller; -1: the op's own.
         rank_noise: `[B, S]` floating, in [0, 1), instead of the op's own number per position.
+        shift: 1: position i is predicted by the logits at i - 1 (Dream), the first one by `shift_logits`; 0: by its
+            own.
+        shift_logits: `[B, V]` of the logits' dtype, what stands before the first position, the last logits of a prompt
+            for one. None: the first position's own logits.
 
         step, num_steps, temperature, top_k, top_p, seed, offset, initial_num_masked and gate_bound are numbers or
         tensors `[B]`.
@@ -99,7 +110,14 @@ def remask(
             not wait to look at what tensors hold: with values out of range the step is another, but nothing else is
             harmed. NotImplementedError, on a GPU: float64 logits.
     """
-    mask_token_id = check_kinds(logits, tokens, mask_token_id, policy, editable, valid_lens, candidates, rank_noise)
+    optional = editable, valid_lens, candidates, rank_noise, shift_logits
+    mask_token_id = check_kinds(logits, tokens, mask_token_id, policy, *optional)
+    shift = whole_number("shift", shift, "0 or 1")
+    alone = logits.ndim == 2
+    if alone:
+        positions = {"tokens": tokens, "editable": editable, "candidates": candidates, "rank_noise": rank_noise}
+        rows = as_row(logits, valid_lens, shift_logits, **positions)
+        logits, valid_lens, shift_logits, tokens, editable, candidates, rank_noise = rows
     whole, whole_rows = split_all(PLAIN_WHOLE, (step, num_steps, top_k, seed, offset, initial_num_masked), logits)
     bound = policy.gate_bound if gate_bound is None else gate_bound
     real, real_rows = split_all(PLAIN_REAL, (temperature, top_p, bound), logits)
@@ -109,9 +127,10 @@ def remask(
     arguments = (
         *(logits, tokens, mask_token_id, options, bounds, whole, real, *whole_rows, *real_rows),
         *(suppressed, suppress_tensor, unscored, unscore_tensor, editable, as_index(valid_lens)),
-        *(as_index(candidates), rank_noise),
+        *(as_index(candidates), rank_noise, shift, shift_logits),
     )
-    return RemaskResult(*call("remask", *arguments))
+    result = call("remask", *arguments)
+    return RemaskResult(*(x.squeeze(0) for x in result)) if alone else RemaskResult(*result)
 
 
 # --- registration ---------------------------------------------------------------------------------------------------
@@ -152,6 +171,8 @@ def _remask(*arguments: Any) -> tuple[Tensor, ...]:
         check_values(a)
     if a.logits.stride(2) != 1:
         a = a._replace(logits=a.logits.contiguous())
+    if a.shift_logits is not None:
+        a = a._replace(shift_logits=a.shift_logits.contiguous())
     suppressed, mask, options = a.suppressed, a.mask_token_id, a.options
     if mask is not None and (options[_SUPPRESS_MASK] or options[_SCHEDULE] == _POSTERIOR):
         suppressed = [*suppressed, mask]
@@ -168,7 +189,8 @@ define(
     "float[] real, Tensor? step, Tensor? num_steps, Tensor? top_k, Tensor? seed, Tensor? offset, "
     "Tensor? initial_num_masked, Tensor? temperature, Tensor? top_p, Tensor? gate_bound, SymInt[] suppressed, "
     "Tensor? suppress_ids, SymInt[] unscored, Tensor? confidence_suppress_ids, Tensor? editable, Tensor? valid_lens, "
-    "Tensor? candidates, Tensor? rank_noise) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? candidates, Tensor? rank_noise, int shift, Tensor? shift_logits) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     check=lambda *arguments: check_arguments(Arguments(*arguments)),
     cpu=_remask,
     cuda="cuda.remask:remask",

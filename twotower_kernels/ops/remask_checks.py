@@ -14,14 +14,8 @@ from torch import Tensor
 
 from twotower_kernels.ops._library import as_index, check_float, same_device
 from twotower_kernels.options.arguments import real, whole, wholes
-from twotower_kernels.options.remask_policy import (
-    BOUNDS,
-    CHOICES,
-    HIGHEST_TEMPERATURE,
-    OPTIONAL_BOUNDS,
-    OPTIONS,
-    RemaskPolicy,
-)
+from twotower_kernels.options.remask_choices import CHOICES, HIGHEST_TEMPERATURE
+from twotower_kernels.options.remask_policy import BOUNDS, OPTIONAL_BOUNDS, OPTIONS, RemaskPolicy
 from twotower_kernels.options.seeds import as_int64
 
 INTEGERS = (torch.int64, torch.int32)
@@ -35,7 +29,7 @@ class PerRow:
     whole: bool
     low: float = -math.inf
     high: float = math.inf
-    absent: int | None = None
+    absent: float | None = None
 
 
 # In the order of the op's `whole` and `real`. The highest initial_num_masked is the length of the block, which is
@@ -43,14 +37,14 @@ class PerRow:
 WHOLE = {
     "step": PerRow(True, 0),
     "num_steps": PerRow(True, 1),
-    "top_k": PerRow(True, 0),
+    "top_k": PerRow(True, 0, absent=0),
     "seed": PerRow(True),
     "offset": PerRow(True, 0, 2**32 - 1),
     "initial_num_masked": PerRow(True, 0, absent=-1),
 }
 REAL = {
     "temperature": PerRow(False, 0.0, HIGHEST_TEMPERATURE),
-    "top_p": PerRow(False, 0.0, 1.0),
+    "top_p": PerRow(False, 0.0, 1.0, absent=1.0),
     "gate_bound": PerRow(False),
 }
 PER_ROW = {**WHOLE, **REAL}
@@ -87,6 +81,8 @@ class Arguments(NamedTuple):
     valid_lens: Tensor | None
     candidates: Tensor | None
     rank_noise: Tensor | None
+    shift: int
+    shift_logits: Tensor | None
 
     @property
     def mask(self) -> int:
@@ -105,16 +101,17 @@ class Arguments(NamedTuple):
         whole = None is self.step is self.num_steps is self.top_k is self.seed is self.offset is self.initial_num_masked
         real = None is self.temperature is self.top_p is self.gate_bound
         ids = None is self.suppress_ids is self.confidence_suppress_ids
-        others = None is self.editable is self.valid_lens is self.candidates is self.rank_noise
+        others = None is self.editable is self.valid_lens is self.candidates is self.rank_noise is self.shift_logits
         return not (whole and real and ids and others)
 
 
-# Per parameter: the type, the range and the stand-in of a number that needs no second look.
+# Per parameter: the type, the range and the stand-in of a number that needs no second look. No n0 is one: its range
+# hangs on the block.
 _PLAIN = {
     name: (
         int if rule.whole else float,
         max(rule.low, _LEAST) if rule.whole else rule.low,
-        min(rule.high, _MOST) if rule.whole else rule.high,
+        -1 if name == "initial_num_masked" else min(rule.high, _MOST) if rule.whole else rule.high,
         rule.absent,
     )
     for name, rule in PER_ROW.items()
@@ -136,7 +133,7 @@ def split_all(plain: list[Any], values: tuple[Any, ...], logits: Tensor) -> tupl
         number, tensor = value, None
         if value is None and absent is not None:
             number = absent
-        elif type(value) is not kind or absent is not None or not low <= value <= high:
+        elif type(value) is not kind or not low <= value <= high:
             number, tensor = split(name, value, logits)
         numbers.append(number)
         tensors.append(tensor)
@@ -192,9 +189,10 @@ def check_kinds(
     valid_lens: Any,
     candidates: Any,
     rank_noise: Any,
+    shift_logits: Any,
 ) -> int | None:
     """TypeError unless everything beside the per-row parameters and the suppressed tokens is of its kind; ValueError
-    for logits without their three axes, which the others are measured by, and for those that require grad.
+    for logits without their axes, which the others are measured by.
 
     Returns the mask token.
     """
@@ -203,14 +201,29 @@ def check_kinds(
     if not (isinstance(logits, Tensor) and isinstance(tokens, Tensor)):
         name, wrong = ("tokens", tokens) if isinstance(logits, Tensor) else ("logits", logits)
         raise TypeError(f"{name}: expected a tensor, got {type(wrong).__name__}")
-    if not (editable is valid_lens is candidates is rank_noise is None):
+    if not (editable is valid_lens is candidates is rank_noise is shift_logits is None):
         optional = (("editable", editable), ("valid_lens", valid_lens), ("candidates", candidates))
-        for name, tensor in (*optional, ("rank_noise", rank_noise)):
+        for name, tensor in (*optional, ("rank_noise", rank_noise), ("shift_logits", shift_logits)):
             if not isinstance(tensor, Tensor) and tensor is not None:
                 raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     mask: int | None = None if mask_token_id is None else whole("mask_token_id", mask_token_id, "an int")
-    _check_logits(logits)
+    if logits.ndim not in (2, 3) or logits.shape[-1] == 0:
+        raise ValueError(f"logits: expected shape [B, S, V] or [N, V] with V > 0, got {list(logits.shape)}")
     return mask
+
+
+def as_row(
+    logits: Tensor, valid_lens: Tensor | None, shift_logits: Tensor | None, **positions: Tensor | None
+) -> list[Any]:
+    """The one row `[1, N, V]` of logits `[N, V]`, then lengths `[1]`, logits `[1, V]` and what is `[N]` as `[1, N]`."""
+    rows, vocabulary = logits.shape
+    for name, tensor in (*positions.items(), ("shift_logits", shift_logits)):
+        length = vocabulary if name == "shift_logits" else rows
+        if tensor is not None and tensor.shape != (length,):
+            raise ValueError(f"{name}: expected shape [{length}] as logits are [N, V], got {list(tensor.shape)}")
+    if valid_lens is not None and valid_lens.ndim > 0:
+        valid_lens = valid_lens.squeeze(0)
+    return [x if x is None else x.unsqueeze(0) for x in (logits, valid_lens, shift_logits, *positions.values())]
 
 
 def _check_logits(logits: Tensor) -> None:
@@ -240,6 +253,8 @@ def check_arguments(a: Arguments) -> None:
             for token in ids:
                 if not 0 <= token < vocabulary:
                     raise ValueError(f"{name}: expected token numbers in [0, {vocabulary - 1}], got {token}")
+    if a.shift not in (0, 1):
+        raise ValueError(f"shift: expected 0 or 1, got {a.shift}")
     if a.gives_tensors:
         _check_tensors(a)
     if tokens.device != logits.device:
@@ -248,7 +263,7 @@ def check_arguments(a: Arguments) -> None:
 
 def _check_tensors(a: Arguments) -> None:
     """Those beside logits and tokens."""
-    batch, block, _ = a.logits.shape
+    batch, block, vocabulary = a.logits.shape
     for name, tensor in zip(PER_ROW, a.per_row, strict=True):
         if tensor is not None:
             rule = PER_ROW[name]
@@ -272,7 +287,11 @@ def _check_tensors(a: Arguments) -> None:
     for (name, tensor), dtypes in zip(others, kinds, strict=True):
         if tensor is not None:
             _tensor(name, tensor, dtypes, (batch,) if name == "valid_lens" else (batch, block))
-    for name, tensor in (*ids, *others):
+    if a.shift_logits is not None:
+        _tensor("shift_logits", a.shift_logits, (a.logits.dtype,), (batch, vocabulary))
+        if a.shift == 0:
+            raise ValueError("shift_logits: expected None with shift=0, which has no use for them")
+    for name, tensor in (*ids, *others, ("shift_logits", a.shift_logits)):
         if tensor is not None:
             same_device(a.logits, **{name: tensor})
 

@@ -39,6 +39,9 @@ class Fields(ctypes.Structure):
         *_per_position("logits"),
         ("logits_stride_v", _WHOLE),
         ("logits_dtype", _WHOLE),
+        ("shift", _WHOLE),
+        ("shift_logits", _POINTER),
+        ("shift_logits_stride_b", _WHOLE),
         *((name, _WHOLE) for name in ("batch", "block", "vocabulary")),
         *_per_position("tokens"),
         ("tokens_dtype", _WHOLE),
@@ -68,7 +71,7 @@ def filled(a: Arguments, suppressed: Tensor | None, unscored: Tensor | None, out
     """`Fields` of an op's arguments, already checked.
 
     Args:
-        a: the arguments.
+        a: the arguments, their logits of one stride over tokens.
         suppressed, unscored: int64 `[n]` contiguous, instead of the arguments' lists and tensors.
         out: the results to write, contiguous.
     """
@@ -79,7 +82,7 @@ def filled(a: Arguments, suppressed: Tensor | None, unscored: Tensor | None, out
     f.logits_stride_b, f.logits_stride_s, f.logits_stride_v = logits.stride()
     f.tokens, f.tokens_dtype = tokens.data_ptr(), CODES[tokens.dtype]
     f.tokens_stride_b, f.tokens_stride_s = tokens.stride()
-    f.mask_token_id = a.mask
+    f.mask_token_id, f.shift = a.mask, a.shift
     f.step, f.num_steps, f.top_k, f.seed, f.offset, f.initial_num_masked = a.whole
     f.temperature, f.top_p, f.gate_bound = a.real
     f.valid_lens = f.block
@@ -104,6 +107,9 @@ def filled(a: Arguments, suppressed: Tensor | None, unscored: Tensor | None, out
     if unscored is not None:
         _point(f, "unscored", unscored)
         f.unscored_count = unscored.numel()
+    if a.shift_logits is not None:
+        _point(f, "shift_logits", a.shift_logits)
+        f.shift_logits_stride_b = a.shift_logits.stride(0)
     if a.gives_tensors:
         _add_tensors(f, a)
     return f

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from twotower_kernels.options.arguments import Integers, are_several, integers, kind_of, real, whole, wholes
 from twotower_kernels.options.config import TwoTowerConfig
-from twotower_kernels.options.remask_policy import HIGHEST_TEMPERATURE, RemaskPolicy
+from twotower_kernels.options.remask_choices import HIGHEST_TEMPERATURE
+from twotower_kernels.options.remask_policy import RemaskPolicy
 
 MODES = ("mask_diffusion", "mock_ar", "ar")
 MOST_BLOCK = 2**16  # tokens; a block is denoised whole, its logits over the vocabulary too

@@ -11,35 +11,27 @@ Sources: Nemotron TwoTower and Megatron's sampler; LLaDA (arXiv:2502.09992), Dre
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from twotower_kernels.options.arguments import real, whole
+from twotower_kernels.options import remask_systems
+from twotower_kernels.options.arguments import whole
+from twotower_kernels.options.remask_choices import (
+    CHOICES,
+    Alpha,
+    Base,
+    Combine,
+    Gate,
+    GateOn,
+    Schedule,
+    Score,
+    Statistics,
+    Time,
+    checked,
+)
 
-Statistics = Literal["raw", "filtered"]
-Score = Literal["confidence", "margin", "neg_entropy", "random", "leftmost"]
-Gate = Literal["none", "threshold", "factor", "entropy_sum"]
-GateOn = Literal["confidence", "score"]
-Schedule = Literal["none", "remaining", "even", "carried", "noise", "truncated", "rounded", "coin", "posterior"]
-Base = Literal["masks", "block"]
-Alpha = Literal["linear", "cosine", "exponential", "sine", "cosine_floor"]
-Combine = Literal["fill", "union", "cap"]
-Time = Literal["masked_fraction", "schedule"]
-
-# The values of a choice, in the order of its enumeration in csrc/common/remask_policy.h.
-CHOICES: dict[str, tuple[str, ...]] = {
-    "statistics": get_args(Statistics),
-    "score": get_args(Score),
-    "gate": get_args(Gate),
-    "gate_on": get_args(GateOn),
-    "schedule": get_args(Schedule),
-    "schedule_base": get_args(Base),
-    "alpha": get_args(Alpha),
-    "combine": get_args(Combine),
-    "time": get_args(Time),
-}
 # The order of the op's `options` and `bounds`, which csrc/common/remask_policy.h repeats. gate_bound is missing:
 # it is a number per row.
 OPTIONS = (
@@ -52,7 +44,7 @@ OPTIONS = (
 OPTIONAL_BOUNDS = (
     *("temperature_end", "gate_slack", "run_threshold", "complete_threshold", "edit_threshold", "remask_threshold"),
 )
-BOUNDS = ("position_penalty", "min_t", "warmup", *OPTIONAL_BOUNDS)
+BOUNDS = ("position_penalty", "rank_temperature", "min_t", "warmup", *OPTIONAL_BOUNDS)
 
 
 @dataclass(frozen=True)
@@ -77,6 +69,8 @@ class RemaskPolicy:
         score: "confidence", "margin" (p1 - p2), "neg_entropy", "random" (a uniform number, or the caller's
             `rank_noise`), "leftmost".
         position_penalty: taken off the score per position behind the first one that waits (WeDLM).
+        rank_temperature: the order of the positions is drawn, without replacement, with chances that are the softmax of
+            score / rank_temperature (Dream's alg_temp); as it falls to 0, the score's own order. 0: off.
 
     Gate, the set G of positions that are good enough by themselves:
         gate: "none"; "threshold" (value > gate_bound); "factor" (the longest run of ranks with
@@ -134,6 +128,7 @@ class RemaskPolicy:
 
     score: Score = "confidence"
     position_penalty: float = 0.0
+    rank_temperature: float = 0.0
 
     gate: Gate = "none"
     gate_bound: float = 0.0
@@ -167,7 +162,7 @@ class RemaskPolicy:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = _checked(field.name, field.default, getattr(self, field.name))
+            value = checked(field.name, field.default, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         if self.combine == "cap" and self.gate == "none":
             raise ValueError("combine: expected a gate with 'cap', got gate='none'")
@@ -177,6 +172,10 @@ class RemaskPolicy:
             raise ValueError("suppress_mask: expected True with the posterior, which gives the mask its probability")
         if self.complete_threshold is not None and self.sub_block == 0:
             raise ValueError("sub_block: expected a positive length with complete_threshold, got 0")
+        if self.rank_temperature > 0:
+            for name, wrong in (("score", "random"), ("gate_on", "score"), ("schedule", "coin posterior")):
+                if (value := getattr(self, name)) in wrong.split():
+                    raise ValueError(f"rank_temperature: expected 0 with {name}={value!r}, as noise is for ranks alone")
         object.__setattr__(self, "_encoded", self._encode())
 
     def model_time(
@@ -217,6 +216,26 @@ class RemaskPolicy:
             options.append(CHOICES[name].index(value) if name in CHOICES else int(value))
         options += [int(getattr(self, name) is not None) for name in OPTIONAL_BOUNDS]
         return options, [float(getattr(self, name) or 0.0) for name in BOUNDS]
+
+    @classmethod
+    def named(cls, system: str, strategy: str | None = None, **arguments: Any) -> "RemaskPolicy":
+        """The policy of a published program in that program's own words: docs/policies.md lists them all.
+
+            RemaskPolicy.named("sdar", "low_confidence_dynamic", confidence_threshold=0.85)
+            RemaskPolicy.named("dream", alg="entropy", alg_temp=0.2)
+
+        Args:
+            system: its name; case, spaces, dots, hyphens and underscores do not matter.
+            strategy: of the system, its default if not given; also by the program's own keyword.
+            arguments: of the strategy. What `remask` takes (temperature, top-k, top-p, numbers of steps) is not among
+                them. None is as good as not given for an argument that another strategy of the system takes.
+
+        Raises:
+            ValueError: an unknown system or strategy, or a value out of its range. TypeError: an unknown or missing
+                argument, or a value of the wrong type. Each says what there is.
+        """
+        policy: RemaskPolicy = remask_systems.build(cls, system, strategy, arguments)
+        return policy
 
     # --- presets, named after the systems whose rules they are --------------------------------------------------------
 
@@ -360,8 +379,8 @@ class RemaskPolicy:
         )
 
     @classmethod
-    def dream(cls, algorithm: str = "maskgit", *, eps: float = 1e-3) -> "RemaskPolicy":
-        """Dream: floor(n (1 - s / t)) best by c, "margin" or "entropy"; "origin": a coin each."""
+    def dream(cls, algorithm: str = "maskgit", *, eps: float = 1e-3, alg_temp: float | None = None) -> "RemaskPolicy":
+        """Dream: floor(n (1 - s / t)) best by c, "margin" or "entropy", drawn with alg_temp; "origin": a coin each."""
         scores: dict[str, Score] = {
             "maskgit": "confidence",
             "margin": "margin",
@@ -378,6 +397,7 @@ class RemaskPolicy:
             statistics="filtered",
             top_p_first=True,
             min_commits=0,
+            rank_temperature=alg_temp or 0.0,
         )
 
     @classmethod
@@ -461,39 +481,3 @@ class RemaskPolicy:
         return dataclasses.replace(
             above, gate_on="confidence", sub_block=block_size, complete_threshold=complete_threshold
         )
-
-
-HIGHEST_TEMPERATURE = 1e6  # of temperatures
-_RANGES = {
-    "temperature_end": (0.0, HIGHEST_TEMPERATURE),
-    "position_penalty": (-1e6, 1e6),
-    "gate_slack": (0.0, math.inf),
-    "min_t": (0.0, 0.5),
-    "warmup": (0.0, 1.0),
-    "complete_threshold": (0.0, 1.0),
-}
-
-
-def _checked(name: str, default: object, value: object) -> object:
-    """The field's value, numbers as Python's; TypeError or ValueError unless the field can have it."""
-    if name in CHOICES:
-        if value not in CHOICES[name]:
-            raise ValueError(f"{name}: expected one of {', '.join(map(repr, CHOICES[name]))}, got {value!r}")
-        return value
-    if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected True or False, got {value!r}")
-        return value
-    if default is None and value is None:
-        return value
-    kind, as_python = ("an int", whole) if isinstance(default, int) else ("a number", real)
-    try:
-        number = as_python(name, value)
-    except TypeError:
-        kind += " or None" if default is None else ""
-        raise TypeError(f"{name}: expected {kind}, got {value!r}") from None
-    low, high = (0, 2**63 - 1) if as_python is whole else _RANGES.get(name, (-math.inf, math.inf))
-    if not low <= number <= high:
-        expected = "0 or larger" if as_python is whole else f"a number in [{low:g}, {high:g}]"
-        raise ValueError(f"{name}: expected {expected}, got {value}")
-    return number
