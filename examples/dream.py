@@ -23,8 +23,8 @@ class Dream:
         self.act = activation(config, "hidden_act")
         self.rotary = Rotary(config, self.head_dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits `[B, S, V]` of tokens `[B, S]`, not shifted."""
+    def forward(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Logits `[B, S, V]` of tokens `[B, S]`, not shifted. padding: `[B]`, tokens in front that nobody sees."""
         weights = self.weights
         x = weights.tied("model.embed_tokens.weight", "lm_head.weight")[tokens]
         positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -32,7 +32,11 @@ class Dream:
             layer = weights.below(f"model.layers.{i}")
             y, attention = self.norm(x, layer["input_layernorm.weight"]), layer.below("self_attn")
             q, k, v = (attention.linear(y, f"{p}_proj").unflatten(-1, (-1, self.head_dim)) for p in "qkv")
-            y = tt.block_attention(*self.rotary(positions, q, k), v)
+            q, k = self.rotary(positions, q, k)
+            if padding is None:
+                y = tt.block_attention(q, k, v)
+            else:
+                y = tt.context_attention(q, k, v, context_starts=padding)
             x = x + attention.linear(y.flatten(2), "o_proj")
             x = x + layer.below("mlp").mlp(self.norm(x, layer["post_attention_layernorm.weight"]), self.act)
         x = self.norm(x, weights["model.norm.weight"])
@@ -45,6 +49,7 @@ class Dream:
     def generate(
         self,
         prompt: Tensor,
+        attention_mask: Tensor | None = None,
         *,
         alg: str,
         steps: int,
@@ -56,31 +61,34 @@ class Dream:
         alg_temp: float | None = None,
         threshold: float = 0.9,
     ) -> tuple[Tensor, int]:
-        """`diffusion_generate`, the most likely token taken for each draw: tokens `[B, T]`, and how many steps it took.
+        """`diffusion_generate` for prompts `[B, P]`, the most likely token taken for each draw: tokens `[B, T]`, and
+        how many steps it took.
 
+        attention_mask: `[B, P]`, 0 at the padding in front of a prompt; as in the original it moves no position.
         threshold: of `alg="confidence_threshold"`, which takes more steps where it refuses tokens in the last one.
         """
-        if alg_temp:
-            raise NotImplementedError(f"alg_temp: expected None or 0, as positions are not drawn, got {alg_temp}")
-        policy = rule(alg, eps, threshold)
+        if alg == "origin" or alg_temp:
+            raise NotImplementedError(f"alg, alg_temp: expected positions that are not drawn, got {alg!r}, {alg_temp}")
+        options = dict(threshold=threshold) if alg == "confidence_threshold" else dict(eps=eps)
+        policy = replace(tt.RemaskPolicy.named("fast_dllm", alg=alg, **options), greedy=True)
+        padding = None if attention_mask is None else in_front(attention_mask)
         x = F.pad(prompt, (0, new_tokens), value=self.mask_token_id)
         n0, step, total = (x == self.mask_token_id).sum(1), 0, steps
         if alg == "confidence_threshold" and (len(x) > 1 or n0 % steps):
             raise ValueError(f"steps: expected one row and a divisor of {n0.tolist()} masks, got {len(x)}, {steps}")
         while step < total:
-            logits = self.forward(x)
-            logits = torch.cat((logits[:, :1], logits[:, :-1]), 1)
             result = tt.remask(
-                logits,
+                self.forward(x, padding),
                 x,
                 mask_token_id=self.mask_token_id,
                 policy=policy,
                 step=step,
                 num_steps=steps,
                 temperature=temperature,
-                top_p=1.0 if top_p is None else top_p,
-                top_k=top_k or 0,
+                top_p=top_p,
+                top_k=top_k,
                 initial_num_masked=n0,
+                shift=1,
             )
             x, step = result.tokens, step + 1
             if alg == "confidence_threshold" and step >= total:
@@ -88,11 +96,9 @@ class Dream:
         return x, total
 
 
-def rule(alg: str, eps: float, threshold: float) -> tt.RemaskPolicy:
-    """The rule of an `alg`."""
-    if alg == "confidence_threshold":
-        return tt.RemaskPolicy.fast_dllm_dream(threshold)
-    known = {"maskgit_plus": "maskgit", "topk_margin": "margin", "entropy": "entropy"}
-    if alg not in known:
-        raise NotImplementedError(f"alg: expected 'confidence_threshold' or one of {list(known)}, got {alg!r}")
-    return replace(tt.RemaskPolicy.dream(known[alg], eps=eps), greedy=True)
+def in_front(attention_mask: Tensor) -> Tensor:
+    """How many tokens `[B]` a mask `[B, P]` hides in front of each row."""
+    hidden = (attention_mask == 0).sum(1)
+    if not attention_mask.bool().equal(torch.arange(attention_mask.shape[1]) >= hidden[:, None]):
+        raise NotImplementedError("attention_mask: expected padding in front alone, got some elsewhere")
+    return hidden

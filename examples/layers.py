@@ -111,13 +111,3 @@ class Cache:
 
     def append(self, layer: int, k: Tensor, v: Tensor, start: int | Tensor, rows: Tensor | None = None) -> None:
         tt.append_kv(self.k[layer], self.v[layer], k, v, start, context_index=rows)
-
-
-def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, block_length: int) -> Tensor:
-    return torch.cat(
-        [
-            tt.block_attention(*(x[:, at : at + block_length] for x in (q, k, v)), k, v, context_lens=at)
-            for at in range(0, q.shape[1], block_length)
-        ],
-        1,
-    )

@@ -104,11 +104,7 @@ class Llada:
         x = F.pad(prompt, (0, gen_length), value=self.mask_token_id)
         length, nfe = x.shape[1], 0
         storage = Cache(self.layers, len(x), length, self.kv_heads, self.head_dim, self.weights["ln_f.weight"])
-        policy = tt.RemaskPolicy.llada()
-        if threshold is not None:
-            policy = tt.RemaskPolicy.threshold(threshold)
-        elif factor is not None:
-            policy = tt.RemaskPolicy.fast_dllm_factor(factor)
+        policy = tt.RemaskPolicy.named("fast_dllm", remasking=remasking, threshold=threshold, factor=factor)
         for start in range(prompt.shape[1], length, block_length):
             stop = start + block_length
             n0 = (x[:, start:stop] == self.mask_token_id).sum(1)

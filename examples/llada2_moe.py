@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 import twotower_kernels as tt
-from examples.layers import Cache, Config, Rotary, Weights, activation, block_causal_attention, field
+from examples.layers import Cache, Config, Rotary, Weights, activation, field, refuse
+
+PROJECTIONS = "gate", "up", "down"
 
 
 class Llada2Moe:
@@ -20,7 +24,11 @@ class Llada2Moe:
         self.head_dim = config.get("head_dim") or field(config, "hidden_size") // self.heads
         self.act = activation(config, "hidden_act")
         self.rotary = Rotary(config, int(self.head_dim * config.get("partial_rotary_factor", 1.0)))
-        self.dense = self.layers if config.get("num_experts") is None else config.get("first_k_dense_replace", 0)
+        experts = config.get("num_experts")
+        dense = self.layers if experts is None else config.get("first_k_dense_replace", 0)
+        if dense < self.layers:
+            refuse(config, hidden_act="silu")  # of the experts, whatever the field says
+        self.experts = {i: self.packed(weights.below(f"model.layers.{i}.mlp")) for i in range(dense, self.layers)}
 
     def forward(
         self,
@@ -48,7 +56,7 @@ class Llada2Moe:
             q, k = self.norm(q, attention["query_layernorm.weight"]), self.norm(k, attention["key_layernorm.weight"])
             q, k = self.rotary(positions, q, k)
             if block_length is not None:
-                y = block_causal_attention(q, k, v, block_length)
+                y = tt.block_causal_attention(q, k, v, block_length)
             elif cache is None:
                 y = tt.block_attention(q, k, v)
             else:
@@ -57,7 +65,12 @@ class Llada2Moe:
                 cache.append(i, k, v, start, rows)
             x = x + attention.linear(y.flatten(2), "dense")
             y, mlp = self.norm(x, layer["post_attention_layernorm.weight"]), layer.below("mlp")
-            x = x + (mlp.mlp(y, self.act) if i < self.dense else self.experts(y.flatten(0, 1), mlp).view_as(x))
+            if i not in self.experts:
+                x = x + mlp.mlp(y, self.act)
+                continue
+            y = y.flatten(0, 1)
+            chosen = self.route(tt.moe_gate(y, mlp["gate.weight"]), mlp["gate.expert_bias"])
+            x = x + tt.moe_experts(y, *self.experts[i][:2], *chosen, **self.experts[i][2]).view_as(x)
         if commit:
             return None
         x = self.norm(x, weights["model.norm.weight"])
@@ -80,14 +93,19 @@ class Llada2Moe:
             dropped="-inf",
         )
 
-    def experts(self, x: Tensor, mlp: Weights) -> Tensor:
-        weights, experts = self.route(tt.moe_gate(x, mlp["gate.weight"]), mlp["gate.expert_bias"])
-        shared = dict()
+    def packed(self, mlp: Weights) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """A layer's experts as `moe_experts` takes them, which are stacked in dInfer and apart in checkpoints, and what
+        it is told by name."""
+        options: dict[str, Any] = dict(activation="silu_gated")
         if self.config.get("num_shared_experts"):
-            gate, up = mlp["shared_experts.gate_proj.weight"], mlp["shared_experts.up_proj.weight"]
-            shared = dict(shared_up=torch.cat((gate, up)), shared_down=mlp["shared_experts.down_proj.weight"])
-        w_up, w_down = mlp["experts.w13_weight"], mlp["experts.w2_weight"]
-        return tt.moe_experts(x, w_up, w_down, weights, experts, activation="silu_gated", **shared)
+            shared = mlp.below("shared_experts")
+            options["shared_up"] = torch.cat((shared["gate_proj.weight"], shared["up_proj.weight"]))
+            options["shared_down"] = shared["down_proj.weight"]
+        experts = mlp.below("experts")
+        if experts.get("w13_weight") is not None:
+            return experts["w13_weight"], experts["w2_weight"], options
+        parts = [[experts[f"{e}.{p}_proj.weight"] for e in range(self.config["num_experts"])] for p in PROJECTIONS]
+        return *tt.pack_experts(*parts), options
 
     def generate(self, prompt: Tensor, *, blocks: int, block_length: int, threshold: float) -> tuple[Tensor, int]:
         """Block diffusion with `ThresholdParallelDecoder`: tokens `[B, T]` for prompts `[B, P]`, T the next multiple of
@@ -107,7 +125,7 @@ class Llada2Moe:
         result = tt.generate_blocks(
             step,
             prompt,
-            policy=tt.RemaskPolicy.dinfer(threshold),
+            policy=tt.RemaskPolicy.named("dinfer", "threshold", threshold=threshold),
             block_size=block_length,
             mask_token_id=self.mask_token_id,
             max_new_tokens=length - prompt.shape[1],

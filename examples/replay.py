@@ -4,8 +4,9 @@ FOLDER is one system's folder, or a folder of such folders. A system's folder ho
 
 * `cases.json`: `system`, `config` with the original's field names, `cases`: what each was generated with;
 * `model.safetensors`: the weights under the original's names;
-* `io.safetensors`: `case{i}.prompt` and `case{i}.sequence`; `forward.input` with `forward.logits`, or for blocks of N
-  that see what is before them `forward.block_causalN.logits`; `route.logits`, `.bias`, `.experts` and `.weights`.
+* `io.safetensors`: `case{i}.prompt` and `case{i}.sequence`, of padded prompts `case{i}.attention_mask`, too;
+  `forward.input` with `forward.logits`, or for blocks of N that see what is before them `forward.block_causalN.logits`;
+  `route.logits`, `.bias`, `.experts` and `.weights`.
 
 A case agrees if all its tokens are equal, and its `nfe` if that is recorded; logits, and weights of experts, if they
 differ by 1e-3 at most. The exit code is 0 if all agree, and there are any.
@@ -123,6 +124,8 @@ class Recording:
         options = {name: value for name, value in case.items() if name in known}
         if isinstance(options.get("temperature"), str):  # "1.0, its multinomial draw replaced by the most likely token"
             options["temperature"] = float(options["temperature"].split(",")[0])
+        if (padding := self.tensors.get(f"case{index}.attention_mask")) is not None:
+            options["attention_mask"] = padding
         prompt, expected = self.tensor(f"case{index}.prompt"), self.tensor(f"case{index}.sequence")
         tokens, nfe = generate(prompt, **options)
         if tokens.shape != expected.shape:
@@ -130,8 +133,9 @@ class Recording:
         if not tokens.equal(expected):
             wrong = (tokens != expected).nonzero()
             return f"{len(wrong)} of {expected.numel()} tokens differ, the first at {wrong[0].tolist()}"
-        recorded = case.get("nfe")
-        return "" if recorded is None or nfe == recorded else f"expected an NFE of {recorded}, got {nfe}"
+        if case.get("nfe") not in (None, nfe):
+            return f"expected an NFE of {case['nfe']}, got {nfe}"
+        return ""
 
 
 def mask_token_id(document: dict[str, Any]) -> int:
@@ -155,7 +159,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 def _differs(what: str, ours: Tensor, theirs: Tensor) -> str:
     if ours.shape != theirs.shape:
         return f"expected {what} {list(theirs.shape)}, got {list(ours.shape)}"
-    error = float((ours - theirs).abs().max())
+    error = float((ours.double() - theirs.double()).abs().max())
     return "" if error <= LIMIT else f"{what} differ by {error:.1e}"
 
 

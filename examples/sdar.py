@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 import twotower_kernels as tt
-from examples.layers import Cache, Config, Rotary, Weights, activation, block_causal_attention, field, refuse
+from examples.layers import Cache, Config, Rotary, Weights, activation, field, refuse
 
 
 class Sdar:
@@ -47,7 +49,7 @@ class Sdar:
             q, k = self.norm(q, attention["q_norm.weight"]), self.norm(k, attention["k_norm.weight"])
             q, k = self.rotary(positions, q, k)
             if block_length is not None:
-                y = block_causal_attention(q, k, v, block_length)
+                y = tt.block_causal_attention(q, k, v, block_length)
             elif cache is None:
                 y = tt.block_attention(q, k, v)
             else:
@@ -69,7 +71,7 @@ class Sdar:
 
     def generate(
         self,
-        prompt: Tensor,
+        prompts: Tensor | list[Tensor],
         *,
         gen_length: int,
         block_length: int,
@@ -81,11 +83,13 @@ class Sdar:
         top_p: float = 1.0,
         stopping_criteria_idx: list[int] | None = None,
     ) -> tt.GenerateResult:
-        """`block_diffusion_generate` for prompts `[B, P]`, the most likely token taken for each draw.
+        """`block_diffusion_generate` for prompts `[B, P]`, or a list of any lengths, the most likely token taken for
+        each draw.
 
         What a token once committed is, it stays: `examples.sdar_recorded` is the original to the last token.
         """
-        cache = self.cache(len(prompt), -(-(prompt.shape[1] + gen_length) // block_length) * block_length)
+        longest = max(map(len, prompts)) + gen_length
+        cache = self.cache(len(prompts), -(-longest // block_length) * block_length)
 
         def step(tokens: Tensor, start: Tensor, rows: Tensor, commit: bool) -> Tensor | None:
             prefill = commit and tokens.shape[1] != block_length
@@ -95,7 +99,7 @@ class Sdar:
 
         return tt.generate_blocks(
             step,
-            prompt,
+            prompts,
             policy=policy(strategy, confidence_threshold),
             block_size=block_length,
             mask_token_id=self.mask_token_id,
@@ -109,12 +113,6 @@ class Sdar:
 
 
 def policy(strategy: str, confidence_threshold: float | None = None) -> tt.RemaskPolicy:
-    """The rule of a `remasking_strategy`."""
-    if strategy == "low_confidence_dynamic":
-        return tt.RemaskPolicy.sdar(confidence_threshold, greedy=True)
-    if strategy == "low_confidence_static":
-        return tt.RemaskPolicy.sdar(greedy=True)
-    if strategy == "sequential":
-        return tt.RemaskPolicy.jetengine("sequential", greedy=True)
-    known = "'low_confidence_dynamic', 'low_confidence_static', 'sequential'"
-    raise NotImplementedError(f"strategy: expected one of {known}, got {strategy!r}")
+    """The rule of a `remasking_strategy`, the most likely token taken for each draw."""
+    named = tt.RemaskPolicy.named("sdar", strategy, confidence_threshold=confidence_threshold)
+    return replace(named, greedy=True)

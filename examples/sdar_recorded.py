@@ -1,9 +1,9 @@
 """SDAR's `block_diffusion_generate` to the last token, overwritten ones included: what recordings are compared with.
 
-The original counts how many tokens a step commits from the length of the block. Where fewer masks are left, `torch.topk`
-(of confidences that are -inf where no mask is), or the window behind the first mask, reaches tokens that are committed
-already, and they are overwritten by the candidates of this step. Our policies leave them alone, so `Sdar.generate`
-differs from here on; with prompts of whole blocks this happens to "low_confidence_dynamic" alone.
+The original counts how many tokens a step commits from the length of the block. Where fewer masks are left, its
+`torch.topk`, of confidences that are -inf where no mask is, or its window behind the first mask reaches tokens that are
+committed already, and they are overwritten by the candidates of this step. Our policies leave them alone, so
+`Sdar.generate` differs from there on. With prompts of whole blocks this happens to "low_confidence_dynamic" alone.
 """
 
 from __future__ import annotations

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
+from examples.dream import Dream
+from examples.layers import Weights
+from examples.llada2_moe import Llada2Moe
 from examples.replay import main
-from tests.examples.random_systems import write
+from examples.sdar import Sdar
+from tests.examples.random_systems import CONFIGS, MASK, random_weights, write
 from tests.paths import GOLDEN
 
 SYSTEMS = GOLDEN / "systems"
@@ -108,3 +117,177 @@ def test_batches_agree(
     write(tmp_path / system, system, cases, rows=3)
     code, lines = replayed(tmp_path, capsys)
     assert code == 0, "\n".join(lines)
+
+
+def test_prompts_of_other_lengths_are_padded_in_front() -> None:
+    """RoPE is relative: a padded row of Dream says what it says alone."""
+    torch.manual_seed(2)
+    config = CONFIGS["dream"]
+    model = Dream(config, Weights(random_weights("dream", config)), MASK)
+    prompts = [torch.randint(MASK, (1, length)) for length in (9, 4)]
+    padded = torch.cat([F.pad(prompt, (9 - prompt.shape[1], 0), value=3) for prompt in prompts])
+    mask = torch.tensor([[1] * 9, [0] * 5 + [1] * 4])
+    options: dict[str, Any] = dict(alg="entropy", steps=6, new_tokens=12)
+    together, _ = model.generate(padded, mask, **options)
+    for row, prompt in enumerate(prompts):
+        assert together[row, -12:].equal(model.generate(prompt, **options)[0][0, -12:])
+    with pytest.raises(NotImplementedError, match="in front"):
+        model.generate(padded, mask.flip(1), **options)
+
+
+def test_a_threshold_of_dream_takes_more_steps_where_it_refuses() -> None:
+    torch.manual_seed(3)
+    config = CONFIGS["dream"]
+    model = Dream(config, Weights(random_weights("dream", config)), MASK)
+    prompt = torch.randint(MASK, (1, 5))
+    never, always = (
+        model.generate(prompt, alg="confidence_threshold", steps=4, new_tokens=12, threshold=tau) for tau in (2.0, 0.0)
+    )
+    assert not (never[0] == MASK).any() and not (always[0] == MASK).any()
+    assert never[1] > always[1] == 4
+
+
+def recorded_sdar() -> tuple[Sdar, list[dict[str, Any]], dict[str, torch.Tensor]]:
+    folder = SYSTEMS / "sdar"
+    document = json.loads((folder / "cases.json").read_text())
+    weights = Weights(load_file(folder / "model.safetensors"))
+    return Sdar(document["config"], weights, 299), document["cases"], load_file(folder / "io.safetensors")
+
+
+def test_what_sdar_overwrites() -> None:
+    """The original overwrites committed tokens where fewer masks than its quota are left: in one recorded case. In the
+    others, tt.generate_blocks says the same."""
+    model, cases, io = recorded_sdar()
+    same = []
+    for i, case in enumerate(cases):
+        result = model.generate(io[f"case{i}.prompt"], **case | {"temperature": 1.0})
+        same.append(result.sequences[0].equal(io[f"case{i}.sequence"][0]))
+    assert same == [True, False, True, True, True]
+
+
+def test_prompts_of_any_lengths_in_one_batch() -> None:
+    model, _, _ = recorded_sdar()
+    prompts = [torch.randint(299, (length,), generator=torch.Generator().manual_seed(length)) for length in (5, 17, 8)]
+    options: dict[str, Any] = dict(
+        gen_length=19, block_length=8, denoising_steps=4, strategy="low_confidence_dynamic", confidence_threshold=0.5
+    )
+    together = model.generate(prompts, **options)
+    for row, prompt in enumerate(prompts):
+        assert together.sequences[row].equal(model.generate(prompt[None], **options).sequences[0])
+
+
+def damaged(tmp_path: Path, system: str = "dream") -> Path:
+    folder = tmp_path / system
+    shutil.copytree(SYSTEMS / system, folder)
+    return folder
+
+
+def rewrite(folder: Path, **fields: Any) -> None:
+    document = json.loads((folder / "cases.json").read_text())
+    (folder / "cases.json").write_text(json.dumps(document | fields))
+
+
+@pytest.mark.parametrize("name", ["cases.json", "model.safetensors", "io.safetensors"])
+def test_missing_and_damaged_files(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = damaged(tmp_path)
+    (folder / name).write_bytes(b"{" * 20)
+    code, lines = replayed(tmp_path, capsys)
+    assert code == 1 and lines[-1] == "0 of 1 agree" and name in lines[0] and lines[0].startswith("error: ")
+    (folder / name).unlink()
+    code, lines = replayed(tmp_path, capsys)
+    assert code == 1 and lines == [f"error: {folder}: expected a file {name}, which is not there", "0 of 1 agree"]
+
+
+def test_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in (tmp_path, tmp_path / "none"):
+        code, lines = replayed(folder, capsys)
+        assert code == 1 and lines[0].startswith(f"error: {folder}: expected") and lines[-1] == "0 of 0 agree"
+
+
+def test_systems_are_told_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = damaged(tmp_path)
+    rewrite(folder, system="mystery")
+    code, lines = replayed(folder, capsys)
+    assert code == 1 and "dream as system, got 'mystery'" in lines[0]
+
+
+def test_one_system_that_fails_is_no_other_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged(tmp_path, "llada")
+    (damaged(tmp_path) / "cases.json").write_text("[]")
+    code, lines = replayed(tmp_path, capsys)
+    assert code == 1 and lines[-1] == "7 of 8 agree" and "expected an object, got list" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "system, fields, said",
+    [
+        ("sdar", dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_type: expected .* got 'yarn'"),
+        ("sdar", dict(hidden_act="xielu"), "hidden_act: expected .* got 'xielu'"),
+        ("llada", dict(alibi=True), "alibi: expected False, got True"),
+        ("llada", dict(block_type="sequential"), "block_type: expected 'llama', got 'sequential'"),
+        ("llada2_moe", dict(hidden_act="gelu"), "hidden_act: expected 'silu', got 'gelu'"),
+        ("dream", dict(partial_rotary_factor=0.5), "partial_rotary_factor: expected 1.0, got 0.5"),
+        ("dream", dict(rms_norm_eps=None), "config: expected a field rms_norm_eps"),
+    ],
+)
+def test_fields_that_are_not_served(
+    system: str, fields: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = damaged(tmp_path, system)
+    config = json.loads((folder / "cases.json").read_text())["config"]
+    rewrite(folder, config=config | fields)
+    code, lines = replayed(folder, capsys)
+    assert code == 1 and re.search(said, lines[0]), lines
+
+
+@pytest.mark.parametrize(
+    "system, case, said",
+    [
+        ("sdar", dict(strategy="entropy_bounded"), "entropy_bounded"),
+        ("llada", dict(remasking="random"), "remasking: expected 'low_confidence', got 'random'"),
+        ("llada", dict(temperature=0.5), "temperature: expected 0, got 0.5"),
+        ("llada", dict(cache="triple"), "cache: expected .* got 'triple'"),
+        ("llada", dict(nfe=5), "expected an NFE of 5, got 32"),
+        ("dream", dict(alg="origin"), "alg"),
+        ("dream", dict(alg="maskgit"), "maskgit"),
+        ("dream", dict(alg_temp=0.3), "alg_temp"),
+        ("dream", dict(steps=19), "tokens differ, the first at"),
+        ("dream", dict(new_tokens=47), r"expected tokens \[1, 69\], got \[1, 68\]"),
+    ],
+)
+def test_cases_that_do_not_agree(
+    system: str, case: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = damaged(tmp_path, system)
+    cases = json.loads((folder / "cases.json").read_text())["cases"]
+    rewrite(folder, cases=[cases[0] | case])
+    code, lines = replayed(folder, capsys)
+    assert code == 1 and lines[-1] == "1 of 2 agree" and re.search(said, lines[1]), lines
+
+
+def test_logits_and_experts_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = damaged(tmp_path, "llada2_moe")
+    rewrite(folder, cases=[])
+    io = load_file(folder / "io.safetensors")
+    io["forward.block_causal32.logits"][0, 0, 0] += 2e-3
+    io["route.experts"][3] = torch.arange(4)
+    save_file(io, folder / "io.safetensors")
+    code, lines = replayed(folder, capsys)
+    assert code == 1 and lines[-1] == "0 of 2 agree"
+    assert "logits differ by 2.0e-03" in lines[0] and "1 of 256 tokens have other experts" in lines[1]
+
+
+def test_experts_may_lie_apart() -> None:
+    """Checkpoints hold them one after the other, dInfer stacks them."""
+    folder = SYSTEMS / "llada2_moe"
+    config, tensors = json.loads((folder / "cases.json").read_text())["config"], load_file(folder / "model.safetensors")
+    tokens = load_file(folder / "io.safetensors")["forward.input"]
+    expected = Llada2Moe(config, Weights(tensors), 299).forward(tokens)
+    for name in [name for name in tensors if name.endswith("w13_weight")]:
+        prefix = name.removesuffix("w13_weight")
+        gates_and_ups, downs = tensors.pop(name), tensors.pop(f"{prefix}w2_weight")
+        for e, (matrix, down) in enumerate(zip(gates_and_ups, downs, strict=True)):
+            gate, up = matrix.chunk(2)
+            tensors |= {f"{prefix}{e}.gate_proj.weight": gate, f"{prefix}{e}.up_proj.weight": up}
+            tensors[f"{prefix}{e}.down_proj.weight"] = down
+    assert Llada2Moe(config, Weights(tensors), 299).forward(tokens).equal(expected)
