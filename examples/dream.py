@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,10 +35,10 @@ class Dream:
             q, k, v = (attention.linear(y, f"{p}_proj").unflatten(-1, (-1, self.head_dim)) for p in "qkv")
             q, k = self.rotary(positions, q, k)
             if padding is None:
-                y = tt.block_attention(q, k, v)
+                seen: Any = tt.block_attention(q, k, v)
             else:
-                y = tt.context_attention(q, k, v, context_starts=padding)
-            x = x + attention.linear(y.flatten(2), "o_proj")
+                seen = tt.context_attention(q, k, v, context_starts=padding)
+            x = x + attention.linear(seen.flatten(2), "o_proj")
             x = x + layer.below("mlp").mlp(self.norm(x, layer["post_attention_layernorm.weight"]), self.act)
         x = self.norm(x, weights["model.norm.weight"])
         return tt.linear(x, weights.tied("lm_head.weight", "model.embed_tokens.weight"))
@@ -69,8 +70,10 @@ class Dream:
         """
         if alg == "origin" or alg_temp:
             raise NotImplementedError(f"alg, alg_temp: expected positions that are not drawn, got {alg!r}, {alg_temp}")
-        options = dict(threshold=threshold) if alg == "confidence_threshold" else dict(eps=eps)
-        policy = replace(tt.RemaskPolicy.named("fast_dllm", alg=alg, **options), greedy=True)
+        if alg == "confidence_threshold":
+            policy = tt.RemaskPolicy.named("fast_dllm", alg=alg, threshold=threshold)
+        else:
+            policy = tt.RemaskPolicy.named("dream", alg=alg, eps=eps)
         padding = None if attention_mask is None else in_front(attention_mask)
         x = F.pad(prompt, (0, new_tokens), value=self.mask_token_id)
         n0, step, total = (x == self.mask_token_id).sum(1), 0, steps
@@ -81,7 +84,7 @@ class Dream:
                 self.forward(x, padding),
                 x,
                 mask_token_id=self.mask_token_id,
-                policy=policy,
+                policy=replace(policy, greedy=True),
                 step=step,
                 num_steps=steps,
                 temperature=temperature,

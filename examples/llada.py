@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,13 +48,13 @@ class Llada:
             q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
             q, k = self.rotary(positions, q, k)
             if cache is None:
-                y = tt.block_attention(q, k, v)
+                seen: Any = tt.block_attention(q, k, v)
             elif replace:
                 cache.append(i, k, v, start)
-                y = tt.context_attention(q, cache.k[i], cache.v[i])
+                seen = tt.context_attention(q, cache.k[i], cache.v[i])
             else:
-                y = tt.block_attention(q, k, v, cache.k[i], cache.v[i], context_lens=start)
-            x = x + layer.linear(y.flatten(2), "attn_out")
+                seen = tt.block_attention(q, k, v, cache.k[i], cache.v[i], context_lens=start)
+            x = x + layer.linear(seen.flatten(2), "attn_out")
             y = self.norm(x, layer.below("ff_norm"))
             x = x + layer.linear(self.act(layer.linear(y, "ff_proj")) * layer.linear(y, "up_proj"), "ff_out")
         x = self.norm(x, weights.below("ln_f"))
@@ -76,6 +77,9 @@ class Llada:
             weight = 1 + weight
         y = tt.rms_norm(x, weight, eps=field(self.config, "rms_norm_eps"), round_first=True)
         return y if bias is None else y + bias
+
+    def cache(self, rows: int, length: int) -> Cache:
+        return Cache(self.layers, rows, length, self.kv_heads, self.head_dim, self.weights["ln_f.weight"])
 
     @torch.no_grad()
     def generate(
@@ -103,7 +107,7 @@ class Llada:
         steps = steps // (gen_length // block_length)
         x = F.pad(prompt, (0, gen_length), value=self.mask_token_id)
         length, nfe = x.shape[1], 0
-        storage = Cache(self.layers, len(x), length, self.kv_heads, self.head_dim, self.weights["ln_f.weight"])
+        storage = self.cache(len(x), length)
         policy = tt.RemaskPolicy.named("fast_dllm", remasking=remasking, threshold=threshold, factor=factor)
         for start in range(prompt.shape[1], length, block_length):
             stop = start + block_length

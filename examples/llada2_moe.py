@@ -56,14 +56,14 @@ class Llada2Moe:
             q, k = self.norm(q, attention["query_layernorm.weight"]), self.norm(k, attention["key_layernorm.weight"])
             q, k = self.rotary(positions, q, k)
             if block_length is not None:
-                y = tt.block_causal_attention(q, k, v, block_length)
+                seen: Any = tt.block_causal_attention(q, k, v, block_length)
             elif cache is None:
-                y = tt.block_attention(q, k, v)
+                seen = tt.block_attention(q, k, v)
             else:
-                y = tt.block_attention(q, k, v, cache.k[i], cache.v[i], context_lens=start, context_index=rows)
+                seen = tt.block_attention(q, k, v, cache.k[i], cache.v[i], context_lens=start, context_index=rows)
             if cache is not None and commit:
                 cache.append(i, k, v, start, rows)
-            x = x + attention.linear(y.flatten(2), "dense")
+            x = x + attention.linear(seen.flatten(2), "dense")
             y, mlp = self.norm(x, layer["post_attention_layernorm.weight"]), layer.below("mlp")
             if i not in self.experts:
                 x = x + mlp.mlp(y, self.act)
@@ -107,12 +107,14 @@ class Llada2Moe:
         parts = [[experts[f"{e}.{p}_proj.weight"] for e in range(self.config["num_experts"])] for p in PROJECTIONS]
         return *tt.pack_experts(*parts), options
 
+    def cache(self, rows: int, length: int) -> Cache:
+        return Cache(self.layers, rows, length, self.kv_heads, self.head_dim, self.weights["model.norm.weight"])
+
     def generate(self, prompt: Tensor, *, blocks: int, block_length: int, threshold: float) -> tuple[Tensor, int]:
         """Block diffusion with `ThresholdParallelDecoder`: tokens `[B, T]` for prompts `[B, P]`, T the next multiple of
         the block, and how many steps denoised."""
         length = -(-(prompt.shape[1] + blocks * block_length) // block_length) * block_length
-        norm, nfe = self.weights["model.norm.weight"], 0
-        cache = Cache(self.layers, len(prompt), length, self.kv_heads, self.head_dim, norm)
+        cache, nfe = self.cache(len(prompt), length), 0
 
         def step(tokens: Tensor, start: Tensor, rows: Tensor, commit: bool) -> Tensor | None:
             nonlocal nfe

@@ -35,8 +35,12 @@ from examples.llada import Llada
 from examples.llada2_moe import Llada2Moe
 from examples.sdar import Sdar
 
-Model = Sdar | Llada | Llada2Moe | Dream
-SYSTEMS: dict[str, type[Model]] = {"sdar": Sdar, "llada": Llada, "llada2_moe": Llada2Moe, "dream": Dream}
+SYSTEMS: dict[str, type[Sdar | Llada | Llada2Moe | Dream]] = {
+    "sdar": Sdar,
+    "llada": Llada,
+    "llada2_moe": Llada2Moe,
+    "dream": Dream,
+}
 FILES = "cases.json", "model.safetensors", "io.safetensors"
 LIMIT = 1e-3
 
@@ -83,17 +87,17 @@ class Recording:
         self.system = document.get("system", self.config.get("model_type"))
         if self.system not in SYSTEMS:
             raise NotImplementedError(f"{folder}: expected one of {', '.join(SYSTEMS)} as system, got {self.system!r}")
-        self.model = SYSTEMS[self.system](self.config, Weights(weights), mask_token_id(document))
+        self.model: Any = SYSTEMS[self.system](self.config, Weights(weights), mask_token_id(document))
 
     def checks(self) -> Iterator[tuple[str, Callable[[], str]]]:
         """Every case by its name, and what judges it: an empty string if it agrees, or how it differs."""
         for name in sorted(self.tensors):
             if forward := re.fullmatch(r"(forward(?:\.block_causal(\d+))?)\.logits", name):
-                yield forward[1], lambda found=forward: self._forward(found[0], found[2])
+                yield forward[1], partial(self._forward, name, forward[2])
         if any(name.startswith("route.") for name in self.tensors):
             yield "route", self._route
         for index, case in enumerate(self.cases):
-            yield f"case {index}", lambda index=index, case=case: self._generation(index, case)
+            yield f"case {index}", partial(self._generation, index, case)
 
     def tensor(self, name: str) -> Tensor:
         if name not in self.tensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,14 +50,14 @@ class Sdar:
             q, k = self.norm(q, attention["q_norm.weight"]), self.norm(k, attention["k_norm.weight"])
             q, k = self.rotary(positions, q, k)
             if block_length is not None:
-                y = tt.block_causal_attention(q, k, v, block_length)
+                seen: Any = tt.block_causal_attention(q, k, v, block_length)
             elif cache is None:
-                y = tt.block_attention(q, k, v)
+                seen = tt.block_attention(q, k, v)
             else:
-                y = tt.block_attention(q, k, v, cache.k[i], cache.v[i], context_lens=start, context_index=rows)
+                seen = tt.block_attention(q, k, v, cache.k[i], cache.v[i], context_lens=start, context_index=rows)
             if cache is not None and commit:
                 cache.append(i, k, v, start, rows)
-            x = x + attention.linear(y.flatten(2), "o_proj")
+            x = x + attention.linear(seen.flatten(2), "o_proj")
             x = x + layer.below("mlp").mlp(self.norm(x, layer["post_attention_layernorm.weight"]), self.act)
         if commit:
             return None

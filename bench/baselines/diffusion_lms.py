@@ -116,6 +116,33 @@ class Sdar(Llama):
         q, k, v = super().qkv(x, name)
         return [self.norm(q, f"{name}.q_norm"), self.norm(k, f"{name}.k_norm"), v]
 
+    def unmask(
+        self,
+        logits: Tensor,
+        block: Tensor,
+        quota: int,
+        strategy: str,
+        confidence_threshold: float | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        """A step's tokens, written into the block."""
+        masked = block == self.mask
+        p, candidate = F.softmax(logits.float() / temperature, -1).max(-1)
+        confidence = torch.where(masked, p, -torch.inf)
+        take = torch.zeros_like(masked)
+        for row in range(len(block)):
+            if strategy == "sequential":
+                first = int(masked[row].nonzero()[0])
+                take[row, first : first + quota] = True
+                continue
+            if strategy == "low_confidence_dynamic":
+                high = confidence[row] > confidence_threshold
+                if high.sum() >= quota:
+                    take[row] = high
+                    continue
+            take[row, confidence[row].topk(quota).indices] = True
+        block[take] = candidate[take]
+
     @torch.no_grad()
     def generate(
         self,
@@ -146,23 +173,9 @@ class Sdar(Llama):
                 if not masked.any():
                     self(block, seen, start, cache, store=True)
                     break
-                probs = F.softmax(self(block, seen, start, cache).float() / temperature, -1)
+                logits = self(block, seen, start, cache)
+                self.unmask(logits, block, quota[step], strategy, confidence_threshold, temperature)
                 nfe += 1
-                p, candidate = probs.max(-1)
-                confidence = torch.where(masked, p, -torch.inf)
-                take = torch.zeros_like(masked)
-                for row in range(len(block)):
-                    if strategy == "sequential":
-                        first = int(masked[row].nonzero()[0])
-                        take[row, first : first + quota[step]] = True
-                        continue
-                    if strategy == "low_confidence_dynamic":
-                        high = confidence[row] > confidence_threshold
-                        if high.sum() >= quota[step]:
-                            take[row] = high
-                            continue
-                    take[row, confidence[row].topk(quota[step]).indices] = True
-                block[take] = candidate[take]
             x[:, start:stop] = block
         return x, nfe
 
@@ -207,6 +220,14 @@ class Llada2(Llama):
             out = out + self.mlp(rows, f"{name}.shared_experts")
         return out.view_as(x)
 
+    def unmask(self, logits: Tensor, block: Tensor, threshold: float) -> Tensor:
+        """The tokens after a step of `ThresholdParallelDecoder`."""
+        p, candidate = F.softmax(logits.float(), -1).max(-1)
+        masked = (block == self.mask) & (candidate != self.mask)
+        confidence = torch.where(masked, p, -torch.inf)
+        bound = (confidence.amax(1, keepdim=True) - 1e-5).clamp(-1000, threshold)
+        return torch.where(masked & (confidence >= bound), candidate, block)
+
     @torch.no_grad()
     def generate(self, prompt: Tensor, *, blocks: int, block_length: int, threshold: float) -> tuple[Tensor, int]:
         """Block diffusion with `ThresholdParallelDecoder`; the prefix is computed again before every block."""
@@ -218,43 +239,40 @@ class Llada2(Llama):
                 self(x, block_mask(start, block_length), 0, cache, store=True)
             block = x.new_full((len(x), block_length), self.mask)
             while (block == self.mask).any():
-                probs = F.softmax(self(block, None, start, cache).float(), -1)
+                block = self.unmask(self(block, None, start, cache), block, threshold)
                 nfe += 1
-                p, candidate = probs.max(-1)
-                masked = (block == self.mask) & (candidate != self.mask)
-                confidence = torch.where(masked, p, -torch.inf)
-                bound = (confidence.amax(1, keepdim=True) - 1e-5).clamp(-1000, threshold)
-                block = torch.where(masked & (confidence >= bound), candidate, block)
             x = torch.cat((x, block), 1)
         return x, nfe
 
 
 class Dream(Llama):
+    def unmask(self, logits: Tensor, tokens: Tensor, alg: str, step: int, steps: int, eps: float = 1e-3) -> Tensor:
+        """The tokens after a step."""
+        times = torch.linspace(1, eps, steps + 1)
+        masked = tokens == self.mask
+        logits = torch.cat((logits[:, :1], logits[:, :-1]), 1)[masked]
+        probs = logits.float().softmax(-1)
+        score, candidate = probs.max(-1)
+        if alg == "topk_margin":
+            first, second = probs.sort(-1, descending=True).values[:, :2].unbind(-1)
+            score = first - second
+        elif alg == "entropy":
+            score = (probs * torch.log(probs + 1e-10)).sum(-1)
+        count = masked.sum() / len(tokens)
+        quota = int(count * (1 - times[step + 1] / times[step])) if step < steps - 1 else int(count)
+        if not quota:
+            return tokens
+        confidence = torch.full(tokens.shape, -torch.inf).masked_scatter(masked, score)
+        proposed = torch.full_like(tokens, self.mask).masked_scatter(masked, candidate)
+        chosen = confidence.topk(quota).indices
+        return tokens.scatter(1, chosen, proposed.gather(1, chosen))
+
     @torch.no_grad()
-    def generate(
-        self, prompt: Tensor, *, alg: str, steps: int, new_tokens: int, eps: float = 1e-3
-    ) -> tuple[Tensor, int]:
+    def generate(self, prompt: Tensor, *, alg: str, steps: int, new_tokens: int) -> tuple[Tensor, int]:
         """`diffusion_generate` at temperature 0."""
         x = F.pad(prompt, (0, new_tokens), value=self.mask)
-        times = torch.linspace(1, eps, steps + 1)
         for step in range(steps):
-            masked = x == self.mask
-            logits = self(x, None)
-            logits = torch.cat((logits[:, :1], logits[:, :-1]), 1)[masked]
-            probs = logits.float().softmax(-1)
-            score, candidate = probs.max(-1)
-            if alg == "topk_margin":
-                first, second = probs.sort(-1, descending=True).values[:, :2].unbind(-1)
-                score = first - second
-            elif alg == "entropy":
-                score = (probs * torch.log(probs + 1e-10)).sum(-1)
-            count = masked.sum() / len(x)
-            quota = int(count * (1 - times[step + 1] / times[step])) if step < steps - 1 else int(count)
-            if quota:
-                confidence = torch.full(x.shape, -torch.inf).masked_scatter(masked, score)
-                proposed = torch.full_like(x, self.mask).masked_scatter(masked, candidate)
-                chosen = confidence.topk(quota).indices
-                x = x.scatter(1, chosen, proposed.gather(1, chosen))
+            x = self.unmask(self(x, None), x, alg, step, steps)
         return x, steps
 
 
@@ -307,7 +325,9 @@ class Llada:
         head = "wte" if self.config["weight_tying"] else "ff_out"
         return self.linear(x, head), present
 
-    def chosen(self, logits: Tensor, tokens: Tensor, masked: Tensor, quota: Tensor | None, threshold: float | None):
+    def unmask(
+        self, logits: Tensor, tokens: Tensor, masked: Tensor, quota: Tensor | None, threshold: float | None
+    ) -> Tensor:
         """`get_transfer_index`, carried out: the tokens after a step."""
         candidate = logits.argmax(-1)
         p = F.softmax(logits.double(), -1).gather(-1, candidate[..., None])[..., 0]
@@ -344,7 +364,7 @@ class Llada:
             def step(logits: Tensor, tokens: Tensor, i: int, end: int, quotas: list[Tensor] = quotas) -> Tensor:
                 masked = tokens == self.mask
                 masked[:, end:] = False
-                return self.chosen(logits, tokens, masked, quotas[i] if threshold is None else None, threshold)
+                return self.unmask(logits, tokens, masked, quotas[i] if threshold is None else None, threshold)
 
             i, past = 0, None
             while True:

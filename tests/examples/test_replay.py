@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from bench.baselines.diffusion_lm_weights import random_weights
 from examples.dream import Dream
 from examples.layers import Weights
 from examples.llada2_moe import Llada2Moe
 from examples.replay import main
 from examples.sdar import Sdar
-from tests.examples.random_systems import CONFIGS, MASK, random_weights, write
+from tests.examples.random_systems import CONFIGS, MASK, write
 from tests.paths import GOLDEN
 
 SYSTEMS = GOLDEN / "systems"
@@ -123,7 +124,7 @@ def test_prompts_of_other_lengths_are_padded_in_front() -> None:
     """RoPE is relative: a padded row of Dream says what it says alone."""
     torch.manual_seed(2)
     config = CONFIGS["dream"]
-    model = Dream(config, Weights(random_weights("dream", config)), MASK)
+    model = Dream(config, Weights(random_weights("dream", config, MASK)), MASK)
     prompts = [torch.randint(MASK, (1, length)) for length in (9, 4)]
     padded = torch.cat([F.pad(prompt, (9 - prompt.shape[1], 0), value=3) for prompt in prompts])
     mask = torch.tensor([[1] * 9, [0] * 5 + [1] * 4])
@@ -138,7 +139,7 @@ def test_prompts_of_other_lengths_are_padded_in_front() -> None:
 def test_a_threshold_of_dream_takes_more_steps_where_it_refuses() -> None:
     torch.manual_seed(3)
     config = CONFIGS["dream"]
-    model = Dream(config, Weights(random_weights("dream", config)), MASK)
+    model = Dream(config, Weights(random_weights("dream", config, MASK)), MASK)
     prompt = torch.randint(MASK, (1, 5))
     never, always = (
         model.generate(prompt, alg="confidence_threshold", steps=4, new_tokens=12, threshold=tau) for tau in (2.0, 0.0)
