@@ -44,7 +44,7 @@ def run(prompts: Any, **options: Any) -> GenerateResult:
 
 
 def values_of(event: Any) -> tuple[Any, ...]:
-    tensors = (event.rows, event.before, event.after, event.num_masked, event.nfe)
+    tensors = (event.rows, event.before, event.after, event.num_masked, event.nfe, event.start)
     return event.block, event.step, event.committed, *(t.tolist() for t in tensors)
 
 

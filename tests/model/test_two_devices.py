@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.gpu.test_capture import Recorder
 from tests.model.random_models import models, random_ids
 from tests.model.second_device import DEVICE, SecondDevice, apart, second_device
-from tests.model.small_model import package_model, save_small_model
+from tests.model.small_model import MASK, package_model, save_small_model
 from tests.model.test_generate_package import values_of
 from twotower_kernels import TwoTowerConfig, TwoTowerModel
 from twotower_kernels.model.capture import CapturedModel
@@ -43,14 +43,15 @@ def exact() -> TwoTowerModel:
     [{}, {"eos_token_id": 19}, {"temperature": 1.2, "top_k": 9, "seed": 5}],
     ids=["greedy", "rows end", "sampled"],
 )
-def test_two_devices_write_what_one_writes(mode: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("rows", [ROWS, [[5, MASK, 7], [6, 7, 8], [MASK, 10, MASK]]], ids=["prompts", "masks"])
+def test_two_devices_write_what_one_writes(rows: list[list[int]], mode: str, options: dict[str, Any]) -> None:
     """A ragged batch, event for event; blocks, calls and reasons too."""
     options = {"mode": mode, "max_new_tokens": 14, "block_size": 4, **options}
     one = package_model()
-    wanted = stream(one, ROWS, **options)
+    wanted = stream(one, rows, **options)
     events = [values_of(event) for event in wanted]
     with second_device():
-        got = stream(apart(copy.deepcopy(one)), ROWS, **options)
+        got = stream(apart(copy.deepcopy(one)), rows, **options)
         assert [values_of(event) for event in got] == events
         mine, theirs = got.result(), wanted.result()
         assert [t.tolist() for t in mine.sequences] == [t.tolist() for t in theirs.sequences]

@@ -160,6 +160,25 @@ def test_the_block_is_the_models_unless_it_is_said(tmp_path: Path, capsys: pytes
     assert line.startswith("twotower: warning: block_size 8 is larger than the 4")
 
 
+def test_masks_in_a_prompt_are_filled_in(
+    folder: Path, model: TwoTowerModel, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In block diffusion; the text is what follows the part before the first mask."""
+    ids = [BOS, *tokenizer.encode("ab<mask><mask>c").ids]
+    assert ids[3:5] == [model.config.mask_token_id] * 2
+    want = generate(model, [ids], max_new_tokens=6, eos_token_id=EOS)
+    text = tokenizer.decode(want.sequences[0][3:].tolist(), skip_special_tokens=True)
+    command = ("generate", "ab<mask><mask>c", "--model", folder, "--max-new-tokens", 6)
+    assert run(*command) == 0
+    assert capsys.readouterr().out == f"ab{text}\n" and text[2:3] == "c"
+    assert run(*command, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["text"], record["tokens"]) == (text, len(want.new_tokens[0])) and record["prompt"] == command[1]
+    new = generate(model, [ids], mode="ar", max_new_tokens=6, eos_token_id=EOS).new_tokens[0].tolist()
+    assert run(*command, "--json", "--mode", "ar") == 0
+    assert json.loads(capsys.readouterr().out)["text"] == tokenizer.decode(new, skip_special_tokens=True)
+
+
 # --- interruption ---------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 
 import twotower_kernels
 from twotower_kernels.cli import info
-from twotower_kernels.cli.show import Painter, Printer, costs, fitting, printable, speed, verdict
+from twotower_kernels.cli.show import Painter, Printer, before_masks, costs, fitting, printable, speed, verdict
 from twotower_kernels.generation import GenerateResult, Stream
 from twotower_kernels.model.generate import MODES, generate, stream
 from twotower_kernels.model.two_tower import TwoTowerModel
@@ -134,7 +134,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     write = commands.add_parser("generate", help="continue one prompt, or a file of them", allow_abbrev=False)
-    write.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue; - or nothing: standard input")
+    write.add_argument(
+        "prompt",
+        nargs="?",
+        metavar="PROMPT",
+        help="text to continue, its masks filled in; - or nothing: standard input",
+    )
     write.add_argument(
         "--prompt-file", type=Path, metavar="FILE", help='JSON lines, a prompt each: "text" or {"prompt": "text"}'
     )
@@ -360,9 +365,14 @@ def _watch(events: Stream, show: Painter | Printer | None) -> bool:
 def _generate(args: argparse.Namespace) -> int:
     prompts = _prompts(args)
     model, tokenizer = _load(args, towers="context" if args.mode == "ar" else "both")
+    ids = _ids(model, tokenizer, prompts)
+    mask = model.config.mask_token_id
+    heads, lengths = prompts, [len(row) for row in ids]
+    if args.mode == "mask_diffusion":
+        heads, lengths = before_masks(tokenizer, mask, prompts, ids)
     events = stream(
         model,
-        _ids(model, tokenizer, prompts),
+        ids,
         mode=args.mode,
         max_new_tokens=args.max_new_tokens,
         block_size=args.block_size or model.config.block_size or 16,
@@ -375,18 +385,23 @@ def _generate(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     console, ends = Console(highlight=False), model.config.eos_token_id
-    painter = Painter(console, tokenizer, prompts, mask_token_id=model.config.mask_token_id, eos_token_id=ends)
-    printer = Printer(tokenizer, prompts, max_new_tokens=args.max_new_tokens, eos_token_id=ends)
-    finished = _watch(events, None if args.json else painter if console.is_terminal else printer)
+    show: Painter | Printer | None = None
+    painter = Painter(console, tokenizer, heads, mask_token_id=mask, eos_token_id=ends)
+    if console.is_terminal:
+        show = painter
+    elif heads == prompts:  # a text whose masks are filled in is printed whole
+        show = Printer(tokenizer, prompts, max_new_tokens=args.max_new_tokens, eos_token_id=ends)
+    finished = _watch(events, None if args.json else show)
     result = events.result()
-    for row, (prompt, new) in enumerate(zip(prompts, result.new_tokens, strict=True)):
+    for row, (prompt, sequence, length) in enumerate(zip(prompts, result.sequences, lengths, strict=True)):
+        tokens = sequence[length:].tolist()
         if args.json:
-            text = tokenizer.decode(new.tolist(), skip_special_tokens=True)
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
             print(json.dumps(_record(prompt, text, result, row), ensure_ascii=False))
-        elif console.is_terminal:
+        elif not isinstance(show, Printer):
             if len(prompts) > 1:
                 print(f"--- prompt {row + 1}")
-            console.print(painter.page(row, new.tolist()), soft_wrap=True)
+            console.print(painter.page(row, tokens), soft_wrap=True)
     if not args.json:
         count = sum(map(len, result.new_tokens))
         cost = f"{count} tokens, NFE {sum(result.nfe)}, {result.tokens_per_nfe:.2f} tokens per NFE"
@@ -395,7 +410,8 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _record(prompt: str, text: str, result: GenerateResult, row: int) -> dict[str, Any]:
-    """What --json says of a prompt. The seconds are those of all prompts together: they share a batch."""
+    """What --json says of a prompt; the text is what follows its part before the first mask. The seconds are those of
+    all prompts together: they share a batch."""
     count, calls = len(result.new_tokens[row]), result.nfe[row]
     return {
         "prompt": prompt,
@@ -412,6 +428,8 @@ def _demo(args: argparse.Namespace) -> int:
     prompts = [_argument(args.prompt, "--prompt")]
     model, tokenizer = _load(args)
     ids = _ids(model, tokenizer, prompts)
+    if model.config.mask_token_id in ids[0]:
+        raise ValueError("--prompt: expected text without masks, which only block diffusion fills in")
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     ends, mask = model.config.eos_token_id, model.config.mask_token_id
     options |= {"seed": args.seed, "eos_token_id": ends}

@@ -178,6 +178,16 @@ class Printer:
         print(text, end="", flush=True)
 
 
+def before_masks(
+    tokenizer: Tokenizer, mask_token_id: int, prompts: list[str], ids: list[list[int]]
+) -> tuple[list[str], list[int]]:
+    """What stands before the first mask of each prompt: its text, and how many of its tokens."""
+    mask = tokenizer.id_to_token(mask_token_id) or ""
+    lengths = [row.index(mask_token_id) if mask_token_id in row else len(row) for row in ids]
+    cut = [length < len(row) for length, row in zip(lengths, ids, strict=True)]
+    return [text.partition(mask)[0] if some else text for text, some in zip(prompts, cut, strict=True)], lengths
+
+
 def printable(text: str) -> str:
     """The text without characters that would steer a terminal."""
     return text.translate(_UNPRINTABLE)
