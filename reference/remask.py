@@ -89,11 +89,13 @@ def remask(
         confidence_suppress_ids: tokens without probability in the statistics only; x^ may be one, with confidence 0.
         candidates: int64 [B, S], proposals drawn by the caller; -1: the op draws.
         rank_noise: [B, S] floating in [0, 1), instead of the op's own number per position: random scores, the noise of
-            ranks, the coin of each position, whether it stays a mask under the posterior, the random token floor(u V).
+            ranks, the coin of each position, what it becomes under "posterior" and "uniform", the random token
+            floor(u V), which is the op's own draw with "uniform" and "corrupt".
         shift: 1: position i is predicted by the logits at i - 1 (Dream), the first one by shift_logits; 0: by its own.
         shift_logits: [B, V] as logits, what stands before the first position. None: the first position's own logits.
 
-    A position of which the logits hold NaN or +inf, or nothing finite, keeps its token and has confidence NaN.
+    A position of which the logits hold NaN or +inf, or nothing finite, keeps its token and has confidence NaN; so does
+    one whose token is none of the vocabulary, under policies that ask for its probability (standing, "uniform").
 
     Errors: TypeError for a wrong type or dtype, ValueError for a wrong shape, device or value; each names the argument.
     """
@@ -152,7 +154,18 @@ def _step(
     temperature = _temperature(policy, a)  # [B]
     survivors = _filtered(policy, z, temperature, a)
     candidate = _candidate(policy, mask_token_id, z, survivors, temperature, a)
+    known = (tokens >= 0) & (tokens < logits.shape[2])  # what stands there may be any number
+    there = torch.where(known, tokens, 0).long()
+    if policy.standing:
+        candidate = there if a.candidates is None else torch.where(a.candidates >= 0, a.candidates, there)
+    drawn = torch.zeros_like(masked)
+    if policy.schedule == "uniform":
+        standing = _statistics(policy, mask_token_id, z, survivors, there, temperature, a)[0]
+        stays, drawn = _uniform(policy, standing, logits.shape[2], a)
+        candidate = torch.where(stays, there, candidate)
     confidence, entropy, score = _statistics(policy, mask_token_id, z, survivors, candidate, temperature, a)
+    if policy.standing or policy.schedule == "uniform":
+        confidence = torch.where(known, confidence, torch.nan)
     bad = ~confidence.isfinite()
 
     sent_back = torch.zeros_like(masked)
@@ -168,7 +181,6 @@ def _step(
     if policy.rank_temperature:
         noise = -torch.log(-torch.log1p(-a.noise(philox.RANKING)))  # Gumbel: the k best are draws without replacement
         score = score.double() / max(policy.rank_temperature, COLDEST) + noise
-    drawn = torch.zeros_like(masked)
     if policy.schedule == "coin":
         drawn = a.noise(philox.RANKING) < rho[:, None]
     elif policy.schedule == "posterior":
@@ -184,8 +196,12 @@ def _step(
         after, chosen = torch.where(edited, candidate, after), chosen | edited
     if policy.renoise:
         rejected = usable & ~chosen
-        random_token = (a.noise(philox.RENOISE) * logits.shape[2]).long()
-        after = torch.where(rejected, random_token, after)
+        own = policy.schedule in ("uniform", "corrupt")  # whose caller's numbers say which are random
+        noisy = (a.noise(philox.RENOISE, own) * logits.shape[2]).long()
+        if policy.renoise_as == "mask":
+            assert mask_token_id is not None
+            noisy = torch.full_like(noisy, mask_token_id)
+        after = torch.where(rejected, noisy, after)
         num_masked, done = rejected.sum(1), a.step >= a.num_steps - 1
     else:
         num_masked = (a.reach & (after == mask_token_id)).sum(1)
@@ -268,7 +284,7 @@ def _candidate(
     if policy.schedule == "posterior":
         tokens_only = z.index_fill(2, torch.tensor([mask_token_id], device=z.device), -torch.inf)
     candidate = tokens_only.argmax(-1)  # the first of equal ones
-    sampled = (temperature > COLDEST) & (not policy.greedy)
+    sampled = (temperature > COLDEST) & (not policy.greedy) & (not policy.standing)
     if policy.renoise and policy.finish:
         sampled = sampled & (a.step < a.num_steps - 1)
     if sampled.any():
@@ -321,6 +337,10 @@ def _statistics(
         score = top[..., 0] - (top[..., 1] if p.shape[2] > 1 else 0.0)
     elif policy.score == "neg_entropy":
         score = -entropy
+    elif policy.score == "top":
+        score = p.amax(-1)
+    elif policy.score == "gap":
+        score = x.gather(2, candidate.unsqueeze(2)).squeeze(2) - x.amax(-1)
     elif policy.score == "random":
         score = a.noise(philox.RANKING)
     else:
@@ -334,6 +354,28 @@ def _posterior(mask_token_id: int, z: Tensor, survivors: Tensor, temperature: Te
     drawn = 1 - torch.softmax(x, -1)[..., mask_token_id]
     best = (z.argmax(-1) != mask_token_id).to(z.dtype)
     return torch.where(temperature[:, None] > 0, drawn, best)
+
+
+def _uniform(
+    policy: RemaskPolicy, standing: Tensor, vocabulary: int, a: remask_checks.Arguments
+) -> tuple[Tensor, Tensor]:
+    """Whether a draw of the uniform-state q(x_s | x_t) is the token that stands there, of probability `standing`, and
+    whether it is that or x^ and no random token: bool [B, S] each.
+
+    With r = a(t) / a(s) and d = a(t) V p(x_t) + 1 - a(t): a random token with probability (1 - r) (1 - a(s)) / d, x_t
+    with (a(t) V p(x_t) + r - a(t)) / d, else x^. In the last step a(s) = 1, with finish x^ for certain.
+    """
+    before, after = remask_schedule.clean_fractions(policy, a.step, a.num_steps)  # [B]
+    last = a.step >= a.num_steps - 1
+    after = torch.where(last, 1.0, after)
+    ratio = torch.where(after > 0, before / after, 1.0)[:, None]
+    before, after = before[:, None], after[:, None]
+    weight = before * vocabulary * standing.double()
+    whole = weight + 1 - before
+    noise, keep = (1 - ratio) * (1 - after) / whole, (weight + ratio - before) / whole
+    u = a.noise(philox.POSTERIOR)
+    drawn = u >= noise
+    return drawn & (u < noise + keep) & ~(last & policy.finish)[:, None], drawn
 
 
 def _choose(
@@ -359,11 +401,12 @@ def _choose(
     def each(x: Tensor) -> Tensor:  # [B] -> [B * count]
         return x.repeat_interleave(count)
 
-    length = cut(a.valid).sum(1)
+    length = cut(a.reach if policy.schedule_base == "editable" else a.valid).sum(1)
     due = torch.ones_like(length, dtype=torch.bool)
     if policy.complete_threshold is not None:
         committed = cut(a.valid & ~masked).sum(1)
-        complete = (committed >= policy.complete_threshold * length.double()).reshape(batch, count)
+        whole_length = cut(a.valid).sum(1)
+        complete = (committed >= policy.complete_threshold * whole_length.double()).reshape(batch, count)
         due = torch.cat([torch.ones_like(complete[:, :1]), complete[:, :-1]], dim=1).reshape(-1)
     rows = Rows(
         waiting=cut(waiting),

@@ -40,9 +40,9 @@ class Arguments:
     candidates: Tensor | None  # int64 [B, S]
     rank_noise: Tensor | None  # float64 [B, S]
 
-    def noise(self, number: int) -> Tensor:
+    def noise(self, number: int, own: bool = False) -> Tensor:
         """The caller's number of each position, or the op's own for this reserved token number: float64 [B, S]."""
-        if self.rank_noise is not None:
+        if self.rank_noise is not None and not own:
             return self.rank_noise
         word = philox.position_words(self.seed, self.offset, self.step, self.valid.shape[1], number)
         return philox.uniform(word)
@@ -106,7 +106,7 @@ def check(
     device = logits.device
     _tensor("tokens", tokens, INTEGERS, (batch, block), device)
     if mask_token_id is None:
-        if not policy.renoise:
+        if not policy.renoise or policy.renoise_as == "mask":
             raise ValueError("mask_token_id: expected a token, as only a policy with renoise has no mask, got None")
     elif not 0 <= mask_token_id < vocab:
         raise ValueError(f"mask_token_id: expected a token in [0, {vocab - 1}], got {mask_token_id}")

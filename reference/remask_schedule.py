@@ -37,8 +37,13 @@ def model_time(policy: RemaskPolicy, masked: Tensor, block_size: int, step: Tens
     return t.float().clamp(0.0, 1.0)
 
 
-def clean_fraction(alpha: str, t: Tensor) -> Tensor:
-    """a(t), the fraction of clean tokens at time t in [0, 1]: falls from 1 (0.999 for "cosine_floor") to 0."""
+def clean_fraction(policy: RemaskPolicy, t: Tensor) -> Tensor:
+    """a(t), the fraction of clean tokens at time t in [0, 1]: falls from 1 to its floor."""
+    return policy.alpha_floor + (1 - policy.alpha_floor) * unfloored(policy.alpha, t)
+
+
+def unfloored(alpha: str, t: Tensor) -> Tensor:
+    """From 1 (0.999 for "cosine_floor") to 0."""
     if alpha == "linear":
         return 1 - t
     if alpha == "cosine":
@@ -50,9 +55,15 @@ def clean_fraction(alpha: str, t: Tensor) -> Tensor:
     return (torch.exp(-3 * t) - math.exp(-3)) / (1 - math.exp(-3))
 
 
+def clean_fractions(policy: RemaskPolicy, step: Tensor, num_steps: Tensor) -> tuple[Tensor, Tensor]:
+    """a(t) and a(s), before and after the step, float64."""
+    t, s = times(policy.min_t, policy.long_grid, step, num_steps)
+    return clean_fraction(policy, t), clean_fraction(policy, s)
+
+
 def leave_probability(policy: RemaskPolicy, step: Tensor, num_steps: Tensor) -> Tensor:
     """rho = (a(s) - a(t)) / (1 - a(t)), float64: the probability that a mask becomes a token in this step."""
-    a_t, a_s = (clean_fraction(policy.alpha, t) for t in times(policy.min_t, policy.long_grid, step, num_steps))
+    a_t, a_s = clean_fractions(policy, step, num_steps)
     return torch.where(a_t < 1, (a_s - a_t) / (1 - a_t), 1.0)
 
 
@@ -62,15 +73,17 @@ def quota(
     """q of the policy's schedule, int64 [R], not yet clamped to what waits. Everything is int64 [R].
 
     waiting: positions that wait now (n); initial: at the start of the block (n0), or None to infer it; length: of the
-    block (S). "coin" and "posterior" have none due as a number.
+    block (S). "coin", "posterior" and "uniform" have none due as a number.
     """
     n, remaining_steps = waiting, (num_steps - step).clamp(min=1)
-    if policy.schedule in ("even", "carried", "rounded") and policy.schedule_base == "masks" and initial is None:
+    even_from_masks = policy.schedule == "even" and policy.schedule_base == "masks"
+    if initial is None and (even_from_masks or policy.schedule in ("carried", "rounded")):
         initial = infer_initial(policy, n, length, step, num_steps)
     if policy.schedule == "remaining":
         q = (n + remaining_steps - 1) // remaining_steps
     elif policy.schedule == "even":
-        base = length if policy.schedule_base == "block" or initial is None else initial
+        base = initial if even_from_masks else length
+        assert base is not None
         q = base // num_steps
         if policy.spread_remainder:
             q = q + (step < base % num_steps)
@@ -82,8 +95,12 @@ def quota(
         q = spent(policy, initial, step + 1, num_steps) - spent(policy, initial, step, num_steps)
     elif policy.schedule == "noise":
         s = times(policy.min_t, policy.long_grid, step, num_steps)[1]
-        left = _snapped((1 - clean_fraction(policy.alpha, s)) * length).floor().long()
+        left = _snapped((1 - clean_fraction(policy, s)) * length).floor().long()
         q = n - torch.minimum(left, n - 1).clamp(min=0)
+    elif policy.schedule == "corrupt":
+        s = times(policy.min_t, policy.long_grid, step, num_steps)[1]
+        noisy = _snapped((1 - clean_fraction(policy, s)) * length).round().long()  # round half to even
+        q = n - torch.minimum(noisy.clamp(min=1), n)
     elif policy.schedule == "truncated":
         q = _snapped(n * leave_probability(policy, step, num_steps)).floor().long()
     else:

@@ -22,7 +22,7 @@ class Rows:
     score: Tensor  # [R, L], larger is better
     confidence: Tensor  # [R, L]
     entropy: Tensor  # [R, L]
-    drawn: Tensor  # bool [R, L]: the positions that "coin" and "posterior" choose
+    drawn: Tensor  # bool [R, L]: the positions that "coin", "posterior" and "uniform" choose
     due: Tensor  # bool [R]: False where a stretch waits for the one before
     bound: Tensor  # [R], of the gate
     initial: Tensor | None  # int64 [R], n0
@@ -36,7 +36,7 @@ def select(policy: RemaskPolicy, rows: Rows) -> Tensor:
     order = _order(rows.usable, rows.score)  # [R, L] positions, best first; those not usable come last
     rank = _inverse(order)
     gate = _gate(policy, rows, order, rank)
-    if policy.schedule in ("coin", "posterior"):
+    if policy.schedule in ("coin", "posterior", "uniform"):
         chosen = (gate | rows.drawn) & rows.usable
     else:
         chosen = _combine(policy, rows, gate, rank)

@@ -142,7 +142,9 @@ def policy_of(case: Case, p: dict[str, Any], P: Any) -> Any:
         "dllm.factor": lambda: P.fast_dllm_factor(p["factor"], last_free=False),
         "dllm.alpha_schedule": lambda: P.dllm(ALPHAS[p["scheduler"]], _score(p)),
         "fast_dllm.dream_confidence_threshold": lambda: P.fast_dllm_dream(p["threshold"]),
-        "dream.": lambda: P.dream(DREAM[p["alg"]], eps=p["eps"]),
+        "dream.": lambda: P.dream(
+            DREAM[p["alg"]], eps=p["eps"], alg_temp=None if p["alg"] == "origin" else p.get("alg_temp")
+        ),
         "sdar.": lambda: _sdar(P, p, greedy),
         "jetengine.": lambda: _jetengine(P, p, greedy),
         "lmdeploy.": lambda: _lmdeploy(P, p),

@@ -16,6 +16,16 @@ REMASK_FUNCTION bool looks_at_committed(const RemaskOptions& options) {
     return options.renoise || options.has_edit_threshold || options.has_remask_threshold;
 }
 
+// Whether what stands at a position has to be a token of the vocabulary.
+REMASK_FUNCTION bool asks_for_standing(const RemaskOptions& options) {
+    return options.standing || options.schedule == RemaskChoice::uniform;
+}
+
+// Whether random tokens are the op's own draws although the caller gives numbers, which have another purpose then.
+REMASK_FUNCTION bool renoises_by_itself(const RemaskOptions& options) {
+    return options.schedule == RemaskChoice::uniform || options.schedule == RemaskChoice::corrupt;
+}
+
 // `Row` has step, num_steps, top_k and top_p, and temperature as it was given. Sets temperature to that of this step,
 // and whether tokens are drawn and whether a filter matters.
 template <class Step, class Row>
@@ -27,7 +37,7 @@ REMASK_FUNCTION void derive(const Step& a, int64 vocabulary, Row& row) {
     }
     if (row.temperature > 0 && row.temperature < coldest) row.temperature = coldest;
     const bool ends = a.options.renoise && a.options.finish && row.step >= row.num_steps - 1;
-    row.sampled = row.temperature > coldest && !a.options.greedy && !ends;
+    row.sampled = row.temperature > coldest && !a.options.greedy && !a.options.standing && !ends;
     const bool filters = (row.top_k > 0 && row.top_k < vocabulary) || row.top_p < 1;
     const bool matters =
         row.sampled || a.options.statistics == RemaskChoice::filtered || a.options.schedule == RemaskChoice::posterior;
@@ -84,6 +94,28 @@ REMASK_FUNCTION double token_probability(const Posterior<W>& q, double temperatu
     return double(W(ahead > 0 ? q.mass * exp(-ahead) / (q.mass * exp(-ahead) + 1) : q.mass / (q.mass + exp(ahead))));
 }
 
+// --- the uniform-state posterior of a position ----------------------------------------------------------------------
+
+// The fraction of clean tokens before and after a step.
+struct RemaskClean {
+    double before, after;
+};
+
+// What a draw of the uniform-state q(x_s | x_t) is: the proposal, the token that stands there, or a random token.
+enum RemaskDraw { draws_proposal, draws_standing, draws_noise };
+
+// standing: the probability of the token that stands there; uniform: the position's number in [0, 1). In the last step
+// nothing is noise, and with finish all take their proposal.
+template <class Step>
+REMASK_FUNCTION RemaskDraw uniform_draw(const Step& a, const RemaskClean& clean, bool last, double standing,
+                                        double uniform) {
+    const double before = clean.before, after = last ? 1.0 : clean.after, ratio = after > 0 ? before / after : 1.0;
+    const double weight = before * double(a.vocabulary) * standing, whole = weight + 1 - before;
+    const double noise = (1 - ratio) * (1 - after) / whole, keep = (weight + ratio - before) / whole;
+    if (uniform < noise) return draws_noise;
+    return uniform < noise + keep && !(last && a.options.finish) ? draws_standing : draws_proposal;
+}
+
 // --- a position -----------------------------------------------------------------------------------------------------
 
 struct RemaskPosition {
@@ -136,7 +168,8 @@ REMASK_FUNCTION RemaskOutcome outcome(const Step& a, int64 mask, int64 vocabular
     const bool written = chosen || edited<W>(a, p);
     if (a.options.renoise) {
         const bool rejected = !written && usable<W>(a, mask, p);
-        if (rejected) return {int64(uniform() * double(vocabulary)), false, true};
+        const bool as_mask = a.options.renoise_as == RemaskChoice::as_mask;
+        if (rejected) return {as_mask ? mask : int64(uniform() * double(vocabulary)), false, true};
         return {written ? p.candidate : p.before, written, false};
     }
     const int64 token = written ? p.candidate : sent_back<W>(a, p) ? mask : p.before;

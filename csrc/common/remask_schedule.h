@@ -20,7 +20,7 @@ REMASK_FUNCTION RemaskTimes remask_times(const RemaskOptions& options, double mi
     return {(n - i + i * min_t) / n, (n - i - 1 + (i + 1) * min_t) / n};
 }
 
-REMASK_FUNCTION double clean_fraction(int64 alpha, double t) {
+REMASK_FUNCTION double unfloored(int64 alpha, double t) {
     switch (alpha) {
         case RemaskChoice::linear: return 1 - t;
         case RemaskChoice::cosine: return quarter_cosine(t);
@@ -30,12 +30,23 @@ REMASK_FUNCTION double clean_fraction(int64 alpha, double t) {
     }
 }
 
+template <class Step>
+REMASK_FUNCTION double clean_fraction(const Step& a, double t) {
+    return a.bounds.alpha_floor + (1 - a.bounds.alpha_floor) * unfloored(a.options.alpha, t);
+}
+
+// Before and after step i of N.
+template <class Step>
+REMASK_FUNCTION RemaskClean clean_fractions(const Step& a, int64 step, int64 num_steps) {
+    const RemaskTimes at = remask_times(a.options, a.bounds.min_t, step, num_steps);
+    return {clean_fraction(a, at.t), clean_fraction(a, at.s)};
+}
+
 // The probability that a mask becomes a token in this step.
 template <class Step>
 REMASK_FUNCTION double leave_probability(const Step& a, int64 step, int64 num_steps) {
-    const RemaskTimes at = remask_times(a.options, a.bounds.min_t, step, num_steps);
-    const double before = clean_fraction(a.options.alpha, at.t), after = clean_fraction(a.options.alpha, at.s);
-    return before < 1 ? (after - before) / (1 - before) : 1.0;
+    const RemaskClean a_of = clean_fractions(a, step, num_steps);
+    return a_of.before < 1 ? (a_of.after - a_of.before) / (1 - a_of.before) : 1.0;
 }
 
 REMASK_FUNCTION double snapped(double x) {
@@ -79,9 +90,9 @@ REMASK_FUNCTION int64 spent(const Step& a, const Row& row, int64 initial, int64 
 template <class Step, class Row>
 REMASK_FUNCTION bool infers_initial(const Step& a, const Row& row) {
     const int64 schedule = a.options.schedule;
-    const bool counts =
-        schedule == RemaskChoice::even || schedule == RemaskChoice::carried || schedule == RemaskChoice::rounded;
-    return counts && a.options.schedule_base == RemaskChoice::of_masks && row.initial < 0;
+    const bool even = schedule == RemaskChoice::even && a.options.schedule_base == RemaskChoice::of_masks;
+    const bool counts = even || schedule == RemaskChoice::carried || schedule == RemaskChoice::rounded;
+    return counts && row.initial < 0;
 }
 template <class Step, class Row>
 REMASK_FUNCTION bool leaves_enough(const Step& a, const Row& row, int64 initial, int64 waiting) {
@@ -99,17 +110,22 @@ REMASK_FUNCTION int64 quota(const Step& a, const Row& row, int64 initial, int64 
             return quotient_down(wrapped_sum(wrapped_sum(n, left), -1), left);
         }
         case RemaskChoice::even: {
-            const bool whole = a.options.schedule_base == RemaskChoice::of_block || initial < 0;
-            const int64 base = whole ? length : initial;
+            const int64 base = a.options.schedule_base == RemaskChoice::of_masks ? initial : length;
             return base / num_steps + (a.options.spread_remainder && step < base % num_steps);
         }
         case RemaskChoice::carried: return spent(a, row, initial, wrapped_sum(step, 1)) - (initial - n);
         case RemaskChoice::rounded: return spent(a, row, initial, wrapped_sum(step, 1)) - spent(a, row, initial, step);
         case RemaskChoice::noise: {
             const double s = remask_times(a.options, a.bounds.min_t, step, num_steps).s;
-            const double noisy = floor(snapped((1 - clean_fraction(a.options.alpha, s)) * double(length)));
+            const double noisy = floor(snapped((1 - clean_fraction(a, s)) * double(length)));
             const int64 most = int64(noisy) < n - 1 ? int64(noisy) : n - 1;
             return n - (most > 0 ? most : 0);
+        }
+        case RemaskChoice::corrupt: {
+            const double s = remask_times(a.options, a.bounds.min_t, step, num_steps).s;
+            const int64 noisy = int64(nearbyint(snapped((1 - clean_fraction(a, s)) * double(length))));
+            const int64 most = noisy > 1 ? noisy : 1;
+            return n - (most < n ? most : n);
         }
         case RemaskChoice::truncated: return int64(floor(snapped(double(n) * row.leave)));
         default: return 0;

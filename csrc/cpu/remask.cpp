@@ -34,6 +34,7 @@ int64_t proposal(const Remask& a, const RemaskRow& row, int64_t b, int64_t s, co
         const int64_t given = a.candidates.at(b, s);
         if (given >= 0) return given;
     }
+    if (a.options.standing) return token_at(a, b, s);
     if (!row.sampled || !noise_matters(f.best.value, row.temperature)) return f.best.token;
     const Two<W>& drawn = f.drawn;
     const W near = W(1e-4);
@@ -58,10 +59,19 @@ void evaluate(const Remask& a, const Scan<X>& scan, const RemaskRow& row, int64_
     position.candidate = -1;
     position.score = position.confidence = position.entropy = __builtin_nan("");
     if (f.wrong || f.sum.mass == 0 || mask_is_certain) return;
-    const int64_t candidate = proposal<X>(a, row, b, s, f);
+    const bool known = position.before >= 0 && position.before < a.vocabulary;
+    if (!known && asks_for_standing(a.options)) return;
+    int64_t candidate = proposal<X>(a, row, b, s, f);
     const double t = double(scan.own_temperature(row)), top = double(f.sum.top);
     const auto probability = [&](W z) { return double(W(::exp((double(z) - top) / t) / f.sum.mass)); };
-    position.confidence = probability(scan.scored_logit(row, b, s, candidate, f));
+    const auto probability_of = [&](int64_t token) { return probability(scan.scored_logit(row, b, s, token, f)); };
+    if (a.options.schedule == RemaskChoice::uniform) {
+        const RemaskDraw draw = uniform_draw(a, row.clean, row.last(), probability_of(position.before),
+                                             position_noise(a, row, b, s, posterior_draw));
+        if (draw == draws_standing) candidate = position.before;
+        position.drawn = draw != draws_noise;
+    }
+    position.confidence = probability_of(candidate);
     position.candidate = candidate;
     position.entropy = double(W(f.sum.entropy()));
     switch (a.options.score) {
@@ -71,6 +81,12 @@ void evaluate(const Remask& a, const Scan<X>& scan, const RemaskRow& row, int64_
             break;
         case RemaskChoice::neg_entropy: position.score = -position.entropy; break;
         case RemaskChoice::random: position.score = position_noise(a, row, b, s, ranking_draw); break;
+        case RemaskChoice::top: position.score = probability(f.sum.top); break;
+        case RemaskChoice::gap: {
+            const W behind = scan.scored_logit(row, b, s, candidate, f) - W(f.sum.top);
+            position.score = double(behind / W(t));
+            break;
+        }
         default: position.score = -double(s);
     }
     if (a.options.schedule == RemaskChoice::coin)
@@ -137,6 +153,7 @@ void step(const Remask& a) {
     const int64_t batch = a.batch, block = a.block, vocabulary = a.vocabulary;
     const int64_t pieces = (vocabulary + piece_size - 1) / piece_size;
     const bool all = looks_at_committed(a.options);
+    const bool editable_alone = a.options.schedule_base == RemaskChoice::of_editable;
     Scratch<RemaskRow> rows(batch);
     Scratch<RemaskCandidate> positions(batch, block);
     Scratch<int64_t> looked(batch, block), slot(batch, block);  // positions by number, and the other way round
@@ -152,7 +169,9 @@ void step(const Remask& a) {
             position.valid = s < rows[b].length;
             position.before = token_at(a, b, s);
             position.masked = a.mask_token_id >= 0 && position.before == a.mask_token_id;
-            position.looked = reaches(a, rows[b], b, s) && (all || position.masked);
+            const bool reached = reaches(a, rows[b], b, s);
+            position.looked = reached && (all || position.masked);
+            position.counted = editable_alone ? reached : position.valid;
             if (position.looked) slot[i] = count, looked[count++] = i;
         }
     }

@@ -13,7 +13,9 @@ struct RemaskRow {
     int64_t step, num_steps, top_k, seed, offset, initial, length;
     double temperature;  // of this step; 0: none
     double top_p, gate_bound, leave;
+    RemaskClean clean;
     bool sampled, filtered;
+    bool last() const { return step >= num_steps - 1; }
 };
 
 inline RemaskRow remask_row(const Remask& a, int64_t b) {
@@ -29,6 +31,7 @@ inline RemaskRow remask_row(const Remask& a, int64_t b) {
     row.top_p = a.top_p[b];
     row.gate_bound = a.gate_bound[b];
     row.leave = leave_probability(a, row.step, row.num_steps);
+    row.clean = clean_fractions(a, row.step, row.num_steps);
     derive(a, a.vocabulary, row);
     return row;
 }
@@ -59,7 +62,8 @@ inline bool reaches(const Remask& a, const RemaskRow& row, int64_t b, int64_t s)
 
 // The caller's number of a position, or the op's own.
 inline double position_noise(const Remask& a, const RemaskRow& row, int64_t b, int64_t s, uint32_t draw) {
-    if (a.rank_noise) return a.rank_noise.at(b, s);
+    const bool own = draw == renoise_draw && renoises_by_itself(a.options);
+    if (a.rank_noise && !own) return a.rank_noise.at(b, s);
     return uniform(philox_word(Stream(row.seed, row.offset, row.step, s), draw));
 }
 

@@ -14,7 +14,7 @@ namespace TT_ISA {
 // What selection knows of a position.
 struct RemaskCandidate : RemaskPosition {
     double score, entropy;
-    bool valid, sent_back, waiting, usable, drawn, gate, chosen;
+    bool valid, counted, sent_back, waiting, usable, drawn, gate, chosen;
 };
 
 // Scratch of one thread for rows of n positions: the usable positions in order, and the merge sort's other half.
@@ -66,7 +66,7 @@ class RemaskSelection {
         const RemaskOptions& options = a_.options;
         if (options.finish && row.step >= row.num_steps - 1) {
             for (int64_t r = 0; r < usable; ++r) position[order[r]].chosen = true;
-        } else if (options.schedule == RemaskChoice::coin || options.schedule == RemaskChoice::posterior) {
+        } else if (draws(options)) {
             for (int64_t r = 0; r < usable; ++r)
                 position[order[r]].chosen = position[order[r]].gate || position[order[r]].drawn;
         } else {
@@ -75,6 +75,11 @@ class RemaskSelection {
     }
 
    private:
+    // The schedules by which every position is drawn by itself.
+    static bool draws(const RemaskOptions& options) {
+        return options.schedule == RemaskChoice::coin || options.schedule == RemaskChoice::posterior ||
+               options.schedule == RemaskChoice::uniform;
+    }
     double value(const RemaskCandidate& position) const {
         return a_.options.gate_on == RemaskChoice::on_score ? position.score : position.confidence;
     }
@@ -147,7 +152,7 @@ class RemaskSelection {
         for (int64_t i = 0; i < n; ++i) {
             if (position[i].waiting && first == n) first = i;
             waiting += position[i].waiting;
-            length += position[i].valid;
+            length += position[i].counted;
             passed += position[i].gate;
             least += position[i].sent_back;
         }

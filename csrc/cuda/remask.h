@@ -37,10 +37,11 @@ struct Row {
     int64 step, num_steps, top_k, initial;
     double temperature;  // of this step; 0: none
     double top_p, gate_bound, leave;
+    RemaskClean clean;
     bool sampled, filtered;
 };
 
-// All but `leave`, which only selection needs and takes long.
+// All but `leave` and `clean`, which only selection needs and take long.
 __device__ inline Row row_of(const Remask& a, int64 b) {
     Row row;
     row.step = a.step[b];

@@ -23,6 +23,7 @@ __device__ inline int64 proposal(const Remask& a, const Row& row, int64 b, int64
         const int64 given = a.candidates.at(b, s);
         if (given >= 0 && given < a.vocabulary) return given;
     }
+    if (a.options.standing) return token_at(a, b, s);
     if (!row.sampled || !noise_matters(f.best, row.temperature)) return f.best_token;
     const int64 first = drawn_token(f.drawn.first), second = drawn_token(f.drawn.second);
     if (!(drawn_value(f.drawn.first) - drawn_value(f.drawn.second) < 1e-4f)) return first;
@@ -36,7 +37,8 @@ __device__ inline int64 proposal(const Remask& a, const Row& row, int64 b, int64
 
 // The caller's number of a position, or the op's own.
 __device__ inline double position_noise(const Remask& a, const Row& row, int64 b, int64 s, unsigned draw) {
-    if (a.rank_noise) return a.rank_noise.at(b, s);
+    const bool own = draw == renoise_draw && renoises_by_itself(a.options);
+    if (a.rank_noise && !own) return a.rank_noise.at(b, s);
     return uniform(philox_word(stream_of(a, row, b, s), draw));
 }
 
@@ -53,29 +55,45 @@ __device__ inline bool evaluate(const Remask& a, const Row& row, int64 b, int64 
         positions.score[s] = positions.confidence[s] = positions.entropy[s] = __uint_as_float(0x7fc00000u);
     }
     if (f.wrong || f.mass == 0) return false;
+    const int64 before = token_at(a, b, s);
+    if (asks_for_standing(a.options) && (before < 0 || before >= a.vocabulary)) return false;
     Posterior<float> q = {};
     if (posterior) q = posterior_of(a, row, f, filter, pieces);
     if (tempered && q.mask == infinity()) return false;  // nothing is left to tokens
-    const int64 candidate = proposal(a, row, b, s, f);
-    float z = candidate == f.best_token ? f.best : logit_at(a, b, s, candidate);
-    const bool suppressed = (a.options.suppress_mask && candidate == a.mask_token_id) ||
-                            is_listed(candidate, a.suppressed) || is_listed(candidate, a.unscored);
-    if (suppressed || (tempered && row.filtered && !(z >= filter->least))) z = -infinity();
+    int64 candidate = proposal(a, row, b, s, f);
+    const auto probability = [&](float logit) { return float(exp((double(logit) - double(f.top)) / t) / f.mass); };
+    const auto scored_logit = [&](int64 token) {  // by the warp: as the statistics see it
+        const float z = token == f.best_token ? f.best : logit_at(a, b, s, token);
+        const bool suppressed = (a.options.suppress_mask && token == a.mask_token_id) ||
+                                is_listed(token, a.suppressed) || is_listed(token, a.unscored);
+        return suppressed || (tempered && row.filtered && !(z >= filter->least)) ? -infinity() : z;
+    };
+    bool drawn = false;
+    if (a.options.schedule == RemaskChoice::uniform) {
+        const RemaskDraw draw =
+            uniform_draw(a, row.clean, row.step >= row.num_steps - 1, double(probability(scored_logit(before))),
+                         position_noise(a, row, b, s, posterior_draw));
+        if (draw == draws_standing) candidate = before;
+        drawn = draw != draws_noise;
+    }
+    const float z = scored_logit(candidate);
     if (lane_id() > 0) return false;
 
-    const auto probability = [&](float logit) { return float(exp((double(logit) - double(f.top)) / t) / f.mass); };
     const float confidence = probability(z), entropy = float(log(f.mass) + f.drop / f.mass);
     double score = confidence;
     if (a.options.score == RemaskChoice::margin) score = probability(f.top) - probability(f.second);
     if (a.options.score == RemaskChoice::neg_entropy) score = -entropy;
     if (a.options.score == RemaskChoice::random) score = position_noise(a, row, b, s, ranking_draw);
+    if (a.options.score == RemaskChoice::top) score = probability(f.top);
+    if (a.options.score == RemaskChoice::gap) score = (z - f.top) / own_temperature(a, row);
     if (a.options.score == RemaskChoice::leftmost) score = -double(s);
     positions.candidate[s] = int(candidate);
     positions.confidence[s] = confidence;
     positions.entropy[s] = entropy;
     positions.score[s] = score;
     if (a.options.schedule == RemaskChoice::coin) return position_noise(a, row, b, s, ranking_draw) < row.leave;
-    return posterior && position_noise(a, row, b, s, posterior_draw) < token_probability(q, row.temperature);
+    if (posterior) return position_noise(a, row, b, s, posterior_draw) < token_probability(q, row.temperature);
+    return drawn;
 }
 
 __device__ inline RemaskPosition position_of(const Remask& a, int64 b, int64 s, const Positions& positions) {
@@ -114,6 +132,8 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     if (a.options.schedule == RemaskChoice::coin || a.options.schedule == RemaskChoice::truncated ||
         a.options.schedule == RemaskChoice::posterior)
         row.leave = leave_probability(a, row.step, row.num_steps);
+    row.clean = {};
+    if (a.options.schedule == RemaskChoice::uniform) row.clean = clean_fractions(a, row.step, row.num_steps);
 
     if (threadIdx.x == 0) *left = 0;
     await_last();
@@ -128,9 +148,11 @@ extern "C" __global__ void __launch_bounds__(512, 1)
         if (lane_id() > 0) continue;
         positions.is[s] = (masked(a, b, s) ? Positions::masked : 0u) | (is_looked ? Positions::looked : 0u);
         const RemaskPosition p = position_of(a, b, s, positions);
+        const bool within = valid(a, b, s);
+        const bool counted = a.options.schedule_base == RemaskChoice::of_editable ? reaches(a, b, s) : within;
         positions.is[s] |=
-            (valid(a, b, s) ? Positions::within : 0u) | (sent_back<float>(a, p) ? Positions::returned : 0u) |
-            (waits<float>(a, p) ? Positions::waiting : 0u) |
+            (within ? Positions::within : 0u) | (counted ? Positions::counted : 0u) |
+            (sent_back<float>(a, p) ? Positions::returned : 0u) | (waits<float>(a, p) ? Positions::waiting : 0u) |
             (usable<float>(a, a.mask_token_id, p) ? Positions::usable : 0u) | (drawn ? Positions::drawn : 0u);
     }
     __syncthreads();

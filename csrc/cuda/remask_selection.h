@@ -25,7 +25,16 @@ struct Positions {
     __device__ bool good(int64 s) const { return fate[s] & passed; }
     __device__ bool taken(int64 s) const { return fate[s] & chosen; }
 
-    enum : unsigned { within = 1, masked = 2, looked = 4, returned = 8, waiting = 16, usable = 32, drawn = 64 };
+    enum : unsigned {
+        within = 1,
+        masked = 2,
+        looked = 4,
+        returned = 8,
+        waiting = 16,
+        usable = 32,
+        drawn = 64,
+        counted = 128
+    };
     enum : unsigned { passed = 1, chosen = 2 };  // by the gate; by the step
 };
 
@@ -190,7 +199,7 @@ class Selection {
         first_ = first_waiting(stretch);
         if (!stretch.due) return;
         const int waits = count(stretch, positions_, Positions::waiting),
-                  length = count(stretch, positions_, Positions::within);
+                  length = count(stretch, positions_, Positions::counted);
         const int64 initial = infers_initial(a_, row_) ? inferred_initial(waits, length) : row_.initial;
         least_ = a_.options.min_commits + count(stretch, positions_, Positions::returned);
         quota_ = quota(a_, row_, initial, waits, length);
@@ -198,7 +207,8 @@ class Selection {
     }
     // The schedules by which every position is drawn by itself.
     __device__ bool draws() const {
-        return a_.options.schedule == RemaskChoice::coin || a_.options.schedule == RemaskChoice::posterior;
+        return a_.options.schedule == RemaskChoice::coin || a_.options.schedule == RemaskChoice::posterior ||
+               a_.options.schedule == RemaskChoice::uniform;
     }
 
     // Whether a usable position takes its candidate. before: those that passed, and the others of better ranks.

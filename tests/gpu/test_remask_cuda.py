@@ -68,8 +68,15 @@ def test_any_step_whose_places_lie_in_scratch(inputs: dict[str, Any], layout: in
 
 
 RARE: dict[str, dict[str, Any]] = {
-    "posterior": dict(schedule="posterior", suppress_mask=True),
-    "editing": dict(renoise=False, edit_threshold=0.5, remask_threshold=0.3),
+    "posterior": dict(schedule="posterior", suppress_mask=True, rank_temperature=0.0),
+    "uniform": dict(
+        **dict(schedule="uniform", renoise=True, renoise_as="random", standing=False, rank_temperature=0.0),
+        **dict(edit_threshold=None, remask_threshold=None),
+    ),
+    "corrupt": dict(schedule="corrupt", renoise=True, standing=True, edit_threshold=None, remask_threshold=None),
+    "editing": dict(
+        schedule="even", standing=False, renoise_as="random", renoise=False, edit_threshold=0.5, remask_threshold=0.3
+    ),
     "renoise": dict(renoise=True, edit_threshold=None, remask_threshold=None),
 }
 

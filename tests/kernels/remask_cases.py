@@ -50,13 +50,14 @@ flag = st.booleans()
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "suppress_mask": flag,
     "skip_mask_candidates": flag,
+    "standing": st.sampled_from([False, False, True]),
     "greedy": flag,
     "statistics": st.sampled_from(["raw", "filtered"]),
     "top_p_first": flag,
     "top_p_tempered": flag,
     "top_p_keep_crossing": flag,
     "temperature_end": st.none() | st.floats(0.3, 1.5),
-    "score": st.sampled_from(["confidence", "margin", "neg_entropy", "random", "leftmost"]),
+    "score": st.sampled_from(["confidence", "margin", "neg_entropy", "top", "gap", "random", "leftmost"]),
     "position_penalty": st.sampled_from([0.0, 0.0, 0.05, 0.3]),
     "rank_temperature": st.sampled_from([0.0, 0.0, 0.05, 1.0]),
     "gate": st.sampled_from(["none", "threshold", "factor", "entropy_sum"]),
@@ -68,12 +69,16 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "entropy_includes_self": flag,
     "run_threshold": st.none() | unit,
     "schedule": st.sampled_from(
-        ["none", "remaining", "even", "carried", "noise", "truncated", "rounded", "coin", "posterior"]
+        [
+            *("none", "remaining", "even", "carried", "noise", "truncated", "rounded", "coin", "posterior"),
+            *("uniform", "corrupt"),
+        ]
     ),
-    "schedule_base": st.sampled_from(["masks", "block"]),
+    "schedule_base": st.sampled_from(["masks", "block", "editable"]),
     "spread_remainder": flag,
     "alpha": st.sampled_from(["linear", "cosine", "exponential", "sine", "cosine_floor"]),
     "min_t": st.sampled_from([0.0, 1e-5, 1e-3, 0.1]),
+    "alpha_floor": st.sampled_from([0.0, 1e-3, 0.2]),
     "long_grid": flag,
     "warmup": st.sampled_from([0.0, 0.0, 0.4]),
     "min_commits": st.integers(0, 3),
@@ -85,6 +90,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "edit_threshold": st.none() | unit,
     "remask_threshold": st.none() | unit,
     "renoise": flag,
+    "renoise_as": st.sampled_from(["random", "mask"]),
     "time": st.sampled_from(["masked_fraction", "schedule"]),
 }
 
@@ -95,6 +101,10 @@ def policies(draw: Any) -> RemaskPolicy:
     fields = {name: draw(values) for name, values in FIELDS.items() if draw(flag)}
     if fields.get("combine") == "cap" and fields.get("gate", "none") == "none":
         fields["gate"] = "threshold"
+    if fields.get("schedule") == "uniform":
+        fields |= {"renoise": True, "renoise_as": "random", "standing": False}
+    if fields.get("standing") or fields.get("renoise_as") == "mask":
+        fields["renoise"] = True
     if fields.get("renoise"):
         fields |= {"edit_threshold": None, "remask_threshold": None}
     if fields.get("schedule") == "posterior":
@@ -102,11 +112,8 @@ def policies(draw: Any) -> RemaskPolicy:
     if fields.get("complete_threshold") is not None and not fields.get("sub_block"):
         fields["sub_block"] = 2
     if fields.get("rank_temperature"):  # noise is for ranks alone
-        meaningless = {"score": ("random",), "gate_on": ("score",), "schedule": ("coin", "posterior")}
+        meaningless = {"score": ("random",), "gate_on": ("score",), "schedule": ("coin", "posterior", "uniform")}
         fields = {name: value for name, value in fields.items() if value not in meaningless.get(name, ())}
-    # carried and rounded count from n0, which a block's base does not have
-    if fields.get("schedule") in ("carried", "rounded"):
-        fields["schedule_base"] = "masks"
     return RemaskPolicy(**fields)
 
 

@@ -50,7 +50,10 @@ Q, KV = zeros(1, 2, 2, 4), zeros(1, 8, 2, 4)
 SCAN: list[Any] = [zeros(1, 2, 8), zeros(1, 2, 2), zeros(8, 4), None, *[zeros(2)] * 3]
 SCAN_OPTIONS: list[Any] = [0.0, 1.0, False, 0]
 REMASK: list[Any] = [zeros(1, 2, 5), whole(1, 2), 0]
-POLICY: list[Any] = [[1, 0, 0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 0, 0, 0] + [0] * 6, [0.0] * 10]
+POLICY: list[Any] = [
+    [1, 0, 0, 0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0] + [0] * 6,
+    [0.0] * 11,
+]
 NUMBERS: list[Any] = [[0, 1, 0, 0, 0, -1], [0.0, 1.0, 0.0]]
 NOTHING: list[Any] = [*[None] * 9, [], None, [], *[None] * 5, 0, None]
 
@@ -148,8 +151,8 @@ WRONG: list[tuple[str, list[Any], type[Exception], str]] = [
     ("append_kv", [KV, KV + 0, Q, Q, None, *[None] * 3], TypeError, "context_lens: expected a tensor, got None"),
     ("remask", [zeros(1, 2, 5), whole(1, 3), 0, *POLICY, *NUMBERS, *NOTHING], ValueError, "tokens: expected shape"),
     ("remask", [*REMASK[:2], None, *POLICY, *NUMBERS, *NOTHING], ValueError, "mask_token_id: expected a token"),
-    ("remask", [*REMASK, POLICY[0][:-1], POLICY[1], *NUMBERS, *NOTHING], ValueError, "options: expected 30 numbers"),
-    ("remask", [*REMASK, [9] * 30, POLICY[1], *NUMBERS, *NOTHING], ValueError, r"options: expected suppress_mask in"),
+    ("remask", [*REMASK, POLICY[0][:-1], POLICY[1], *NUMBERS, *NOTHING], ValueError, "options: expected 32 numbers"),
+    ("remask", [*REMASK, [9] * 32, POLICY[1], *NUMBERS, *NOTHING], ValueError, r"options: expected suppress_mask in"),
     ("remask", [*REMASK, *POLICY, [0, 0, 0, 0, 0, -1], NUMBERS[1], *NOTHING], ValueError, "num_steps: expected a num"),
     ("remask", [*REMASK, *POLICY, NUMBERS[0], [0.0], *NOTHING], ValueError, "real: expected 3 numbers"),
     ("remask", [*REMASK, *POLICY, *NUMBERS, *NOTHING[:9], [5], *NOTHING[10:]], ValueError, "suppress_ids: expected to"),

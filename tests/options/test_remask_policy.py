@@ -23,15 +23,22 @@ P = tt.RemaskPolicy
 # that are not named have their default.
 RECORDED: list[dict[str, Any]] = json.loads((Path(__file__).parent / "presets.json").read_text(encoding="utf-8"))
 DEFAULTS = {
-    **{"suppress_mask": True, "skip_mask_candidates": False, "greedy": False, "statistics": "raw"},
+    **{"suppress_mask": True, "skip_mask_candidates": False, "standing": False, "greedy": False, "statistics": "raw"},
     **{"top_p_first": False, "top_p_tempered": True, "top_p_keep_crossing": True, "temperature_end": None},
     **{"score": "confidence", "position_penalty": 0.0, "rank_temperature": 0.0},
     **{"gate": "none", "gate_bound": 0.0, "strict": True, "gate_on": "confidence", "gate_slack": None},
     **{"factor_last_free": False, "entropy_includes_self": True, "run_threshold": None},
     **{"schedule": "remaining", "schedule_base": "masks", "spread_remainder": True, "alpha": "linear", "min_t": 0.0},
+    **{"alpha_floor": 0.0},
     **{"long_grid": False, "warmup": 0.0, "min_commits": 1, "finish": True},
     **{"window": False, "combine": "fill", "sub_block": 0, "complete_threshold": None},
-    **{"edit_threshold": None, "remask_threshold": None, "renoise": False, "time": "masked_fraction"},
+    **{
+        "edit_threshold": None,
+        "remask_threshold": None,
+        "renoise": False,
+        "renoise_as": "random",
+        "time": "masked_fraction",
+    },
 }
 
 
@@ -100,6 +107,7 @@ def test_the_time_is_the_specifications(policy: Any, step: int, steps: int, mask
         ("run_threshold", math.nan, ValueError, r"run_threshold: expected a number in \[-inf, inf\], got nan"),
         ("gate_bound", "0.8", TypeError, "gate_bound: expected a number, got '0.8'"),
         ("edit_threshold", True, TypeError, "edit_threshold: expected a number or None, got True"),
+        ("rank_temperature", -1.0, ValueError, r"rank_temperature: expected a number in \[0, 1e\+06\], got -1.0"),
         ("min_t", 0.7, ValueError, r"min_t: expected a number in \[0, 0.5\], got 0.7"),
         ("min_commits", -1, ValueError, "min_commits: expected 0 or larger, got -1"),
         ("sub_block", 2.0, TypeError, "sub_block: expected an int, got 2.0"),
@@ -118,6 +126,10 @@ def test_policies_refuse_combinations() -> None:
         dataclasses.replace(P.posterior(), suppress_mask=False)
     with pytest.raises(ValueError, match="renoise: expected edit_threshold and remask_threshold None"):
         dataclasses.replace(P.diffusion_gemma(), edit_threshold=0.9)
+    for wrong in ({"score": "random"}, {"gate_on": "score"}, {"schedule": "coin"}, {"schedule": "posterior"}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(ValueError, match=f"rank_temperature: expected 0 with {name}='{value}'"):
+            P(rank_temperature=0.5, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"strategy: expected one of 'low_confidence_static', .*, got 'beam'"):
         P.jetengine("beam")
     with pytest.raises(

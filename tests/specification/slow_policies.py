@@ -202,6 +202,9 @@ def dream(row: Row) -> list[int]:
         "topk_margin": [margin(q) for q in p],
         "entropy": [-entropy(q) for q in p],
     }[row.p["alg"]]
+    if temperature := row.p.get("alg_temp"):
+        assert row.u is not None  # the best of noisy scores, which are draws without replacement
+        score = [score[s] / temperature - math.log(-math.log1p(-row.u[s])) for s in range(row.size)]
     return row.write(best(row.masks, score, int(row.n * leave)), x)
 
 

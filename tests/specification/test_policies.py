@@ -115,6 +115,7 @@ PARAMETERS = {
         "num_steps": steps,
         "eps": st.sampled_from([1e-3, 0.05]),
         "alg": st.sampled_from(["maskgit_plus", "topk_margin", "entropy", "origin"]),
+        "alg_temp": st.sampled_from([None, 0.0, 0.1, 1.0]),
         "temperature": temperature,
         **filters,
     },

@@ -16,7 +16,9 @@ from twotower_kernels.reference.remask_schedule import infer_initial, quota, spe
 
 MASK = 3
 POLICIES = {
-    name: preset() for name in vars(RemaskPolicy) if inspect.ismethod(preset := getattr(RemaskPolicy, name))
+    name: preset()
+    for name in vars(RemaskPolicy)
+    if inspect.ismethod(preset := getattr(RemaskPolicy, name)) and name != "named"
 } | {
     "default": RemaskPolicy(),
     "llada2_editing": RemaskPolicy.llada2(0.6, min_commits=1, edit_threshold=0.5),
@@ -26,6 +28,8 @@ POLICIES = {
     "jetengine_random": RemaskPolicy.jetengine("random"),
     "dream_margin": RemaskPolicy.dream("margin"),
     "dream_origin": RemaskPolicy.dream("origin"),
+    "dream_drawn": RemaskPolicy.dream("entropy", alg_temp=0.4),
+    "editable_share": dataclasses.replace(RemaskPolicy.sdar(), schedule_base="editable"),
     "e2d2": RemaskPolicy.predict_and_noise("margin", threshold=0.7, finish=False),
     "adaptive": RemaskPolicy.predict_and_noise("random", adaptive=True),
     "posterior_long_grid": RemaskPolicy.posterior("cosine_floor", long_grid=True),

@@ -241,7 +241,7 @@ def check_arguments(a: Arguments) -> None:
     _tensor("tokens", tokens, INTEGERS, (batch, block))
     policy = _policy(tuple(a.options), tuple(a.bounds))
     if a.mask_token_id is None:
-        if not policy.renoise or policy.schedule == "posterior":
+        if not policy.renoise or policy.renoise_as == "mask" or policy.schedule == "posterior":
             raise ValueError("mask_token_id: expected a token, as only a policy with renoise has no mask, got None")
     elif not 0 <= a.mask_token_id < vocabulary:
         raise ValueError(f"mask_token_id: expected a token in [0, {vocabulary - 1}], got {a.mask_token_id}")

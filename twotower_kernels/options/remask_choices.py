@@ -6,13 +6,26 @@ from typing import Literal, get_args
 from twotower_kernels.options.arguments import real, whole
 
 Statistics = Literal["raw", "filtered"]
-Score = Literal["confidence", "margin", "neg_entropy", "random", "leftmost"]
+Score = Literal["confidence", "margin", "neg_entropy", "top", "gap", "random", "leftmost"]
 Gate = Literal["none", "threshold", "factor", "entropy_sum"]
 GateOn = Literal["confidence", "score"]
-Schedule = Literal["none", "remaining", "even", "carried", "noise", "truncated", "rounded", "coin", "posterior"]
-Base = Literal["masks", "block"]
+Schedule = Literal[
+    "none",
+    "remaining",
+    "even",
+    "carried",
+    "noise",
+    "truncated",
+    "rounded",
+    "coin",
+    "uniform",
+    "corrupt",
+    "posterior",
+]
+Base = Literal["masks", "block", "editable"]
 Alpha = Literal["linear", "cosine", "exponential", "sine", "cosine_floor"]
 Combine = Literal["fill", "union", "cap"]
+Renoise = Literal["random", "mask"]
 Time = Literal["masked_fraction", "schedule"]
 
 # The values of a choice, in the order of its enumeration in csrc/common/remask_policy.h.
@@ -25,6 +38,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule_base": get_args(Base),
     "alpha": get_args(Alpha),
     "combine": get_args(Combine),
+    "renoise_as": get_args(Renoise),
     "time": get_args(Time),
 }
 
@@ -35,6 +49,7 @@ RANGES = {
     "rank_temperature": (0.0, HIGHEST_TEMPERATURE),
     "gate_slack": (0.0, math.inf),
     "min_t": (0.0, 0.5),
+    "alpha_floor": (0.0, 0.5),
     "warmup": (0.0, 1.0),
     "complete_threshold": (0.0, 1.0),
 }

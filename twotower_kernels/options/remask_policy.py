@@ -5,7 +5,8 @@ systems judge both (`tests/data/golden/policies`).
 
 Sources: Nemotron TwoTower and Megatron's sampler; LLaDA (arXiv:2502.09992), Dream (arXiv:2508.15487), Fast-dLLM
 (arXiv:2505.22618), dInfer (arXiv:2510.08666), SDAR (arXiv:2510.06303), BD3-LM (arXiv:2503.09573), E2D2
-(arXiv:2510.22852), and the code of JetEngine, LMDeploy, dllm, Diffulex, WeDLM, LLaDA2, vLLM and DiffusionGemma.
+(arXiv:2510.22852), SAID (arXiv:2606.04974), BlockGen (arXiv:2606.02241), and the code of JetEngine, LMDeploy, dllm,
+Diffulex, WeDLM, LLaDA2, vLLM and DiffusionGemma.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from twotower_kernels.options.remask_choices import (
     Combine,
     Gate,
     GateOn,
+    Renoise,
     Schedule,
     Score,
     Statistics,
@@ -35,16 +37,16 @@ from twotower_kernels.options.remask_choices import (
 # The order of the op's `options` and `bounds`, which csrc/common/remask_policy.h repeats. gate_bound is missing:
 # it is a number per row.
 OPTIONS = (
-    *("suppress_mask", "skip_mask_candidates", "greedy", "statistics"),
+    *("suppress_mask", "skip_mask_candidates", "standing", "greedy", "statistics"),
     *("top_p_first", "top_p_tempered", "top_p_keep_crossing"),
     *("score", "gate", "strict", "gate_on", "factor_last_free", "entropy_includes_self"),
     *("schedule", "schedule_base", "spread_remainder", "alpha", "long_grid", "min_commits", "finish"),
-    *("window", "combine", "sub_block", "renoise"),
+    *("window", "combine", "sub_block", "renoise", "renoise_as"),
 )
 OPTIONAL_BOUNDS = (
     *("temperature_end", "gate_slack", "run_threshold", "complete_threshold", "edit_threshold", "remask_threshold"),
 )
-BOUNDS = ("position_penalty", "rank_temperature", "min_t", "warmup", *OPTIONAL_BOUNDS)
+BOUNDS = ("position_penalty", "rank_temperature", "min_t", "alpha_floor", "warmup", *OPTIONAL_BOUNDS)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class RemaskPolicy:
     Propose:
         suppress_mask: the mask token cannot be a candidate. Otherwise a position that takes it stays a mask.
         skip_mask_candidates: a position whose candidate is the mask token sits the step out (dInfer).
+        standing: the candidate is the token that stands there, mask or not (BlockGen's corrector).
         greedy: the candidate is the argmax at any temperature, which then only shapes the statistics.
         statistics: c, margin and H come from the "raw" softmax or the "filtered" one (after temperature, top-k, top-p).
         top_p_first, top_p_tempered, top_p_keep_crossing: top-p before top-k (Dream); nucleus of the tempered
@@ -67,7 +70,7 @@ class RemaskPolicy:
 
     Score:
         score: "confidence", "margin" (p1 - p2), "neg_entropy", "random" (a uniform number, or the caller's
-            `rank_noise`), "leftmost".
+            `rank_noise`), "leftmost", "top" (p1), "gap" (log c - log p1).
         position_penalty: taken off the score per position behind the first one that waits (WeDLM).
         rank_temperature: the order of the positions is drawn, without replacement, with chances that are the softmax of
             score / rank_temperature (Dream's alg_temp); as it falls to 0, the score's own order. 0: off.
@@ -87,12 +90,17 @@ class RemaskPolicy:
         schedule: "none" 0; "remaining" ceil(n / r); "even" floor(base / N) + [i < base mod N]; "carried" what is
             missing from floor((i + 1) n0 / N); "noise" n - min(floor((1 - a(s)) S), n - 1); "truncated" floor(n rho);
             "rounded" n0 split by rounding l rho to even while l are left, without the zeros; "coin" each position with
-            probability rho; "posterior" each as x^ or the mask, drawn from q(x_s | x_t).
+            probability rho; "posterior" each as x^ or the mask, drawn from q(x_s | x_t); "uniform" each as x^, as the
+            token that stands there or as a random one, drawn from the uniform-state q(x_s | x_t), where a(s) = 1 in the
+            last step (BlockGen, with renoise); "corrupt" n - max(1, round((1 - a(s)) S)).
             t = 1 - i (1 - min_t) / N, s = t - (1 - min_t) / N, rho = (a(s) - a(t)) / (1 - a(t)).
-        schedule_base: base of "even", n0 ("masks") or S ("block"). spread_remainder: its bracket.
+        schedule_base: base of "even", n0 ("masks") or S ("block", "editable"). spread_remainder: its bracket. n and n0
+            count `editable` positions alone, so that a stage of some positions (SAID) has its own schedule from n0; S
+            is the whole length, or with "editable" that of the editable positions, in "noise" too.
         alpha, min_t: the fraction a of clean tokens over time, and the last time. "linear" 1 - t; "cosine"
             cos(pi t / 2); "exponential" (e^-3t - e^-3) / (1 - e^-3); "sine" 1 - sin(pi t / 2) (dllm's cosine);
             "cosine_floor" 0.999 cos(pi t / 2) (BD3-LM's cosine).
+        alpha_floor: e in a = e + (1 - e) times that (BlockGen).
         long_grid: t = 1 - i / (N - 1), s = max(0, t - 1 / N) (BD3-LM).
         warmup: q is 1 while i / N is below this (0.4 in Megatron's adaptive rule).
         min_commits: q is at least this. finish: the last step (i >= N - 1) commits all that wait.
@@ -109,7 +117,7 @@ class RemaskPolicy:
         remask_threshold: one with c below this waits too, and becomes a mask if not chosen (dInfer); None: no. That
             many more are chosen.
         renoise: all positions wait in every step, and those not chosen become uniform random tokens, in the last step
-            with finish their argmax (DiffusionGemma). No mask is needed.
+            with finish their argmax (DiffusionGemma). No mask is needed. renoise_as: "mask" instead.
 
     time: see `model_time`.
 
@@ -119,6 +127,7 @@ class RemaskPolicy:
 
     suppress_mask: bool = True
     skip_mask_candidates: bool = False
+    standing: bool = False
     greedy: bool = False
     statistics: Statistics = "raw"
     top_p_first: bool = False
@@ -144,6 +153,7 @@ class RemaskPolicy:
     spread_remainder: bool = True
     alpha: Alpha = "linear"
     min_t: float = 0.0
+    alpha_floor: float = 0.0
     long_grid: bool = False
     warmup: float = 0.0
     min_commits: int = 1
@@ -157,6 +167,7 @@ class RemaskPolicy:
     edit_threshold: float | None = None
     remask_threshold: float | None = None
     renoise: bool = False
+    renoise_as: Renoise = "random"
 
     time: Time = "masked_fraction"
 
@@ -170,10 +181,14 @@ class RemaskPolicy:
             raise ValueError("renoise: expected edit_threshold and remask_threshold None, as all positions wait anyway")
         if self.schedule == "posterior" and not self.suppress_mask:
             raise ValueError("suppress_mask: expected True with the posterior, which gives the mask its probability")
+        if self.schedule == "uniform" and (not self.renoise or self.renoise_as != "random" or self.standing):
+            raise ValueError("schedule: expected renoise to random tokens and no standing ones with 'uniform'")
+        if not self.renoise and (self.standing or self.renoise_as == "mask"):
+            raise ValueError("renoise: expected True with standing tokens, and with renoise_as='mask'")
         if self.complete_threshold is not None and self.sub_block == 0:
             raise ValueError("sub_block: expected a positive length with complete_threshold, got 0")
         if self.rank_temperature > 0:
-            for name, wrong in (("score", "random"), ("gate_on", "score"), ("schedule", "coin posterior")):
+            for name, wrong in (("score", "random"), ("gate_on", "score"), ("schedule", "coin posterior uniform")):
                 if (value := getattr(self, name)) in wrong.split():
                     raise ValueError(f"rank_temperature: expected 0 with {name}={value!r}, as noise is for ranks alone")
         object.__setattr__(self, "_encoded", self._encode())

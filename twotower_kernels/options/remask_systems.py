@@ -150,11 +150,46 @@ def _dream(algorithm: str) -> Build:
     return lambda P, eps, alg_temp=None: P.dream(algorithm, eps=eps, alg_temp=alg_temp)
 
 
+def _blockgen(noise: Any, eps: Any) -> dict[str, Any]:
+    """What all of BlockGen's rules share: its clock, and p after the temperature."""
+    alpha = _one_of("noise", noise, {"log-linear": "linear", "cosine": "sine"})
+    shared = {"statistics": "filtered", "min_commits": 0, "time": "schedule"}
+    return shared | {"alpha": alpha, "alpha_floor": eps, "min_t": 1e-5}
+
+
+def _blockgen_uniform(P: Any, noise: Any, eps: Any, noise_removal: Any) -> Any:
+    greedy = _one_of("noise_removal", noise_removal, {"ancestral": "", "greedy": "greedy"})
+    return P(schedule="uniform", renoise=True, finish=bool(greedy), **_blockgen(noise, eps))
+
+
+def _blockgen_corrector(
+    P: Any, diffusion_type: Any, corruption_mode: Any, diffusion_metric: Any, ar_metric: Any, noise: Any, eps: Any
+) -> Any:
+    of_diffusion = {"entropy": "neg_entropy", "confidence": "top", "margin": "margin"}
+    of_ar = {"nll": "confidence", "gap_to_top1": "gap", "entropy": "neg_entropy"}
+    scores = {
+        "random": "random",
+        "divergence": "random",  # of numbers that the caller makes of the two distributions
+        "diffusion_metric": _one_of("diffusion_metric", diffusion_metric, of_diffusion),
+        "ar_metric": _one_of("ar_metric", ar_metric, of_ar),
+    }
+    return P(
+        schedule="corrupt",
+        score=_one_of("corruption_mode", corruption_mode, scores),
+        standing=True,
+        renoise=True,
+        renoise_as=_one_of("diffusion_type", diffusion_type, {"uniform": "random", "absorbing": "mask"}),
+        finish=False,
+        **_blockgen(noise, eps),
+    )
+
+
 # --- the systems ----------------------------------------------------------------------------------------------------
 
 _MIN_T = {"min_t": 1e-5}
 _NOISING = {"confidence_based_noising": True, "confidence_margin_based_noising": False}
 _EPS = {"eps": 1e-3}
+_COSINE = {"noise": "cosine", "eps": 1e-3}
 _LOW_HIGH = {"low_threshold": 0.4, "threshold": 0.9}
 _ACCEPT = {"accept_threshold": 0.9, "block_size": 32}
 _DREAM = {
@@ -230,6 +265,30 @@ SYSTEMS: dict[str, System] = {
         note="Rows without a mask make the original's factor fail. Here they are left alone.",
     ),
     "dream": System("DreamLM/Dream, diffusion_generate", _DREAM, keywords=("alg",), note=_OF_ROWS),
+    "said": System(
+        "TH-AI-Lab-PKU/SAID, a stage of its loop (positions of the stage are `editable`, num_steps its own)",
+        _remasking({}),
+        keywords=("remasking",),
+    ),
+    "blockgen": System(
+        "jdeschena/blockgen, its samplers: ancestral steps of both diffusions, and the corrector of ARPC (for "
+        "divergence the caller's `rank_noise` says where the two distributions agree, in [0, 1), larger is better; for "
+        "ar_metric the logits are the autoregressive ones)",
+        {
+            "uniform": Strategy(_blockgen_uniform, _COSINE | {"noise_removal": "ancestral"}),
+            "absorbing": Strategy(
+                lambda P, noise, eps: P(schedule="coin", finish=True, **_blockgen(noise, eps)), _COSINE
+            ),
+            "corrector": Strategy(
+                _blockgen_corrector,
+                {
+                    **{"diffusion_type": "uniform", "corruption_mode": "divergence"},
+                    **{"diffusion_metric": "entropy", "ar_metric": "nll"},
+                    **_COSINE,
+                },
+            ),
+        },
+    ),
     "dllm": System(
         "ZHZisZZ/dllm, MDLMSampler; with threshold or factor its fastdllm sampler",
         {
