@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.options.arguments import whole
-from twotower_kernels.reference.attention_cases import CASES, make_inputs
+from twotower_kernels.reference.attention_cases import CASES, COMPOSED, make_inputs
 from twotower_kernels.reference.attention_checks import (
     Lengths,
     as_lengths,
@@ -47,6 +47,7 @@ from twotower_kernels.reference.attention_checks import (
 
 __all__ = [
     "CASES",
+    "COMPOSED",
     "append_kv",
     "block_attention",
     "block_causal_attention",

@@ -85,16 +85,6 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "narrow_values": dict(head_dim=12, value_dim=5, context=7, context_lens=[7, 3]),
         "released_4k": dict(batch=1, block=16, heads=32, kv_heads=2, head_dim=128, context=4096),
     },
-    "block_causal_attention": {
-        "tiny": dict(block=7, block_size=3),
-        "whole_blocks": dict(batch=3, block=8, block_lens=[8, 0, 5], block_size=4),
-        "one_block": dict(block=5, block_size=9),
-        "one_token": dict(block=5, block_size=1, sinks=True),
-        "no_tokens": dict(block=0, block_size=4),
-        "softcap": dict(batch=1, block=9, block_size=2, softcap=2.0, scale=0.7, heads=6, kv_heads=1),
-        "narrow_values": dict(block=7, block_size=2, head_dim=12, value_dim=5, transposed=True),
-        "released_prefill": dict(batch=1, block=4096, heads=32, kv_heads=2, head_dim=128, block_size=32),
-    },
     "merge_attention": {
         "tiny": dict(),
         "empty_sides": dict(batch=3, empty_a=[0, 1], empty_b=[1, 2]),
@@ -114,6 +104,20 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 
+# Of functions that are no operators of their own.
+COMPOSED: dict[str, dict[str, dict[str, Any]]] = {
+    "block_causal_attention": {
+        "tiny": dict(block=7, block_size=3),
+        "whole_blocks": dict(batch=3, block=8, block_lens=[8, 0, 5], block_size=4),
+        "one_block": dict(block=5, block_size=9),
+        "one_token": dict(block=5, block_size=1, sinks=True),
+        "no_tokens": dict(block=0, block_size=4),
+        "softcap": dict(batch=1, block=9, block_size=2, softcap=2.0, scale=0.7, heads=6, kv_heads=1),
+        "narrow_values": dict(block=7, block_size=2, head_dim=12, value_dim=5, transposed=True),
+        "released_prefill": dict(batch=1, block=4096, heads=32, kv_heads=2, head_dim=128, block_size=32),
+    },
+}  # fmt: skip
+
 
 def make_inputs(
     op: str,
@@ -125,10 +129,11 @@ def make_inputs(
 ) -> dict[str, Any]:
     """Keyword arguments for `op`: standard normal, NaN wherever a length says that nobody looks.
 
-    case: a name in CASES[op] or a dict of sizes; keys that are no size (causal, window, ...) pass through. Unused
-    block-table entries are -1. A merge case's empty_a, empty_b list batch rows that saw no key (out NaN, lse -inf).
+    case: a name in CASES[op] or COMPOSED[op], or a dict of sizes; keys that are no size (causal, window, ...) pass
+    through. Unused block-table entries are -1. A merge case's empty_a, empty_b list batch rows that saw no key (out
+    NaN, lse -inf).
     """
-    given = CASES[op][case] if isinstance(case, str) else case
+    given = (CASES | COMPOSED)[op][case] if isinstance(case, str) else case
     sizes = DEFAULTS | given
     options = {name: value for name, value in given.items() if name not in DEFAULTS}
     generator = torch.Generator(device).manual_seed(seed)

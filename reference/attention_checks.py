@@ -90,8 +90,9 @@ def check_queries(
     """q, the numbers and `out`; `others` are the further differentiable tensors, none of which may meet an `out`."""
     check_rank("q", q)
     check_rank("v", v)
-    if q.shape[3] == 0:
-        raise ValueError(f"q: expected head_dim of at least 1, got shape {list(q.shape)}")
+    for name, x in (("q", q), ("v", v)):
+        if x.shape[3] == 0:
+            raise ValueError(f"{name}: expected head_dim of at least 1, got shape {list(x.shape)}")
     if window is not None and (not isinstance(window, int) or window < 0):
         raise ValueError(f"window: expected None or an integer >= 0, got {window!r}")
     if scale is not None and not math.isfinite(scale):

@@ -17,10 +17,10 @@ from twotower_kernels.triton.attention_tuning import Tuning
 
 
 def gradients(op: Any, inputs: dict[str, Any]) -> list[Tensor]:
-    """Of q, k and v, for a loss that looks at the result and its log-sum-exp."""
+    """Of q, k, v and sinks, for a loss that looks at the result and its log-sum-exp."""
     inputs = dict(inputs)
-    leaves = [inputs.pop(name).nan_to_num(0.5).requires_grad_() for name in ("q", "k", "v") if name in inputs]
-    names = ("q", "k", "v")[: len(leaves)]
+    names = [name for name in ("q", "k", "v", "sinks") if name in inputs]
+    leaves = [inputs.pop(name).nan_to_num(0.5).requires_grad_() for name in names]
     out, lse = op(**dict(zip(names, leaves, strict=True)), **inputs, return_lse=True)
     loss = out.to(lse.dtype).sin().sum() + lse.masked_fill(lse.isneginf(), 0).sin().sum()
     return list(torch.autograd.grad(loss, leaves))
@@ -30,8 +30,8 @@ def assert_gradients_agree(op: str, inputs: dict[str, Any]) -> None:
     naive, exact = (gradients(getattr(attention, op), x) for x in (inputs, widened(inputs)))
     with triton_kernels():
         got = gradients(getattr(tt, op), inputs)
-    for name, *three in zip("qkv", got, naive, exact, strict=False):
-        assert_within_budget(*three, what=f"gradient of {name}")
+    for n, three in enumerate(zip(got, naive, exact, strict=True)):
+        assert_within_budget(*three, what=f"gradient {n}")
 
 
 GRADIENTS = DIFFERENTIABLE | {
@@ -39,7 +39,9 @@ GRADIENTS = DIFFERENTIABLE | {
     "causal_tiles": {"batch": 1, "block": 70, "causal": True, "block_lens": [61]},
     "transposed": {"transposed": True, "context": 4, "kv_heads": 2},
     "no_tokens": {"block": 0, "context": 4},
-}
+    "sliding_tiles": {"block": 9, "heads": 8, "context": 70, "context_lens": [70, 33], "context_starts": [40, 3],
+                      "window": 30, "causal": True, "sinks": True},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("op", ATTENDING)
@@ -47,9 +49,25 @@ GRADIENTS = DIFFERENTIABLE | {
 def test_gradients(op: str, case: str) -> None:
     sizes = {"block": 3, "heads": 2, "kv_heads": 1, "head_dim": 8} | GRADIENTS[case]
     if op == "context_attention":
-        sizes = {"context": 4} | {name: x for name, x in sizes.items() if name != "causal"}
+        sizes = {"context": 4} | sizes
     for dtype in DTYPES if case in ("tiles", "softcap") else DTYPES[:1]:
         assert_gradients_agree(op, attention.make_inputs(op, sizes, dtype=dtype))
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 32])
+def test_gradients_of_a_sequence_of_blocks(block_size: int) -> None:
+    sizes = {"block": 40, "heads": 2, "kv_heads": 1, "head_dim": 8, "block_lens": [40, 23], "block_size": block_size}
+    assert_gradients_agree("block_causal_attention", attention.make_inputs("block_causal_attention", sizes))
+
+
+@pytest.mark.parametrize("dims", [(40, 20), (16, 48)])
+def test_gradients_of_values_of_another_width_in_columns(dims: tuple[int, int]) -> None:
+    """Also where programs that share a tile lie beyond the narrower of both."""
+    sizes = {"block": 9, "head_dim": dims[0], "value_dim": dims[1], "context": 20, "causal": True}
+    inputs = attention.make_inputs("block_attention", sizes)
+    tune = Tuning(16, 16, 4, 2, columns=16)
+    with mock.patch.object(kernels, "gradient_tuning", lambda *_: (tune, tune)):
+        assert_gradients_agree("block_attention", inputs)
 
 
 def test_gradients_are_the_same_bits_every_time() -> None:
@@ -78,6 +96,6 @@ def test_programs_may_share_a_tile_of_rows(dim: int, dtype: torch.dtype) -> None
 
 def test_what_has_no_kernel_is_refused() -> None:
     q = torch.zeros(1, 1, 1, 513)
-    arguments = q, q[..., 0], q, q, q, *[None] * 6, False, None, None, 0.0
+    arguments = q, q[..., 0], q, q, q, *[None] * 8, 0, None, None, 0.0
     with triton_kernels(), pytest.raises(NotImplementedError, match="attention_backward on cpu: expected head_dim"):
         torch.ops.twotower.attention_backward.default(*arguments)

@@ -16,14 +16,14 @@ from torch import Tensor
 import twotower_kernels as tt
 from tests.gpu.triton_checks import DTYPES, triton_kernels
 from tests.kernels.kernel_checks import awkward
-from tests.kernels.test_attention_kernel import ATTENDING, assert_agrees, assert_same_storage, problems, small
+from tests.kernels.test_attention_kernel import ATTENDING, EVERY, assert_agrees, assert_same_storage, problems, small
 from twotower_kernels.reference import attention
 from twotower_kernels.triton import attention as kernels
 from twotower_kernels.triton.attention_tuning import Tuning, splits_for
 
 
 def cases() -> list[tuple[str, str]]:
-    ops = (*ATTENDING, "merge_attention", "append_kv")
+    ops = (*EVERY, "merge_attention", "append_kv")
     return [(op, case) for op in ops for case in small(op)]
 
 
@@ -62,8 +62,7 @@ def test_every_case(op: str, case: str) -> None:
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_and_layout(sizes, causal, op, dtype, layout, size, tiles, columns, splits, seed):  # type: ignore[no-untyped-def]
-    sizes |= {"causal": causal} if op == "block_attention" else {}
-    sizes |= {"block": min(sizes["block"], 19)}
+    sizes |= {"causal": causal, "block": min(sizes["block"], 19)}
     sizes |= {"block_lens": None if sizes["block_lens"] is None else [min(n, 19) for n in sizes["block_lens"]]}
     inputs = attention.make_inputs(op, sizes, dtype=dtype, seed=seed)
     inputs["q"] = inputs["q"] * size
@@ -72,9 +71,28 @@ def test_any_shape_and_layout(sizes, causal, op, dtype, layout, size, tiles, col
 
 
 @settings(max_examples=15)
+@given(
+    sizes=problems(),
+    block_size=st.sampled_from([1, 2, 7, 32]),
+    dtype=st.sampled_from(DTYPES),
+    tiles=st.sampled_from([(16, 16), (64, 32)]),
+    splits=st.sampled_from([1, 3]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_sequence_of_blocks(sizes, block_size, dtype, tiles, splits, seed):  # type: ignore[no-untyped-def]
+    sizes = {n: x for n, x in sizes.items() if not n.startswith(("context", "page", "window"))}
+    sizes |= {"block": min(sizes["block"], 40), "block_size": block_size}
+    sizes |= {"block_lens": None if sizes["block_lens"] is None else [min(n, 40) for n in sizes["block_lens"]]}
+    inputs = attention.make_inputs("block_causal_attention", sizes, dtype=dtype, seed=seed)
+    with pinned(splits, Tuning(*tiles, 4, 2)):
+        assert_agrees("block_causal_attention", inputs)
+
+
+@settings(max_examples=15)
 @given(sizes=problems(), dtype=st.sampled_from(DTYPES), layout=st.integers(0, 2))
 def test_any_append(sizes, dtype, layout):  # type: ignore[no-untyped-def]
-    sizes = {k: v for k, v in sizes.items() if k not in ("window", "softcap", "context_lens")}
+    drop = ("window", "softcap", "context_lens", "context_starts", "sinks")
+    sizes = {k: v for k, v in sizes.items() if k not in drop}
     sizes |= {"context_rows": sizes["batch"] + 1, "context_index": list(range(sizes["batch"], 0, -1))}
     page = sizes["page"] or 1
     sizes["context"] += -(-sizes["block"] // page) * page
@@ -172,18 +190,22 @@ def test_a_row_alone_is_the_row_in_a_batch() -> None:
             assert torch.equal(alone[0], together[b])
 
 
-@pytest.mark.parametrize("sizes", [{}, {"window": 70}, {"page": 16}, {"causal": True, "block": 40}])
+@pytest.mark.parametrize("op", ATTENDING)
+@pytest.mark.parametrize(
+    "sizes", [{}, {"window": 70}, {"page": 16}, {"causal": True, "block": 40}, {"context_starts": [37, 0, 0]}]
+)
 @pytest.mark.parametrize("splits", [1, 4])
-def test_masks_change_nothing_in_tiles_that_cross_no_bound(sizes: dict[str, Any], splits: int) -> None:
-    """With masks on all tiles as with masks on those alone that need them. Only a window's first tile comes later."""
+def test_masks_change_nothing_in_tiles_that_cross_no_bound(op: str, sizes: dict[str, Any], splits: int) -> None:
+    """With masks on all tiles as with masks on those alone that need them. Only a first tile that the beginning of what
+    is seen crosses comes later."""
     sizes = {"batch": 3, "heads": 8, "context": 160, "context_lens": [155, 64, 7]} | sizes
-    inputs = attention.make_inputs("block_attention", sizes)
+    inputs = attention.make_inputs(op, sizes)
     results = []
     for peeling in ((), (90,)):
         with pinned(splits, Tuning(16, 16, 4, 2)), mock.patch.object(kernels, "PEELING", peeling):
-            results.append(tt.block_attention(**inputs, return_lse=True))
+            results.append(getattr(tt, op)(**inputs, return_lse=True))
     for masked, peeled in zip(*results, strict=True):
-        if "window" in sizes:
+        if sizes.keys() & {"window", "context_starts"}:
             torch.testing.assert_close(peeled, masked, rtol=1e-5, atol=1e-6)
         else:
             assert torch.equal(peeled, masked)

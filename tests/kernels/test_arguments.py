@@ -51,8 +51,9 @@ CASES = {"moe_route": dict(n=5, e=8, top_k=2), "moe_plan": dict(n=5, e=9, top_k=
 def inputs_of(op: str) -> dict[str, Any]:
     stems = ("adaln", "attention", "mamba2", "moe", "remask")
     modules = [importlib.import_module(f"twotower_kernels.reference.{stem}") for stem in stems]
-    module = next(module for module in modules if op in module.CASES)
-    case = CASES.get(op, "tiny" if "tiny" in module.CASES[op] else next(iter(module.CASES[op])))
+    cases = {module: module.CASES | getattr(module, "COMPOSED", {}) for module in modules}
+    module = next(module for module in modules if op in cases[module])
+    case = CASES.get(op, "tiny" if "tiny" in cases[module][op] else next(iter(cases[module][op])))
     return module.make_inputs(op, case) | NUMBERS[op]
 
 

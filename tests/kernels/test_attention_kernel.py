@@ -1,6 +1,7 @@
 """The attention kernels: against the specification on every instruction set, dtype and layout; registration."""
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ from torch import Tensor
 import twotower_kernels as tt
 from tests.compare import assert_within_budget, widened
 from tests.kernels.kernel_checks import DTYPES, EVERY_ISA, ISAS, assert_op_within_budget, awkward, instruction_set
+from tests.paths import ROOT
 from twotower_kernels.reference import attention
 
 ATTENDING = ("block_attention", "context_attention")
@@ -22,7 +24,7 @@ EVERY = (*ATTENDING, "block_causal_attention")
 
 
 def small(op: str) -> list[str]:
-    return [case for case in attention.CASES[op] if not case.startswith("released")]
+    return [case for case in (attention.CASES | attention.COMPOSED)[op] if not case.startswith("released")]
 
 
 def pair(op: str) -> tuple[Any, Any]:
@@ -417,3 +419,10 @@ def test_the_ops_compile_without_a_break() -> None:
     expected = step(inputs, {k: x.clone() for k, x in append.items()})
     got = torch.compile(step, backend="aot_eager", fullgraph=True)(inputs, append)
     assert torch.equal(got, expected)
+
+
+def test_the_page_on_attention_runs() -> None:
+    text = (ROOT / "docs" / "attention.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 9
+    exec("\n".join(blocks), {})

@@ -169,7 +169,7 @@ def test_a_gradient_is_right_or_an_error(op: str, argument: str, transform: str)
 CASES = [
     (op, case)
     for op in ("block_attention", "context_attention", "block_causal_attention")
-    for case in attention.CASES[op]
+    for case in (attention.CASES | attention.COMPOSED)[op]
     if not case.startswith("released")
 ]
 

@@ -98,7 +98,7 @@ def block_attention(
     check_axes(q=q, k=k, v=v)
     context = _context(q, k_context, v_context, context_lens, context_starts, context_index, block_table)
     lens, step = as_lengths("block_lens", block_lens, q.shape[1], q), as_flag("causal", causal)
-    return _of_block(q, k, v, *context, lens, sinks, step, window, scale, softcap, return_lse, out)
+    return _of_block(q, k, v, context, lens, sinks, step, window, scale, softcap, return_lse, out)
 
 
 def block_causal_attention(
@@ -138,7 +138,7 @@ def block_causal_attention(
     step, lens = whole("block_size", block_size), as_lengths("seq_lens", seq_lens, q.shape[1], q)
     if step < 1:
         raise ValueError(f"block_size: expected at least 1, got {step}")
-    return _of_block(q, k, v, *[None] * 6, lens, sinks, step, None, scale, softcap, return_lse, out)
+    return _of_block(q, k, v, (None,) * 6, lens, sinks, step, None, scale, softcap, return_lse, out)
 
 
 def context_attention(
@@ -282,18 +282,16 @@ def _context(
 
 
 def _of_block(
-    q: Tensor, k: Tensor, v: Tensor, k_context: Tensor | None, v_context: Tensor | None,
-    context_lens: Tensor | None, context_starts: Tensor | None, context_index: Tensor | None,
-    block_table: Tensor | None, block_lens: Tensor | None, sinks: Tensor | None, causal: int, window: int | None,
-    scale: float | None, softcap: float, return_lse: bool, out: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, context: tuple[Tensor | None, ...], block_lens: Tensor | None,
+    sinks: Tensor | None, causal: int, window: int | None, scale: float | None, softcap: float,
+    return_lse: bool, out: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     window, scale, softcap = softmax_numbers(window, scale, softcap)
-    context = k_context, v_context, context_lens, context_starts, context_index, block_table
     arguments = q, k, v, *context, block_lens, as_sinks(sinks, q), causal, window, scale, softcap
     if out is None:
         result, lse = call("block_attention", *arguments)
     else:
-        check_no_gradient(out, q, k, v, k_context, v_context, sinks)
+        check_no_gradient(out, q, k, v, *context[:2], sinks)
         result, lse = out, out.new_empty(q.shape[:3], dtype=statistics_dtype(q))
         call("block_attention_out", *arguments, out, lse)
     return (result, lse) if return_lse else result

@@ -106,7 +106,7 @@ def check_block(
     if k.shape[:3] != v.shape[:3] or k.shape[:2] != q.shape[:2] or k.shape[3] != dim:
         expected = f"[{batch}, {length}, Hkv, {dim}] and [{batch}, {length}, Hkv, Dv]"
         raise ValueError(f"k, v: expected {expected}, got {list(k.shape)}, {list(v.shape)}")
-    _check_heads(q, k, "k")
+    _check_heads(q, k, v, "k")
     if k_context is not None and v_context is not None:
         if k_context.ndim == 4 and k_context.shape[2] != k.shape[2]:
             raise ValueError(f"k_context: expected {k.shape[2]} key heads as in k, got {k_context.shape[2]}")
@@ -202,7 +202,7 @@ def _check_past(
 ) -> None:  # fmt: skip
     _check_tokens("q", q, k_context=k_context, v_context=v_context)
     _check_storage(q.shape[3], k_context, v_context)
-    _check_heads(q, k_context, "k_context")
+    _check_heads(q, k_context, v_context, "k_context")
     _check_rows(q.shape[0], k_context, context_index, block_table)
     _check_lens("context_lens", context_lens, q)
     _check_lens("context_starts", context_starts, q)
@@ -236,10 +236,11 @@ def _check_options(
         raise ValueError(f"softcap: expected a finite number >= 0, got {softcap}")
 
 
-def _check_heads(q: Tensor, k: Tensor, name: str) -> None:
-    """q has a head_dim, and its heads divide among those of the keys."""
-    if q.shape[3] == 0:
-        raise ValueError(f"q: expected head_dim of at least 1, got shape {list(q.shape)}")
+def _check_heads(q: Tensor, k: Tensor, v: Tensor, name: str) -> None:
+    """q and v have a head_dim, and the heads of q divide among those of the keys."""
+    for of, x in (("q", q), ("v", v)):
+        if x.shape[3] == 0:
+            raise ValueError(f"{of}: expected head_dim of at least 1, got shape {list(x.shape)}")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"q: expected a multiple of the {k.shape[2]} heads of {name}, got {q.shape[2]} heads")
 

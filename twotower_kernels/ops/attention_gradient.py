@@ -38,8 +38,8 @@ def _row(
     whole = torch.cat(logits, dim=-1)
     empty = whole.isneginf().all(-1, keepdim=True)
     weights = whole.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
-    towards = [torch.einsum("sgrd,tgd->sgrt", grad_out, v) for v in values]
-    towards = torch.cat([*towards, torch.zeros_like(logits[-1])], dim=-1)
+    parts = [torch.einsum("sgrd,tgd->sgrt", grad_out, v) for v in values]
+    towards = torch.cat([*parts, torch.zeros_like(logits[-1])], dim=-1)
     grad = weights * (towards - (weights * towards).sum(-1, keepdim=True) + grad_lse[..., None])
     sizes = [len(k) for k in keys]
     *grads, of_sinks = grad.split([*sizes, logits[-1].shape[-1]], dim=-1)
@@ -60,8 +60,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     check_values(q, k_context, context_lens, context_starts, context_index, block_table, block_lens, causal)
     dtype, (batch, length, heads, dim) = statistics_dtype(q), q.shape
-    grads = _zeros(q, k, v, sinks)
-    grad_q, grad_k, grad_v, grad_sinks = grads
+    grad_q, grad_k, grad_v, grad_sinks = _zeros(q, k, v, sinks)
     counts = [length] * batch if block_lens is None else block_lens.tolist()
     rows = list(range(batch)) if context_index is None else context_index.tolist()
     tokens = 0 if k_context is None else k_context.shape[1] * (1 if block_table is None else block_table.shape[1])
@@ -100,12 +99,12 @@ def _attention_backward(
             grad_k[b, :count], grad_v[b, :count] = of_k[-1], of_v[-1]
         if sinks is not None:
             grad_sinks += of_sinks.flatten()
-    return grads
+    return grad_q, grad_k, grad_v, grad_sinks
 
 
-def _zeros(q: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+def _zeros(q: Tensor, *others: Tensor | None) -> list[Tensor]:
     """Gradients of q and of others, `[]` of what is not there."""
-    return q.new_zeros(q.shape), *(q.new_zeros(()) if x is None else x.new_zeros(x.shape) for x in others)
+    return [q.new_zeros(()) if x is None else x.new_zeros(x.shape) for x in (q, *others)]
 
 
 define(
@@ -116,7 +115,7 @@ define(
     check=check_backward,
     cpu=_attention_backward,
     cuda="triton.attention_gradient:attention_backward",
-    fake=lambda grad_out, grad_lse, q, k, v, *arguments: _zeros(q, k, v, arguments[7]),
+    fake=lambda grad_out, grad_lse, q, k, v, *arguments: tuple(_zeros(q, k, v, arguments[7])),
 )
 
 

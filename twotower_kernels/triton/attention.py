@@ -41,6 +41,15 @@ from torch import Tensor
 
 from twotower_kernels.triton import launch
 from twotower_kernels.triton.attention_merge import merge_splits
+from twotower_kernels.triton.attention_tile import (
+    add_keys,
+    last_seen,
+    load_tile,
+    page_and_slot,
+    products_of,
+    tile_of,
+    within,
+)
 from twotower_kernels.triton.attention_tuning import PEELING, WIDEST, splits_for, tuning, unit
 from twotower_kernels.triton.launch import DTYPES, Build, check_dtype, machine, on_device_of, rows_contiguous
 from twotower_kernels.triton.rows import length_at, row_at
@@ -49,108 +58,27 @@ COUNTS = ("length", "kv_heads", "group", "capacity", "context_rows", "pages", "w
 # Of tensors: b batch, cb row of the context or page, t token (kct: among those of a row or page), h head, last 1.
 TENSORS = ("qb", "qt", "qh", "kb", "kt", "kh", "vb", "vt", "vh")
 CONTEXT_AND_OUT = ("kcb", "kct", "kch", "vcb", "vct", "vch", "ob", "ot", "oh")
-INDICES = ("context_lens", "context_index", "table_row", "table_page", "block_lens")
+INDICES = ("context_lens", "context_starts", "context_index", "table_row", "table_page", "block_lens")
 INDEX_STRIDES = tuple(f"stride_{x}" for x in INDICES)
 STRIDES = (*(f"stride_{x}" for x in (*TENSORS, *CONTEXT_AND_OUT)), *INDEX_STRIDES)
-
-
-@triton.jit
-def capped(x, inner, SOFTCAP: tl.constexpr):
-    """tanh(x * inner), or x as it is without a softcap."""
-    if SOFTCAP:
-        x *= inner
-        square = x * x
-        near = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-        far = 1 - 2 / (tl.exp(2 * x) + 1)  # digits of a small x would be lost in the difference
-        x = tl.where(square < 0.0625, near, far)
-    return x
-
-
-@triton.jit
-def products_of(q, keys, inner, SOFTCAP: tl.constexpr):
-    """What `factor` makes logits [M, N] of queries [M, D] and keys [N, D]."""
-    return capped(tl.dot(q, tl.trans(keys), input_precision="ieee"), inner, SOFTCAP)
-
-
-@triton.jit
-def add_keys(qk, values, acc, m_i, l_i, factor, UNIT: tl.constexpr):
-    """Takes keys of logits x * factor [M, N] and values [N, D] into the softmax so far: sums of values [M, D] and of
-    weights [M], both relative to 2**(top * UNIT). factor > 0: so the largest is known before all are multiplied by it,
-    which then takes no instruction of its own."""
-    m_new = tl.maximum(m_i, tl.max(qk, 1) * factor)
-    base = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key yet: -inf less -inf would be NaN
-    alpha = tl.exp2((m_i - base) * UNIT)
-    p = tl.exp2((qk * factor - base[:, None]) * UNIT)
-    l_i = l_i * alpha + tl.sum(p, 1)
-    acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision="ieee")
-    return acc, m_new, l_i
-
-
-@triton.jit
-def page_and_slot(
-    start, seen, entry, stride_table_page, pages, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, FAR: tl.constexpr
-):
-    """Where the tile of keys that begins at `start` lies: page and slot of its first key if the others follow there, as
-    they do in dense storage, which is one page; else of each key."""
-    wide: tl.constexpr = tl.int64 if FAR else tl.int32
-    if PAGE == 0:
-        return 0, tl.cast(start, wide)
-    else:
-        if PAGE % BLOCK_N == 0:
-            position = start
-            page = tl.load(entry + position // PAGE * stride_table_page)
-        else:
-            position = start + tl.arange(0, BLOCK_N)
-            page = tl.load(entry + position // PAGE * stride_table_page, mask=seen, other=0)
-        return tl.minimum(tl.maximum(page.to(tl.int64), 0), pages - 1), tl.cast(position % PAGE, wide)
-
-
-@triton.jit
-def tile_of(base, page, slot, stride_page, stride_slot, column, BLOCK_N: tl.constexpr):
-    """Pointers to a tile [N, columns]. Where its keys follow each other, one address moves from tile to tile; what is
-    added to it for a key stays the same."""
-    if len(slot.shape) == 0:
-        key = tl.arange(0, BLOCK_N).to(slot.dtype)
-        return base + page * stride_page + slot * stride_slot + (key[:, None] * stride_slot + column[None, :])
-    else:
-        return base + ((page * stride_page + slot * stride_slot)[:, None] + column[None, :])
-
-
-@triton.jit
-def within(rows, column, dim: tl.constexpr):
-    """Mask of a tile: its rows that are there, and columns below dim. Without columns to hide, loads stay wide: then
-    as many columns as there are, or a program's share of them, divide dim."""
-    if dim // column.shape[0] * column.shape[0] == dim:
-        return rows[:, None]
-    else:
-        return rows[:, None] & (column < dim)[None, :]
-
-
-@triton.jit
-def load_tile(pointers, rows, column, DIM: tl.constexpr):
-    """The tile, with 0 for the rows that are not there. rows None: all are."""
-    if rows is not None:
-        return tl.load(pointers, mask=within(rows, column, DIM), other=0)
-    elif DIM // column.shape[0] * column.shape[0] == DIM:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=(column < DIM)[None, :], other=0)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def block_attention_kernel(
     q,  # [B, S, Hq, D]
     k,  # [B, S, Hkv, D] or None, the block's own
-    v,
+    v,  # [B, S, Hkv, Dv]
     k_context,  # [rows, T, Hkv, D], or pages [P, PAGE, Hkv, D], or None
     v_context,
     context_lens,  # [B] or None
+    context_starts,  # [B] or None
     context_index,  # [B] or None
     block_table,  # [rows, n] or None
     block_lens,  # [B] or None
-    out,  # [B, S, Hq, D]
+    sinks,  # [Hq] contiguous or None
+    out,  # [B, S, Hq, Dv]
     lse,  # [B, S, Hq] contiguous
-    partial,  # [splits, B * Hkv * S * group, D] contiguous, or None: one split, which writes out and lse
+    partial,  # [splits, B * Hkv * S * group, Dv] contiguous, or None: one split, which writes out and lse
     stats,  # [2, splits, B * Hkv * S * group] contiguous or None: largest logits, sums of weights
     length,
     kv_heads,
@@ -179,13 +107,15 @@ def block_attention_kernel(
     stride_ot,
     stride_oh,
     stride_context_lens,
+    stride_context_starts,
     stride_context_index,
     stride_table_row,
     stride_table_page,
     stride_block_lens,
     factor,  # from products, or their tanh, to logits; to those of base 2 unless float32, see unit; above 0
     inner,  # from products to the argument of tanh
-    CAUSAL: tl.constexpr,
+    CAUSAL: tl.constexpr,  # tokens that see each other and none behind them: 1, or of a block; 0: no such mask
+    SLIDES: tl.constexpr,  # the window is of each query's last keys, under a causal mask on the context
     SOFTCAP: tl.constexpr,
     UNIT: tl.constexpr,
     PAGE: tl.constexpr,  # tokens of a page, 0: dense
@@ -193,7 +123,8 @@ def block_attention_kernel(
     BLOCK_N: tl.constexpr,  # keys of a tile
     DIM: tl.constexpr,  # D
     BLOCK_D: tl.constexpr,  # a power of two, at least D
-    BLOCK_V: tl.constexpr,  # columns of values and results of a program: BLOCK_D, or a divisor of it
+    DIM_V: tl.constexpr,  # Dv
+    BLOCK_V: tl.constexpr,  # columns of values and results of a program: a power of two, all of Dv or a part
     SIGN: tl.constexpr,  # of the factor as it was, -1, 0 or 1: the queries take it
     FAR: tl.constexpr,  # offsets within a row of the context, a page or a block need 64 bits
     PEEL: tl.constexpr,  # tiles that lie within all bounds come in a loop of their own, without masks
@@ -203,7 +134,9 @@ def block_attention_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     query_rows = length * group
     tiles = tl.cdiv(query_rows, BLOCK_M)
-    PARTS: tl.constexpr = (DIM + BLOCK_V - 1) // BLOCK_V
+    PARTS: tl.constexpr = (DIM_V + BLOCK_V - 1) // BLOCK_V
+    PAST_CAUSAL: tl.constexpr = CAUSAL > 0 and k is None  # the context's last keys are the block's own
+    PEEL_PAST: tl.constexpr = PEEL and not SLIDES  # a window's edge crosses as many tiles as the diagonal
     item, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     pair = item // tiles
     first = (tiles - 1 - item % tiles) * BLOCK_M  # under a causal mask the last rows see the most
@@ -222,9 +155,19 @@ def block_attention_kernel(
     begin, end, own_keys = 0, 0, 0
     if k_context is not None:
         end = length_at(context_lens, b * stride_context_lens, capacity)
-        begin = tl.maximum(end - window, 0)
+        common = end  # every row sees the keys up to here
+        begin = 0 if SLIDES else tl.maximum(end - window, 0)
+        if context_starts is not None:
+            begin = tl.maximum(begin, length_at(context_starts, b * stride_context_starts, capacity))
+        if PAST_CAUSAL:
+            origin = end - tokens
+            last = tl.minimum((first + BLOCK_M - 1) // group, tokens - 1)
+            common = tl.minimum(end, origin + last_seen(first // group, CAUSAL) + 1)
+            end = tl.minimum(end, origin + last_seen(last, CAUSAL) + 1)
+        if SLIDES:
+            begin = tl.maximum(begin, origin + first // group - window + 1)
     if k is not None:
-        own_keys = tl.minimum(tokens, (first + BLOCK_M - 1) // group + 1) if CAUSAL else tokens
+        own_keys = tl.minimum(tokens, last_seen((first + BLOCK_M - 1) // group, CAUSAL) + 1) if CAUSAL else tokens
     context_tiles = tl.cdiv(end, BLOCK_N) - begin // BLOCK_N
     context_tiles = tl.where(end > begin, context_tiles, 0)
     count = tl.where(first < tokens * group, context_tiles + tl.cdiv(own_keys, BLOCK_N), 0).to(tl.int64)
@@ -238,6 +181,10 @@ def block_attention_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if sinks is not None:  # a logit before all others, without a value
+        l_i += tl.where(split == 0, 1.0, 0.0)
+        sink = tl.load(sinks + q_heads) * (1.4426950408889634 / UNIT)
+        m_i = tl.where(split == 0, sink, m_i)
 
     if k_context is not None:
         context_row = row_at(context_index, b, stride_context_index, context_rows)
@@ -253,9 +200,9 @@ def block_attention_kernel(
         # other is masked.
         skipped = begin // BLOCK_N
         whole = tl.cdiv(begin, BLOCK_N) - skipped
-        rest = tl.maximum(end // BLOCK_N - skipped, whole)
-        for CROSSING in tl.static_range(1 - PEEL, 2):
-            if not PEEL:
+        rest = tl.maximum(common // BLOCK_N - skipped, whole)
+        for CROSSING in tl.static_range(1 - PEEL_PAST, 2):
+            if not PEEL_PAST:
                 since, until, step = low, tl.minimum(high, context_tiles), 1
             elif CROSSING:
                 since = tl.where(low < whole, low, tl.maximum(low, rest))
@@ -272,10 +219,15 @@ def block_attention_kernel(
                     tile_of(k_past, page, slot, stride_kcb, stride_kct, column, BLOCK_N), there, column, DIM
                 )
                 qk = products_of(queries, keys, inner, SOFTCAP)
-                if CROSSING:
+                if CROSSING and PAST_CAUSAL:
+                    visible = seen[None, :] & (position[None, :] <= origin + last_seen(token, CAUSAL)[:, None])
+                    if SLIDES:
+                        visible = visible & (position[None, :] > (origin + token - window)[:, None])
+                    qk = tl.where(visible, qk, float("-inf"))
+                elif CROSSING:
                     qk += tl.where(seen, 0.0, float("-inf"))[None, :]
                 values = load_tile(
-                    tile_of(v_past, page, slot, stride_vcb, stride_vct, v_column, BLOCK_N), there, v_column, DIM
+                    tile_of(v_past, page, slot, stride_vcb, stride_vct, v_column, BLOCK_N), there, v_column, DIM_V
                 )
                 acc, m_i, l_i = add_keys(qk, values, acc, m_i, l_i, factor, UNIT)
 
@@ -283,7 +235,7 @@ def block_attention_kernel(
         k_own = k + b * stride_kb + head.to(tl.int64) * stride_kh
         v_own = v + b * stride_vb + head.to(tl.int64) * stride_vh
         whole = (
-            tl.minimum(own_keys, first // group + 1) if CAUSAL else own_keys
+            tl.minimum(own_keys, last_seen(first // group, CAUSAL) + 1) if CAUSAL else own_keys
         ) // BLOCK_N  # tiles that every row sees all of
         for CROSSING in tl.static_range(1 - PEEL, 2):
             since, until = tl.maximum(low - context_tiles, 0), high - context_tiles
@@ -300,10 +252,11 @@ def block_attention_kernel(
                 qk = products_of(queries, keys, inner, SOFTCAP)
                 if CROSSING:
                     if CAUSAL:
-                        qk = tl.where((position[None, :] <= token[:, None]) & seen[None, :], qk, float("-inf"))
+                        visible = position[None, :] <= last_seen(token, CAUSAL)[:, None]
+                        qk = tl.where(visible & seen[None, :], qk, float("-inf"))
                     else:
                         qk += tl.where(seen, 0.0, float("-inf"))[None, :]
-                values = load_tile(tile_of(v_own, 0, start, 0, stride_vt, v_column, BLOCK_N), there, v_column, DIM)
+                values = load_tile(tile_of(v_own, 0, start, 0, stride_vt, v_column, BLOCK_N), there, v_column, DIM_V)
                 acc, m_i, l_i = add_keys(qk, values, acc, m_i, l_i, factor, UNIT)
 
     inside = r < query_rows
@@ -311,7 +264,7 @@ def block_attention_kernel(
         l_safe = tl.where(l_i == 0, 1.0, l_i)
         result = tl.where(is_real[:, None], acc / l_safe[:, None], 0.0)
         at = b * stride_ob + token.to(tl.int64) * stride_ot + q_heads.to(tl.int64) * stride_oh
-        where = within(inside, v_column, DIM)
+        where = within(inside, v_column, DIM_V)
         tl.store(out + at[:, None] + v_column[None, :], result.to(out.dtype.element_ty), mask=where)
         at = (b * length + token) * kv_heads * group + q_heads
         logarithm = m_i * (UNIT * 0.6931471805599453) + tl.log2(l_safe) * 0.6931471805599453
@@ -322,21 +275,24 @@ def block_attention_kernel(
         at = split * total_rows + pair.to(tl.int64) * query_rows + r
         tl.store(stats + at, m_i, mask=inside & (part == 0))
         tl.store(stats + splits * total_rows + at, l_i, mask=inside & (part == 0))
-        where = within(inside & (l_i != 0), v_column, DIM)  # NaN is no 0
-        tl.store(partial + at[:, None] * DIM + v_column[None, :], acc, mask=where)
+        where = within(inside & (l_i != 0), v_column, DIM_V)  # NaN is no 0
+        tl.store(partial + at[:, None] * DIM_V + v_column[None, :], acc, mask=where)
 
 
 def arguments_of(
     op: str, q: Tensor, k: Tensor | None, v: Tensor | None, k_context: Tensor | None, v_context: Tensor | None,
-    context_lens: Tensor | None, context_index: Tensor | None, block_table: Tensor | None, block_lens: Tensor | None,
-    causal: bool, window: int | None, scale: float | None, softcap: float, out: Tensor,
+    context_lens: Tensor | None, context_starts: Tensor | None, context_index: Tensor | None,
+    block_table: Tensor | None, block_lens: Tensor | None, sinks: Tensor | None,
+    causal: int, window: int | None, scale: float | None, softcap: float, out: Tensor,
 ) -> dict[str, Any]:  # fmt: skip
     """What all of attention's kernels are given, by name. A context without room for a token is none."""
     check_dtype(op, q=q)
-    dim = q.shape[3]
-    if dim > WIDEST:
-        raise NotImplementedError(f"{op} on {q.device.type}: expected head_dim up to {WIDEST}, got {dim}")
+    dim, value_dim = q.shape[3], out.shape[3]
+    if max(dim, value_dim) > WIDEST:
+        got = max(dim, value_dim)
+        raise NotImplementedError(f"{op} on {q.device.type}: expected head_dim up to {WIDEST}, got {got}")
     kv_heads = (k if k is not None else k_context).shape[2]  # type: ignore[union-attr]
+    slides = causal > 0 and k is None and window is not None
     page, rows, capacity, pages = 0, 0, 0, 0
     if k_context is not None:
         rows, capacity = k_context.shape[:2]
@@ -344,20 +300,25 @@ def arguments_of(
             pages, page = rows, capacity
             rows, capacity = block_table.shape[0], block_table.shape[1] * page
         if 0 in (rows, capacity) or (page and not pages) or window == 0:
-            k_context = v_context = context_lens = context_index = block_table = None
+            k_context = v_context = context_index = block_table = None
             capacity = page = 0
+    if k_context is None:
+        context_lens = context_starts = None
+        slides = False
     tensors = {"q": q, "k": k, "v": v, "k_context": k_context, "v_context": v_context}
     tensors = {name: rows_contiguous(x) for name, x in tensors.items()}
     # Whether a row of the context, a page or a block is so long that 32 bits do not hold every offset in it.
     own_and_past = [x for name, x in tensors.items() if name != "q" and x is not None]
-    far = any(x.shape[1] * x.stride(1) + dim >= 2**31 for x in own_and_past)
+    far = any(x.shape[1] * x.stride(1) + max(dim, value_dim) >= 2**31 for x in own_and_past)
     strides = [n for x in (*tensors.values(), out) for n in ((0, 0, 0) if x is None else x.stride()[:3])]
-    strides += [0 if x is None else x.stride(0) for x in (context_lens, context_index)]
+    strides += [0 if x is None else x.stride(0) for x in (context_lens, context_starts, context_index)]
     strides += (0, 0) if block_table is None else block_table.stride()
     strides += [0 if block_lens is None else block_lens.stride(0)]
-    tensors |= {"context_lens": context_lens, "context_index": context_index}
+    tensors |= {"context_lens": context_lens, "context_starts": context_starts, "context_index": context_index}
     tensors |= {"block_table": block_table, "block_lens": block_lens}
-    seen = capacity if window is None else min(window, capacity)
+    tensors |= {"sinks": None if sinks is None else sinks.contiguous()}
+    most = capacity + q.shape[1] if slides else capacity
+    seen = most if window is None else min(window, most)
     counts = q.shape[1], kv_heads, q.shape[2] // kv_heads, capacity, rows, pages, seen
     scale = dim**-0.5 if scale is None else scale
     return (
@@ -366,9 +327,14 @@ def arguments_of(
         | dict(zip(STRIDES, strides, strict=True))
         | {"factor": (softcap or scale) * math.log2(math.e) / unit(q.dtype)}
         | {"inner": scale / softcap if softcap else 0.0}
-        | {"CAUSAL": causal, "SOFTCAP": softcap > 0, "UNIT": unit(q.dtype), "PAGE": page}
-        | {"DIM": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "FAR": far}
+        | {"CAUSAL": min(causal, max(q.shape[1], 1)), "SLIDES": slides, "SOFTCAP": softcap > 0, "UNIT": unit(q.dtype)}
+        | {"PAGE": page, "DIM": dim, "BLOCK_D": block_of(dim), "DIM_V": value_dim, "FAR": far}
     )
+
+
+def block_of(dim: int) -> int:
+    """Columns of a tile that holds whole rows."""
+    return max(16, triton.next_power_of_2(dim))
 
 
 def forward(given: dict[str, Any], arch: int) -> dict[str, Any]:
@@ -387,17 +353,18 @@ def block_attention_out(q: Tensor, k: Tensor | None, *arguments: Any) -> None:
     given = arguments_of("block_attention", *(q, k, *arguments[:-2], written[0]))
     if out.numel() == 0:
         return
-    batch, length, heads, dim = q.shape
+    (batch, length, heads, dim), value_dim = q.shape, out.shape[3]
     arch, processors = machine(q.device)
     query_rows = length * given["group"]
-    tune = tuning(q.dtype, query_rows, dim, arch)
-    items = batch * given["kv_heads"] * -(-query_rows // tune.block_m) * tune.parts(dim)
-    tiles = -(-given["window"] // tune.block_n) + (0 if k is None else -(-length // tune.block_n))
+    tune = tuning(q.dtype, query_rows, max(dim, value_dim), arch)
+    items = batch * given["kv_heads"] * -(-query_rows // tune.block_m) * tune.parts(value_dim)
+    past = given["capacity"] if given["SLIDES"] else given["window"]
+    tiles = -(-past // tune.block_n) + (0 if k is None else -(-length // tune.block_n))
     splits = splits_for(items, tiles, processors)
     partial = stats = None
     pdl = splits > 1 and launch.PDL and q.is_cuda and arch >= 90
     if splits > 1:
-        partial = q.new_empty((splits, batch * length * heads, dim), dtype=torch.float32)
+        partial = q.new_empty((splits, batch * length * heads, value_dim), dtype=torch.float32)
         stats = q.new_empty((2, splits, batch * length * heads), dtype=torch.float32)
     with on_device_of(q):
         block_attention_kernel[(items, splits)](
@@ -408,7 +375,7 @@ def block_attention_out(q: Tensor, k: Tensor | None, *arguments: Any) -> None:
             stats=stats,
             splits=splits,
             PDL=pdl,
-            **tune.launch(given["BLOCK_D"]),
+            **tune.launch(block_of(value_dim)),
         )
         if partial is not None and stats is not None:
             merge_splits(partial, stats, written[0], written[1], given["kv_heads"], given["UNIT"], pdl)
@@ -417,57 +384,74 @@ def block_attention_out(q: Tensor, k: Tensor | None, *arguments: Any) -> None:
             x.copy_(result)
 
 
-def block_attention(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    results = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
-    block_attention_out(*(q, *arguments, *results))
+def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    results = _results(q, v)
+    block_attention_out(*(q, k, v, *arguments, *results))
     return results
 
 
 def context_attention_out(q: Tensor, *arguments: Any) -> None:
-    *context, window, scale, softcap, out, lse = arguments
-    block_attention_out(*(q, None, None, *context, False, window, scale, softcap, out, lse))
+    block_attention_out(*(q, None, None, *arguments))
 
 
-def context_attention(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    results = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
-    context_attention_out(q, *arguments, *results)
+def context_attention(q: Tensor, k_context: Tensor, v_context: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    results = _results(q, v_context)
+    context_attention_out(*(q, k_context, v_context, *arguments, *results))
     return results
 
 
 def builds(arch: int) -> Iterator[Build]:
     """What the launchers ask for at head_dim 64, 128 and 256: denoising over a dense and a paged context, commit and
     prefill, cut into splits and whole. At 512 one kind of tiles serves all numbers of rows. At the released size also
-    what they ask for with `launch.PDL`, a context of far strides, and a scale below 0."""
+    what they ask for with `launch.PDL`, a context of far strides, and a scale below 0; a causal context, sliding and
+    not, with left padding; blocks in a sequence; sinks; and values narrower than keys."""
     for dim in (64, 128, 256):
         for dtype in DTYPES:
-            yield _build(dtype, dim, 256, arch, causal=False, split=True)
-            yield _build(dtype, dim, 256, arch, causal=True, split=False, paged=True)
-        yield _build(torch.bfloat16, dim, 16, arch, causal=True, split=True, paged=True)
-        yield _build(torch.bfloat16, dim, 65536, arch, causal=True, split=False, context=False)
-    dense = _build(torch.bfloat16, 128, 256, arch, causal=False, split=True)
+            yield _build(dtype, dim, 256, arch, causal=0, split=True)
+            yield _build(dtype, dim, 256, arch, causal=1, split=False, paged=True)
+        yield _build(torch.bfloat16, dim, 16, arch, causal=1, split=True, paged=True)
+        yield _build(torch.bfloat16, dim, 65536, arch, causal=1, split=False, context=False)
+        for dtype in (torch.bfloat16, torch.float32):
+            yield _build(dtype, dim, 65536, arch, causal=1, split=False, own=False, slides=True, starts=True)
+            yield _build(dtype, dim, 65536, arch, causal=32, split=False, context=False, sinks=True)
+    yield _build(torch.bfloat16, 128, 65536, arch, causal=1, split=False, own=False, starts=True, sinks=True)
+    yield _build(torch.bfloat16, 192, 65536, arch, causal=1, split=True, own=False, paged=True, value_dim=128)
+    yield _build(torch.bfloat16, 192, 256, arch, causal=0, split=True, value_dim=128, sinks=True)
+    dense = _build(torch.bfloat16, 128, 256, arch, causal=0, split=True)
     yield replace(dense, constants={**dense.constants, "FAR": True, "SIGN": -1})
     if arch >= 90:
         yield replace(dense, constants={**dense.constants, "PDL": True}, needs=(*dense.needs, "griddepcontrol"))
-    yield _build(torch.bfloat16, WIDEST, 256, arch, causal=False, split=True)
+    yield _build(torch.bfloat16, WIDEST, 256, arch, causal=0, split=True)
     for dtype in (torch.bfloat16, torch.float32):
-        yield _build(dtype, WIDEST, 256, arch, causal=True, split=False, paged=True)
+        yield _build(dtype, WIDEST, 256, arch, causal=1, split=False, paged=True)
+        yield _build(dtype, WIDEST, 65536, arch, causal=1, split=False, own=False, slides=True, starts=True, sinks=True)
 
 
 def _build(
-    dtype: torch.dtype, dim: int, rows: int, arch: int, *,
-    causal: bool, split: bool, context: bool = True, paged: bool = False,
+    dtype: torch.dtype, dim: int, rows: int, arch: int, *, causal: int, split: bool, own: bool = True,
+    context: bool = True, paged: bool = False, slides: bool = False, starts: bool = False, sinks: bool = False,
+    value_dim: int | None = None,
 ) -> Build:  # fmt: skip
-    tune, name = tuning(dtype, rows, dim, arch), f"*{DTYPES[dtype]}"
-    types = {x: name for x in ("q", "k", "v", "out")} | {"lse": "*fp32"} | ({"block_lens": "*i64"} if causal else {})
+    values = value_dim or dim
+    tune, name = tuning(dtype, rows, max(dim, values), arch), f"*{DTYPES[dtype]}"
+    types = {x: name for x in ("q", "out")} | {"lse": "*fp32"} | ({"block_lens": "*i64"} if causal else {})
+    types |= {"k": name, "v": name} if own else {}
     types |= {"k_context": name, "v_context": name, "context_lens": "*i64"} if context else {}
     types |= {"block_table": "*i32", "context_index": "*i64"} if context and paged else {}
+    types |= {"context_starts": "*i64"} if starts else {}
+    types |= {"sinks": "*fp32"} if sinks else {}
     types |= {"partial": "*fp32", "stats": "*fp32"} if split else {}
-    pointers = block_attention_kernel.arg_names[:13]
+    pointers = block_attention_kernel.arg_names[:15]
     types |= {x: "i32" for x in COUNTS + STRIDES} | {"factor": "fp32", "inner": "fp32"}
     constants: dict[str, Any] = {x: None for x in pointers if x not in types}
-    constants |= {"CAUSAL": causal, "SOFTCAP": False, "UNIT": unit(dtype), "PAGE": 64 if context and paged else 0}
-    constants |= {"DIM": dim, "BLOCK_D": dim, "FAR": False, "SIGN": 1, "PEEL": arch in PEELING, "PDL": False}
-    constants |= {name: x for name, x in tune.launch(dim).items() if name.startswith("BLOCK")}
+    constants |= {"CAUSAL": causal, "SLIDES": slides, "SOFTCAP": False, "UNIT": unit(dtype)}
+    constants |= {"PAGE": 64 if context and paged else 0, "DIM": dim, "BLOCK_D": block_of(dim), "DIM_V": values}
+    constants |= {"FAR": False, "SIGN": 1, "PEEL": arch in PEELING, "PDL": False}
+    constants |= {name: x for name, x in tune.launch(block_of(values)).items() if name.startswith("BLOCK")}
     needs = ("wgmma",) if dtype != torch.float32 else ()
     odd = frozenset(COUNTS + INDEX_STRIDES)
     return Build(block_attention_kernel, types, constants, tune.num_warps, tune.num_stages, odd, needs)

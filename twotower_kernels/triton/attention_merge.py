@@ -151,15 +151,15 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     return out, lse
 
 
-APPENDED = ("length", "heads", "dim", "capacity", "context_rows", "pages", "page")
+APPENDED = ("length", "heads", "dim", "value_dim", "capacity", "context_rows", "pages", "page")
 
 
 @triton.jit(do_not_specialize=APPENDED)
 def append_kv_kernel(
     k_context,  # [rows, T, Hkv, D], or pages [P, page, Hkv, D]
-    v_context,
+    v_context,  # the same with Dv
     k,  # [B, S, Hkv, D]
-    v,
+    v,  # [B, S, Hkv, Dv]
     context_lens,  # [B]
     context_index,  # [B] or None
     block_table,  # [rows, n] or None
@@ -167,6 +167,7 @@ def append_kv_kernel(
     length,
     heads,
     dim,
+    value_dim,
     capacity,
     context_rows,
     pages,
@@ -210,11 +211,12 @@ def append_kv_kernel(
         position = position % page
     head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :]
-    where = (head < heads) & (column < dim) & writes
-    key = tl.load(k + b * stride_kb + s * stride_kt + head * stride_kh + column, mask=where)
-    value = tl.load(v + b * stride_vb + s * stride_vt + head * stride_vh + column, mask=where)
-    tl.store(k_context + row * stride_kcb + position * stride_kct + head * stride_kch + column, key, mask=where)
-    tl.store(v_context + row * stride_vcb + position * stride_vct + head * stride_vch + column, value, mask=where)
+    writes = writes & (head < heads)
+    of_key, of_value = writes & (column < dim), writes & (column < value_dim)
+    key = tl.load(k + b * stride_kb + s * stride_kt + head * stride_kh + column, mask=of_key)
+    value = tl.load(v + b * stride_vb + s * stride_vt + head * stride_vh + column, mask=of_value)
+    tl.store(k_context + row * stride_kcb + position * stride_kct + head * stride_kch + column, key, mask=of_key)
+    tl.store(v_context + row * stride_vcb + position * stride_vct + head * stride_vch + column, value, mask=of_value)
 
 
 def append_kv(
@@ -223,14 +225,14 @@ def append_kv(
 ) -> None:  # fmt: skip
     check_dtype("append_kv", k=k)
     k, v = map(rows_contiguous, (k, v))  # type: ignore[assignment]
-    batch, length, heads, dim = k.shape
-    if k.numel() == 0 or k_context.numel() == 0:
+    (batch, length, heads, dim), value_dim = k.shape, v.shape[3]
+    if max(k.numel(), v.numel()) == 0 or max(k_context.numel(), v_context.numel()) == 0:
         return
     (rows, capacity), pages, page = k_context.shape[:2], 1, 1
     if block_table is not None:
         pages, page = rows, capacity
         rows, capacity = block_table.shape[0], block_table.shape[1] * page
-    depth = triton.next_power_of_2(dim)
+    depth = triton.next_power_of_2(max(dim, value_dim))
     block = max(1, min(triton.next_power_of_2(heads), 2048 // depth))
     strides = [n for x in (k_context, v_context, k, v) for n in x.stride()[:3]]
     strides += [0 if x is None else x.stride(0) for x in (context_lens, context_index)]
@@ -239,7 +241,7 @@ def append_kv(
     with on_device_of(k):
         append_kv_kernel[(batch * length, triton.cdiv(heads, block))](
             *(k_context, v_context, k, v, context_lens, context_index, block_table, block_lens),
-            *(length, heads, dim, capacity, rows, pages, page, *strides),
+            *(length, heads, dim, value_dim, capacity, rows, pages, page, *strides),
             BLOCK_H=block,
             BLOCK_D=depth,
         )
