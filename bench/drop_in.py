@@ -121,17 +121,15 @@ def of_sdar(config: Mapping[str, Any]) -> Iterator[Line]:
     plain, ours, mask = models("sdar", config)
     yield from _of_blocks("sdar", plain, ours, config)
     block = torch.full((1, BLOCK), mask)
-    logits, rule = (
-        4 * torch.randn(1, BLOCK, config["vocab_size"]),
-        tt.RemaskPolicy.named("sdar", "low_confidence_static"),
-    )
+    logits = 4 * torch.randn(1, BLOCK, config["vocab_size"])
+    rule = replace(tt.RemaskPolicy.named("sdar", "low_confidence_static"), greedy=True)
 
     def sampled() -> Tensor:
         tokens = block.clone()
         plain.unmask(logits, tokens, BLOCK // 8, "low_confidence_static")
         return tokens
 
-    yield Line("sdar", "sampler", sampled, lambda: _remasked(logits, block, mask, rule, num_steps=8, greedy=True))
+    yield Line("sdar", "sampler", sampled, lambda: _remasked(logits, block, mask, rule, num_steps=8, temperature=1.0))
     prompt = torch.randint(mask, (1, PROMPT))
     options = dict(gen_length=NEW, block_length=BLOCK, denoising_steps=8, strategy="low_confidence_static")
     yield Line(
@@ -237,11 +235,8 @@ def _of_blocks(system: str, plain: Any, ours: Any, config: Mapping[str, Any]) ->
     )
 
 
-def _remasked(
-    logits: Tensor, tokens: Tensor, mask: int, policy: tt.RemaskPolicy, *, greedy: bool = False, **options: Any
-) -> Tensor:
-    temperature = 1.0 if greedy else 0.0
-    return tt.remask(logits, tokens, mask_token_id=mask, policy=policy, temperature=temperature, **options).tokens
+def _remasked(logits: Tensor, tokens: Tensor, mask: int, policy: tt.RemaskPolicy, **options: Any) -> Tensor:
+    return tt.remask(logits, tokens, mask_token_id=mask, policy=policy, **options).tokens
 
 
 LINES: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Line]]] = {
