@@ -30,7 +30,7 @@ from torch import Tensor
 
 from examples import sdar_recorded
 from examples.dream import Dream
-from examples.layers import Weights
+from examples.layers import Weights, field
 from examples.llada import Llada
 from examples.llada2_moe import Llada2Moe
 from examples.sdar import Sdar
@@ -126,8 +126,11 @@ class Recording:
         generate = partial(sdar_recorded.generate, model) if isinstance(model, Sdar) else model.generate
         known = inspect.signature(generate).parameters
         options = {name: value for name, value in case.items() if name in known}
-        if isinstance(options.get("temperature"), str):  # "1.0, its multinomial draw replaced by the most likely token"
-            options["temperature"] = float(options["temperature"].split(",")[0])
+        if isinstance(said := options.get("temperature"), str):  # "1.0, its draw replaced by the most likely token"
+            number = re.match(r"\d+(\.\d+)?", said)
+            if number is None:
+                raise ValueError(f"temperature: expected a number in front, got {said!r}")
+            options["temperature"] = float(number[0])
         if (padding := self.tensors.get(f"case{index}.attention_mask")) is not None:
             options["attention_mask"] = padding
         prompt, expected = self.tensor(f"case{index}.prompt"), self.tensor(f"case{index}.sequence")
@@ -143,14 +146,13 @@ class Recording:
 
 
 def mask_token_id(document: dict[str, Any]) -> int:
-    """The mask token: a field of the recording or of the configuration, or else the one that its note names."""
+    """The mask token: a field of the recording or of the configuration, or the one that its note names; where nothing
+    says it, the last of the vocabulary."""
     config = document["config"]
+    vocabulary = field(config, "vocab_size")
     named = re.search(r"mask token (\d+)", str(document.get("note")))
     given = [document.get("mask_token_id"), config.get("mask_token_id"), named and int(named[1])]
-    for token in given:
-        if isinstance(token, int) and 0 <= token < config.get("vocab_size", token + 1):
-            return token
-    raise ValueError("cases.json: expected a field mask_token_id, or a note that names the mask token")
+    return next((token for token in given if isinstance(token, int) and 0 <= token < vocabulary), vocabulary - 1)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

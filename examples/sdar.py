@@ -114,6 +114,7 @@ class Sdar:
 
 
 def policy(strategy: str, confidence_threshold: float | None = None) -> tt.RemaskPolicy:
-    """The rule of a `remasking_strategy`, the most likely token taken for each draw."""
-    named = tt.RemaskPolicy.named("sdar", strategy, confidence_threshold=confidence_threshold)
-    return replace(named, greedy=True)
+    """The rule of a `remasking_strategy`, the most likely token taken for each draw; as in the original, a threshold
+    means nothing to the others than the dynamic one."""
+    threshold = confidence_threshold if strategy == "low_confidence_dynamic" else None
+    return replace(tt.RemaskPolicy.named("sdar", strategy, confidence_threshold=threshold), greedy=True)

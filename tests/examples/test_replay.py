@@ -17,7 +17,7 @@ from bench.baselines.diffusion_lm_weights import random_weights
 from examples.dream import Dream
 from examples.layers import Weights
 from examples.llada2_moe import Llada2Moe
-from examples.replay import main
+from examples.replay import main, mask_token_id
 from examples.sdar import Sdar
 from tests.examples.random_systems import CONFIGS, MASK, write
 from tests.paths import GOLDEN
@@ -49,7 +49,7 @@ STRATEGIES = [
     (16, sdar("low_confidence_dynamic", 8, 4, 0.2)),
     (10, sdar("low_confidence_dynamic", 10, 7, 0.5)),
     (6, sdar("low_confidence_dynamic", 6, 3, 0.8)),
-    (12, sdar("low_confidence_static", 12, 5)),
+    (12, sdar("low_confidence_static", 12, 5, 0.85)),
     (4, sdar("low_confidence_static", 4, 4)),
     (15, sdar("sequential", 5, 3)),
     (18, sdar("sequential", 9, 9)),
@@ -210,6 +210,19 @@ def test_systems_are_told_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[
     rewrite(folder, system="mystery")
     code, lines = replayed(folder, capsys)
     assert code == 1 and "dream as system, got 'mystery'" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "document, token",
+    [
+        (dict(mask_token_id=7, config=dict(vocab_size=9, mask_token_id=5)), 7),
+        (dict(note="mask token 6.", config=dict(vocab_size=9, mask_token_id=5)), 5),
+        (dict(note="mask token 6.", config=dict(vocab_size=9, mask_token_id=50256)), 6),
+        (dict(note="nothing said", config=dict(vocab_size=9)), 8),
+    ],
+)
+def test_the_mask_token_is_found(document: dict[str, Any], token: int) -> None:
+    assert mask_token_id(document) == token
 
 
 def test_one_system_that_fails_is_no_other_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
