@@ -102,6 +102,7 @@ class Dream:
 def in_front(attention_mask: Tensor) -> Tensor:
     """How many tokens `[B]` a mask `[B, P]` hides in front of each row."""
     hidden = (attention_mask == 0).sum(1)
-    if not attention_mask.bool().equal(torch.arange(attention_mask.shape[1]) >= hidden[:, None]):
+    places = torch.arange(attention_mask.shape[1], device=hidden.device)
+    if not attention_mask.bool().equal(places >= hidden[:, None]):
         raise NotImplementedError("attention_mask: expected padding in front alone, got some elsewhere")
     return hidden

@@ -47,7 +47,8 @@ class Llada2Moe:
         """
         weights = self.weights
         x = weights.tied("model.word_embeddings.weight", "lm_head.weight")[tokens]
-        positions = torch.arange(tokens.shape[1], device=tokens.device) + torch.as_tensor(start)[..., None]
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = positions + (start[:, None] if isinstance(start, Tensor) else start)  # [R, S], or [S]
         for i in range(self.layers):
             layer = weights.below(f"model.layers.{i}")
             y, attention = self.norm(x, layer["input_layernorm.weight"]), layer.below("attention")

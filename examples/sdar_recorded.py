@@ -70,7 +70,7 @@ def generate(
         if (block == mask_token_id).any():
             raise RuntimeError(f"tokens: expected no masks after {denoising_steps} steps, got {block.tolist()}")
         model.forward(block, start, cache=cache, commit=True)
-        if stopping_criteria_idx and torch.isin(x[:, given:], torch.tensor(stopping_criteria_idx)).any():
+        if stopping_criteria_idx and torch.isin(x[:, given:], x.new_tensor(stopping_criteria_idx)).any():
             break
     return x, nfe
 
@@ -80,7 +80,7 @@ def overwrite(result: tt.RemaskResult, masked: Tensor, logits: Tensor, quota: in
     for row, waiting in enumerate(masked):
         if sequential:
             first = int(waiting.int().argmax())
-            taken = torch.arange(first, min(first + quota, len(waiting)))
+            taken = torch.arange(first, min(first + quota, len(waiting)), device=waiting.device)
         elif waiting.sum() < quota:
             taken = torch.where(waiting, result.confidence[row], -torch.inf).topk(quota).indices
         else:

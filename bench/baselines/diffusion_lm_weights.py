@@ -93,6 +93,9 @@ def _llada(config: Config, matrix: Any, norm: Any) -> None:
         for part, rows in (("q", hidden), ("k", kv_width), ("v", kv_width)):
             matrix(f"{name}.{part}_proj", rows, hidden, bias or config["include_qkv_bias"])
         matrix(f"{name}.attn_out", hidden, hidden, bias)
+        if config.get("attention_layer_norm"):
+            norm(f"{name}.q_norm", hidden, bias)
+            norm(f"{name}.k_norm", kv_width, bias)
         size = config["mlp_hidden_size"] or config["mlp_ratio"] * hidden
         matrix(f"{name}.ff_proj", size, hidden, bias)
         matrix(f"{name}.up_proj", size, hidden, bias)

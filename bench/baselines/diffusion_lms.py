@@ -302,10 +302,10 @@ class Llada:
         for layer in range(self.config["n_layers"]):
             name = f"blocks.{layer}"
             normed = self.norm(x, f"{name}.attn_norm")
-            q, k, v = (
-                self.linear(normed, f"{name}.{part}_proj").unflatten(-1, (-1, self.dim)).transpose(1, 2)
-                for part in "qkv"
-            )
+            q, k, v = (self.linear(normed, f"{name}.{part}_proj") for part in "qkv")
+            if self.config.get("attention_layer_norm"):
+                q, k = self.norm(q, f"{name}.q_norm"), self.norm(k, f"{name}.k_norm")
+            q, k, v = (y.unflatten(-1, (-1, self.dim)).transpose(1, 2) for y in (q, k, v))
             if cache is not None and replace is not None:
                 past_k, past_v = cache[layer]
                 past_k[:, :, replace], past_v[:, :, replace] = k, v

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from bench.baselines.diffusion_lm_weights import random_weights
 from examples.dream import Dream
-from examples.layers import Weights
+from examples.layers import Rotary, Weights
+from examples.llada import Llada
 from examples.llada2_moe import Llada2Moe
 from examples.replay import main, mask_token_id
 from examples.sdar import Sdar
@@ -79,6 +80,7 @@ VARIATIONS: dict[str, tuple[str, list[tuple[int, dict[str, Any]]], dict[str, Any
     ),
     "llada": ("llada", CACHES, {}),
     "llada, grouped heads, biases": ("llada", CACHES, dict(n_kv_heads=2, include_bias=True)),
+    "llada, norms of queries and keys": ("llada", CACHES, dict(n_kv_heads=3, attention_layer_norm=True)),
     "llada, tied, gelu, qkv bias": (
         "llada",
         CACHES,
@@ -291,6 +293,47 @@ def test_logits_and_experts_are_compared(tmp_path: Path, capsys: pytest.CaptureF
     assert "logits differ by 2.0e-03" in lines[0] and "1 of 256 tokens have other experts" in lines[1]
 
 
+def recorded_llada(**fields: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor], torch.Tensor]:
+    """The configuration with these fields, the weights, and tokens."""
+    folder = SYSTEMS / "llada"
+    config = json.loads((folder / "cases.json").read_text())["config"] | fields
+    io = load_file(folder / "io.safetensors")
+    return config, load_file(folder / "model.safetensors"), io["forward.input"]
+
+
+def test_fields_of_llada_that_change_few_things() -> None:
+    config, weights, tokens = recorded_llada()
+    plain = Llada(config, Weights(weights), 299).forward(tokens)
+    scaled = Llada(config | dict(scale_logits=True), Weights(weights), 299).forward(tokens)
+    assert scaled.equal(plain / 8)  # the square root of d_model
+
+    grouped = {re.sub(r"blocks\.2\.", "block_groups.0.2.", name): tensor for name, tensor in weights.items()}
+    grouped = {re.sub(r"blocks\.([01])\.", r"block_groups.0.\1.", name): tensor for name, tensor in grouped.items()}
+    assert Llada(config | dict(block_group_size=3), Weights(grouped), 299).forward(tokens).equal(plain)
+
+    name = "model.transformer.wte.weight"
+    normed = Llada(config | dict(input_emb_norm=True), Weights(weights | {name: weights[name] / 8}), 299)
+    assert normed.forward(tokens).equal(plain)
+
+    shifted = {name: tensor - 1 if "norm" in name or "ln_f" in name else tensor for name, tensor in weights.items()}
+    gemma = Llada(config | dict(layer_norm_type="gemma_rms"), Weights(shifted), 299).forward(tokens)
+    torch.testing.assert_close(gemma, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_other_norms_of_llada() -> None:
+    config, weights, tokens = recorded_llada(layer_norm_type="default")
+    model, x = Llada(config, Weights(weights), 299), torch.randn(2, 3, 64)
+    weight, bias = torch.randn(64), torch.randn(64)
+    named = Weights(dict(weight=weight, bias=bias))
+    assert model.norm(x, named).equal(F.layer_norm(x, (64,), weight, bias))
+    rms = Llada(config | dict(layer_norm_type="rms"), Weights(weights), 299)
+    expected = F.rms_norm(x, (64,), weight, config["rms_norm_eps"]) + bias
+    torch.testing.assert_close(rms.norm(x, named), expected)
+    torch.testing.assert_close(rms.norm(x, Weights({})), F.rms_norm(x, (64,), None, config["rms_norm_eps"]))
+    with pytest.raises(NotImplementedError, match="layer_norm_type: expected 'rms'"):
+        Llada(config | dict(layer_norm_type="amd_compatible"), Weights(weights), 299).forward(tokens)
+
+
 def test_experts_may_lie_apart() -> None:
     """Checkpoints hold them one after the other, dInfer stacks them."""
     folder = SYSTEMS / "llada2_moe"
@@ -305,3 +348,15 @@ def test_experts_may_lie_apart() -> None:
             tensors |= {f"{prefix}{e}.gate_proj.weight": gate, f"{prefix}{e}.up_proj.weight": up}
             tensors[f"{prefix}{e}.down_proj.weight"] = down
     assert Llada2Moe(config, Weights(tensors), 299).forward(tokens).equal(expected)
+
+
+def test_rotary_positions() -> None:
+    """`linear` divides positions by its factor; theta may stand among the parameters of RoPE."""
+    x, positions = torch.randn(2, 5, 3, 8), torch.arange(5)
+    (plain,) = Rotary(dict(rope_theta=100.0), 8)(positions, x)
+    (slower,) = Rotary(dict(rope_theta=100.0, rope_scaling=dict(rope_type="linear", factor=4.0)), 8)(4 * positions, x)
+    torch.testing.assert_close(slower, plain)
+    (named,) = Rotary(dict(rope_parameters=dict(rope_type="default", rope_theta=100.0)), 8)(positions, x)
+    assert named.equal(plain)
+    (partly,) = Rotary(dict(rope_theta=100.0), 4)(positions.expand(2, 5), x)
+    assert partly[..., 4:].equal(x[..., 4:]) and not partly[:, 1:, :, :4].equal(x[:, 1:, :, :4])
