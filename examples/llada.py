@@ -112,12 +112,16 @@ class Llada:
         for start in range(prompt.shape[1], length, block_length):
             stop = start + block_length
             n0 = (x[:, start:stop] == self.mask_token_id).sum(1)
+            # A schedule ends; with a threshold a step commits one token at least, unless it proposes the mask token.
+            most = steps if policy.gate == "none" else int((x[:, :stop] == self.mask_token_id).sum()) + 2
             for i in count():
                 done = not (x[:, start:stop] == self.mask_token_id).any()
                 if done and i >= (1 if cache is None else 2):  # with a cache the programs take two steps at least
                     break
-                if policy.gate == "none" and i >= steps:
-                    raise RuntimeError(f"masks are left after {steps} steps, where the original fails")
+                if i >= most:
+                    raise RuntimeError(
+                        f"tokens: expected no masks after {most} steps; the original fails, or never ends"
+                    )
                 first = 0 if cache is None or i == 0 else start
                 last = stop if cache == "dual" and i else length
                 if cache is None:

@@ -320,6 +320,18 @@ def test_fields_of_llada_that_change_few_things() -> None:
     torch.testing.assert_close(gemma, plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("cache", [None, "prefix", "dual"])
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_a_model_that_proposes_masks_ends(cache: str | None, threshold: float | None) -> None:
+    """The originals fail, or never end."""
+    config, weights, tokens = recorded_llada()
+    head = weights["model.transformer.ff_out.weight"]
+    biased = weights | {"model.transformer.ff_out.bias": 1e3 * (torch.arange(len(head)) == 299)}
+    model = Llada(config, Weights(biased), 299)
+    with pytest.raises(RuntimeError, match="tokens: expected no masks after"):
+        model.generate(tokens, steps=8, gen_length=16, block_length=8, cache=cache, threshold=threshold)
+
+
 def test_other_norms_of_llada() -> None:
     config, weights, tokens = recorded_llada(layer_norm_type="default")
     model, x = Llada(config, Weights(weights), 299), torch.randn(2, 3, 64)
