@@ -132,5 +132,6 @@ class Llada2Moe:
             block_size=block_length,
             mask_token_id=self.mask_token_id,
             max_new_tokens=length - prompt.shape[1],
+            prefill="whole",
         )
         return torch.stack(result.sequences), nfe

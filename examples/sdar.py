@@ -111,6 +111,7 @@ class Sdar:
             top_k=top_k,
             top_p=top_p,
             eos_token_id=stopping_criteria_idx,
+            prefill="whole",
         )
 
 
