@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import rich
 import torch
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
@@ -283,7 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
         for row in measured(system, options.seconds):
             print(f"{row['system']}, {row['part']}: {row['difference'] or 'equal'}", flush=True)
             run["rows"].append(row)
-    rich.print(table(run["rows"]))
+    Console(width=None if sys.stdout.isatty() else 120).print(table(run["rows"]))
     if options.save:
         options.save.mkdir(parents=True, exist_ok=True)
         text = json.dumps(run, indent=1, ensure_ascii=False) + "\n"
