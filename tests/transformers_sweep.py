@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 from tests.integrations.tiny_models import SIZES
-from twotower_kernels.integrations.transformers import register, replace, restore
+from twotower_kernels.integrations.transformers import replace, restore
 from twotower_kernels.integrations.transformers.attention import attention
 from twotower_kernels.integrations.transformers.experts import experts
+from twotower_kernels.integrations.transformers.masks import mask
 
-NAMES = SIZES | {
+NAME = "counted"  # registered as `register` does, but for the count of calls
+SETTINGS = SIZES | {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **{"num_experts_per_tok": 2, "moe_intermediate_size": 16, "sliding_window": 5, "tie_word_embeddings": False},
     **{"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "d_model": 32, "eos_token_id": 2},
@@ -42,7 +44,9 @@ def build(kind: str, layers: int) -> PreTrainedModel:
     of_model = getattr(transformers, classes if isinstance(classes, str) else classes[0])
     of_config = of_model.config_class
     renamed = getattr(of_config, "attribute_map", {})
-    sizes = {name: value for name, value in NAMES.items() if name in of_config.__dataclass_fields__ or name in renamed}
+    sizes = {
+        name: value for name, value in SETTINGS.items() if name in of_config.__dataclass_fields__ or name in renamed
+    }
     sizes = {name: value for name, value in sizes.items() if renamed.get(name) not in sizes}
     sizes |= {name: layers for name in ("num_hidden_layers", "n_layer") if name in sizes}
     config = of_config(**sizes)
@@ -56,13 +60,13 @@ def build(kind: str, layers: int) -> PreTrainedModel:
 
 def run(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and greedy tokens of two prompts, one padded on the left."""
-    mask = torch.ones(2, 9, dtype=torch.long)
-    mask[1, :4] = 0
-    ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(3)) * mask
+    real = torch.ones(2, 9, dtype=torch.long)
+    real[1, :4] = 0
+    ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(3)) * real
     with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        logits = model(input_ids=ids, attention_mask=real).logits[real.bool()]
         options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-        return logits, model.generate(input_ids=ids, attention_mask=mask, **options)
+        return logits, model.generate(input_ids=ids, attention_mask=real, **options)
 
 
 def difference(found: tuple[torch.Tensor, torch.Tensor], wanted: tuple[torch.Tensor, torch.Tensor]) -> str:
@@ -85,8 +89,8 @@ def compare(kind: str) -> tuple[str, str]:
         return "not run", reason
     calls.clear()
     try:
-        model.set_attn_implementation("twotower")
-        model.set_experts_implementation("twotower")
+        model.set_attn_implementation(NAME)
+        model.set_experts_implementation(NAME)
         replace(model)
         found = run(model)
     except (NotImplementedError, ValueError) as error:
@@ -104,9 +108,9 @@ def compare(kind: str) -> tuple[str, str]:
 
 def main(kinds: list[str]) -> int:
     transformers.logging.set_verbosity_error()
-    register()
-    AttentionInterface.register("twotower", counted("attention", attention))
-    ExpertsInterface.register("twotower", counted("experts", experts))
+    AttentionInterface.register(NAME, counted("attention", attention))
+    AttentionMaskInterface.register(NAME, mask)
+    ExpertsInterface.register(NAME, counted("experts", experts))
     total: Counter[str] = Counter()
     for kind in kinds or sorted(CAUSAL):
         verdict, why = compare(kind)

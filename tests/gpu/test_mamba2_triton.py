@@ -34,7 +34,7 @@ def test_every_case(case: str) -> None:
         check("mamba2_scan", mamba2.make_inputs("mamba2_scan", case, dtype=dtype) | states)
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(
     b=st.integers(0, 2),
     length=st.integers(0, 40) | st.sampled_from([64, 65, 90]),
@@ -60,7 +60,7 @@ def test_any_shape_and_layout(  # type: ignore[no-untyped-def]
     check("mamba2_scan", inputs | states, layout=layout)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     shape=st.lists(st.integers(0, 3), max_size=3),
     groups=st.integers(1, 4),

@@ -89,6 +89,9 @@ INPUTS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "adaln_norm": modulated,
     "append_kv": append,
     "block_attention": attention_inputs,
+    "block_causal_attention": lambda b, s: dict(
+        q=drawn(b, s, 4, 8), k=drawn(b, s, 2, 8), v=drawn(b, s, 2, 8), block_size=2, seq_lens=lengths(b, s)
+    ),
     "context_attention": context_inputs,
     "gated_residual": residual,
     "gated_residual_adaln_norm": lambda b, s: residual(b, s) | {k: v for k, v in modulated(b, s).items() if k != "x"},

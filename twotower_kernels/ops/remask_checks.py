@@ -192,7 +192,7 @@ def check_kinds(
     shift_logits: Any,
 ) -> int | None:
     """TypeError unless everything beside the per-row parameters and the suppressed tokens is of its kind; ValueError
-    for logits without their axes, which the others are measured by, and for those that require grad.
+    for logits without their axes, which the others are measured by.
 
     Returns the mask token.
     """

@@ -201,7 +201,8 @@ _DREAM = {
 _OF_ROWS = "The original's quota is one for the whole batch: a row with fewer masks has committed tokens masked again."
 _REWRITES = (
     "The original's quota is a share of the block's length. Where fewer masks than that are left, as in a block that "
-    "begins with the end of a prompt, it rewrites committed tokens. Here masks alone take a token."
+    "begins with the end of a prompt or where a threshold let more through before, it rewrites committed tokens. Here "
+    "masks alone take a token."
 )
 
 SYSTEMS: dict[str, System] = {
