@@ -1,6 +1,5 @@
 """The masks of transformers as the attention kernels take them: which keys a row sees, not a matrix of them."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -147,17 +146,21 @@ def _pattern(function: Callable[..., Any]) -> tuple[bool, int | None]:
     code = getattr(function, "__code__", None)
     parts: tuple[Callable[..., Any], ...] = ()
     if code is _BOTH or code is _EITHER:
-        parts = inspect.getclosurevars(function).nonlocals["mask_functions"]
+        parts = _closed_over(function, "mask_functions")
     codes = [getattr(part, "__code__", None) for part in parts]
     if code is _BOTH and len(parts) == 2 and codes[0] is _SLIDING and parts[1] is causal_mask_function:
-        return True, inspect.getclosurevars(parts[0]).nonlocals["sliding_window"]
+        return True, _closed_over(parts[0], "sliding_window")
     if code is _EITHER and len(parts) == 2 and codes[1] is _BLOCKWISE:
-        blocks = inspect.getclosurevars(parts[1]).nonlocals["block_sequence_ids"]
+        blocks = _closed_over(parts[1], "block_sequence_ids")
         if bool((blocks < 0).all()):  # no token is in a block
             return _pattern(parts[0])
     names = " of ".join([_name(function), ", ".join(map(_name, parts))] if parts else [_name(function)])
     served = "causal_mask_function, bidirectional_mask_function or a sliding causal pattern"
     raise NotImplementedError(f"twotower mask: expected {served}, got {names}")
+
+
+def _closed_over(function: Any, name: str) -> Any:
+    return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
 
 
 def _name(function: Callable[..., Any]) -> str:
