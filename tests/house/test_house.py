@@ -229,7 +229,8 @@ def rows_of_ops() -> list[list[str]]:
     """The README's table of operations: op, CPU kernel, GPU kernel, specification, tests."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in readme.splitlines() if line.startswith("|")]
-    return [row for row in cells if re.fullmatch(r"`\w+`", row[0]) and len(row) == 5]
+    of_ops = [row for row in cells if re.fullmatch(r"`\w+`", row[0]) and len(row) == 5]
+    return [row for row in of_ops if row[1].startswith("[")]  # that of what calls cost has numbers there
 
 
 def test_readme_lists_exactly_the_ops() -> None:
