@@ -16,7 +16,7 @@ EMULATED := build/emulate
 ARM64 := build/arm64
 ARM64_PYTHON := $(ARM64)/sysroot/usr/bin/python
 
-.PHONY: help demo test fuzz kernels check bench pictures bench-compare sanitize emulate arm64 format clean
+.PHONY: help demo test sweep fuzz kernels check bench pictures bench-compare sanitize emulate arm64 format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -26,6 +26,9 @@ demo: $(KERNELS)  ## generate text with the shipped model, un-masking block by b
 
 test: $(DEV) $(KERNELS) $(NVRTC)  ## every test, on the CPU
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS)
+
+sweep: $(DEV) $(KERNELS)  ## every small causal language model of transformers on these kernels: agrees, or is refused by name
+	@$(PY) -m tests.transformers_sweep
 
 fuzz: $(DEV) $(KERNELS)  ## search for failures of the properties: make fuzz MINUTES=60. What it finds, make test replays
 	@OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --minutes $(MINUTES) --workers $(WORKERS)
