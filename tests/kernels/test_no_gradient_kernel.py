@@ -88,7 +88,7 @@ def with_parameters(op: str) -> tuple[dict[str, Any], list[nn.Parameter]]:
 
 
 FORWARD = sorted(op for op in INPUTS if op != "append_kv" and with_parameters(op)[1])
-GOES_THROUGH = BY_PYTORCH | {"linear", "merge_attention"}
+GOES_THROUGH = BY_PYTORCH | {"block_causal_attention", "linear", "merge_attention"}
 
 
 def call(op: str, given: dict[str, Any]) -> Any:
