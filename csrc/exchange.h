@@ -1,5 +1,5 @@
 // DLPack's table of functions for exchanging tensors in one process, as PyTorch offers it from 2.10 on: a tensor is
-// read by one call into PyTorch instead of one for each of its attributes (50 ns instead of 400). No header of either
+// read by one call into PyTorch instead of one for each of its attributes (50 ns). No header of either
 // is needed. Layouts: https://dmlc.github.io/dlpack/latest/c_api.html, DLPack 1.x.
 #pragma once
 

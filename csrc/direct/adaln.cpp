@@ -46,13 +46,6 @@ struct Pass {
     }
 };
 
-// Whether modulation follows the norm.
-bool is_order(PyObject* object, bool& norm_first) {
-    if (!PyUnicode_Check(object)) return false;
-    norm_first = PyUnicode_CompareWithASCIIString(object, "norm_modulate") == 0;
-    return norm_first || PyUnicode_CompareWithASCIIString(object, "modulate_norm") == 0;
-}
-
 // x, weight, shift, scale, eps, order.
 PyObject* adaln_norm(PyObject*, Arguments given, Py_ssize_t count) {
     Pass pass;
@@ -62,7 +55,8 @@ PyObject* adaln_norm(PyObject*, Arguments given, Py_ssize_t count) {
     Call call;
     if (count != 6 || given[1] == Py_None || !pass.read(call, given[0], Py_None, Py_None, given[1], given[2], given[3]))
         return none();
-    if (!is_real(given[4], eps) || eps < 0 || !is_order(given[5], norm_first)) return none();
+    if (!is_real(given[4], eps) || eps < 0 || !is_one_of(given[5], "modulate_norm", "norm_modulate", norm_first))
+        return none();
     PyObject* result = new_empty(given[0], pass.x);
     if (result == nullptr) return nullptr;
     if (!is_placed(normed, result)) return Py_DECREF(result), none();
@@ -97,7 +91,8 @@ PyObject* gated_residual_adaln_norm(PyObject*, Arguments given, Py_ssize_t count
     if (count != 8 || given[1] == Py_None || given[3] == Py_None ||
         !pass.read(call, given[0], given[1], given[2], given[3], given[4], given[5]))
         return none();
-    if (!is_real(given[6], eps) || eps < 0 || !is_order(given[7], norm_first)) return none();
+    if (!is_real(given[6], eps) || eps < 0 || !is_one_of(given[7], "modulate_norm", "norm_modulate", norm_first))
+        return none();
     PyObject* result = pair(new_empty(given[0], pass.x), new_empty(given[0], pass.x));
     if (result == nullptr) return nullptr;
     if (!is_placed(h, PyTuple_GET_ITEM(result, 0)) || !is_placed(normed, PyTuple_GET_ITEM(result, 1)))

@@ -99,6 +99,12 @@ bool is_real(PyObject* object, double& value) {
     return std::isfinite(value);
 }
 
+bool is_one_of(PyObject* object, const char* first, const char* other, bool& second) {
+    if (!PyUnicode_Check(object)) return false;
+    second = PyUnicode_CompareWithASCIIString(object, other) == 0;
+    return second || PyUnicode_CompareWithASCIIString(object, first) == 0;
+}
+
 bool flatten(View& view) {
     if (view.ndim < 1) return false;
     const int last = view.ndim - 1;

@@ -19,13 +19,6 @@ PyObject* moe_gate(PyObject*, Arguments given, Py_ssize_t count) {
     return run(result, [&] { tt::moe_gate({x, weight, logits}); });
 }
 
-// Whether an object is one of two words; `second` says which.
-bool is_one_of(PyObject* object, const char* first, const char* other, bool& second) {
-    if (!PyUnicode_Check(object)) return false;
-    second = PyUnicode_CompareWithASCIIString(object, other) == 0;
-    return second || PyUnicode_CompareWithASCIIString(object, first) == 0;
-}
-
 // logits, correction_bias, per_expert_scale, top_k, score, n_group, topk_group, renormalize, scaling, dropped.
 PyObject* moe_route(PyObject*, Arguments given, Py_ssize_t count) {
     View logits, bias, scale, weights, experts;
