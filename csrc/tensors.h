@@ -46,6 +46,20 @@ inline DType dtype_of(PyObject* dtype) {
     throw py::value_error("expected a dtype that the kernels know, got " + std::string(py::str(py::handle(dtype))));
 }
 
+// How many rows [..., H] has, and how far one is from the next. False where its leading dimensions do not lie behind
+// one another.
+inline bool find_rows(int rank, const int64_t* size, const int64_t* stride, int64_t& rows, int64_t& row) {
+    rows = 1, row = size[rank - 1];
+    bool behind = true;
+    for (int i = rank - 2; i >= 0; --i) {
+        if (size[i] == 1) continue;
+        if (rows == 1) row = stride[i];
+        behind &= stride[i] == rows * row;
+        rows *= size[i];
+    }
+    return behind;
+}
+
 // Where a tensor of any rank lies; its rank is -1 if it is none.
 struct Layout {
     static constexpr int most = 64;  // dimensions of a tensor of PyTorch's
@@ -92,14 +106,8 @@ struct Layout {
     bool to_rows(View& view) const {
         if (rank == 0) throw py::value_error("expected a tensor of rank 1 or more, got 0");
         const int64_t width = size[rank - 1];
-        int64_t rows = 1, row = width;  // row: from one to the next
-        bool in_place = rows_contiguous();
-        for (int i = rank - 2; i >= 0; --i) {
-            if (size[i] == 1) continue;
-            if (rows == 1) row = stride[i];
-            in_place &= stride[i] == rows * row;
-            rows *= size[i];
-        }
+        int64_t rows, row;
+        const bool in_place = find_rows(rank, size, stride, rows, row) && rows_contiguous();
         if (!in_place && rows * width > 0) return false;
         view.data = data, view.dtype = dtype, view.ndim = 2;
         view.size[0] = rows, view.size[1] = width;

@@ -107,15 +107,9 @@ bool is_one_of(PyObject* object, const char* first, const char* other, bool& sec
 
 bool flatten(View& view) {
     if (view.ndim < 1) return false;
-    const int last = view.ndim - 1;
-    const int64_t width = view.size[last];
-    int64_t rows = 1, row = width;
-    for (int i = last - 1; i >= 0; --i) {
-        if (view.size[i] == 1) continue;
-        if (rows == 1) row = view.stride[i];
-        if (view.stride[i] != rows * row) return false;
-        rows *= view.size[i];
-    }
+    const int64_t width = view.size[view.ndim - 1];
+    int64_t rows, row;
+    if (!find_rows(view.ndim, view.size, view.stride, rows, row)) return false;
     view.ndim = 2;
     view.size[0] = rows, view.size[1] = width;
     view.stride[0] = row, view.stride[1] = 1;
