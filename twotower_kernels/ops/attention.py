@@ -22,7 +22,6 @@ from twotower_kernels.ops.attention_checks import (
     check_axes,
     check_block,
     check_context,
-    check_frozen,
     check_merge,
     check_no_gradient,
     check_no_past,
@@ -258,8 +257,7 @@ def append_kv(
         return
     k, v = cast_to(k_context.dtype, k, v)
     check_axes(k=k, v=v, k_context=k_context, v_context=v_context)
-    check_frozen(k_context, v_context)
-    refuse_gradients("append_kv", k=k, v=v)
+    refuse_gradients("append_kv", k_context=k_context, v_context=v_context, k=k, v=v)
     if context_lens is None:
         raise TypeError("context_lens: expected an integer or an integer tensor, got None")
     index, table = as_index(context_index), as_index(block_table)

@@ -28,12 +28,6 @@ def check_axes(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name}: expected 4 axes [batch, tokens, heads, head_dim], got shape {list(x.shape)}")
 
 
-def check_frozen(k_context: Tensor, v_context: Tensor) -> None:
-    """No gradient is wanted of storage that is written in place."""
-    if torch.is_grad_enabled() and (k_context.requires_grad or v_context.requires_grad):
-        raise ValueError("k_context, v_context: the context is frozen, expected no requires_grad; detach them")
-
-
 def check_no_gradient(out: Tensor, *inputs: Tensor | None) -> None:
     """No gradient is wanted of a result written in place."""
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (out, *inputs)):
