@@ -77,8 +77,7 @@ struct RightTiles {
     }
 };
 
-// --- few rows of x: 16 rows of w by G tiles of x; tiles 0 to 3 are the sums
-// ---------------------------------------------
+// --- few rows of x: 16 rows of w by G tiles of x; tiles 0 to 3 are the sums -----------------------------------------
 
 template <int G>
 inline void add_few(TilesAt w, TilesAt x, int64_t steps) {
@@ -132,8 +131,7 @@ inline void few_sums(const bf16* w, int64_t stride, int64_t rows, int64_t k, Til
     }
 }
 
-// --- many rows of x: R tiles of w by G tiles of x, 1 or 2 of each; tiles 0 to 3 are the sums
-// ----------------------------
+// --- many rows of x: R tiles of w by G tiles of x, 1 or 2 of each; tiles 0 to 3 are the sums ------------------------
 
 template <int R, int G>
 inline void zero_sums() {

@@ -1,6 +1,7 @@
 """Every argument that `remask` refuses, in the words of the kernels' op. (What policies refuse: tests/options.)"""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,22 +14,26 @@ MASK = 3
 Z, X = torch.zeros(2, 3, 5), torch.full((2, 3), MASK)
 ONE = {"logits": Z[0], "tokens": X[0]}
 SHIFT = {"shift": 1, "shift_logits": Z[:, 0]}
+# What both programs refuse, in the same words.
+ROWS_AND_SHIFTS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"logits": Z[0, 0]}, ValueError, r"logits: expected shape \[B, S, V\] or \[N, V\] with V > 0, got \[5\]"),
+    ({"logits": Z[0]}, ValueError, r"tokens: expected shape \[3\] as logits are \[N, V\], got \[2, 3\]"),
+    (ONE | {"editable": X > 0}, ValueError, r"editable: expected shape \[3\] as logits are .*, got \[2, 3\]"),
+    (ONE | SHIFT, ValueError, r"shift_logits: expected shape \[5\] as logits are \[N, V\], got \[2, 5\]"),
+    ({"shift": 2}, ValueError, "shift: expected 0 or 1, got 2"),
+    ({"shift": 0.5}, TypeError, "shift: expected 0 or 1, got float"),
+    (SHIFT | {"shift": 0}, ValueError, "shift_logits: expected None with shift=0"),
+    (SHIFT | {"shift_logits": Z[0]}, ValueError, r"shift_logits: expected shape \[2, 5\], got \[3, 5\]"),
+    (SHIFT | {"shift_logits": Z[:, 0].bfloat16()}, TypeError, "shift_logits: expected torch.float32, got torch.bf"),
+    (SHIFT | {"shift_logits": Z[:, 0].to("meta")}, ValueError, "shift_logits: expected device cpu, got meta"),
+    (SHIFT | {"shift_logits": [0.0]}, TypeError, "shift_logits: expected a tensor, got list"),
+]
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"logits": Z[0, 0]}, ValueError, r"logits: expected shape \[B, S, V\] or \[N, V\] with V > 0, got \[5\]"),
-        ({"logits": Z[0]}, ValueError, r"tokens: expected shape \[3\] as logits are \[N, V\], got \[2, 3\]"),
-        (ONE | {"editable": X > 0}, ValueError, r"editable: expected shape \[3\] as logits are .*, got \[2, 3\]"),
-        (ONE | SHIFT, ValueError, r"shift_logits: expected shape \[5\] as logits are \[N, V\], got \[2, 5\]"),
-        ({"shift": 2}, ValueError, "shift: expected 0 or 1, got 2"),
-        ({"shift": 0.5}, TypeError, "shift: expected 0 or 1, got float"),
-        (SHIFT | {"shift": 0}, ValueError, "shift_logits: expected None with shift=0"),
-        (SHIFT | {"shift_logits": Z[0]}, ValueError, r"shift_logits: expected shape \[2, 5\], got \[3, 5\]"),
-        (SHIFT | {"shift_logits": Z[:, 0].bfloat16()}, TypeError, "shift_logits: expected torch.float32, got torch.bf"),
-        (SHIFT | {"shift_logits": Z[:, 0].to("meta")}, ValueError, "shift_logits: expected device cpu, got meta"),
-        (SHIFT | {"shift_logits": [0.0]}, TypeError, "shift_logits: expected a tensor, got list"),
+        *ROWS_AND_SHIFTS,
         (SHIFT | {"shift_logits": Z[:, 0].clone().requires_grad_()}, ValueError, "shift_logits: remask is not diff"),
         ({"logits": Z.long()}, TypeError, "logits: expected torch.float64 or .*, got torch.int64"),
         ({"logits": Z.clone().requires_grad_()}, ValueError, "logits: remask is not differentiable"),
