@@ -46,7 +46,8 @@ ARM_GCC = "-fno-schedule-insns"
 ARM = {"neonbf16": ("-march=armv8.2-a+bf16", "bfdot v0.4s, v1.8h, v2.8h")}
 FAMILIES = {"__x86_64__": X86, "__aarch64__": ARM}  # by the compiler's macro
 # TT_KERNEL_BF16: the other kernels use nothing of the sets that multiply bfloat16.
-BF16_SETS, BF16 = ("avx512bf16", "amx", "neonbf16"), ("attention", "linear", "moe_experts")
+BF16_SETS, BF16 = ("avx512bf16", "amx", "neonbf16"), ("attention", "linear", "moe_experts", "quantized")
+WITHOUT_AMX = ("quantized",)  # TT_KERNEL_PAIRS
 # For tests. TT_BASELINE_ONLY=1 compiles the portable baseline alone, for instance under sanitizers. TT_EMULATE=1 does
 # the same, but it takes the paths of AVX512-BF16, and a second set those of AMX, with their instructions emulated.
 EMULATE = bool(os.environ.get("TT_EMULATE"))
@@ -110,7 +111,7 @@ def objects(build: Path) -> list[tuple[Path, Path, str]]:
     found += [(build / f"direct_{source.stem}.o", source, "-O2") for source in direct]
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         for isa, flags in instruction_sets().items():
-            if isa in BF16_SETS and source.stem not in BF16:
+            if (isa in BF16_SETS and source.stem not in BF16) or (isa == "amx" and source.stem in WITHOUT_AMX):
                 continue
             found.append((build / f"{source.stem}.{isa}.o", source, f"-DTT_ISA={isa} -fno-rtti {flags}"))
     return found

@@ -89,9 +89,25 @@ void bind_attention(py::module_& m) {
         Released());
 }
 
+// A quantized matrix, or one per expert; no data: none.
+tt::PackedWeight packed(const tt::View& data, const tt::View& scales, const tt::View& whole, int format,
+                        int64_t columns) {
+    if (format < tt::PackedWeight::int8 || format > tt::PackedWeight::e2m1)
+        throw py::value_error("expected the code of a format, got " + std::to_string(format));
+    const int64_t groups = scales.size[scales.ndim - 1];
+    const int64_t group = groups > 1 ? columns / groups : columns > 0 ? columns : 1;
+    return {data, scales, whole, static_cast<tt::PackedWeight::Format>(format), columns, group};
+}
+
 void bind_linear(py::module_& m) {
     m.def(
         "linear", [](tt::Flat x, Matrix weight, Optional<1> bias, tt::Flat out) { tt::linear({x, weight, bias, out}); },
+        Released());
+    m.def(
+        "quantized_linear",
+        [](tt::Flat x, Matrix data, Matrix scales, Optional<1> whole, int format, Optional<1> bias, tt::Flat out) {
+            tt::quantized_linear({x, packed(data, scales, whole, format, x.size[1]), bias, out});
+        },
         Released());
 }
 
@@ -126,6 +142,32 @@ void bind_moe(py::module_& m) {
            tt::Activation activation, double alpha, double limit) {
             tt::moe_experts({x, up, down, weights, offsets, pairs, shared_up, shared_down, up_bias, down_bias, total,
                              out, activation, alpha, limit});
+        },
+        Released());
+    // The same where matrices are quantized: those of format -1 are not.
+    m.def(
+        "quantized_experts",
+        [](Matrix x, Cube up, Optional<3> up_scales, Optional<1> up_whole, Cube down, Optional<3> down_scales,
+           Optional<1> down_whole, Matrix weights, Vector offsets, Vector pairs, Optional<2> shared_up,
+           Optional<2> shared_up_scales, Optional<1> shared_up_whole, Optional<2> shared_down,
+           Optional<2> shared_down_scales, Optional<1> shared_down_whole, Optional<2> up_bias, Optional<2> down_bias,
+           Matrix total, Matrix out, int format, int shared_format, int64_t inner, int64_t shared_inner,
+           tt::Activation activation, double alpha, double limit) {
+            tt::MoeExperts a = {x,       {},        {},    weights, offsets,    pairs, {},   {},
+                                up_bias, down_bias, total, out,     activation, alpha, limit};
+            const int64_t h = x.size[1];
+            if (format < 0)
+                a.up = up, a.down = down;
+            else
+                a.up_packed = packed(up, up_scales, up_whole, format, h),
+                a.down_packed = packed(down, down_scales, down_whole, format, inner);
+            if (shared_format < 0)
+                a.shared_up = shared_up, a.shared_down = shared_down;
+            else
+                a.shared_up_packed = packed(shared_up, shared_up_scales, shared_up_whole, shared_format, h),
+                a.shared_down_packed =
+                    packed(shared_down, shared_down_scales, shared_down_whole, shared_format, shared_inner);
+            tt::moe_experts(a);
         },
         Released());
 }

@@ -58,7 +58,7 @@ inline bool is_tensor(PyObject* object) {
 
 // The dtype, if the kernels know it.
 inline bool known_dtype(const DlDataType& from, DType& dtype) {
-    enum Code : uint8_t { integer = 0, floating = 2, brain_floating = 4, boolean = 6 };
+    enum Code : uint8_t { integer = 0, natural = 1, floating = 2, brain_floating = 4, boolean = 6 };
     if (from.lanes != 1) return false;
     if (from.code == floating && from.bits == 64) return dtype = DType::float64, true;
     if (from.code == floating && from.bits == 32) return dtype = DType::float32, true;
@@ -66,6 +66,7 @@ inline bool known_dtype(const DlDataType& from, DType& dtype) {
     if (from.code == floating && from.bits == 16) return dtype = DType::float16, true;
     if (from.code == integer && from.bits == 64) return dtype = DType::int64, true;
     if (from.code == integer && from.bits == 32) return dtype = DType::int32, true;
+    if (from.code == natural && from.bits == 8) return dtype = DType::byte, true;
     if (from.code == boolean && from.bits == 8) return dtype = DType::boolean, true;
     return false;
 }

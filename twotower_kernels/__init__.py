@@ -29,6 +29,7 @@ from twotower_kernels.options.config import TwoTowerConfig
 from twotower_kernels.options.generation import GenerationConfig
 from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.options.seeds import sequence_seed
+from twotower_kernels.quantization import QuantizedTensor, quantize
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "GenerateResult",
     "GenerationConfig",
     "MoePlan",
+    "QuantizedTensor",
     "RemaskPolicy",
     "RemaskResult",
     "StepEvent",
@@ -61,6 +63,7 @@ __all__ = [
     "moe_plan",
     "moe_route",
     "pack_experts",
+    "quantize",
     "remask",
     "rms_norm",
     "sequence_seed",

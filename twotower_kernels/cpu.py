@@ -12,7 +12,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 # The order of DType in csrc/cpu/view.h.
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
+DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.bool,
+    torch.uint8,
+)
 
 # What may lie between a public function and its kernel: each says something true where it does.
 BETWEEN: tuple[Callable[[], Any], ...] = (

@@ -3,7 +3,7 @@
 // Every csrc/cpu/<op>.cpp is compiled with TT_ISA set to each name below and with that set's compiler flags (setup.py),
 // and puts all it defines into namespace tt::TT_ISA. TT_KERNEL in a header declares the function in all of them and a
 // function of the same name in tt that calls the best one this processor runs. Only kernels that use bf16_dot.h or
-// amx.h are compiled for AVX512-BF16, AMX and Arm's BF16 as well: TT_KERNEL_BF16.
+// amx.h are compiled for AVX512-BF16, AMX and Arm's BF16 as well: TT_KERNEL_BF16, and without AMX: TT_KERNEL_PAIRS.
 //
 // A template or inline function of the standard library that is instantiated in such a file, but not inlined, would be
 // merged by the linker with the baseline's copy and could bring AVX-512 to a processor without it. So kernels use plain
@@ -47,8 +47,10 @@
 // it.
 #if defined(TT_EMULATE)
 #define TT_NEWEST_PLAIN baseline
+#define TT_NEWEST_PAIRS baseline
 #else
 #define TT_NEWEST_PLAIN avx512
+#define TT_NEWEST_PAIRS avx512bf16
 #endif
 
 namespace tt {
@@ -90,3 +92,4 @@ bool processor_has_amx();  // csrc/amx.cpp
     }
 #define TT_KERNEL(name, Arguments) TT_DISPATCHED(name, Arguments, TT_NEWEST_PLAIN, TT_NEWEST_PLAIN, baseline)
 #define TT_KERNEL_BF16(name, Arguments) TT_DISPATCHED(name, Arguments, avx512bf16, amx, neonbf16)
+#define TT_KERNEL_PAIRS(name, Arguments) TT_DISPATCHED(name, Arguments, avx512bf16, TT_NEWEST_PAIRS, neonbf16)

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "isa.h"
+#include "packed_weight.h"
 #include "view.h"
 
 namespace tt {
@@ -64,7 +65,16 @@ struct MoeExperts {
     View out;          // [N, H] out, dtype of x, contiguous
     Activation activation;
     double alpha, limit;  // of clamped_gated
+    // In the place of `up` and `down`, or of the shared expert's matrices; x is not float64 then.
+    PackedWeight up_packed = {}, down_packed = {}, shared_up_packed = {}, shared_down_packed = {};
 };
 TT_KERNEL_BF16(moe_experts, MoeExperts)
+
+// Part of moe_experts: adds the experts of quantized matrices to the total.
+struct QuantizedExperts {
+    const MoeExperts& a;
+    bool shared;
+};
+TT_KERNEL_PAIRS(add_quantized_experts, QuantizedExperts)
 
 }  // namespace tt

@@ -5,7 +5,7 @@
 
 namespace tt {
 
-enum class DType : int { float64, float32, bfloat16, float16, int64, int32, boolean };
+enum class DType : int { float64, float32, bfloat16, float16, int64, int32, boolean, byte };
 
 struct View {
     static constexpr int max_dims = 6;

@@ -59,7 +59,8 @@ inline int64_t size_of(DType dtype) {
         case DType::int32: return 4;
         case DType::bfloat16:
         case DType::float16: return 2;
-        case DType::boolean: break;
+        case DType::boolean:
+        case DType::byte: break;
     }
     return 1;
 }

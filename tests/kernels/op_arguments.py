@@ -88,6 +88,25 @@ def _moe(normal: Normal, wide: torch.dtype) -> list[Any]:
     ]
 
 
+def _quantized(*weights: Tensor) -> list[Tensor | None]:
+    """Codes and scales, neither of which is floating, and no scale of the whole."""
+    made = [tt.quantize(weight, "mxfp4") for weight in weights]
+    return [tensor for q in made for tensor in q.parts]
+
+
+def _quantized_moe(normal: Normal, wide: torch.dtype) -> list[Any]:
+    return [
+        normal(3, 32),
+        *_quantized(normal(3, 64, 32), normal(3, 32, 64)),
+        normal(3, 2, dtype=wide),
+        _experts(),
+        *tt.moe_plan(_experts(), 3),
+        *_quantized(normal(32, 32), normal(32, 32)),
+        *(normal(3, 64), normal(3, 32)),
+        *("mxfp4", "mxfp4", "relu2", 1.702, 7.0),
+    ]
+
+
 def _scan(normal: Normal, wide: torch.dtype) -> list[Any]:
     vectors = normal(2, dtype=wide), normal(2, dtype=wide), normal(2, dtype=wide)
     states = normal(2, 10, 3), normal(2, 2, 3, 2, dtype=wide)
@@ -135,6 +154,10 @@ ARGUMENTS: dict[str, Callable[[Normal, torch.dtype], list[Any]]] = {
     "moe_route": lambda normal, wide: [normal(3, 5), normal(5, dtype=wide), normal(5), *_ROUTE],
     "moe_router": lambda normal, wide: [
         normal(3, 4), normal(5, 4), normal(5, dtype=wide), normal(5), *_ROUTE,
+    ],
+    "quantized_experts": _quantized_moe,
+    "quantized_linear": lambda normal, wide: [
+        normal(3, 32), *_quantized(normal(5, 32)), "mxfp4", normal(5),
     ],
     "remask": _remask,
 }  # fmt: skip

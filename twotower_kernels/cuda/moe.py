@@ -11,7 +11,8 @@ from torch import Tensor
 
 from twotower_kernels.cuda import build as cuda
 from twotower_kernels.cuda.build import Kernel
-from twotower_kernels.ops.moe import empty_choice, empty_logits, empty_plan
+from twotower_kernels.ops.moe import empty_choice, empty_logits
+from twotower_kernels.ops.moe_plans import empty_plan
 
 TILE = 4  # tokens, and experts, of a block of moe_gate
 LARGE_TILE = 32  # of a block of moe_gate_tiled

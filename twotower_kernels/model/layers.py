@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from twotower_kernels.model.cache import Cache, KVCache, MambaCache, MambaState
 from twotower_kernels.ops import block_attention, gated_rms_norm, mamba2_scan, moe_experts
 from twotower_kernels.ops.linear import linear
-from twotower_kernels.ops.moe import MoePlan, moe_router
+from twotower_kernels.ops.moe import moe_router
+from twotower_kernels.ops.moe_plans import MoePlan
 from twotower_kernels.options.config import TwoTowerConfig
+from twotower_kernels.quantization import QuantizedTensor
 
 # Selection and decay are sensitive to rounding: these parameters are never narrower than in their file, nor than
 # float32 where there is no file.
@@ -53,6 +55,8 @@ class Stacked(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for name, key in self.pieces.items():
             stacked = getattr(self, name)
+            if isinstance(stacked, QuantizedTensor):  # a module, which saves itself
+                continue
             for i, piece in enumerate(stacked if keep_vars else _pieces(stacked.detach())):
                 destination[prefix + key.format(i)] = piece
 
@@ -69,6 +73,9 @@ class Stacked(nn.Module):
         known = set()
         for name, key in self.pieces.items():
             stacked = getattr(self, name)
+            if isinstance(stacked, QuantizedTensor):
+                known.update(f"{prefix}{name}.{part}" for part, _ in stacked.named_buffers())
+                continue
             keys = [prefix + key.format(i) for i in range(len(stacked))]
             known.update(keys)
             given = {i: state_dict[k] for i, k in enumerate(keys) if k in state_dict}
@@ -125,6 +132,10 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight: Any = self.weight
+        return weight.rows(input) if isinstance(weight, QuantizedTensor) else super().forward(input)
 
 
 class Conv1d(nn.Conv1d):

@@ -6,7 +6,7 @@ import math
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from twotower_kernels.model.layers import NEVER_NARROWED, Stacked
 from twotower_kernels.model.layout import STACKED, Layout, tower_of
 from twotower_kernels.options.config import TwoTowerConfig
 from twotower_kernels.options.files import named, shown
+from twotower_kernels.quantization import BITS, GROUP, QuantizedTensor, quantize
 
 LARGE = 10**9  # bytes from which on loading shows a bar
 BACKBONE = ("backbone.", "model.")  # how keys of a single tower begin: in files, and in transformers' own modules
@@ -45,6 +46,16 @@ class Plan(NamedTuple):
     sources: dict[Entry, list[str]]
     layout: Layout
     dtype: torch.dtype
+    format_of: Callable[[str], str | None]
+
+    def saved(self) -> dict[str, int]:
+        """Bytes of each tower that quantized weights do not need."""
+        saved = dict.fromkeys(self.layout.towers, 0)
+        for entry, keys in self.sources.items():
+            for key in keys:
+                if format := self.format_of(key):
+                    saved[tower_of(key)] += int(math.prod(entry.shape) * (self.dtype.itemsize - BITS[format] / 8))
+        return saved
 
 
 def weight_dtype(config: TwoTowerConfig, dtype: torch.dtype | None, listed: Iterable[Entry] = ()) -> torch.dtype:
@@ -84,7 +95,12 @@ def targets(model: nn.Module, *, stacked: bool = False) -> dict[str, Target]:
 
 
 def plan(
-    folder: Path, listed: list[Entry], config: TwoTowerConfig, towers: str, dtype: torch.dtype | None = None
+    folder: Path,
+    listed: list[Entry],
+    config: TwoTowerConfig,
+    towers: str,
+    dtype: torch.dtype | None = None,
+    format_of: Callable[[str], str | None] = lambda key: None,
 ) -> Plan:
     """What loading a folder's entries comes to. All is checked by the files' headers; nothing is read or made yet.
 
@@ -105,7 +121,9 @@ def plan(
         for key in keys:
             if (shape := layout.shape(key)) is not None:
                 entry.check(shape, whose)
-    return Plan(sources, layout, weight_dtype(config, dtype, listed))
+                if format := format_of(key):
+                    _check_groups(key, shape, format)
+    return Plan(sources, layout, weight_dtype(config, dtype, listed), format_of)
 
 
 @torch.inference_mode(False)  # parameters made in inference mode could not be loaded into later
@@ -129,7 +147,11 @@ def fill(
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {name}", disable=not watched) as bar:
         for entry, tensor in checkpoint.tensors(plan.sources):
             for key in plan.sources[entry]:
-                _put(open_targets.pop(key), key, tensor, plan.dtype, devices[tower_of(key)])
+                target, device = open_targets.pop(key), devices[tower_of(key)]
+                if format := plan.format_of(key):
+                    _put_quantized(target, tensor, format, device)
+                else:
+                    _put(target, key, tensor, plan.dtype, device)
             bar.update(entry.nbytes)
     _leave_unconditioned(open_targets, devices["denoiser"])
 
@@ -180,6 +202,38 @@ def _put(target: Target, key: str, tensor: Tensor, dtype: torch.dtype, device: t
         parameter = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
         setattr(target.module, target.name, parameter)
     (parameter if target.piece is None else parameter[target.piece]).copy_(tensor)
+
+
+def _group(format: str, columns: int) -> int | None:
+    """Columns per scale: the format's, of int4 16 where 32 do not divide the columns."""
+    return 16 if format == "int4" and columns % 32 else GROUP.get(format)
+
+
+def _check_groups(key: str, shape: tuple[int, ...], format: str) -> None:
+    group = _group(format, shape[-1])
+    if group and shape[-1] % group:
+        raise ValueError(f"quantize: expected a multiple of {group} columns for {format}, got {shape[-1]} in {key}")
+
+
+def _put_quantized(target: Target, tensor: Tensor, format: str, device: torch.device) -> None:
+    """Quantizes a matrix, or every matrix of a stack, in its place."""
+    made = quantize(tensor.to(device), format, group_size=_group(format, tensor.shape[-1]))
+    if target.piece is None:
+        _replace(target, made)
+        return
+    held = getattr(target.module, target.name)
+    if not isinstance(held, QuantizedTensor):
+        parts = [None if x is None else x.new_empty(len(held), *x.shape) for x in made.parts]
+        held = QuantizedTensor(format, *parts)  # type: ignore[arg-type]
+        _replace(target, held)
+    for whole, piece in zip(held.parts, made.parts, strict=True):
+        if whole is not None and piece is not None:
+            whole[target.piece].copy_(piece)
+
+
+def _replace(target: Target, weight: QuantizedTensor) -> None:
+    delattr(target.module, target.name)  # a parameter's place takes no module
+    setattr(target.module, target.name, weight)
 
 
 def _leave_unconditioned(open_targets: dict[str, Target], device: torch.device) -> None:

@@ -13,17 +13,21 @@ from twotower_kernels.options.config import TwoTowerConfig
 UNKNOWN = 2**63 - 1  # what an address reaches
 
 
-def check_room(layout: Layout, dtype: torch.dtype, devices: dict[str, torch.device]) -> None:
+def check_room(
+    layout: Layout, dtype: torch.dtype, devices: dict[str, torch.device], saved: dict[str, int] | None = None
+) -> None:
     """Refuses weights that no device could hold, before the first of them is made.
 
     Args:
         devices: of each tower.
+        saved: bytes of each tower that are not needed, because weights are quantized.
 
     Raises:
         ValueError: they need more than all of a device's memory.
     """
     for device in {devices[tower] for tower in layout.towers}:
-        needed = dtype.itemsize * sum(layout.numbers(tower) for tower in layout.towers if devices[tower] == device)
+        here = [tower for tower in layout.towers if devices[tower] == device]
+        needed = sum(dtype.itemsize * layout.numbers(tower) - (saved or {}).get(tower, 0) for tower in here)
         if needed > (room := memory(device)):
             raise ValueError(f"{layout} needs {needed} bytes in {dtype}, more than the {room} that {device} has in all")
 

@@ -28,6 +28,7 @@ from twotower_kernels.model.inference import inference
 from twotower_kernels.model.layers import Factory, Linear, Stacked, TimeEmbedder, Tower, draw_weights
 from twotower_kernels.model.layout import Layout
 from twotower_kernels.model.memory import check_room
+from twotower_kernels.model.parts import Quantize, formats
 from twotower_kernels.model.ranges import in_range, profiled
 from twotower_kernels.model.state import BlockRead, ContextState, Memory, logits
 from twotower_kernels.ops import adaln_norm, gated_residual_adaln_norm
@@ -101,6 +102,7 @@ class TwoTowerModel(nn.Module):
         denoiser_device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         towers: str = "both",
+        quantize: Quantize = None,
         progress: bool | None = None,
     ) -> TwoTowerModel:
         """Loads a folder with `config.json` and safetensors in the released layout, one file or shards.
@@ -115,6 +117,11 @@ class TwoTowerModel(nn.Module):
             device, context_device, denoiser_device, dtype, towers: as for the class, except that router, A_log, D and
                 dt_bias keep their file's dtype if it is the wider one. Weights of a tower that is not asked for are
                 not read.
+            quantize: in which formats weights are held (`tt.quantize`): one for both towers, "int4", say; or a mapping
+                to formats, or None, from "context", "denoiser", or either with one of ".experts", ".shared",
+                ".attention", ".mamba", ".mlp", ".head", ".embeddings", of which the longer name decides. Head and
+                embeddings are quantized where they are named; router, norms, convolution, A_log, D, dt_bias and time
+                conditioning never. A matrix is quantized as it comes from its file. Not for GPUs.
             progress: whether to show a bar on stderr; None: for more than 1 GB, if stderr is a terminal.
 
         Raises:
@@ -125,8 +132,8 @@ class TwoTowerModel(nn.Module):
         """
         devices = _devices(towers, device, context_device, denoiser_device)
         config = TwoTowerConfig.from_file(Path(path) / "config.json")
-        plan = loading.plan(Path(path), checkpoint.entries(path), config, towers, dtype)
-        check_room(plan.layout, plan.dtype, devices)
+        plan = loading.plan(Path(path), checkpoint.entries(path), config, towers, dtype, formats(quantize))
+        check_room(plan.layout, plan.dtype, devices, plan.saved())
         model = cls(config, device="meta", dtype=plan.dtype, towers=towers)
         loading.fill(model, plan, devices, progress, name=Path(path).name)
         return model
@@ -237,10 +244,11 @@ class TwoTowerModel(nn.Module):
         if batch < 0:
             raise ValueError(f"batch: expected 0 or more rows, got {batch}")
         if self.towers == "denoiser":
-            return self._empty_state(batch, self.lm_head.weight)
-        head = self.context_lm_head.weight
-        mirror = None if self.denoiser_device == self.device else self._empty_state(batch, self.lm_head.weight)
-        return self._empty_state(batch, head).replaced(head=head, mirror=mirror)
+            return self._empty_state(batch, self.denoiser_tower.norm_f.weight)
+        apart = self.denoiser_device != self.device
+        mirror = self._empty_state(batch, self.denoiser_tower.norm_f.weight) if apart else None
+        state = self._empty_state(batch, self.context_tower.norm_f.weight)
+        return state.replaced(head=self.context_lm_head.weight, mirror=mirror)
 
     def _empty_state(self, batch: int, like: Tensor) -> ContextState:
         c, state_dtype = self.config, torch.promote_types(like.dtype, torch.float32)
@@ -334,14 +342,14 @@ class TwoTowerModel(nn.Module):
     ) -> tuple[Tensor, dict[int, MambaState]]:
         """`_run`, with a range for each mixer or without."""
         tower: Tower = getattr(self, name)
-        eps, dtype = self.config.layer_norm_epsilon, tower.embeddings.weight.dtype
+        eps, dtype = self.config.layer_norm_epsilon, tower.norm_f.weight.dtype
         layers = list(tower.layers)
         each: list[Modulation] = [(None, None, None)] * len(layers) if modulation is None else modulation
         # Per norm: weight, shift, scale, order. The last one is never modulated.
         norms = [(layer.norm.weight, *m[:2], layer.order) for layer, m in zip(layers, each, strict=True)]
         norms.append((tower.norm_f.weight, None, None, "modulate_norm"))
         states: dict[int, MambaState] = {}
-        h = tower.embeddings(ids)
+        h = tower.embeddings(ids).to(dtype)
         if self.config.residual_in_fp32:
             h = h.to(torch.promote_types(dtype, torch.float32))
         weight, shift, scale, order = norms[0]

@@ -10,8 +10,9 @@ from twotower_kernels.ops.attention import (
 )
 from twotower_kernels.ops.linear import linear
 from twotower_kernels.ops.mamba2 import gated_rms_norm, mamba2_scan
-from twotower_kernels.ops.moe import MoePlan, moe_experts, moe_gate, moe_plan, moe_route
+from twotower_kernels.ops.moe import moe_experts, moe_gate, moe_route
 from twotower_kernels.ops.moe_packing import pack_experts
+from twotower_kernels.ops.moe_plans import MoePlan, moe_plan
 from twotower_kernels.ops.remask import RemaskResult, remask
 
 __all__ = [

@@ -13,13 +13,15 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from twotower_kernels import cpu
+from twotower_kernels.ops import quantized
 from twotower_kernels.ops._direct import entries
 from twotower_kernels.ops._library import check_alike, define
 from twotower_kernels.ops._traced import call
 from twotower_kernels.ops._transforms import autocasts, lowered
+from twotower_kernels.quantization import QuantizedTensor
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None = None) -> Tensor:
     """`x·weightᵀ + bias`, summed in float32 (float64 for float64) and rounded once.
 
     On a CPU every number of the result is summed in one order: a row's bits depend on that row, the weight and the
@@ -27,7 +29,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: `[..., K]`; float64, float32, bfloat16 or float16; any strides.
-        weight: `[R, K]`, dtype of `x`. Rows that are contiguous are read in place.
+        weight: `[R, K]`, dtype of `x`. Rows that are contiguous are read in place. Or quantized (`tt.quantize`): what
+            is multiplied is what its `dequantize` gives, exactly, and nothing is differentiable.
         bias: `[R]`, dtype of `x`, or None.
 
     Returns:
@@ -38,6 +41,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not is_dynamo_compiling() and (out := entries().linear(x, weight, bias)) is not None:
         return out
+    if isinstance(weight, QuantizedTensor):
+        return quantized.linear(x, weight, bias)
     if x.device.type in ("cpu", "meta"):
         return call("linear", x, weight, bias)
     if autocasts(x):

@@ -1,13 +1,14 @@
 """Mixture of experts: router, choice, plan, experts. Formulas: `reference/moe.py`; kernels: `csrc/cpu/moe_*.cpp`,
 `csrc/cuda/moe_*.cu`, `triton/moe.py`."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from twotower_kernels import cpu
+from twotower_kernels.ops import quantized
 from twotower_kernels.ops._direct import entries
 from twotower_kernels.ops._library import as_index, define
 from twotower_kernels.ops._traced import call
@@ -16,27 +17,16 @@ from twotower_kernels.ops.moe_checks import (
     ACTIVATIONS,
     check_gate,
     check_mixture,
-    check_number,
     check_route,
     check_router,
 )
+from twotower_kernels.ops.moe_plans import MoePlan, empty_plan, plan_of, planned
 from twotower_kernels.options.arguments import real, whole
+from twotower_kernels.quantization import QuantizedTensor
 
 SCORES = ("sigmoid", "softmax")
 DROPPED = ("zero", "-inf")
 ALPHA, LIMIT = 1.702, 7.0  # of clamped gates in gpt-oss
-
-
-class MoePlan(NamedTuple):
-    """The (token, choice) pairs sorted by expert, stably, so that tokens ascend within an expert. All int64.
-
-    counts: `[E]` pairs per expert. offsets: `[E+1]` their exclusive running sum. pairs: `[N·k]`, token·k + choice. What
-    stands behind the last offset, if some experts are outside [0, E), belongs to none of these.
-    """
-
-    counts: Tensor
-    offsets: Tensor
-    pairs: Tensor
 
 
 def moe_gate(x: Tensor, gate_weight: Tensor) -> Tensor:
@@ -127,35 +117,17 @@ def moe_router(
     return weights, experts, MoePlan(*plan)
 
 
-def moe_plan(experts: Tensor, num_experts: int) -> MoePlan:
-    """Sorts the (token, choice) pairs by expert, so that an expert's weights are read once for all its tokens.
-
-    Source: the block-sparse grouping of MegaBlocks (arXiv 2211.15841), without its padding.
-
-    Args:
-        experts: `[N, k]` integers, from `moe_route`. Those outside [0, E) are left out.
-        num_experts: E.
-
-    Returns:
-        counts `[E]`, offsets `[E+1]`, pairs `[N·k]`; int64, on the device of `experts`. Not differentiable.
-
-    Raises:
-        ValueError: wrong shape. TypeError: wrong dtype.
-    """
-    return MoePlan(*call("moe_plan", as_index(experts), whole("num_experts", num_experts)))
-
-
 def moe_experts(
     x: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
+    w_up: Tensor | QuantizedTensor,
+    w_down: Tensor | QuantizedTensor,
     weights: Tensor,
     experts: Tensor,
     *,
     plan: MoePlan | None = None,
     activation: str = "relu2",
-    shared_up: Tensor | None = None,
-    shared_down: Tensor | None = None,
+    shared_up: Tensor | QuantizedTensor | None = None,
+    shared_down: Tensor | QuantizedTensor | None = None,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     alpha: float | None = None,
@@ -188,6 +160,9 @@ def moe_experts(
             routed experts; or None.
         alpha, limit: of "clamped_gated", 1.702 and 7 if None, as in gpt-oss.
 
+    Matrices may be quantized (`tt.quantize`), `w_up` and `w_down` in one format, the shared ones in one: their codes
+    are read as they are stored, and what is multiplied is what `dequantize` gives, exactly.
+
     Under autocast, x, the matrices and the biases are cast as by `F.linear`, and the weights are not.
 
     Returns:
@@ -196,12 +171,15 @@ def moe_experts(
     Raises:
         ValueError: wrong shape or device, an unknown activation, alpha or limit for another one, one shared matrix
             without the other; on a CPU another plan, which a GPU does not wait to look at. TypeError: wrong dtype.
-            NotImplementedError: float64 on a GPU.
+            NotImplementedError: float64 on a GPU, quantized matrices there.
     """
     if activation != "clamped_gated" and not (alpha is None and limit is None):
         raise ValueError(f"alpha and limit: expected None for activation {activation!r}, got {alpha} and {limit}")
     alpha = ALPHA if alpha is None else real("alpha", alpha)
     limit = LIMIT if limit is None else real("limit", limit)
+    if any(isinstance(matrix, QuantizedTensor) for matrix in (w_up, w_down, shared_up, shared_down)):
+        pairs_of = (shared_up, shared_down, up_bias, down_bias)
+        return quantized.moe_experts(x, w_up, w_down, weights, experts, plan, *pairs_of, activation, alpha, limit)
     x, w_up, w_down, *others = lowered(x, w_up, w_down, shared_up, shared_down, up_bias, down_bias)
     counts, offsets, pairs = plan or (None, None, None)
     return call(
@@ -255,20 +233,9 @@ def _route(
     return weights, experts
 
 
-def empty_plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    new, pairs = experts.new_empty, experts.shape[0] * experts.shape[1]
-    return new(num_experts, dtype=torch.int64), new(num_experts + 1, dtype=torch.int64), new(pairs, dtype=torch.int64)
-
-
-def _plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    plan = empty_plan(experts, num_experts)
-    cpu.call("moe_plan", experts, *plan)
-    return plan
-
-
 def _router(x: Tensor, gate_weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     weights, experts = _route(_gate(x, gate_weight), *arguments)
-    return weights, experts, *_plan(experts, len(gate_weight))
+    return weights, experts, *plan_of(experts, len(gate_weight))
 
 
 def _empty_router(
@@ -285,11 +252,7 @@ def _empty_router(
 
 def _experts(*arguments: Any) -> Tensor:
     x, w_up, w_down, weights, experts, counts, offsets, pairs, *others, activation, alpha, limit = arguments
-    if counts is None or offsets is None or pairs is None:
-        counts, offsets, pairs = _plan(experts, w_up.shape[0])
-    elif not cpu.call("moe_plan_holds", experts, counts, offsets, pairs):
-        # A plan of other experts, or one with numbers out of bounds, is an error here and not a wrong result.
-        raise ValueError("plan: expected moe_plan(experts, E) of these experts, got another")
+    offsets, pairs = planned(experts, counts, offsets, pairs, w_up.shape[0])
     out = x.new_empty(x.shape)
     total = out if x.dtype in (torch.float32, torch.float64) else x.new_empty(x.shape, dtype=torch.float32)
     options = ACTIVATIONS.index(activation), alpha, limit
@@ -317,13 +280,6 @@ define(
     cpu=_route,
     cuda="cuda.moe:moe_route",
     fake=lambda logits, correction_bias, per_expert_scale, top_k, *_: empty_choice(logits, top_k),
-)
-define(
-    "moe_plan(Tensor experts, SymInt num_experts) -> (Tensor, Tensor, Tensor)",
-    check=check_number,
-    cpu=_plan,
-    cuda="cuda.moe:moe_plan",
-    fake=empty_plan,
 )
 define(
     "moe_router(Tensor x, Tensor gate_weight, Tensor? correction_bias, Tensor? per_expert_scale, SymInt top_k, "

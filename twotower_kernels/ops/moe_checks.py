@@ -73,7 +73,17 @@ def check_number(experts: Tensor, num_experts: int) -> None:
         raise ValueError(f"num_experts: expected 0 or more, got {num_experts}")
 
 
-def _check_matrices(up: tuple[str, Tensor], down: tuple[str, Tensor], stack: str, h: int, activation: str) -> None:
+def check_choices(x: Tensor, weights: Tensor, experts: Tensor) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"x: expected [N, H], got {list(x.shape)}")
+    _check_experts(experts)
+    if experts.shape[0] != x.shape[0]:
+        raise ValueError(f"experts: expected [{x.shape[0]}, k] for {x.shape[0]} tokens, got {list(experts.shape)}")
+    if weights.shape != experts.shape:
+        raise ValueError(f"weights: expected the experts' shape {list(experts.shape)}, got {list(weights.shape)}")
+
+
+def check_matrices(up: tuple[str, Tensor], down: tuple[str, Tensor], stack: str, h: int, activation: str) -> None:
     """`up` is `[..., I or 2I, H]` and `down` `[..., H, I]`, stacked over experts or single."""
     (up_name, w_up), (down_name, w_down) = up, down
     factor = 1 if activation in PLAIN else 2
@@ -95,13 +105,13 @@ def _hint(matrix: Tensor, ndim: int, dim: int, h: int) -> str:
     return "; transposed, as it seems: tt.pack_experts(..., transposed=True) turns it" if turned else ""
 
 
-def _check_biases(w_up: Tensor, w_down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None) -> None:
+def check_biases(w_up: Tensor, w_down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None) -> None:
     for name, bias, matrices in (("up_bias", up_bias, w_up), ("down_bias", down_bias, w_down)):
         if bias is not None and bias.shape != matrices.shape[:2]:
             raise ValueError(f"{name}: expected {list(matrices.shape[:2])}, got {list(bias.shape)}")
 
 
-def _check_plan(counts: Tensor | None, offsets: Tensor | None, pairs: Tensor | None, e: int, experts: Tensor) -> None:
+def check_plan(counts: Tensor | None, offsets: Tensor | None, pairs: Tensor | None, e: int, experts: Tensor) -> None:
     sizes = {"counts": (counts, e), "offsets": (offsets, e + 1), "pairs": (pairs, experts.numel())}
     if counts is None and offsets is None and pairs is None:
         return
@@ -121,23 +131,17 @@ def check_mixture(*arguments: Any) -> None:
     shared_up, shared_down, up_bias, down_bias = others
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
-    if x.ndim != 2:
-        raise ValueError(f"x: expected [N, H], got {list(x.shape)}")
-    _check_experts(experts)
-    if experts.shape[0] != x.shape[0]:
-        raise ValueError(f"experts: expected [{x.shape[0]}, k] for {x.shape[0]} tokens, got {list(experts.shape)}")
-    if weights.shape != experts.shape:
-        raise ValueError(f"weights: expected the experts' shape {list(experts.shape)}, got {list(weights.shape)}")
-    _check_matrices(("w_up", w_up), ("w_down", w_down), "E, ", x.shape[1], activation)
+    check_choices(x, weights, experts)
+    check_matrices(("w_up", w_up), ("w_down", w_down), "E, ", x.shape[1], activation)
     if (shared_up is None) != (shared_down is None):
         raise ValueError("shared_up and shared_down: expected both or neither, got one")
     if shared_up is not None and shared_down is not None:
-        _check_matrices(("shared_up", shared_up), ("shared_down", shared_down), "", x.shape[1], activation)
-    _check_biases(w_up, w_down, up_bias, down_bias)
+        check_matrices(("shared_up", shared_up), ("shared_down", shared_down), "", x.shape[1], activation)
+    check_biases(w_up, w_down, up_bias, down_bias)
     shared = {"shared_up": shared_up, "shared_down": shared_down}
     check_alike("x", x, w_up=w_up, w_down=w_down, **shared, up_bias=up_bias, down_bias=down_bias)
     check_floats(x, weights=weights)
     if not limit >= 0:
         raise ValueError(f"limit: expected 0 or more, got {limit}")
-    _check_plan(counts, offsets, pairs, w_up.shape[0], experts)
+    check_plan(counts, offsets, pairs, w_up.shape[0], experts)
     same_device(x, experts=experts)
