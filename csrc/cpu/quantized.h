@@ -131,10 +131,38 @@ inline ShortVector look_up(ShortVector index) {
 }
 #endif
 
+#if defined(TT_LOOK_UP)
+// e4m3's magnitudes in bfloat16.
+struct Magnitudes {
+    alignas(64) uint16_t of[128];
+    constexpr Magnitudes() : of() {
+        for (int code = 1; code < 127; ++code) {
+            int exponent = code >> 3, mantissa = code & 7;
+            if (exponent == 0)  // subnormal: the highest bit of the mantissa is the leading one
+                for (exponent = 1; !(mantissa & 8); --exponent) mantissa <<= 1;
+            of[code] = uint16_t((exponent + 120) << 7 | (mantissa & 7) << 4);
+        }
+        of[127] = 0x7fc0;
+    }
+};
+inline WordVector e4m3_pairs(WordVector words, int pair) {
+    static constexpr Magnitudes magnitudes;
+    const WordVector low = pair == 0 ? words : words >> 16, high = pair == 0 ? words << 8 : words >> 8;
+    const ShortVector code = (ShortVector)((low & 0xffu) | (high & 0xff0000u));
+    ShortVector quarters[4];
+    for (int q = 0; q < 4; ++q) quarters[q] = unaligned<ShortVector>(magnitudes.of + 32 * q);
+    const ShortVector lower = __builtin_shuffle(quarters[0], quarters[1], code);  // by its lowest 6 bits
+    const ShortVector upper = __builtin_shuffle(quarters[2], quarters[3], code);
+    const ShortVector size = (code & 64) != 0 ? upper : lower;
+    return (WordVector)(size | ((code & 128) << 8));
+}
+#endif
+
 // The codes of columns 2 * pair and 2 * pair + 1 of every word, as bfloat16 in its lower and upper half.
 template <PackedWeight::Format format>
 inline WordVector code_pairs(WordVector words, int pair) {
 #if defined(TT_LOOK_UP)
+    if constexpr (format == PackedWeight::fp8) return e4m3_pairs(words, pair);
     if constexpr (format == PackedWeight::int4 || format == PackedWeight::e2m1) {
         const WordVector low = words >> (8 * pair), high = pair == 0 ? words << 12 : pair == 1 ? words << 4 : low << 12;
         return (WordVector)look_up<format>((ShortVector)((low & 0xffffu) | (high & 0xffff0000u)));
@@ -158,6 +186,18 @@ inline auto operand(WordVector words, int part) {
 
 // --- scales ---------------------------------------------------------------------------------------------------------
 
+inline WordVector widened_bytes(const uint8_t* from) {
+#if TT_VECTOR_BYTES == 64 && defined(__AVX512F__)
+    return (WordVector)_mm512_maskz_cvtepu8_epi32(0xffff, unaligned<__m128i>(from));
+#elif TT_VECTOR_BYTES == 32
+    return (WordVector)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+    WordVector words{};
+    for (int l = 0; l < lanes_of<float>; ++l) words[l] = from[l];
+    return words;
+#endif
+}
+
 // The scales of one row, `count` of them, as floats; behind them as many zeros as a vector has lanes.
 inline void load_scales(const PackedWeight& w, int64_t expert, int64_t row, int64_t count, float* out) {
     const View& s = w.scales;
@@ -169,8 +209,7 @@ inline void load_scales(const PackedWeight& w, int64_t expert, int64_t row, int6
         for (int64_t i = 0; i < count; i += lanes) {
             uint8_t some[lanes] = {};
             std::memcpy(some, from + i, size_t(smaller(lanes, count - i)));
-            WordVector words{};
-            for (int l = 0; l < lanes; ++l) words[l] = some[l];
+            const WordVector words = widened_bytes(some);
             // An exponent of 0 is 2^-127, which is subnormal.
             const FloatVector powers = FloatVector(words == 0u ? WordVector{} + 0x400000u : words << 23);
             const FloatVector scale = w.whole ? e4m3(words) * whole : powers;
@@ -197,17 +236,18 @@ inline FloatVector spread(FloatVector from, IntVector lane) {
 #endif
 }
 
-// Which scale each lane of a step takes.
+// Which scale each lane of a step takes. Where a row has several, their groups are of a power of 2 columns.
 struct LaneScales {
     IntVector lane;
-    int64_t group;
+    int shift;
     bool shared;  // by all lanes
-    LaneScales(int64_t group, int in_word, int step) : lane{}, group(group), shared(group >= step) {
+    LaneScales(int64_t group, int in_word, int step)
+        : lane{}, shift(__builtin_ctzll(uint64_t(group))), shared(group >= step) {
         if (!shared)
             for (int l = 0; l < lanes_of<float>; ++l) lane[l] = int32_t(l * in_word / group);
     }
     FloatVector at(const float* scales, int64_t column) const {
-        const float* from = scales + column / group;
+        const float* from = scales + (column >> shift);
         return shared ? *from - FloatVector{} : spread(unaligned<FloatVector>(from), lane);
     }
 };
@@ -220,6 +260,17 @@ struct CodeRows {
     const char* words[R];
     const float* scales[R];  // null: one for the whole row, by which sums are multiplied in the end
 };
+
+// A step's words of a row with n columns; behind them codes of 0.
+template <PackedWeight::Format format, class F>
+inline WordVector words_of(const char* row, int64_t step, int64_t n) {
+    const char* from = row + step * F::bytes;
+    if ((step + 1) * F::step <= n) return unaligned<WordVector>(from);
+    char rest[F::bytes];
+    std::memset(rest, format == PackedWeight::int4 ? 0x88 : 0, sizeof(rest));
+    std::memcpy(rest, from, size_t((n - step * F::step) * F::bytes / F::step));
+    return unaligned<WordVector>(rest);
+}
 
 // total[r][m] += the products of a step's codes with the panel's M rows from `first` on.
 template <PackedWeight::Format format, int R, int M, class Q>
@@ -246,7 +297,6 @@ template <PackedWeight::Format format, int R, int M, class Q>
 [[gnu::noinline]] void add_code_rows(const CodeRows<R>& w, const LaneScales& lanes, const Panel<float, Q>& x, int first,
                                      int64_t n, Prefetch& ahead, FloatVector* total) {
     using F = Factors<float, Q>;
-    constexpr char zero = format == PackedWeight::int4 ? char(0x88) : 0;
     FloatVector all[R][M] = {};
     const typename F::Kept* from = x.at(first, 0);
     const int64_t x_step = x.count * F::step;
@@ -261,26 +311,104 @@ template <PackedWeight::Format format, int R, int M, class Q>
             for (int m = 0; m < M; ++m) all[r][m] += scale * sums[r][m];
         }
     };
-    int64_t i = 0;
 #pragma GCC unroll 1
-    for (; i + F::step <= n; i += F::step, from += x_step) {
+    for (int64_t step = 0; step * F::step < n; ++step, from += x_step) {
         ahead.fetch();
         WordVector words[R];
-        for (int r = 0; r < R; ++r) words[r] = unaligned<WordVector>(w.words[r] + i / F::step * F::bytes);
-        add(words, i);
-    }
-    if (i < n) {
-        WordVector words[R];
-        for (int r = 0; r < R; ++r) {
-            char rest[F::bytes];
-            std::memset(rest, zero, sizeof(rest));
-            std::memcpy(rest, w.words[r] + i / F::step * F::bytes, size_t((n - i) * F::bytes / F::step));
-            words[r] = unaligned<WordVector>(rest);
-        }
-        add(words, i);
+        for (int r = 0; r < R; ++r) words[r] = words_of<format, F>(w.words[r], step, n);
+        add(words, step * F::step);
     }
     for (int r = 0; r < R; ++r)
         for (int m = 0; m < M; ++m) total[r * x.count + m] = all[r][m];
+}
+
+// With more rows of x than a tile has, codes become operands once for all tiles: those of a stretch of steps,
+// [step][part][row]. All rows of w go over a stretch before the next, so that x's stays in the first-level cache.
+constexpr int widest_tile = vector_registers == 32 ? 6 : 2;  // rows of x
+constexpr int decoded_rows = 2, decoded_steps = 4;
+
+template <PackedWeight::Format format, class Q>
+[[gnu::noinline]] void decode(const CodeRows<decoded_rows>& w, int64_t begin, int64_t end, int64_t n,
+                              typename Factors<float, Q>::Operand* to) {
+    using F = Factors<float, Q>;
+    constexpr bool pairs = !std::is_same<typename F::Kept, float>::value;
+    for (int64_t step = begin; step < end; ++step)
+        for (int r = 0; r < decoded_rows; ++r) {
+            const WordVector words = words_of<format, F>(w.words[r], step, n);
+#pragma GCC unroll 8
+            for (int part = 0; part < F::parts; ++part)
+                to[((step - begin) * F::parts + part) * decoded_rows + r] = operand<format, pairs>(words, part);
+        }
+}
+
+// As add_code_rows, for the steps [begin, end), on from what total holds.
+template <int M, class Q>
+[[gnu::noinline]] void add_decoded_rows(const typename Factors<float, Q>::Operand* w,
+                                        const float* const (&scales)[decoded_rows], const LaneScales& lanes,
+                                        const Panel<float, Q>& x, int first, int64_t begin, int64_t end,
+                                        FloatVector* total) {
+    using F = Factors<float, Q>;
+    constexpr int R = decoded_rows;
+    FloatVector all[R][M];
+    for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) all[r][m] = total[r * x.count + m];
+    const auto add = [&](const typename F::Kept* from, FloatVector(&to)[R][M]) {
+#pragma GCC unroll 8
+        for (int part = 0; part < F::parts; ++part, w += R)
+#pragma GCC unroll 6
+            for (int m = 0; m < M; ++m) {
+                auto column = unaligned<typename F::Operand>(from + m * F::step + part * (F::step / F::parts));
+                in_register(column);
+#pragma GCC unroll 2
+                for (int r = 0; r < R; ++r) F::add(to[r][m], w[r], column);
+            }
+    };
+    for (int64_t step = begin; step < end; ++step) {
+        const typename F::Kept* from = x.at(first, step * F::step);
+        if (scales[0] == nullptr) {
+            add(from, all);
+            continue;
+        }
+        FloatVector sums[R][M] = {};
+        add(from, sums);
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) {
+            const FloatVector scale = lanes.at(scales[r], step * F::step);
+#pragma GCC unroll 6
+            for (int m = 0; m < M; ++m) all[r][m] += scale * sums[r][m];
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) total[r * x.count + m] = all[r][m];
+}
+
+// For the steps [begin, end) of two rows, which are a stretch.
+template <PackedWeight::Format format, class Q>
+void add_decoded(const CodeRows<decoded_rows>& w, const LaneScales& lanes, const Panel<float, Q>& x, int64_t n,
+                 int64_t begin, int64_t end, FloatVector* total) {
+    using F = Factors<float, Q>;
+    const int count = int(x.count), tiles = (count + widest_tile - 1) / widest_tile;
+    typename F::Operand codes[decoded_steps * F::parts * decoded_rows];
+    decode<format, Q>(w, begin, end, n, codes);
+    for (int t = 0; t < tiles; ++t) {
+        const int first = count * t / tiles;
+        FloatVector* to = total + first;
+        switch (count * (t + 1) / tiles - first) {
+            case 1: add_decoded_rows<1>(codes, w.scales, lanes, x, first, begin, end, to); break;
+            case 2: add_decoded_rows<2>(codes, w.scales, lanes, x, first, begin, end, to); break;
+            case 3:
+                if constexpr (widest_tile > 2) add_decoded_rows<3>(codes, w.scales, lanes, x, first, begin, end, to);
+                break;
+            case 4:
+                if constexpr (widest_tile > 2) add_decoded_rows<4>(codes, w.scales, lanes, x, first, begin, end, to);
+                break;
+            case 5:
+                if constexpr (widest_tile > 2) add_decoded_rows<5>(codes, w.scales, lanes, x, first, begin, end, to);
+                break;
+            default:
+                if constexpr (widest_tile > 2) add_decoded_rows<6>(codes, w.scales, lanes, x, first, begin, end, to);
+        }
+    }
 }
 
 template <PackedWeight::Format format, int R, class Q>
@@ -332,44 +460,50 @@ template <PackedWeight::Format format, class Q>
 void multiply_codes(const typename Stored<Q>::Rows& w, int rows, const Panel<float, Q>& x, int64_t n,
                     const typename Stored<Q>::Rows& next, float* out) {
     using F = Factors<float, Q>;
-    constexpr int64_t few = 1024;  // scales of a row that the stack has room for
+    constexpr int64_t most = 336, few = skinny_rows * (most + lanes_of<float>);  // scales that the stack has room for
     const int64_t groups = (n + w.of->group - 1) / w.of->group, row = groups + lanes_of<float>;
     FloatVector total[skinny_rows * skinny_panel];
-    float of_row[skinny_rows];  // where a row has one scale
     const LaneScales lanes(w.of->group, F::in_word, F::step);
     const bool wanted = next.first != w.first || next.expert != w.expert || next.of != w.of;
     const char* first_line = next.words(0);
     Prefetch ahead = {first_line, wanted ? next.words(rows) : first_line, 1};
-    const auto some = [&](int r, float* scales, auto count) {
+    float few_scales[few];
+    Scratch<float> many_scales(groups > most ? skinny_rows : 0, row);
+    float* scales = groups > most ? static_cast<float*>(many_scales) : few_scales;
+    for (int r = 0; r < rows; ++r) load_scales(*w.of, w.expert, w.first + r, groups, scales + r * row);
+    const auto rows_from = [&](int r, auto count) {
         constexpr int R = decltype(count)::value;
-        CodeRows<R> of_some;
+        CodeRows<R> some;
         for (int i = 0; i < R; ++i) {
-            load_scales(*w.of, w.expert, w.first + r + i, groups, scales + i * row);
-            of_row[r + i] = scales[i * row];
-            of_some.words[i] = w.words(r + i);
-            of_some.scales[i] = groups > 1 ? scales + i * row : nullptr;
+            const int from = smaller(r + i, rows - 1);
+            some.words[i] = w.words(from);
+            some.scales[i] = groups > 1 ? scales + from * row : nullptr;
         }
-        ahead.lines = R;
-        add_tiles<format, R>(of_some, lanes, x, n, ahead, total + r * x.count);
+        return some;
     };
-    const auto all = [&](float* scales) {  // with room for 4 rows
+    if (x.count > widest_tile) {
+        const int64_t steps = (n + F::step - 1) / F::step;
+        for (int i = 0; i < (rows + 1) / 2 * 2 * x.count; ++i) total[i] = FloatVector{};
+        for (int64_t begin = 0; begin < steps; begin += decoded_steps)
+            for (int r = 0; r < rows; r += decoded_rows)  // of an odd number the last one twice
+                add_decoded<format, Q>(rows_from(r, std::integral_constant<int, decoded_rows>()), lanes, x, n, begin,
+                                       smaller<int64_t>(steps, begin + decoded_steps), total + r * x.count);
+    } else {
+        const auto add = [&](int r, auto count) {
+            constexpr int R = decltype(count)::value;
+            ahead.lines = R;
+            add_tiles<format, R>(rows_from(r, count), lanes, x, n, ahead, total + r * x.count);
+        };
         int r = 0;
         if (vector_registers == 32 && x.count <= 2)
-            for (; r + 4 <= rows; r += 4) some(r, scales, std::integral_constant<int, 4>());
-        for (; r + 2 <= rows; r += 2) some(r, scales, std::integral_constant<int, 2>());
-        for (; r < rows; ++r) some(r, scales, std::integral_constant<int, 1>());
-    };
-    if (groups <= few) {
-        float scales[4 * (few + lanes_of<float>)];
-        all(scales);
-    } else {
-        Scratch<float> scales(4, row);
-        all(scales);
+            for (; r + 4 <= rows; r += 4) add(r, std::integral_constant<int, 4>());
+        for (; r + 2 <= rows; r += 2) add(r, std::integral_constant<int, 2>());
+        for (; r < rows; ++r) add(r, std::integral_constant<int, 1>());
     }
     add_lanes<float>(total, rows, int(x.count), out);
     if (groups > 1) return;
     for (int64_t m = 0; m < x.count; ++m)
-        for (int i = 0; i < rows; ++i) out[m * skinny_rows + i] *= of_row[i];
+        for (int i = 0; i < rows; ++i) out[m * skinny_rows + i] *= scales[i * row];
 }
 
 template <int bits, bool pairs>

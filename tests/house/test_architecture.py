@@ -163,7 +163,7 @@ def test_importing_the_package_loads_no_launcher() -> None:
     program = f"import sys, {PACKAGE}; print(*(m for m in sys.modules if m.split('.')[0] == {PACKAGE!r}))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     rooms = {room_of(module) for module in done.stdout.split()}
-    assert rooms == {"__init__", "options", "cpu", "ops", "generation", "model"}
+    assert rooms == {"__init__", "options", "quantization", "cpu", "ops", "generation", "model"}
 
 
 FOLDERS = table("folder")

@@ -129,7 +129,8 @@ def test_what_cannot_be_quantized_is_refused(change: dict[str, Any], said: str) 
     [
         ("int4", torch.zeros(2, 16, dtype=torch.int8), torch.ones(2, 1).bfloat16(), None, "data: expected torch.uint8"),
         ("int4", torch.zeros(2, 16, dtype=torch.uint8), torch.ones(2, 1), None, "scales: expected torch.bfloat16"),
-        ("int4", torch.zeros(2, 16, dtype=torch.uint8), torch.ones(2, 3).bfloat16(), None, "a divisor of 32"),
+        ("int4", torch.zeros(2, 16, dtype=torch.uint8), torch.ones(2, 3).bfloat16(), None, "groups of 32 or"),
+        ("int8", torch.zeros(2, 96, dtype=torch.int8), torch.ones(2, 2), None, "groups of 96 or"),
         ("int8", torch.zeros(2, 16, dtype=torch.int8), torch.ones(1, 1), None, "scales: expected"),
         ("nvfp4", torch.zeros(2, 16, dtype=torch.uint8), torch.ones(2, 2).to(torch.float8_e4m3fn), None, "a tensor"),
         ("mxfp4", torch.zeros(2, 16, dtype=torch.uint8), torch.ones(2, 1).byte(), torch.ones(()), "None for mxfp4"),
@@ -153,7 +154,10 @@ def assert_linear(x: Tensor, w: tt.QuantizedTensor, bias: Tensor | None, layout:
     naive = (x.to(summed) @ wide.to(summed).T + (0 if bias is None else bias.to(summed))).to(x.dtype)
     got = tt.linear(awkward(x, layout), w, bias)
     assert got.dtype == x.dtype
-    assert_within_budget(got, naive, exact)
+    if x.dtype == torch.float64:
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+    else:
+        assert_within_budget(got, naive, exact)
     return got
 
 

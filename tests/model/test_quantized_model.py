@@ -55,7 +55,9 @@ def test_names_decide() -> None:
     assert not any("q_proj" in name for name in found)
     assert {f for name, f in found.items() if ".experts." in name or "shared" in name} == {"int4"}
     everything = quantized(tt.TwoTowerModel.from_pretrained(tt.demo_path(), quantize="int8"))
-    assert not any(part in name for name in everything for part in ("head", "embed", "gate", "norm", "conv1d", "t_block", "tables"))
+    assert not any(
+        part in name for name in everything for part in ("head", "embed", "gate", "norm", "conv1d", "t_block", "tables")
+    )
     assert {name.split("_")[0] for name in everything} == {"context", "denoiser"}
 
 

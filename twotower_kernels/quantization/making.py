@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.options.arguments import whole
-from twotower_kernels.quantization.weights import FORMATS, GROUP, QuantizedTensor
+from twotower_kernels.quantization.weights import FORMATS, GROUP, WIDTHS, QuantizedTensor
 
-GROUPS = {"int8": (16, 32, 64, 128), "int4": (16, 32, 64, 128), "fp8": (), "nvfp4": (16,), "mxfp4": (32,)}
+GROUPS = {"int8": WIDTHS, "int4": WIDTHS, "fp8": (), "nvfp4": (16,), "mxfp4": (32,)}
 PIECE = 2**22  # numbers that are worked on at a time, so that a large weight needs little beside itself
 E4M3_MAX, E2M1_MAX = 448.0, 6.0
 # Halfway between e2m1's magnitudes. The code before is the even one at the first, third, fifth and seventh.

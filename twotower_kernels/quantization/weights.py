@@ -17,6 +17,7 @@ BITS = {
     "mxfp4": 4.25,
 }  # per number, by default; scales of rows aside
 GROUP = {"int4": 32, "nvfp4": 16, "mxfp4": 32}  # columns per scale by default; others: all
+WIDTHS = (16, 32, 64, 128)  # of groups, where a row has several
 FOUR_BITS = ("int4", "nvfp4", "mxfp4")
 DATA = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # others: uint8, two codes in a byte
 SCALES = {"int4": torch.bfloat16, "nvfp4": torch.float8_e4m3fn, "mxfp4": torch.uint8}  # others: float32
@@ -139,9 +140,9 @@ def _check(format: str, data: Tensor, scales: Tensor, global_scale: Tensor | Non
     columns *= 2 if format in FOUR_BITS else 1
     whole = format == "fp8" and scales.shape == (*leading, 1, 1)
     groups = scales.shape[-1] if scales.ndim else 0
-    divides = columns == 0 or (groups > 0 and columns % groups == 0)
+    divides = columns == 0 or groups == 1 or (groups > 1 and columns % groups == 0 and columns // groups in WIDTHS)
     if not whole and not (scales.shape[:-1] == (*leading, rows) and divides):
-        fits = f"{[*leading, rows]} and a divisor of {columns}"
+        fits = f"{[*leading, rows]} and groups of {columns} or {WIDTHS} columns"
         raise ValueError(f"scales: expected {fits} for data {list(data.shape)} of {format}, got {list(scales.shape)}")
     if (global_scale is None) == (format == "nvfp4"):
         raise ValueError(f"global_scale: expected {'a tensor' if format == 'nvfp4' else 'None'} for {format}")
