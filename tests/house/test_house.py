@@ -279,6 +279,7 @@ def test_everything_public_is_explained() -> None:
         "docs/generate_blocks.md",
         "docs/model.md",
         "docs/operations.md",
+        "docs/quantization.md",
         "docs/transformers.md",
     ],
 )
