@@ -167,7 +167,7 @@ def _sorted(listed: list[int], tensor: Tensor | None) -> Tensor | None:
 
 def _remask(*arguments: Any) -> tuple[Tensor, ...]:
     a = Arguments(*arguments)
-    if a.gives_tensors:
+    if a.gives_tensors and not cpu.is_recording():
         check_values(a)
     if a.logits.stride(2) != 1:
         a = a._replace(logits=a.logits.contiguous())
@@ -178,7 +178,7 @@ def _remask(*arguments: Any) -> tuple[Tensor, ...]:
         suppressed = [*suppressed, mask]
     out = results(a.logits, a.tokens)
     fields = filled(a, _sorted(suppressed, a.suppress_ids), _sorted(a.unscored, a.confidence_suppress_ids), out)
-    cpu.kernels().remask(ctypes.addressof(fields), ctypes.sizeof(fields))
+    cpu.kernels().remask(ctypes.addressof(fields), ctypes.sizeof(fields), fields)
     return out
 
 
