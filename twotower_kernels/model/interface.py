@@ -29,6 +29,8 @@ class Towers(Protocol):
 
     def denoise(self, block_ids: Integers, state: ContextState, t: Tensor | float | None = None) -> Tensor: ...
 
+    def denoise_block(self, block_ids: Tensor, state: ContextState, t: Tensor | None) -> Tensor: ...
+
     def commit(self, block_ids: Integers, state: ContextState, lengths: Integers | None = None) -> ContextState: ...
 
     def commit_by(
@@ -44,8 +46,9 @@ class Towers(Protocol):
 
 @dataclass(frozen=True)
 class Calls:
-    """What generation calls of a model; on a GPU, denoising and commits of whole blocks are recorded and replayed."""
+    """What generation calls of a model; all but the prefill may be recorded and replayed."""
 
     prefill: Callable[[Tensor, Tensor], ContextState]
     denoise: Callable[..., Tensor]
     commit: Callable[[Tensor, ContextState], ContextState]
+    next_token: Callable[..., tuple[ContextState, Any]]  # as in autoregression

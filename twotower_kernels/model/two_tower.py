@@ -281,14 +281,23 @@ class TwoTowerModel(nn.Module):
         """
         self._need("denoiser")
         block_ids = self._checked_ids("block_ids", block_ids, self.denoiser_device, state)
-        modulation = self._modulation(t, block_ids)
-        hidden, _ = self._run("denoiser_tower", block_ids, state.for_denoiser.read_by, modulation)
+        return self.denoise_block(block_ids, state.for_denoiser, None if t is None else self._checked_time(t, block_ids))
+
+    def denoise_block(self, block_ids: Tensor, state: ContextState, t: Tensor | None) -> Tensor:
+        """`denoise`, of ids and times that are right, and of the context that lies on the denoiser's device."""
+        hidden, _ = self._run("denoiser_tower", block_ids, state.read_by, self._modulation(t, block_ids))
         return logits(hidden, self.lm_head.weight)
 
-    def _modulation(self, t: Tensor | float | None, ids: Tensor) -> list[Modulation] | None:
+    def _modulation(self, t: Tensor | None, ids: Tensor) -> list[Modulation] | None:
         """Per layer (shift, scale, gate), by adaLN-single (PixArt-α, arXiv 2310.00426): a shared part and a table."""
         if t is None:
             return None
+        shared = self.t_block(self.t_embedder(t.to(ids.device).expand(len(ids)))).unflatten(-1, (3, -1))  # [B, 3, H]
+        modulation = self.scale_shift_tables.tables[:, None] + shared  # [layers, B, 3, H]
+        return list(zip(*(part.unbind() for part in modulation.unbind(2)), strict=True))
+
+    def _checked_time(self, t: Tensor | float, ids: Tensor) -> Tensor:
+        """Times `[]` or `[B]` of the blocks `[B, S]`."""
         batch = ids.shape[0]
         if not isinstance(t, Tensor):
             number = real("t", t, "a number, or a tensor of them")
@@ -301,9 +310,7 @@ class TwoTowerModel(nn.Module):
         elif readable(t) and not bool(((t >= 0) & (t <= 1)).all()):
             raise ValueError(f"t: expected numbers in [0, 1], got {t.tolist()}")
         self._check_device("t", t)
-        shared = self.t_block(self.t_embedder(t.to(ids.device).expand(batch))).unflatten(-1, (3, -1))  # [B, 3, H]
-        modulation = self.scale_shift_tables.tables[:, None] + shared  # [layers, B, 3, H]
-        return list(zip(*(part.unbind() for part in modulation.unbind(2)), strict=True))
+        return t
 
     # --- generation -------------------------------------------------------------------------------------------------
 

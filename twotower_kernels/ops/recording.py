@@ -18,13 +18,13 @@ it that lengths and indices are in range. Ids of embeddings and plans of experts
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from twotower_kernels import cpu
 from twotower_kernels.ops import _direct
@@ -79,10 +79,11 @@ class Replay:
         for part in self._parts:
             part()
 
-    def move_storage(self, number: int, tensor: Tensor) -> None:
-        """From now on this tensor is read and written, of the same dtype and with the same rows, in the place of one
-        that `record` was given as storage."""
-        self.calls.move_storage(number, tensor)
+    def move_storage(self, storage: Sequence[Tensor]) -> None:
+        """From now on these tensors are read and written, in the place of those that were given when it was recorded:
+        of the same dtypes and with the same numbers in a row."""
+        for number, tensor in enumerate(storage):
+            self.calls.move_storage(number, tensor)
 
     def add_part(self, part: Callable[[], Any]) -> None:
         """Something to run behind the kernels that are noted so far."""
@@ -106,14 +107,11 @@ class CpuRecordings:
     def __init__(self) -> None:
         self._pool = _Pool()
 
-    def __call__(
-        self, call: Callable[[], T], device: torch.device, storage: Sequence[Tensor] = ()
-    ) -> tuple[Replay, T]:
+    def __call__(self, call: Callable[[], T], storage: Sequence[Tensor] = ()) -> tuple[Replay, T]:
         """A replay of `call`, and its result, whose tensors every replay writes.
 
         Args:
             call: a step. It must not depend on what tensors hold in any way but by computing with them.
-            device: the CPU.
             storage: tensors that may be replaced later, `Replay.move_storage`; their views must not be read.
 
         Raises:
@@ -132,6 +130,30 @@ class CpuRecordings:
         return replay, output
 
 
+class Weights:
+    """The parameters of a module, as recordings have them: by the places where they lie.
+
+    What is written there, a replay reads. Who puts another tensor in a parameter's place, or another module in a
+    module's, or moves a tensor to other memory, changes them.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        # The dictionaries of a module's parts, and not the module, which keeps its recordings alive.
+        self._dicts = [d for part in module.modules() for d in (part._parameters, part._buffers, part._modules)]
+        self._places = self._found()
+
+    def changed(self) -> bool:
+        """Whether they have changed since this was asked for the last time."""
+        found = self._found()
+        before, self._places = self._places, found
+        return found != before
+
+    def _found(self) -> list[Any]:
+        return [
+            (id(x), x.data_ptr()) if isinstance(x, Tensor) else id(x) for d in self._dicts for x in d.values()
+        ]
+
+
 class _Pool:
     """Memory for results. A piece is free as soon as no tensor lies in it any more."""
 
@@ -140,6 +162,8 @@ class _Pool:
 
     def tensor(self, like: Tensor) -> Tensor:
         """An uninitialised tensor of the same dtype, sizes and strides."""
+        if like.device.type != "cpu":
+            raise NotImplementedError(f"recording: expected tensors on the CPU, got one on {like.device}")
         size = like.untyped_storage().nbytes()
         return torch.empty(0, dtype=like.dtype).set_(self._storage(size), 0, like.shape, like.stride())
 
@@ -169,16 +193,14 @@ class _Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "twotower":
             return self._kernel(func._schema.name.split("::")[1], args)
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        if _is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if any(tensor.device.type != "cpu" for tensor in given):
-            raise NotImplementedError(f"recording: expected tensors on the CPU, got {func} of others")
-        if func in ALLOCATIONS:
-            return self._pool.tensor(func(*args, **kwargs))
         if _is_view(func):
             return func(*args, **kwargs)
+        if func in ALLOCATIONS:
+            return self._pool.tensor(func(*args, **kwargs))
+        given = _tensors((*args, *kwargs.values()))
         if func in CONSTANTS or (self._are_constant(given) and not func._schema.is_mutable):
             return self._keep_constant(func(*args, **kwargs))
         if func is aten.embedding.default:
@@ -240,6 +262,19 @@ class _Tape(TorchDispatchMode):
         return tensor
 
 
+def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
+    """Those that an operation is given, alone or in lists."""
+    lists = (a if isinstance(a, (list, tuple)) else (a,) for a in arguments)
+    return [a for each in lists for a in each if isinstance(a, Tensor)]
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    """Whether an operation is made of others, whatever the device."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+@cache
 def _is_view(func: Any) -> bool:
     """Whether an operation's results are parts of what it is given."""
     returns = func._schema.returns
