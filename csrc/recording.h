@@ -76,6 +76,29 @@ class Recording {
     std::vector<pybind11::object> kept_;
 };
 
+// The tensors in some dictionaries, by where they lie, and whatever else is in them. It keeps the dictionaries.
+class Places {
+   public:
+    explicit Places(const pybind11::list& dicts) : dicts_(dicts) { changed(); }
+    // Whether anything lies elsewhere, or is another thing, than when this was asked for the last time.
+    bool changed();
+
+   private:
+    struct Place {
+        const void* data;  // of what is no tensor, the object
+        DType dtype;
+        int rank;
+        int64_t layout;  // sizes and strides, hashed
+        bool operator!=(const Place& other) const {
+            return data != other.data || dtype != other.dtype || rank != other.rank || layout != other.layout;
+        }
+    };
+    static Place place_of(PyObject* object);
+    pybind11::list dicts_;
+    std::vector<Place> places_;
+    std::vector<pybind11::object> others_;  // what is no tensor, so that nothing new is made in its place
+};
+
 template <class Kernel>
 struct ArgumentsOf;
 template <class Arguments>

@@ -28,7 +28,7 @@ from twotower_kernels.model.autoregression import Proposal, Sampling, next_token
 from twotower_kernels.model.inference import inference
 from twotower_kernels.model.interface import Towers
 from twotower_kernels.model.state import BlockRead, ContextState, Memory, logits
-from twotower_kernels.ops.recording import CpuRecordings, Replay, Weights
+from twotower_kernels.ops.recording import CpuRecordings, Parts, Replay, may_replay
 
 T = TypeVar("T")
 WORTH_AFTER = 3  # a recording on a CPU takes as long as some thirty calls save
@@ -80,13 +80,22 @@ class Recordings:
         self.follows_storage = isinstance(record, CpuRecordings)
         self.worth_after = WORTH_AFTER if self.follows_storage else 1  # so many calls as they are
         self.kv_memory: Memory | None = None  # of the keys and values that the recordings are for, if they follow none
-        self._weights = Weights(model) if self.follows_storage and isinstance(model, nn.Module) else None
+        self._parts = Parts(model) if self.follows_storage and isinstance(model, nn.Module) else None
         self._of_rows: dict[int, _OfRows] = {}  # by the number of storage rows
+
+    def have_ended(self) -> bool:
+        """Whether the model has other parts than when this was asked for the last time (`ops.recording.Parts`); then
+        what is recorded is given up. It looks at every weight, which takes too long for every call."""
+        if self._parts is None or not self._parts.changed():
+            return False
+        self._of_rows = {}
+        return True
+
+    def may_replay(self) -> bool:
+        return not self.follows_storage or may_replay()
 
     def of(self, state: ContextState) -> _OfRows:
         """The recordings that can read this state."""
-        if self._weights is not None and self._weights.changed():
-            self._of_rows = {}
         if not self.follows_storage and state.kv_memory is not self.kv_memory:
             # Storage that moved does not come back: what was recorded for it is of no use any more.
             self._of_rows, self.kv_memory = {}, state.kv_memory
@@ -134,7 +143,7 @@ class CapturedModel:
 
     def __init__(self, model: Towers, record: Recorder | CpuRecordings | None = None, recordings: Recordings | None = None) -> None:
         self._model = model
-        self._recordings = recordings or Recordings(model, record or CudaGraphs())
+        self._recordings = Recordings(model, record or CudaGraphs()) if recordings is None else recordings
         self._states: _States | None = None  # that the last recorded call has read
 
     @inference
@@ -210,7 +219,10 @@ class CapturedModel:
         state: ContextState,
         options: tuple[Any, ...] = (),
     ) -> _Recording[T] | None:
-        """The recording of a call, which reads this state; None for a call that has not come often enough."""
+        """The recording of a call, which reads this state; None for a call that has not come often enough, and where
+        none may be replayed."""
+        if not self._recordings.may_replay():
+            return None
         of_rows, record = self._recordings.of(state), self._recordings.record
         key = _Key(call.__name__, tuple((x.shape, x.dtype, x.device) for x in inputs), _kind(state), options)
         recording = of_rows.calls.get(key, 0)

@@ -23,25 +23,30 @@ The loop over blocks is `generation.blocks`, which any model can use; its steps 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 
 import torch
+from torch import nn
 
 from twotower_kernels.generation.blocks import diffuse
 from twotower_kernels.generation.plan import plan_blocks, plan_tokens
 from twotower_kernels.generation.request import Request
 from twotower_kernels.generation.results import GenerateResult, StepEvent
 from twotower_kernels.generation.stream import Stream
-from twotower_kernels.model.autoregression import autoregress
+from twotower_kernels.model.autoregression import autoregress, next_token
 from twotower_kernels.model.capture import CapturedModel
 from twotower_kernels.model.diffusion import prefilled
+from twotower_kernels.model.idle import recordings
 from twotower_kernels.model.inference import inference
 from twotower_kernels.model.interface import Calls, Towers
 from twotower_kernels.options.arguments import Integers
 from twotower_kernels.options.generation import MODES as MODES
 from twotower_kernels.options.generation import GenerationConfig, Processor, Prompts, prompt_rows
 from twotower_kernels.options.remask_policy import RemaskPolicy
+
+# What a replay of a recorded call does not ask for: who lays another function over it, on one object, sees every call.
+OVERLAID = {"denoise", "denoise_block", "commit", "commit_by", "read_block"}
 
 
 @inference
@@ -133,12 +138,6 @@ def stream(
     ).for_model(model.config)
     device = model.device if mode == "ar" else model.denoiser_device
     rows = prompt_rows(prompts, model.config.vocab_size, device)
-    captured = CapturedModel(model)
-    calls = Calls(
-        prefill=model.prefill,
-        denoise=(captured if _records(model.denoiser_device) else model).denoise,
-        commit=(captured if _records(model.device) else model).commit,
-    )
     if mode == "mask_diffusion":
         mask, new = options.mask_token_id, options.max_new_tokens
         assert mask is not None  # the model's, if no other was given
@@ -146,11 +145,10 @@ def stream(
             plan_blocks(row, mask_token_id=mask, block_size=options.block_size, max_new_tokens=new, aligned=False)
             for row in rows
         ]
-        request = Request.begin(options, rows, plans)
-        events = diffuse(request, partial(prefilled, request, calls))
     else:
-        request = Request.begin(options, rows, [plan_tokens(row, options.max_new_tokens) for row in rows])
-        events = autoregress(request, calls, mode == "mock_ar", model.config.mask_token_id)
+        plans = [plan_tokens(row, options.max_new_tokens) for row in rows]
+    request = Request.begin(options, rows, plans)
+    events = _events(model, request)
     return Stream(request, events, time.perf_counter() - start, inference)
 
 
@@ -207,6 +205,40 @@ def generate(
     ).run(on_step)
 
 
+def _events(model: Towers, request: Request) -> Generator[StepEvent, None, None]:
+    """The loop over a request; through recordings where they pay."""
+    if _records_on_cpu(model):
+        with recordings(model) as mine:
+            captured = CapturedModel(model, recordings=mine)
+            yield from _loop(model, request, captured, captured)
+    else:
+        captured = CapturedModel(model)
+        on_denoiser = captured if _records(model.denoiser_device) else None
+        yield from _loop(model, request, captured if _records(model.device) else None, on_denoiser)
+
+
+def _loop(
+    model: Towers, request: Request, on_context: CapturedModel | None, on_denoiser: CapturedModel | None
+) -> Generator[StepEvent, None, None]:
+    mode = request.options.mode
+    calls = Calls(
+        prefill=model.prefill,
+        denoise=(on_denoiser or model).denoise,
+        commit=(on_context or model).commit,
+        next_token=partial(next_token, model) if on_context is None else on_context.next_token,
+    )
+    if mode == "mask_diffusion":
+        return diffuse(request, partial(prefilled, request, calls))
+    return autoregress(request, calls, mode == "mock_ar", model.config.mask_token_id)
+
+
 def _records(device: torch.device) -> bool:
-    """Whether calls of a tower there are recorded and replayed."""
+    """Whether calls of a tower there are recorded as graphs and replayed."""
     return device.type == "cuda"
+
+
+def _records_on_cpu(model: Towers) -> bool:
+    """Whether calls of both towers are: of a small model, all of whose calls are the class's own."""
+    if model.device.type != "cpu" or model.denoiser_device.type != "cpu" or not isinstance(model, nn.Module):
+        return False
+    return not OVERLAID & vars(model).keys()

@@ -118,7 +118,7 @@ class CpuRecordings:
             NotImplementedError: the step asks for an operation that cannot be recorded.
         """
         replay = Replay(storage)
-        tape = _Tape(replay, self._pool)
+        tape = _Tape(replay, self._pool, storage)
         replay.calls.begin()
         try:
             with tape:
@@ -130,28 +130,35 @@ class CpuRecordings:
         return replay, output
 
 
-class Weights:
-    """The parameters of a module, as recordings have them: by the places where they lie.
+class Parts:
+    """The parts of a module, as recordings have them: its modules, and its parameters by the places where they lie.
 
-    What is written there, a replay reads. Who puts another tensor in a parameter's place, or another module in a
-    module's, or moves a tensor to other memory, changes them.
+    What is written to a parameter, a replay reads. Who puts another tensor in its place, or another module in a
+    module's, or moves a tensor to other memory, changes the parts; so does a hook.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        # The dictionaries of a module's parts, and not the module, which keeps its recordings alive.
-        self._dicts = [d for part in module.modules() for d in (part._parameters, part._buffers, part._modules)]
-        self._places = self._found()
+        # Dictionaries, and not the module, which keeps its recordings alive.
+        parts = list(module.modules())
+        self._hooks = [d for part in parts for d in (part._forward_hooks, part._forward_pre_hooks)]
+        named = [d for part in parts for d in (part._parameters, part._buffers, part._modules)]
+        self._places = cpu.kernels().Places([*named, *self._hooks])
 
     def changed(self) -> bool:
         """Whether they have changed since this was asked for the last time."""
-        found = self._found()
-        before, self._places = self._places, found
-        return found != before
+        answer: bool = self._places.changed()
+        return answer
 
-    def _found(self) -> list[Any]:
-        return [
-            (id(x), x.data_ptr()) if isinstance(x, Tensor) else id(x) for d in self._dicts for x in d.values()
-        ]
+    def watched(self) -> bool:
+        """Whether anybody sees the modules' calls, which a replay does not make."""
+        return any(self._hooks)
+
+
+def may_replay() -> bool:
+    """Whether a replay and what it stands for are the same thing now: not where something sees or changes the calls of
+    operations, as a profiler, a mode, or another kernel laid over one of ours (`_direct.off`)."""
+    answer: bool = _direct.entries().is_open()
+    return answer
 
 
 class _Pool:
@@ -184,10 +191,11 @@ class _Pool:
 
 
 class _Tape(TorchDispatchMode):
-    def __init__(self, replay: Replay, pool: _Pool) -> None:
+    def __init__(self, replay: Replay, pool: _Pool, storage: Sequence[Tensor]) -> None:
         super().__init__()
         self._replay, self._pool = replay, pool
         self._constant: set[int] = set()  # storages; kept, so that no other gets their names
+        self._known = {_name_of(tensor) for tensor in storage}  # storages that are kept, or must not be
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -199,7 +207,7 @@ class _Tape(TorchDispatchMode):
         if _is_view(func):
             return func(*args, **kwargs)
         if func in ALLOCATIONS:
-            return self._pool.tensor(func(*args, **kwargs))
+            return self._new(func(*args, **kwargs))
         given = _tensors((*args, *kwargs.values()))
         if func in CONSTANTS or (self._are_constant(given) and not func._schema.is_mutable):
             return self._keep_constant(func(*args, **kwargs))
@@ -223,6 +231,7 @@ class _Tape(TorchDispatchMode):
         raise NotImplementedError(f"recording: {func} is an operation of PyTorch that a recording does not know")
 
     def _kernel(self, name: str, args: tuple[Any, ...]) -> Any:
+        self._keep(*_tensors(args))
         written = [args[n] for n in _direct.WRITTEN.get(name, ())]
         if any(self._are_constant([tensor]) for tensor in written):
             raise NotImplementedError(f"recording: {name} writes to a tensor that the step made of nothing else")
@@ -232,15 +241,17 @@ class _Tape(TorchDispatchMode):
     def _embedding(self, table: Tensor, ids: Tensor, *_: Any) -> Tensor:
         if ids.dtype != torch.int64 or not ids.is_contiguous():
             raise NotImplementedError(f"recording: expected contiguous int64 ids, got {ids.dtype} {ids.stride()}")
-        out = self._pool.tensor(table.new_empty((*ids.shape, table.shape[1])))
+        self._keep(table, ids)
+        out = self._new(table.new_empty((*ids.shape, table.shape[1])))
         cpu.call("gather_rows", table, ids.view(-1), out.view(-1, table.shape[1]))
         return out
 
     def _copied(self, source: Tensor, like: Tensor) -> Tensor:
         """A copy of the layout and dtype of another tensor."""
-        return self._copy(source, self._pool.tensor(like))
+        return self._copy(source, self._new(like))
 
     def _copy(self, source: Tensor, to: Tensor) -> Tensor:
+        self._keep(source, to)
         if to.dtype == source.dtype or (source.dtype, to.dtype) in WIDER:
             cpu.call("copy_numbers", source.expand(to.shape), to)
         else:
@@ -254,18 +265,36 @@ class _Tape(TorchDispatchMode):
         return out
 
     def _are_constant(self, tensors: list[Tensor]) -> bool:
-        return all(tensor.untyped_storage()._cdata in self._constant for tensor in tensors)
+        return all(_name_of(tensor) in self._constant for tensor in tensors)
 
     def _keep_constant(self, tensor: Tensor) -> Tensor:
-        self._replay.keep(tensor)
-        self._constant.add(tensor.untyped_storage()._cdata)
+        self._keep(tensor)
+        self._constant.add(_name_of(tensor))
         return tensor
+
+    def _new(self, like: Tensor) -> Tensor:
+        """An uninitialised tensor, of which the pool hears when it is let go."""
+        tensor = self._pool.tensor(like)
+        self._known.add(_name_of(tensor))
+        return tensor
+
+    def _keep(self, *tensors: Tensor) -> None:
+        """Whatever is not the pool's: a kernel is told where it lies."""
+        for tensor in tensors:
+            if (name := _name_of(tensor)) not in self._known:
+                self._known.add(name)
+                self._replay.keep(tensor.untyped_storage())
 
 
 def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
     """Those that an operation is given, alone or in lists."""
     lists = (a if isinstance(a, (list, tuple)) else (a,) for a in arguments)
     return [a for each in lists for a in each if isinstance(a, Tensor)]
+
+
+def _name_of(tensor: Tensor) -> int:
+    """Of its storage, as long as that lives."""
+    return tensor.untyped_storage()._cdata
 
 
 @cache

@@ -1,0 +1,39 @@
+"""Recordings on a CPU that outlive the generation that made them: the next one of the same model goes on with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+from twotower_kernels.model.capture import Recordings
+from twotower_kernels.model.interface import Towers
+from twotower_kernels.ops.recording import CpuRecordings
+
+MOST = 64  # recordings that are kept for a generation to come
+_IDLE: WeakKeyDictionary[Towers, list[Recordings]] = WeakKeyDictionary()
+
+
+@contextmanager
+def recordings(model: Towers) -> Iterator[Recordings]:
+    """Recordings that nobody else uses meanwhile, be it in another thread or a generation that is not finished.
+
+    Raises:
+        RuntimeError: at the end, if a part of the model was replaced meanwhile: it may have been computed with the old.
+    """
+    idle = _IDLE.setdefault(model, [])
+    try:
+        mine = idle.pop()
+        mine.have_ended()
+    except IndexError:
+        mine = Recordings(model, CpuRecordings())
+    ended = False
+    try:
+        yield mine
+    finally:
+        ended = mine.have_ended()
+        mine.let_go()
+        if len(mine) <= MOST:
+            idle.append(mine)
+    if ended:
+        raise RuntimeError("model: expected the same weights and modules throughout a generation, but one was replaced")
