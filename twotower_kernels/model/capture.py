@@ -81,6 +81,7 @@ class Recordings:
         self.worth_after = WORTH_AFTER if self.follows_storage else 1  # so many calls as they are
         self.kv_memory: Memory | None = None  # of the keys and values that the recordings are for, if they follow none
         self._parts = Parts(model) if self.follows_storage and isinstance(model, nn.Module) else None
+        self._watched = self._parts is not None and self._parts.watched()
         self._of_rows: dict[int, _OfRows] = {}  # by the number of storage rows
 
     def have_ended(self) -> bool:
@@ -88,11 +89,16 @@ class Recordings:
         what is recorded is given up. It looks at every weight, which takes too long for every call."""
         if self._parts is None or not self._parts.changed():
             return False
-        self._of_rows = {}
+        self._of_rows, self._watched = {}, self._parts.watched()
         return True
 
+    def are_worth_it(self, calls: int, state: ContextState) -> bool:
+        """Whether a call that has come so often is recorded for this state."""
+        return calls >= self.worth_after and not (self.follows_storage and _has_no_room(state))
+
     def may_replay(self) -> bool:
-        return not self.follows_storage or may_replay()
+        """Whether nobody wants to see the calls that a replay does not make."""
+        return not self.follows_storage or (not self._watched and may_replay())
 
     def of(self, state: ContextState) -> _OfRows:
         """The recordings that can read this state."""
@@ -141,7 +147,12 @@ class CapturedModel:
         recordings: of this model, to go on with; None: new ones.
     """
 
-    def __init__(self, model: Towers, record: Recorder | CpuRecordings | None = None, recordings: Recordings | None = None) -> None:
+    def __init__(
+        self,
+        model: Towers,
+        record: Recorder | CpuRecordings | None = None,
+        recordings: Recordings | None = None,
+    ) -> None:
         self._model = model
         self._recordings = Recordings(model, record or CudaGraphs()) if recordings is None else recordings
         self._states: _States | None = None  # that the last recorded call has read
@@ -166,8 +177,7 @@ class CapturedModel:
     def next_token(
         self, token: Tensor, state: ContextState, seeds: Tensor, position: int, sampling: Sampling
     ) -> tuple[ContextState, Proposal]:
-        """A step of autoregression: the context extended by a token `[B, 1]`, and what is proposed behind it, of which
-        all but the token is overwritten by the next call of this object. `sampling` is `remask`'s; see `autoregression.propose`."""
+        """`autoregression.next_token`; the next call of this object overwrites all of a proposal but the token."""
         if state.mirror is not None:
             return next_token(self._model, token, state, seeds, position, sampling)
         proposals: list[Proposal] = []
@@ -226,10 +236,9 @@ class CapturedModel:
         of_rows, record = self._recordings.of(state), self._recordings.record
         key = _Key(call.__name__, tuple((x.shape, x.dtype, x.device) for x in inputs), _kind(state), options)
         recording = of_rows.calls.get(key, 0)
-        if isinstance(recording, int):
-            if recording < self._recordings.worth_after or (self._recordings.follows_storage and _has_no_room(state)):
-                of_rows.calls[key] = recording + 1
-                return None
+        if isinstance(recording, int) and not self._recordings.are_worth_it(recording, state):
+            of_rows.calls[key] = recording + 1
+            return None
         if of_rows.states is None:
             of_rows.states = _States(state)
         self._states = of_rows.states

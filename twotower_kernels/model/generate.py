@@ -27,7 +27,6 @@ from collections.abc import Callable, Generator, Sequence
 from functools import partial
 
 import torch
-from torch import nn
 
 from twotower_kernels.generation.blocks import diffuse
 from twotower_kernels.generation.plan import plan_blocks, plan_tokens
@@ -37,7 +36,7 @@ from twotower_kernels.generation.stream import Stream
 from twotower_kernels.model.autoregression import autoregress, next_token
 from twotower_kernels.model.capture import CapturedModel
 from twotower_kernels.model.diffusion import prefilled
-from twotower_kernels.model.idle import recordings
+from twotower_kernels.model.idle import pays, recordings
 from twotower_kernels.model.inference import inference
 from twotower_kernels.model.interface import Calls, Towers
 from twotower_kernels.options.arguments import Integers
@@ -239,6 +238,6 @@ def _records(device: torch.device) -> bool:
 
 def _records_on_cpu(model: Towers) -> bool:
     """Whether calls of both towers are: of a small model, all of whose calls are the class's own."""
-    if model.device.type != "cpu" or model.denoiser_device.type != "cpu" or not isinstance(model, nn.Module):
+    if model.device.type != "cpu" or model.denoiser_device.type != "cpu":
         return False
-    return not OVERLAID & vars(model).keys()
+    return pays(model) and not OVERLAID & vars(model).keys()

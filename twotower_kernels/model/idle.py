@@ -6,12 +6,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
+from torch import nn
+
 from twotower_kernels.model.capture import Recordings
 from twotower_kernels.model.interface import Towers
 from twotower_kernels.ops.recording import CpuRecordings
 
 MOST = 64  # recordings that are kept for a generation to come
+# Bytes of weights. With more, Python is a few per cent of a step at most, and what recordings keep, the states of every
+# batch's rows and the memory between kernels, is no longer small.
+SMALL = 1 << 27
 _IDLE: WeakKeyDictionary[Towers, list[Recordings]] = WeakKeyDictionary()
+_SMALL: WeakKeyDictionary[Towers, bool] = WeakKeyDictionary()
+
+
+def pays(model: Towers) -> bool:
+    """Whether recordings make a model faster, and cost little memory: for a small one."""
+    if not isinstance(model, nn.Module):
+        return False
+    if model not in _SMALL:
+        _SMALL[model] = sum(p.nbytes for p in model.parameters()) <= SMALL
+    return _SMALL[model]
 
 
 @contextmanager

@@ -281,7 +281,8 @@ class TwoTowerModel(nn.Module):
         """
         self._need("denoiser")
         block_ids = self._checked_ids("block_ids", block_ids, self.denoiser_device, state)
-        return self.denoise_block(block_ids, state.for_denoiser, None if t is None else self._checked_time(t, block_ids))
+        t = None if t is None else self._checked_time(t, block_ids)
+        return self.denoise_block(block_ids, state.for_denoiser, t)
 
     def denoise_block(self, block_ids: Tensor, state: ContextState, t: Tensor | None) -> Tensor:
         """`denoise`, of ids and times that are right, and of the context that lies on the denoiser's device."""
@@ -292,7 +293,9 @@ class TwoTowerModel(nn.Module):
         """Per layer (shift, scale, gate), by adaLN-single (PixArt-α, arXiv 2310.00426): a shared part and a table."""
         if t is None:
             return None
-        shared = self.t_block(self.t_embedder(t.to(ids.device).expand(len(ids)))).unflatten(-1, (3, -1))  # [B, 3, H]
+        shared = self.t_block(self.t_embedder(t.to(ids.device).expand(ids.shape[0]))).unflatten(
+            -1, (3, -1)
+        )  # [B, 3, H]
         modulation = self.scale_shift_tables.tables[:, None] + shared  # [layers, B, 3, H]
         return list(zip(*(part.unbind() for part in modulation.unbind(2)), strict=True))
 

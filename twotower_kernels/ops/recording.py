@@ -20,10 +20,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from twotower_kernels import cpu
@@ -61,6 +63,7 @@ ELEMENTWISE = {  # and what a replay calls instead
     aten.sin.default: aten.sin.out,
 }
 IN_PLACE = {aten.relu_.default, aten.pow_.Scalar}
+LOOKS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
 WIDER = {(torch.bfloat16, torch.float32), (torch.float16, torch.float32)}  # casts that a kernel of ours makes
 
 
@@ -121,7 +124,7 @@ class CpuRecordings:
         tape = _Tape(replay, self._pool, storage)
         replay.calls.begin()
         try:
-            with tape:
+            with _NobodyLooks(), tape:
                 output = call()
         finally:
             replay.calls.end()
@@ -138,7 +141,10 @@ class Parts:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        # Dictionaries, and not the module, which keeps its recordings alive.
+        self._module = ref(module)  # which keeps its recordings alive, so they must not keep it
+        self._look(module)
+
+    def _look(self, module: nn.Module) -> None:
         parts = list(module.modules())
         self._hooks = [d for part in parts for d in (part._forward_hooks, part._forward_pre_hooks)]
         named = [d for part in parts for d in (part._parameters, part._buffers, part._modules)]
@@ -146,8 +152,11 @@ class Parts:
 
     def changed(self) -> bool:
         """Whether they have changed since this was asked for the last time."""
-        answer: bool = self._places.changed()
-        return answer
+        module = self._module()
+        if module is None or not self._places.changed():
+            return False
+        self._look(module)
+        return True
 
     def watched(self) -> bool:
         """Whether anybody sees the modules' calls, which a replay does not make."""
@@ -188,6 +197,15 @@ class _Pool:
         lent = piece[0:size]  # a storage of its own, so that its end is seen
         self._pieces.append((piece, StorageWeakRef(lent)))
         return lent
+
+
+class _NobodyLooks(TorchFunctionMode):
+    """Refuses what hands a tensor's numbers to Python without an operation that the tape would see."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in LOOKS:
+            raise NotImplementedError(f"recording: {func.__name__} looks at numbers that are not there yet")
+        return func(*args, **(kwargs or {}))
 
 
 class _Tape(TorchDispatchMode):
