@@ -227,7 +227,7 @@ class _Tape(TorchDispatchMode):
         if func in ALLOCATIONS:
             return self._new(func(*args, **kwargs))
         given = _tensors((*args, *kwargs.values()))
-        if func in CONSTANTS or (self._are_constant(given) and not func._schema.is_mutable):
+        if func in CONSTANTS or (given and self._are_constant(given) and _is_function(func)):
             return self._keep_constant(func(*args, **kwargs))
         if func is aten.embedding.default:
             return self._embedding(*args)
@@ -319,6 +319,12 @@ def _name_of(tensor: Tensor) -> int:
 def _is_composite(func: Any) -> bool:
     """Whether an operation is made of others, whatever the device."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+@cache
+def _is_function(func: Any) -> bool:
+    """Whether an operation gives the same for the same, and changes nothing."""
+    return not func._schema.is_mutable and torch.Tag.nondeterministic_seeded not in func.tags
 
 
 @cache
