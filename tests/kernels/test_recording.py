@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import twotower_kernels as tt
-from tests.kernels.kernel_checks import EVERY_ISA, awkward, instruction_set
+from tests.kernels.kernel_checks import MACHINE_ISAS, awkward
 from twotower_kernels import cpu
 from twotower_kernels.ops.linear import linear
 from twotower_kernels.ops.recording import CpuRecordings
@@ -25,11 +25,11 @@ WIDENED = ((torch.bfloat16, torch.float32), (torch.float16, torch.float32))
 # --- copies and rows of a table -------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60)
+@settings(max_examples=50)
 @given(
     shape=st.lists(st.integers(0, 5), max_size=5) | st.just([3, 40_000]),
     kinds=st.sampled_from([*((dtype, dtype) for dtype in COPIED), *WIDENED]),
-    isa=st.sampled_from(EVERY_ISA),
+    isa=st.sampled_from(MACHINE_ISAS),
     layout=st.integers(0, 3),
     seed=st.integers(0, 2**31),
 )
@@ -41,25 +41,25 @@ def test_copies(shape, kinds, isa, layout, seed):  # type: ignore[no-untyped-def
     source = awkward(source, layout) if source.ndim else source
     to = torch.zeros(shape, dtype=kinds[1])
     to = to.transpose(0, -1) if seed % 2 and to.ndim and to.shape[0] == to.shape[-1] else to
-    with instruction_set(isa):
+    with cpu.use(isa):
         cpu.call("copy_numbers", source, to)
     assert torch.equal(to, source.to(kinds[1]))
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
     vocabulary=st.integers(1, 9),
     width=st.integers(1, 70),
     count=st.integers(0, 9) | st.just(3000),
     dtype=st.sampled_from(COPIED[:4]),
-    isa=st.sampled_from(EVERY_ISA),
+    isa=st.sampled_from(MACHINE_ISAS),
     seed=st.integers(0, 2**31),
 )
 def test_rows_of_a_table(vocabulary, width, count, dtype, isa, seed):  # type: ignore[no-untyped-def]
     random = torch.Generator().manual_seed(seed)
     table = torch.randn(vocabulary, width + 3, generator=random).to(dtype)[:, :width]
     ids, out = torch.randint(vocabulary, (count,), generator=random), torch.empty(count, width, dtype=dtype)
-    with instruction_set(isa):
+    with cpu.use(isa):
         cpu.call("gather_rows", table, ids, out)
         assert torch.equal(out, table[ids])
         if count:
@@ -125,7 +125,7 @@ def test_what_is_not_known_is_refused(step: Callable[[Tensor], Tensor], name: st
     with pytest.raises(NotImplementedError, match=f"recording: .*{name}"):
         CpuRecordings()(lambda: step(x))
     assert not cpu.is_recording()
-    assert torch.equal(tt.linear(x, x) if hasattr(tt, "linear") else linear(x, x), linear(x, x))
+    assert torch.allclose(linear(x, x), x @ x.T, atol=1e-5)
 
 
 def test_a_plan_of_other_experts_is_an_error_of_the_replay() -> None:

@@ -70,7 +70,7 @@ def test_whatever_is_called(pattern, dtype, wide, lengths, block, seed):  # type
         mine, theirs = pair = pairs[0] if chance.random() < 0.7 else chance.choice(pairs)
         rows, numbers = mine.batch_size, chance.randrange(99)
         ids, token = random_ids(rows, block, seed=numbers), random_ids(rows, 1, seed=numbers)
-        match chance.choice(["commit", "grow", "next", "next", "denoise", "denoise", "fork", "select", "drop"]):
+        match chance.choice(["commit", "grow", "next", "next", "verify", "verify", "denoise", "denoise", "fork", "select", "drop"]):
             case "commit":
                 pairs[pairs.index(pair)] = captured.commit(ids, mine), model.commit(ids, theirs)
             case "grow":
@@ -82,6 +82,11 @@ def test_whatever_is_called(pattern, dtype, wide, lengths, block, seed):  # type
                 theirs, other = next_token(model, token, theirs, seeds, numbers, how)
                 assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
                 pairs[pairs.index(pair)] = mine, theirs
+            case "verify":
+                counts = torch.tensor([chance.randint(0, block) for _ in range(rows)])
+                one, other = captured.verify(ids, mine), model.verify(ids, theirs)
+                assert torch.equal(one.logits, other.logits)
+                pairs[pairs.index(pair)] = captured.accept(one, counts), model.accept(other, counts)
             case "denoise":
                 t = chance.choice([None, torch.rand(rows), torch.rand(rows, dtype=torch.float64)])
                 assert torch.equal(captured.denoise(ids, mine, t), model.denoise(ids, theirs, t))

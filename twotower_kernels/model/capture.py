@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from twotower_kernels.model.autoregression import Proposal, Sampling, next_token, propose
 from twotower_kernels.model.inference import inference
 from twotower_kernels.model.interface import Towers
-from twotower_kernels.model.state import BlockRead, ContextState, Memory, logits
+from twotower_kernels.model.state import BlockLook, BlockRead, ContextState, Memory, Scanned, logits, newest
+from twotower_kernels.model.verification import Verification
 from twotower_kernels.ops.recording import CpuRecordings, Parts, Replay, may_replay
 
 T = TypeVar("T")
@@ -83,13 +84,14 @@ class Recordings:
         self._parts = Parts(model) if self.follows_storage and isinstance(model, nn.Module) else None
         self._watched = self._parts is not None and self._parts.watched()
         self._of_rows: dict[int, _OfRows] = {}  # by the number of storage rows
+        self.looks: dict[torch.Size, _Look] = {}  # by the shape of a block that is verified
 
     def have_ended(self) -> bool:
         """Whether the model has other parts than when this was asked for the last time (`ops.recording.Parts`); then
         what is recorded is given up. It looks at every weight, which takes too long for every call."""
         if self._parts is None or not self._parts.changed():
             return False
-        self._of_rows, self._watched = {}, self._parts.watched()
+        self._of_rows, self.looks, self._watched = {}, {}, self._parts.watched()
         return True
 
     def are_worth_it(self, calls: int, state: ContextState) -> bool:
@@ -135,11 +137,12 @@ class _OfRows:
 
 
 class CapturedModel:
-    """Stands for `denoise` and `commit` of a model, with their arguments (but no ragged blocks) and results, and for
-    the step of autoregression that follows a commit.
+    """Stands for `denoise`, `commit`, `verify` and `accept` of a model, with their arguments (but no ragged blocks) and
+    results, and for `autoregression.next_token`.
 
-    The logits that `denoise` returns are overwritten by the next call of this object. States are the caller's as they
-    are the model's own: forks and selections stay valid whatever is committed after them. One thread at a time.
+    The logits that `denoise` and `verify` return are overwritten by the next call of any of these. A verification may
+    be accepted until the next one of a block of its shape. States are the caller's as they are the model's own: forks
+    and selections stay valid whatever is committed after them. One thread at a time.
 
     Args:
         model: the model, with the tower that is called.
@@ -161,7 +164,7 @@ class CapturedModel:
     def denoise(self, block_ids: Tensor, state: ContextState, t: Tensor | None = None) -> Tensor:
         state = state.for_denoiser
         inputs = (block_ids,) if t is None else (block_ids, t)
-        recording = self._recording(self._denoise, inputs, state)
+        recording = self._recording("denoise", self._denoise, inputs, state)
         return self._model.denoise(block_ids, state, t) if recording is None else recording(inputs, state)
 
     def _denoise(self, state: ContextState, block_ids: Tensor, t: Tensor | None = None) -> Tensor:
@@ -184,7 +187,7 @@ class CapturedModel:
 
         def read(ids: Tensor, state: ContextState, lengths: None) -> BlockRead:
             inputs = ids, seeds, torch.full_like(seeds, position)
-            recording = self._recording(self._read_and_propose, inputs, state, tuple(sampling.items()))
+            recording = self._recording("next token", self._read_and_propose, inputs, state, tuple(sampling.items()))
             if recording is None or self._states is None:
                 return self._model.read_block(ids, state, lengths)
             self._states.give_up(state)
@@ -196,7 +199,7 @@ class CapturedModel:
         return new, proposals[0] if proposals else propose(new.next_logits()[:, None], seeds, position, sampling)
 
     def _read_block(self, block_ids: Tensor, state: ContextState, lengths: None) -> BlockRead:
-        recording = self._recording(self._read_in_place, (block_ids,), state)
+        recording = self._recording("commit", self._read_in_place, (block_ids,), state)
         if recording is None or self._states is None:
             return self._model.read_block(block_ids, state, lengths)
         self._states.give_up(state)
@@ -222,19 +225,68 @@ class CapturedModel:
         assert state.head is not None  # of a model with the tower that was just run
         return last_hidden, propose(logits(last_hidden, state.head)[:, None], seeds, position, dict(sampling))
 
+    @inference
+    def verify(self, block_ids: Tensor, state: ContextState) -> Verification:
+        if state.mirror is not None:
+            return self._model.verify(block_ids, state)
+        return self._model.verify_by(self._look_at_block, block_ids, state)
+
+    def _look_at_block(self, block_ids: Tensor, state: ContextState) -> BlockLook:
+        recording = self._recording("verify", self._look_in_place, (block_ids,), state)
+        looks = self._recordings.looks
+        if recording is not None:
+            return looks[block_ids.shape].shown(recording((block_ids,), state))
+        look = self._model.look_at_block(block_ids, state)
+        if block_ids.shape not in looks:
+            looks[block_ids.shape] = _Look(look)
+        return look
+
+    def _look_in_place(self, state: ContextState, block_ids: Tensor) -> Tensor:
+        """`look_at_block`, as it is recorded: with what was read of the block put where a recorded `accept` reads."""
+        look, looks = self._model.look_at_block(block_ids, state), self._recordings.looks
+        if block_ids.shape not in looks:  # it was not called before, as a graph's calls are
+            looks[block_ids.shape] = _Look(look)
+        looks[block_ids.shape].copy(look)
+        return look.logits
+
+    @inference
+    def accept(self, verification: Verification, lengths: Tensor) -> ContextState:
+        return self._noted(self._model.accept_by(self._replay_block, verification, lengths))
+
+    def _replay_block(self, look: BlockLook, state: ContextState, lengths: Tensor) -> BlockRead:
+        shape = look.hidden.shape[:2]
+        kept = self._recordings.looks.get(shape)
+        if kept is None or kept.hidden is not look.hidden:  # of a call that was not recorded
+            return self._model.replay_block(look, state, lengths)
+        if kept.latest is not look:
+            raise RuntimeError(f"accept: expected the last verification of a block {list(shape)}, got an earlier one")
+
+        def in_place(state: ContextState, lengths: Tensor) -> None:
+            conv, ssm = self._model.replay_scans(kept.scanned, state, lengths)
+            _copy_all(state.conv, conv)
+            _copy_all(state.ssm, ssm)
+
+        recording = self._recording(f"accept of {shape[1]}", in_place, (lengths,), state)
+        if recording is None or self._states is None:
+            return self._model.replay_block(look, state, lengths)
+        self._states.give_up(state)
+        recording((lengths,), state)
+        return self._states.lend(newest(look.hidden, lengths, state.last_hidden))
+
     def _recording(
         self,
+        name: str,
         call: Callable[..., T],
         inputs: tuple[Tensor, ...],
         state: ContextState,
         options: tuple[Any, ...] = (),
     ) -> _Recording[T] | None:
-        """The recording of a call, which reads this state; None for a call that has not come often enough, and where
-        none may be replayed."""
+        """The recording of a call of that name, which reads this state; None for one that has not come often enough,
+        and where none may be replayed."""
         if not self._recordings.may_replay():
             return None
         of_rows, record = self._recordings.of(state), self._recordings.record
-        key = _Key(call.__name__, tuple((x.shape, x.dtype, x.device) for x in inputs), _kind(state), options)
+        key = _Key(name, tuple((x.shape, x.dtype, x.device) for x in inputs), _kind(state), options)
         recording = of_rows.calls.get(key, 0)
         if isinstance(recording, int) and not self._recordings.are_worth_it(recording, state):
             of_rows.calls[key] = recording + 1
@@ -265,6 +317,26 @@ def _kind(state: ContextState) -> tuple[bool, int]:
 def _has_no_room(state: ContextState) -> bool:
     """Whether its keys and values have no memory yet, so that nobody can say where they lie."""
     return any(k.numel() == 0 for k in state.k.values())
+
+
+class _Look:
+    """Where recorded verifications of blocks of one shape leave what they have read, and acceptances find it."""
+
+    def __init__(self, like: BlockLook) -> None:
+        make = partial(torch.empty_like, memory_format=torch.contiguous_format)
+        self.hidden = make(like.hidden)
+        self.scanned = {i: Scanned(make(xbc), make(dt)) for i, (xbc, dt) in like.scanned.items()}
+        self.latest: BlockLook | None = None  # of which the numbers here are
+
+    def copy(self, look: BlockLook) -> None:
+        self.hidden.copy_(look.hidden)
+        for i, (xbc, dt) in look.scanned.items():
+            self.scanned[i].xbc.copy_(xbc)
+            self.scanned[i].dt.copy_(dt)
+
+    def shown(self, logits: Tensor) -> BlockLook:
+        self.latest = BlockLook(logits, self.hidden, self.scanned)
+        return self.latest
 
 
 class _States:

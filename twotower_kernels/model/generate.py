@@ -39,13 +39,17 @@ from twotower_kernels.model.diffusion import prefilled
 from twotower_kernels.model.idle import pays, recordings
 from twotower_kernels.model.inference import inference
 from twotower_kernels.model.interface import Calls, Towers
+from twotower_kernels.model.speculative import speculate
 from twotower_kernels.options.arguments import Integers
 from twotower_kernels.options.generation import MODES as MODES
 from twotower_kernels.options.generation import GenerationConfig, Processor, Prompts, prompt_rows
 from twotower_kernels.options.remask_policy import RemaskPolicy
 
 # What a replay of a recorded call does not ask for: who lays another function over it, on one object, sees every call.
-OVERLAID = {"denoise", "denoise_block", "commit", "commit_by", "read_block"}
+OVERLAID = {
+    *("denoise", "denoise_block", "commit", "commit_by", "read_block"),
+    *("verify", "verify_by", "look_at_block", "accept", "accept_by", "replay_block", "replay_scans"),
+}
 
 
 @inference
@@ -57,6 +61,7 @@ def stream(
     max_new_tokens: int,
     block_size: int = 16,
     steps_per_block: int = 16,
+    draft_steps: int = 1,
     confidence_threshold: float = 0.8,
     policy: RemaskPolicy | None = None,
     temperature: float = 0.0,
@@ -124,6 +129,7 @@ def stream(
         max_new_tokens=max_new_tokens,
         block_size=block_size,
         steps_per_block=steps_per_block,
+        draft_steps=draft_steps,
         confidence_threshold=confidence_threshold,
         policy=policy,
         temperature=temperature,
@@ -135,7 +141,7 @@ def stream(
         logprobs=logprobs,
         processors=processors,
     ).for_model(model.config)
-    device = model.device if mode == "ar" else model.denoiser_device
+    device = model.device if mode in ("ar", "speculative") else model.denoiser_device
     rows = prompt_rows(prompts, model.config.vocab_size, device)
     if mode == "mask_diffusion":
         mask, new = options.mask_token_id, options.max_new_tokens
@@ -159,6 +165,7 @@ def generate(
     max_new_tokens: int,
     block_size: int = 16,
     steps_per_block: int = 16,
+    draft_steps: int = 1,
     confidence_threshold: float = 0.8,
     policy: RemaskPolicy | None = None,
     temperature: float = 0.0,
@@ -191,6 +198,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         block_size=block_size,
         steps_per_block=steps_per_block,
+        draft_steps=draft_steps,
         confidence_threshold=confidence_threshold,
         policy=policy,
         temperature=temperature,
@@ -225,9 +233,13 @@ def _loop(
         denoise=(on_denoiser or model).denoise,
         commit=(on_context or model).commit,
         next_token=partial(next_token, model) if on_context is None else on_context.next_token,
+        verify=(on_context or model).verify,
+        accept=(on_context or model).accept,
     )
     if mode == "mask_diffusion":
         return diffuse(request, partial(prefilled, request, calls))
+    if mode == "speculative":
+        return speculate(request, calls, model.config.mask_token_id, model.denoiser_device)
     return autoregress(request, calls, mode == "mock_ar", model.config.mask_token_id)
 
 
