@@ -118,7 +118,7 @@ def test_a_replay_says_what_the_model_says() -> None:
         for _ in range(2):
             agrees(state, random_ids(3, 4), torch.rand(3))
         assert record.recordings == 4
-        assert len(captured._recordings) == 1
+        assert len(captured.recordings) == 1
 
 
 def test_recorded_commits_leave_the_same_context() -> None:
@@ -399,7 +399,7 @@ def test_keys_and_values_are_not_copied() -> None:
         captured.denoise(random_ids(2, 4), state, torch.rand(2))
         state = captured.commit(random_ids(2, 4), state)
     captured.denoise(random_ids(2, 4), state, torch.rand(2))
-    recordings = list(captured._recordings.of(state).calls.values())
+    recordings = list(captured.recordings.of(state).calls.values())
     assert len(recordings) == 2
     for recording in recordings:
         assert not isinstance(recording, int)

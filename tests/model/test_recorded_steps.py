@@ -70,7 +70,9 @@ def test_whatever_is_called(pattern, dtype, wide, lengths, block, seed):  # type
         mine, theirs = pair = pairs[0] if chance.random() < 0.7 else chance.choice(pairs)
         rows, numbers = mine.batch_size, chance.randrange(99)
         ids, token = random_ids(rows, block, seed=numbers), random_ids(rows, 1, seed=numbers)
-        match chance.choice(["commit", "grow", "next", "next", "verify", "verify", "denoise", "denoise", "fork", "select", "drop"]):
+        match chance.choice(
+            ["commit", "grow", "next", "next", "verify", "verify", "denoise", "denoise", "fork", "select", "drop"]
+        ):
             case "commit":
                 pairs[pairs.index(pair)] = captured.commit(ids, mine), model.commit(ids, theirs)
             case "grow":
@@ -100,7 +102,7 @@ def test_whatever_is_called(pattern, dtype, wide, lengths, block, seed):  # type
         del mine, theirs, pair
         for one, other in pairs:
             assert torch.equal(one.logits, other.logits) and torch.equal(one.lengths, other.lengths)
-    assert len(captured._recordings) > 0
+    assert len(captured.recordings) > 0
     for one, other in pairs:
         ids = random_ids(one.batch_size, 3)
         assert torch.equal(model.denoise(ids, one, 0.5), model.denoise(ids, other, 0.5))
@@ -169,7 +171,7 @@ def test_what_is_chosen_for_each_run_is_chosen_for_a_replay() -> None:
                     assert torch.equal(captured.denoise(ids, state), model.denoise(ids, state))
     finally:
         torch.set_num_threads(before)
-    assert len(captured._recordings) == 1
+    assert len(captured.recordings) == 1
 
 
 # --- weights and modules --------------------------------------------------------------------------------------------

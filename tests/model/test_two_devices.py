@@ -94,7 +94,7 @@ def test_a_recorded_step_reads_the_mirror(device: SecondDevice) -> None:
         captured.denoise(ids, state, t)
         assert device.bytes == 0
         state = two.commit(ids, state)
-    assert len(captured._recordings) == 1
+    assert len(captured.recordings) == 1
 
 
 # --- what is sent -----------------------------------------------------------------------------------------------------

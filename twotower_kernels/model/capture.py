@@ -1,4 +1,4 @@
-"""Calls of the model recorded as CUDA graphs, and replayed whenever they come again.
+"""Calls of the model recorded, as CUDA graphs or as kernels on a CPU, and replayed whenever they come again.
 
 A pass through a tower of the released model is some 300 launches, which cost the host more time than the device needs
 for them: a denoising step, a commit, an autoregressive token. One graph serves a (batch, block size, storage of keys
@@ -12,6 +12,9 @@ new state its lengths and index.
 
 A call runs as it is when it comes for the first time, which compiles kernels and sets libraries up, and is recorded
 when it comes again: a shape that comes once is not worth a recording.
+
+On a CPU it is Python that takes longer than small kernels do, and recordings are those of `ops.recording`. They are the
+same but in this: they follow keys and values to another storage, and so serve one generation after the other.
 """
 
 from __future__ import annotations
@@ -157,7 +160,7 @@ class CapturedModel:
         recordings: Recordings | None = None,
     ) -> None:
         self._model = model
-        self._recordings = Recordings(model, record or CudaGraphs()) if recordings is None else recordings
+        self.recordings = Recordings(model, record or CudaGraphs()) if recordings is None else recordings
         self._states: _States | None = None  # that the last recorded call has read
 
     @inference
@@ -233,7 +236,7 @@ class CapturedModel:
 
     def _look_at_block(self, block_ids: Tensor, state: ContextState) -> BlockLook:
         recording = self._recording("verify", self._look_in_place, (block_ids,), state)
-        looks = self._recordings.looks
+        looks = self.recordings.looks
         if recording is not None:
             return looks[block_ids.shape].shown(recording((block_ids,), state))
         look = self._model.look_at_block(block_ids, state)
@@ -243,7 +246,7 @@ class CapturedModel:
 
     def _look_in_place(self, state: ContextState, block_ids: Tensor) -> Tensor:
         """`look_at_block`, as it is recorded: with what was read of the block put where a recorded `accept` reads."""
-        look, looks = self._model.look_at_block(block_ids, state), self._recordings.looks
+        look, looks = self._model.look_at_block(block_ids, state), self.recordings.looks
         if block_ids.shape not in looks:  # it was not called before, as a graph's calls are
             looks[block_ids.shape] = _Look(look)
         looks[block_ids.shape].copy(look)
@@ -255,7 +258,7 @@ class CapturedModel:
 
     def _replay_block(self, look: BlockLook, state: ContextState, lengths: Tensor) -> BlockRead:
         shape = look.hidden.shape[:2]
-        kept = self._recordings.looks.get(shape)
+        kept = self.recordings.looks.get(shape)
         if kept is None or kept.hidden is not look.hidden:  # of a call that was not recorded
             return self._model.replay_block(look, state, lengths)
         if kept.latest is not look:
@@ -283,12 +286,12 @@ class CapturedModel:
     ) -> _Recording[T] | None:
         """The recording of a call of that name, which reads this state; None for one that has not come often enough,
         and where none may be replayed."""
-        if not self._recordings.may_replay():
+        if not self.recordings.may_replay():
             return None
-        of_rows, record = self._recordings.of(state), self._recordings.record
+        of_rows, record = self.recordings.of(state), self.recordings.record
         key = _Key(name, tuple((x.shape, x.dtype, x.device) for x in inputs), _kind(state), options)
         recording = of_rows.calls.get(key, 0)
-        if isinstance(recording, int) and not self._recordings.are_worth_it(recording, state):
+        if isinstance(recording, int) and not self.recordings.are_worth_it(recording, state):
             of_rows.calls[key] = recording + 1
             return None
         if of_rows.states is None:
@@ -417,11 +420,11 @@ class _Recording(Generic[T]):
         )
         self._kv_memory: Memory | None = state.kv_memory
         of = partial(call, self._state, *self._inputs, *options)
-        self._replay: Callable[[], None]
+        self.replay: Callable[[], None]
         if isinstance(record, CpuRecordings):
-            self._replay, self._result = record(of, [*state.k.values(), *state.v.values()])
+            self.replay, self._result = record(of, [*state.k.values(), *state.v.values()])
         else:
-            self._replay, self._result = record(of, inputs[0].device)
+            self.replay, self._result = record(of, inputs[0].device)
 
     def __call__(self, inputs: tuple[Tensor, ...], state: ContextState) -> T:
         for mine, tensor in zip(self._inputs, inputs, strict=True):
@@ -431,10 +434,10 @@ class _Recording(Generic[T]):
             if self._state.index is not None and state.index is not None:
                 self._state.index.copy_(state.index)
             self._copied = ref(state)
-        if isinstance(self._replay, Replay) and self._kv_memory is not state.kv_memory:
+        if isinstance(self.replay, Replay) and self._kv_memory is not state.kv_memory:
             self._state.k, self._state.v, self._kv_memory = state.k, state.v, state.kv_memory
-            self._replay.move_storage([*state.k.values(), *state.v.values()])
-        self._replay()
+            self.replay.move_storage([*state.k.values(), *state.v.values()])
+        self.replay()
         return self._result
 
     def let_go(self) -> None:
