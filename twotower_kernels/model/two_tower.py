@@ -35,7 +35,6 @@ from twotower_kernels.ops import adaln_norm, gated_residual_adaln_norm
 from twotower_kernels.options.arguments import Integers, integers, readable, real, whole
 from twotower_kernels.options.config import TwoTowerConfig
 
-TOWERS = ("both", "context", "denoiser")
 Modulation = tuple[Tensor | None, Tensor | None, Tensor | None]  # shift, scale, gate, each [B, H]
 
 
@@ -71,7 +70,7 @@ class TwoTowerModel(nn.Module):
         towers: str = "both",
     ) -> None:
         super().__init__()
-        devices = _devices(towers, device, context_device, denoiser_device)
+        devices = loading.devices_of(towers, device, context_device, denoiser_device)
         self.config, self.towers = config, towers
         weights = loading.weight_dtype(config, dtype)
         check_room(Layout(config, towers), weights, devices)
@@ -124,7 +123,7 @@ class TwoTowerModel(nn.Module):
                 given twice, or of the wrong shape or dtype. The message names file and key. All keys are checked before
                 any is read.
         """
-        devices = _devices(towers, device, context_device, denoiser_device)
+        devices = loading.devices_of(towers, device, context_device, denoiser_device)
         config = TwoTowerConfig.from_file(Path(path) / "config.json")
         plan = loading.plan(Path(path), checkpoint.entries(path), config, towers, dtype)
         check_room(plan.layout, plan.dtype, devices)
@@ -486,25 +485,3 @@ class TwoTowerModel(nn.Module):
         if readable(lengths) and bool(((lengths < 0) | (lengths > size)).any()):
             raise ValueError(f"lengths: expected [{batch}] values in 0..{size}, got {lengths.tolist()}")
         return lengths.to(self.device)
-
-
-def _devices(
-    towers: str,
-    device: torch.device | str,
-    context_device: torch.device | str | None,
-    denoiser_device: torch.device | str | None,
-) -> dict[str, torch.device]:
-    """The device of each tower, checked."""
-    if towers not in TOWERS:
-        raise ValueError(f"towers: expected one of {TOWERS}, got {towers!r}")
-    found = {}
-    for tower, own in (("context", context_device), ("denoiser", denoiser_device)):
-        if own is not None and towers not in ("both", tower):
-            raise ValueError(f"{tower}_device: expected None for towers={towers!r}, got {str(own)!r}")
-        name, chosen = ("device", device) if own is None else (f"{tower}_device", own)
-        try:
-            found[tower] = torch.empty(0, device=chosen).device  # "cuda" is the current GPU
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).split("\n")[0]
-            raise ValueError(f"{name}: expected a device of this machine, got {str(chosen)!r} ({reason})") from error
-    return found
