@@ -214,14 +214,14 @@ def generate(
 
 def _events(model: Towers, request: Request) -> Generator[StepEvent, None, None]:
     """The loop over a request; through recordings where they pay."""
-    if _records_on_cpu(model):
+    on_context, on_denoiser = _records(model.device), _records(model.denoiser_device)
+    if not on_context and not on_denoiser and _records_on_cpu(model):
         with recordings(model) as mine:
             captured = CapturedModel(model, recordings=mine)
             yield from _loop(model, request, captured, captured)
     else:
         captured = CapturedModel(model)
-        on_denoiser = captured if _records(model.denoiser_device) else None
-        yield from _loop(model, request, captured if _records(model.device) else None, on_denoiser)
+        yield from _loop(model, request, captured if on_context else None, captured if on_denoiser else None)
 
 
 def _loop(
