@@ -152,16 +152,13 @@ def _parser() -> argparse.ArgumentParser:
         "context tower (ar), or it again, reading drafts of the denoiser (speculative: the same text in fewer passes)",
     )
     write.add_argument(
-        "--block-size",
-        type=BLOCK,
-        metavar="S",
-        help="tokens per block, or per draft (default: as the model was trained, or 16)",
+        "--block-size", type=BLOCK, metavar="S", help="tokens per block or draft (default: the model's, or 16)"
     )
     write.add_argument(
         "--steps", type=STEPS, default=16, metavar="T", help="calls of the denoiser per block at most (default: 16)"
     )
     write.add_argument(
-        "--draft-steps", type=STEPS, default=1, metavar="K", help="calls of the denoiser per draft (default: 1)"
+        "--draft-steps", type=STEPS, default=1, metavar="K", help="denoiser calls per draft (default: 1)"
     )
     write.add_argument(
         "--top-k", type=TOP_K, default=0, metavar="K", help="sample from the K likeliest tokens (default: 0, all)"
