@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 
 #include "cpu/adaln.h"
@@ -14,8 +15,10 @@
 #include "cpu/mamba2.h"
 #include "cpu/moe.h"
 #include "cpu/remask.h"
+#include "cpu/rows.h"
 #include "cpu/threads.h"
 #include "direct/call.h"
+#include "recording.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -40,6 +43,7 @@ struct type_caster<tt::Activation> {
 
 namespace {
 
+using tt::called;
 using tt::Optional;
 using Vector = tt::Ranked<1>;
 using Matrix = tt::Ranked<2>;
@@ -52,13 +56,14 @@ void bind_adaln(py::module_& m) {
         "gated_residual_adaln_norm",
         [](Cube x, Optional<3> y, Optional<2> gate, Optional<1> weight, Optional<2> shift, Optional<2> scale,
            Optional<3> h, Optional<3> normed, double eps, bool norm_first) {
-            tt::gated_residual_adaln_norm({x, y, gate, weight, shift, scale, h, normed, eps, norm_first, false});
+            called<tt::gated_residual_adaln_norm>(
+                {x, y, gate, weight, shift, scale, h, normed, eps, norm_first, false});
         },
         Released());
     m.def(
         "rms_norm",
         [](tt::Rows x, Optional<1> weight, tt::Rows normed, double eps, bool round_first) {
-            tt::gated_residual_adaln_norm({x, {}, {}, weight, {}, {}, {}, normed, eps, false, round_first});
+            called<tt::gated_residual_adaln_norm>({x, {}, {}, weight, {}, {}, {}, normed, eps, false, round_first});
         },
         Released());
 }
@@ -70,21 +75,21 @@ void bind_attention(py::module_& m) {
            Optional<1> context_lens, Optional<1> context_starts, Optional<1> context_index, Optional<2> block_table,
            Optional<1> block_lens, Optional<1> sinks, Tokens out, Cube lse, double scale, double softcap,
            int64_t window, int64_t causal) {
-            tt::block_attention({q, k, v, k_context, v_context, context_lens, context_starts, context_index,
-                                 block_table, block_lens, sinks, out, lse, scale, softcap, window, causal});
+            called<tt::block_attention>({q, k, v, k_context, v_context, context_lens, context_starts, context_index,
+                                         block_table, block_lens, sinks, out, lse, scale, softcap, window, causal});
         },
         Released());
     m.def(
         "merge_attention",
         [](Matrix out_a, Vector lse_a, Matrix out_b, Vector lse_b, Matrix out, Vector lse) {
-            tt::merge_attention({out_a, lse_a, out_b, lse_b, out, lse});
+            called<tt::merge_attention>({out_a, lse_a, out_b, lse_b, out, lse});
         },
         Released());
     m.def(
         "append_kv",
         [](Tokens k_context, Tokens v_context, Tokens k, Tokens v, Vector context_lens, Optional<1> context_index,
            Optional<2> block_table, Optional<1> block_lens) {
-            tt::append_kv({k_context, v_context, k, v, context_lens, context_index, block_table, block_lens});
+            called<tt::append_kv>({k_context, v_context, k, v, context_lens, context_index, block_table, block_lens});
         },
         Released());
 }
@@ -101,7 +106,8 @@ tt::PackedWeight packed(const tt::View& data, const tt::View& scales, const tt::
 
 void bind_linear(py::module_& m) {
     m.def(
-        "linear", [](tt::Flat x, Matrix weight, Optional<1> bias, tt::Flat out) { tt::linear({x, weight, bias, out}); },
+        "linear",
+        [](tt::Flat x, Matrix weight, Optional<1> bias, tt::Flat out) { called<tt::linear>({x, weight, bias, out}); },
         Released());
     m.def(
         "quantized_linear",
@@ -111,28 +117,42 @@ void bind_linear(py::module_& m) {
         Released());
 }
 
+bool holds(const tt::MoePlan& plan) {
+    bool holds = false;
+    tt::moe_plan_holds({plan, &holds});
+    return holds;
+}
+
+// Where a recording is run, nobody asks; so it says.
+void expect_plan(const tt::MoePlan& plan) {
+    if (!holds(plan)) throw std::invalid_argument("plan: expected moe_plan(experts, E) of these experts, got another");
+}
+
 void bind_moe(py::module_& m) {
-    m.def("moe_gate", [](Matrix x, Matrix weight, Matrix logits) { tt::moe_gate({x, weight, logits}); }, Released());
+    m.def(
+        "moe_gate", [](Matrix x, Matrix weight, Matrix logits) { called<tt::moe_gate>({x, weight, logits}); },
+        Released());
     m.def(
         "moe_route",
         [](Matrix logits, Optional<1> bias, Optional<1> scale, Matrix weights, Matrix experts, bool softmax,
            int64_t n_group, int64_t topk_group, bool renormalize, double scaling, bool exclude_dropped) {
-            tt::moe_route({logits, bias, scale, weights, experts, softmax, n_group, topk_group, renormalize, scaling,
-                           exclude_dropped});
+            called<tt::moe_route>({logits, bias, scale, weights, experts, softmax, n_group, topk_group, renormalize,
+                                   scaling, exclude_dropped});
         },
         Released());
     m.def(
         "moe_plan",
         [](Matrix experts, Vector counts, Vector offsets, Vector pairs) {
-            tt::moe_plan({experts, counts, offsets, pairs});
+            called<tt::moe_plan>({experts, counts, offsets, pairs});
         },
         Released());
     m.def(
         "moe_plan_holds",
         [](Matrix experts, Vector counts, Vector offsets, Vector pairs) {
-            bool holds = false;
-            tt::moe_plan_holds({{experts, counts, offsets, pairs}, &holds});
-            return holds;
+            const tt::MoePlan plan = {experts, counts, offsets, pairs};
+            if (tt::Recording::now() == nullptr) return holds(plan);
+            called<expect_plan>(plan);
+            return true;
         },
         Released());
     m.def(
@@ -140,8 +160,8 @@ void bind_moe(py::module_& m) {
         [](Matrix x, Cube up, Cube down, Matrix weights, Vector offsets, Vector pairs, Optional<2> shared_up,
            Optional<2> shared_down, Optional<2> up_bias, Optional<2> down_bias, Matrix total, Matrix out,
            tt::Activation activation, double alpha, double limit) {
-            tt::moe_experts({x, up, down, weights, offsets, pairs, shared_up, shared_down, up_bias, down_bias, total,
-                             out, activation, alpha, limit});
+            called<tt::moe_experts>({x, up, down, weights, offsets, pairs, shared_up, shared_down, up_bias, down_bias,
+                                     total, out, activation, alpha, limit});
         },
         Released());
     // The same where matrices are quantized: those of format -1 are not.
@@ -179,27 +199,51 @@ void bind_mamba2(py::module_& m) {
            Optional<3> conv_state, Optional<4> ssm_state, Optional<1> state_index, Optional<1> seq_lens, Cube y,
            Optional<4> conv_out, Optional<5> ssm_out, int64_t groups, int64_t head_dim, int64_t states_every,
            double dt_min, double dt_max) {
-            tt::mamba2_scan({xbc, dt, conv_weight, conv_bias, a_log, d, dt_bias, conv_state, ssm_state, state_index,
-                             seq_lens, y, conv_out, ssm_out, groups, head_dim, states_every, dt_min, dt_max});
+            called<tt::mamba2_scan>({xbc, dt, conv_weight, conv_bias, a_log, d, dt_bias, conv_state, ssm_state,
+                                     state_index, seq_lens, y, conv_out, ssm_out, groups, head_dim, states_every,
+                                     dt_min, dt_max});
         },
         Released());
     m.def(
         "gated_rms_norm",
         [](Cube y, Cube z, Vector weight, Cube out, int64_t groups, double eps) {
-            tt::gated_rms_norm({y, z, weight, out, groups, eps});
+            called<tt::gated_rms_norm>({y, z, weight, out, groups, eps});
         },
         Released());
 }
 
 void bind_remask(py::module_& m) {
-    // The address of a tt::Remask, which Python has filled, and its size.
-    m.def("remask", [](uintptr_t arguments, size_t size) {
-        if (arguments == 0 || size != sizeof(tt::Remask))
-            throw py::value_error("expected a struct of " + std::to_string(sizeof(tt::Remask)) + " bytes, got " +
-                                  std::to_string(size));
-        py::gil_scoped_release released;
-        tt::remask(*reinterpret_cast<const tt::Remask*>(arguments));
-    });
+    // The address of a tt::Remask, which Python has filled, its size, and what keeps alive where it points.
+    m.def(
+        "remask",
+        [](uintptr_t arguments, size_t size, const py::object& owner) {
+            if (arguments == 0 || size != sizeof(tt::Remask))
+                throw py::value_error("expected a struct of " + std::to_string(sizeof(tt::Remask)) + " bytes, got " +
+                                      std::to_string(size));
+            if (tt::Recording* recording = tt::Recording::now()) recording->keep(owner);
+            py::gil_scoped_release released;
+            called<tt::remask>(*reinterpret_cast<const tt::Remask*>(arguments));
+        },
+        py::arg("arguments"), py::arg("size"), py::arg("owner") = py::none());
+}
+
+// `gather_rows` of rows that must be there.
+struct Gather {
+    tt::View table, ids, out;
+};
+void gather(const Gather& a) {
+    int64_t stranger = -1;
+    tt::gather_rows({a.table, a.ids, a.out, &stranger});
+    if (stranger >= 0)
+        throw std::invalid_argument("ids: expected rows of a table of " + std::to_string(a.table.size[0]) + ", got " +
+                                    std::to_string(a.ids.as<int64_t>()[stranger * a.ids.stride[0]]));
+}
+
+void bind_rows(py::module_& m) {
+    m.def(
+        "copy_numbers", [](tt::Strided source, tt::Strided out) { called<tt::copy_numbers>({source, out}); },
+        Released());
+    m.def("gather_rows", [](Matrix table, Vector ids, Matrix out) { called<gather>({table, ids, out}); }, Released());
 }
 
 void bind_machine(py::module_& m) {
@@ -228,5 +272,7 @@ PYBIND11_MODULE(_C, m) {
     bind_moe(m);
     bind_mamba2(m);
     bind_remask(m);
+    bind_rows(m);
+    tt::bind_recording(m);
     tt::direct::bind(m);
 }

@@ -17,6 +17,7 @@ template <int Rank>
 struct Optional : Ranked<Rank> {};  // or None
 struct Flat : View {};              // of any rank but 0, seen as [rows, H]
 struct Rows : View {};              // the same as [1, rows, H]; one of rank 3 is itself
+struct Strided : View {};           // of any rank and any strides, as it lies
 
 namespace py = pybind11;
 
@@ -207,6 +208,17 @@ inline bool read_rows(View& view, PyObject* tensor, py::object& copy) {
     return true;
 }
 
+// A tensor as it lies, whatever its strides.
+inline bool read_strided(View& view, PyObject* tensor) {
+    const Layout layout(tensor);
+    if (layout.rank < 0) return false;
+    if (layout.rank > View::max_dims)
+        throw py::value_error("expected at most " + std::to_string(View::max_dims) + " dimensions, got " +
+                              std::to_string(layout.rank));
+    layout.to(view, layout.rank);
+    return true;
+}
+
 inline bool read_view(View& view, PyObject* source, int rank, py::object& copy) {
     return PyTuple_Check(source) ? read_fields(view, source, rank) : read_tensor(view, source, rank, copy);
 }
@@ -240,5 +252,10 @@ struct type_caster<tt::Rows> {
     PYBIND11_TYPE_CASTER(tt::Rows, const_name("Tensor"));
     bool load(handle source, bool) { return tt::read_rows(value, source.ptr(), copy); }
     object copy;
+};
+template <>
+struct type_caster<tt::Strided> {
+    PYBIND11_TYPE_CASTER(tt::Strided, const_name("Tensor"));
+    bool load(handle source, bool) { return tt::read_strided(value, source.ptr()); }
 };
 }  // namespace pybind11::detail

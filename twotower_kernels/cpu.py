@@ -102,3 +102,9 @@ def call(name: str, *arguments: Any) -> Any:
     """Calls a kernel and returns its answer, if it has one. It reads of each tensor where it lies, its dtype, sizes and
     strides. Tensors whose last dimension is strided are copied first, so never pass an output of that kind."""
     return getattr(kernels(), name)(*arguments)
+
+
+def is_recording() -> bool:
+    """Whether this thread's calls are noted and not run (`ops/recording.py`): what tensors will hold is not known."""
+    answer: bool = kernels().is_recording()
+    return answer

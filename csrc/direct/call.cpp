@@ -191,7 +191,14 @@ PyObject* is_direct(PyObject*, Arguments given, Py_ssize_t count) {
     Py_RETURN_FALSE;
 }
 
+// Whether nothing of PyTorch lies between public functions and kernels, whatever their arguments.
+PyObject* is_open(PyObject*, Arguments, Py_ssize_t) {
+    if (nothing_between()) Py_RETURN_TRUE;
+    Py_RETURN_FALSE;
+}
+
 PyMethodDef own_entries[] = {
+    TT_ENTRY(is_open, "Whether nothing of PyTorch lies between plain calls and their kernels"),
     TT_ENTRY(is_direct, "Whether nothing of PyTorch lies between an operator with these arguments and its kernel"),
     TT_LAST_ENTRY,
 };

@@ -73,7 +73,10 @@ class Emulated(ModuleType):
         """PyTorch stays here: there, a dtype is its number."""
         self._codes = {dtype: code for code, dtype in enumerate(dtypes)}
 
-    def remask(self, address: int, size: int) -> None:
+    def is_recording(self) -> bool:
+        return False
+
+    def remask(self, address: int, size: int, owner: Any = None) -> None:
         fields = getattr(self._given, "fields", None)
         if fields is None or ctypes.addressof(fields) != address or ctypes.sizeof(fields) != size:
             return self._call("remask", (address, size))

@@ -280,6 +280,7 @@ def test_everything_public_is_explained() -> None:
         "docs/model.md",
         "docs/operations.md",
         "docs/quantization.md",
+        "docs/speculative.md",
         "docs/transformers.md",
     ],
 )

@@ -57,11 +57,10 @@ class Painter:
             self.live.stop()
 
     def __call__(self, event: StepEvent) -> None:
-        rows = event.rows.tolist()
+        rows, finished = event.rows.tolist(), event.finished if event.committed else []
         for i, row in enumerate(rows):
             if event.committed:
-                new = event.after[i].tolist()
-                self.done[row] += takewhile(lambda token: token not in self.ends, new)
+                self.done[row] += takewhile(lambda token: token not in self.ends, finished[i])
                 self.block[row] = Text()
             else:
                 self.block[row] = self.paint(event.before[i].tolist(), event.after[i].tolist())
@@ -143,7 +142,7 @@ class Printer:
     def __call__(self, event: StepEvent) -> None:
         if not event.committed:
             return
-        for row, new in zip(event.rows.tolist(), event.after.tolist(), strict=True):
+        for row, new in zip(event.rows.tolist(), event.finished, strict=True):
             count = len(list(takewhile(lambda token: token not in self.ends, new)))
             self.tokens[row] = (self.tokens[row] + new[: count + 1])[: self.most]
             self.complete[row] = count < len(new) or len(self.tokens[row]) == self.most

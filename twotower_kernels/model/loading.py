@@ -22,6 +22,7 @@ from twotower_kernels.options.config import TwoTowerConfig
 from twotower_kernels.options.files import named, shown
 from twotower_kernels.quantization import BITS, GROUP, QuantizedTensor, quantize
 
+TOWERS = ("both", "context", "denoiser")
 LARGE = 10**9  # bytes from which on loading shows a bar
 BACKBONE = ("backbone.", "model.")  # how keys of a single tower begin: in files, and in transformers' own modules
 MORE_TOKENS = ("mtp.", "backbone.mtp.", "model.mtp.")  # keys of layers that predict further tokens, which no tower has
@@ -245,3 +246,25 @@ def _leave_unconditioned(open_targets: dict[str, Target], device: torch.device) 
             setattr(target.module, target.name, nn.Parameter(parameter, requires_grad=False))
         if isinstance(target.module, Stacked):
             parameter[target.piece, 2] = 1  # rows: shift, scale, gate
+
+
+def devices_of(
+    towers: str,
+    device: torch.device | str,
+    context_device: torch.device | str | None,
+    denoiser_device: torch.device | str | None,
+) -> dict[str, torch.device]:
+    """The device of each tower, checked."""
+    if towers not in TOWERS:
+        raise ValueError(f"towers: expected one of {TOWERS}, got {towers!r}")
+    found = {}
+    for tower, own in (("context", context_device), ("denoiser", denoiser_device)):
+        if own is not None and towers not in ("both", tower):
+            raise ValueError(f"{tower}_device: expected None for towers={towers!r}, got {str(own)!r}")
+        name, chosen = ("device", device) if own is None else (f"{tower}_device", own)
+        try:
+            found[tower] = torch.empty(0, device=chosen).device  # "cuda" is the current GPU
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"{name}: expected a device of this machine, got {str(chosen)!r} ({reason})") from error
+    return found

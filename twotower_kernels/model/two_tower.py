@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower_kernels.model import checkpoint, loading
-from twotower_kernels.model.cache import Cache, MambaState
+from twotower_kernels.model.cache import Cache, MambaCache, MambaState
 from twotower_kernels.model.generate import generate, stream
 from twotower_kernels.model.inference import inference
 from twotower_kernels.model.layers import Factory, Linear, Stacked, TimeEmbedder, Tower, draw_weights
@@ -30,12 +30,12 @@ from twotower_kernels.model.layout import Layout
 from twotower_kernels.model.memory import check_room
 from twotower_kernels.model.parts import Quantize, formats
 from twotower_kernels.model.ranges import in_range, profiled
-from twotower_kernels.model.state import BlockRead, ContextState, Memory, logits
+from twotower_kernels.model.state import BlockLook, BlockRead, ContextState, Memory, Scanned, logits, newest
+from twotower_kernels.model.verification import Verification
 from twotower_kernels.ops import adaln_norm, gated_residual_adaln_norm
 from twotower_kernels.options.arguments import Integers, integers, readable, real, whole
 from twotower_kernels.options.config import TwoTowerConfig
 
-TOWERS = ("both", "context", "denoiser")
 Modulation = tuple[Tensor | None, Tensor | None, Tensor | None]  # shift, scale, gate, each [B, H]
 
 
@@ -71,7 +71,7 @@ class TwoTowerModel(nn.Module):
         towers: str = "both",
     ) -> None:
         super().__init__()
-        devices = _devices(towers, device, context_device, denoiser_device)
+        devices = loading.devices_of(towers, device, context_device, denoiser_device)
         self.config, self.towers = config, towers
         weights = loading.weight_dtype(config, dtype)
         check_room(Layout(config, towers), weights, devices)
@@ -130,7 +130,7 @@ class TwoTowerModel(nn.Module):
                 given twice, or of the wrong shape or dtype. The message names file and key. All keys are checked before
                 any is read.
         """
-        devices = _devices(towers, device, context_device, denoiser_device)
+        devices = loading.devices_of(towers, device, context_device, denoiser_device)
         config = TwoTowerConfig.from_file(Path(path) / "config.json")
         plan = loading.plan(Path(path), checkpoint.entries(path), config, towers, dtype, formats(quantize))
         check_room(plan.layout, plan.dtype, devices, plan.saved())
@@ -225,13 +225,98 @@ class TwoTowerModel(nn.Module):
         """
         # hidden [B, S, H]; states: of every Mamba-2 layer
         hidden, states = self._run("context_tower", block_ids, partial(state.extended_by, block_lens=lengths))
-        if lengths is None:
-            last = hidden[:, -1].clone()  # a copy, so as not to keep all of `hidden`
-        else:
-            newest = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
-            last = torch.where(lengths[:, None] > 0, hidden.gather(1, newest)[:, 0], state.last_hidden)
+        # A copy, so as not to keep all of `hidden`.
+        last = hidden[:, -1].clone() if lengths is None else newest(hidden, lengths, state.last_hidden)
         conv, ssm = ({i: state[part] for i, state in states.items()} for part in (0, 1))
         return BlockRead(conv, ssm, last)
+
+    def verify(self, block_ids: Integers, state: ContextState) -> Verification:
+        """Reads a block of which it will be known from what is said here how many tokens count: the first half of a
+        commit, `accept` is the second. Consumes `state`, as `commit` does.
+
+        Args:
+            block_ids: `[B, S]`, integers of any dtype: a tensor, an array or lists; S at least 1.
+            state: the context of B rows.
+
+        Returns:
+            A `Verification`, whose `logits` `[B, S, V]` say what the context tower would write behind each token. On a
+            CPU, for S up to 64, they are to the bit those that it has after commits of one token. Not differentiable.
+
+        Raises:
+            ValueError: ids of the wrong shape, dtype, device or range. RuntimeError: a state that was consumed, no such
+                tower.
+        """
+        return self.verify_by(self.look_at_block, block_ids, state)
+
+    @inference
+    def verify_by(
+        self, look: Callable[[Tensor, ContextState], BlockLook], block_ids: Integers, state: ContextState
+    ) -> Verification:
+        """`verify`, with `look` instead of `look_at_block`."""
+        self._need("context")
+        block_ids = self._checked_ids("block_ids", block_ids, self.device, state)
+        if not block_ids.shape[1]:
+            raise ValueError("block_ids: expected at least one token per row, got [B, 0]")
+        old = state.room_for(block_ids.shape[1])
+        look_at = look(block_ids, old)
+        if old is state:
+            old = state.replaced()
+        state.consume()
+        return Verification(old, look_at)
+
+    def look_at_block(self, block_ids: Tensor, state: ContextState) -> BlockLook:
+        """What the context tower makes of a block `[B, S]`, S at least 1, without a word on how many tokens count.
+
+        Keys and values are left behind the context's; nothing else of it is written.
+        """
+        scanned: dict[int, Scanned] = {}
+        hidden, _ = self._run("context_tower", block_ids, partial(state.looked_into_by, scanned=scanned))
+        return BlockLook(logits(hidden, self.context_lm_head.weight), hidden, scanned)
+
+    def accept(self, verification: Verification, lengths: Integers) -> ContextState:
+        """Extends the context by what counts of a block that was verified: no layer but Mamba-2's scans reads it again.
+
+        Args:
+            verification: what `verify` returned. Any later use of it is a RuntimeError.
+            lengths: `[B]`, integers of any dtype, how many tokens of each row count, 0 to S.
+
+        Returns:
+            The state that `commit` of the same tokens returns, on a CPU to the bit for S up to 64. Not differentiable.
+
+        Raises:
+            ValueError: lengths of the wrong shape, dtype or range. RuntimeError: a verification that was accepted.
+        """
+        return self.accept_by(self.replay_block, verification, lengths)
+
+    @inference
+    def accept_by(
+        self,
+        replay: Callable[[BlockLook, ContextState, Tensor], BlockRead],
+        verification: Verification,
+        lengths: Integers,
+    ) -> ContextState:
+        """`accept`, with `replay` instead of `replay_block`."""
+        old, look = verification.pending()
+        batch, size = look.hidden.shape[:2]
+        lengths = self._checked_lengths(lengths, batch, size)
+        new = old.advanced(size, lengths, replay(look, old, lengths))
+        old.consume()
+        return new
+
+    def replay_block(self, look: BlockLook, state: ContextState, lengths: Tensor) -> BlockRead:
+        """What the context tower leaves behind the tokens that count of a block it has looked at."""
+        conv, ssm = self.replay_scans(look.scanned, state, lengths)
+        return BlockRead(conv, ssm, newest(look.hidden, lengths, state.last_hidden))
+
+    def replay_scans(
+        self, scanned: dict[int, Scanned], state: ContextState, lengths: Tensor
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """`conv` and `ssm` behind the tokens that count, from before the block and what was scanned of it."""
+        conv, ssm = {}, {}
+        for i, (xbc, dt) in scanned.items():
+            cache = MambaCache(state.conv[i], state.ssm[i], None, lengths, return_state=True)
+            conv[i], ssm[i] = self.context_tower.layers[i].mixer.scan(xbc, dt, cache)[1]
+        return conv, ssm
 
     @inference
     def empty_state(self, batch: int) -> ContextState:
@@ -289,14 +374,26 @@ class TwoTowerModel(nn.Module):
         """
         self._need("denoiser")
         block_ids = self._checked_ids("block_ids", block_ids, self.denoiser_device, state)
-        modulation = self._modulation(t, block_ids)
-        hidden, _ = self._run("denoiser_tower", block_ids, state.for_denoiser.read_by, modulation)
+        t = None if t is None else self._checked_time(t, block_ids)
+        return self.denoise_block(block_ids, state.for_denoiser, t)
+
+    def denoise_block(self, block_ids: Tensor, state: ContextState, t: Tensor | None) -> Tensor:
+        """`denoise`, of ids and times that are right, and of the context that lies on the denoiser's device."""
+        hidden, _ = self._run("denoiser_tower", block_ids, state.read_by, self._modulation(t, block_ids))
         return logits(hidden, self.lm_head.weight)
 
-    def _modulation(self, t: Tensor | float | None, ids: Tensor) -> list[Modulation] | None:
+    def _modulation(self, t: Tensor | None, ids: Tensor) -> list[Modulation] | None:
         """Per layer (shift, scale, gate), by adaLN-single (PixArt-α, arXiv 2310.00426): a shared part and a table."""
         if t is None:
             return None
+        shared = self.t_block(self.t_embedder(t.to(ids.device).expand(ids.shape[0]))).unflatten(
+            -1, (3, -1)
+        )  # [B, 3, H]
+        modulation = self.scale_shift_tables.tables[:, None] + shared  # [layers, B, 3, H]
+        return list(zip(*(part.unbind() for part in modulation.unbind(2)), strict=True))
+
+    def _checked_time(self, t: Tensor | float, ids: Tensor) -> Tensor:
+        """Times `[]` or `[B]` of the blocks `[B, S]`."""
         batch = ids.shape[0]
         if not isinstance(t, Tensor):
             number = real("t", t, "a number, or a tensor of them")
@@ -309,9 +406,7 @@ class TwoTowerModel(nn.Module):
         elif readable(t) and not bool(((t >= 0) & (t <= 1)).all()):
             raise ValueError(f"t: expected numbers in [0, 1], got {t.tolist()}")
         self._check_device("t", t)
-        shared = self.t_block(self.t_embedder(t.to(ids.device).expand(batch))).unflatten(-1, (3, -1))  # [B, 3, H]
-        modulation = self.scale_shift_tables.tables[:, None] + shared  # [layers, B, 3, H]
-        return list(zip(*(part.unbind() for part in modulation.unbind(2)), strict=True))
+        return t
 
     # --- generation -------------------------------------------------------------------------------------------------
 
@@ -398,25 +493,3 @@ class TwoTowerModel(nn.Module):
         if readable(lengths) and bool(((lengths < 0) | (lengths > size)).any()):
             raise ValueError(f"lengths: expected [{batch}] values in 0..{size}, got {lengths.tolist()}")
         return lengths.to(self.device)
-
-
-def _devices(
-    towers: str,
-    device: torch.device | str,
-    context_device: torch.device | str | None,
-    denoiser_device: torch.device | str | None,
-) -> dict[str, torch.device]:
-    """The device of each tower, checked."""
-    if towers not in TOWERS:
-        raise ValueError(f"towers: expected one of {TOWERS}, got {towers!r}")
-    found = {}
-    for tower, own in (("context", context_device), ("denoiser", denoiser_device)):
-        if own is not None and towers not in ("both", tower):
-            raise ValueError(f"{tower}_device: expected None for towers={towers!r}, got {str(own)!r}")
-        name, chosen = ("device", device) if own is None else (f"{tower}_device", own)
-        try:
-            found[tower] = torch.empty(0, device=chosen).device  # "cuda" is the current GPU
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).split("\n")[0]
-            raise ValueError(f"{name}: expected a device of this machine, got {str(chosen)!r} ({reason})") from error
-    return found
