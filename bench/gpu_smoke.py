@@ -3,7 +3,7 @@
 Says what is installed, compiles every CUDA C++ kernel in processes side by side, and calls each operation once at the
 released model's sizes in bfloat16, beside the specification in float32 on the same GPU. Every call stands for itself: a
 kernel that fails takes nothing with it but its own line: if it takes the GPU from this process, another one goes on
-behind it. How exact results are is checked by `tests.gpu_checks`; here an error of a twentieth of the result's norm is
+behind it. How exact results are is checked by `bench.checks`; here an error of a twentieth of the result's norm is
 a mistake, and less is rounding.
 """
 

@@ -13,12 +13,11 @@ from tests.kernels.kernel_checks import (
     DTYPES,
     EVERY_ISA,
     ISAS,
-    assert_gate_faithful,
     assert_op_within_budget,
     awkward,
     instruction_set,
-    router_inputs,
 )
+from twotower_kernels.bench.checks.operations import assert_gate_faithful, router_inputs
 from twotower_kernels.ops.moe import moe_router
 from twotower_kernels.reference import moe
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.compare import assert_within_budget
-from tests.model.random_models import Models, random_ids
+from twotower_kernels.bench.checks.random_models import Models, random_ids
 
 
 def results(model: Any, wide: bool, seed: int, device: str = "cpu") -> dict[str, Tensor]:
