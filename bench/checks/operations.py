@@ -22,10 +22,16 @@ from twotower_kernels.model.capture import cuda_graph
 from twotower_kernels.ops import _library
 from twotower_kernels.ops.moe import moe_router
 from twotower_kernels.reference import moe
+from twotower_kernels.reference.remask import RemaskResult
+from twotower_kernels.testing.budget import assert_within_budget, widened
+from twotower_kernels.testing.layouts import same_bits
+from twotower_kernels.testing.properties import results_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FAMILIES = ("adaln", "attention", "linear", "mamba2", "moe", "remask")
 RELEASED = "released"  # in the names of cases at the released model's sizes
+WRITTEN = ("k_context", "v_context")  # arguments of operations that return nothing
+CANDIDATE = RemaskResult._fields.index("candidate")
 THROUGH = {"rms_norm": "adaln_norm"}  # operations whose kernel is another's
 # Released sizes whose truths in float64 take up to 16 GB, and minutes of a processor.
 LARGE = ("released_128k", "released_4k_batch_64", "released_prefill", "released_b64", "moe_experts[released]")
@@ -36,26 +42,16 @@ Task = tuple[str, Callable[[], None]]  # what is checked, and the check, which r
 
 def outputs(op: Operation, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
     """What an operation returns, or what it writes: then each call begins with the same."""
-    given = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    result = op(**given)
-    if result is None:
-        return given["k_context"], given["v_context"]
-    return result if isinstance(result, tuple) else (result,)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
+    return results_of(op, inputs, WRITTEN)
 
 
 def compare(results: tuple[Tensor, ...], reference: Operation, inputs: dict[str, Any]) -> None:
-    from tests.compare import assert_within_budget, widened
-
     if reference.__name__ == "moe_gate":
         return assert_gate_faithful(results[0].cpu(), **{name: tensor.cpu() for name, tensor in inputs.items()})
     exact: Any = outputs(reference, widened(inputs))
     naive: Any = outputs(reference, inputs)
     # In rounded logits another token may be the best: its probabilities are then compared with no truth.
-    same = reference.__name__ != "remask" or exact.candidate.equal(naive.candidate)
+    same = reference.__name__ != "remask" or exact[CANDIDATE].equal(naive[CANDIDATE])
     for n, (got, plain, truth) in enumerate(zip(results, naive, exact, strict=True)):
         assert got.shape == plain.shape, f"result {n}: {list(got.shape)}, expected {list(plain.shape)}"
         if not got.is_floating_point():
@@ -84,7 +80,7 @@ def check(ours: Operation, reference: Operation, inputs: dict[str, Any], device:
         torch.cuda.synchronize()
     for when, results in again.items():
         for n, (a, b) in enumerate(zip(first, results, strict=True)):
-            assert bits(a).equal(bits(b)), f"result {n} differs {when}"
+            assert same_bits(a, b), f"result {n} differs {when}"
     compare(first, reference, inputs)
 
 

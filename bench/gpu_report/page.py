@@ -58,11 +58,11 @@ def _checks(report: dict[str, Any]) -> Lines:
         yield ""
         return
     left = found["checks"] - found["held"] - len(found["failed"]) - len(found["refused"])
+    again = "the same bits twice" + (", and from a replayed graph" if report["device"] == "cuda" else "")
     yield (
         f"{found['held']} of {found['checks']} checks held; {len(found['failed'])} failed, {len(found['refused'])} "
-        f"were refused, {left} did not run. Every operation on its cases within the error budget against float64, the same "
-        "bits twice" + (" and from a replayed graph" if report["device"] == "cuda" else "") + "; recorded tensors and "
-        "texts; the shipped model's text."
+        f"were refused, {left} did not run. Every operation on its cases within the error budget against float64, "
+        f"{again}; recorded tensors and texts; the shipped model's text."
     )
     yield ""
     for kind in ("failed", "refused"):
@@ -92,8 +92,8 @@ def _machine(report: dict[str, Any]) -> Lines:
     limits = result_of(report, "ceilings")
     if limits:
         yield (
-            f"Ceilings, measured: memory read {limits['read']:.4g} GB/s, copy {limits['copy']:.4g} GB/s; matrix product "
-            f"{limits['fp64']:.4g} GFLOP/s float64, {limits['fp32']:.4g} float32, {limits['fp16']:.4g} float16, "
+            f"Ceilings, measured: memory read {limits['read']:.4g} GB/s, copy {limits['copy']:.4g} GB/s; matrix "
+            f"product {limits['fp64']:.4g} GFLOP/s float64, {limits['fp32']:.4g} float32, {limits['fp16']:.4g} float16, "
             f"{limits['bf16']:.4g} bfloat16; launch {limits['launch'] * 1e6:.1f} µs."
         )
         yield ""
