@@ -93,7 +93,8 @@ def _machine(report: dict[str, Any]) -> Lines:
     if limits:
         yield (
             f"Ceilings, measured: memory read {limits['read']:.4g} GB/s, copy {limits['copy']:.4g} GB/s; matrix "
-            f"product {limits['fp64']:.4g} GFLOP/s float64, {limits['fp32']:.4g} float32, {limits['fp16']:.4g} float16, "
+            f"product {limits['fp64']:.4g} GFLOP/s float64, {limits['fp32']:.4g} float32, {limits['fp16']:.4g} "
+            "float16, "
             f"{limits['bf16']:.4g} bfloat16; launch {limits['launch'] * 1e6:.1f} µs."
         )
         yield ""
