@@ -3,7 +3,6 @@ text, and on a GPU the same text through recorded graphs as without."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -29,11 +28,10 @@ from twotower_kernels.bench.checks.recordings import (
     outputs_of,
     recorded,
 )
+from twotower_kernels.model import generate as generation
 from twotower_kernels.model.capture import CapturedModel, Recorder
 from twotower_kernels.reference import generate as specification
 from twotower_kernels.reference.model import TwoTower
-
-generation = importlib.import_module("twotower_kernels.model.generate")  # the package has a function of that name
 
 AGREEMENTS = [("MEM*E-", torch.float32), ("M*-M-*", torch.bfloat16), ("M*-M-*", torch.float16)]
 

@@ -90,7 +90,8 @@ def memory() -> int | None:
 def facts(device: str) -> dict[str, Any]:
     """All of it, as it is saved."""
     about = tables.machine(device)
-    about |= {"instruction sets": _said(cpu.kernels().isas), "memory": memory(), "versions": dict(versions())}
+    about |= {"instruction sets": _said(cpu.kernels().isas), "memory": memory()}
+    about |= {"load average": _said(lambda: round(os.getloadavg()[0], 1)), "versions": dict(versions())}
     if device == "cuda":
         about |= {"card": _said(card), "nvidia-smi": _said(limits)}
     return about

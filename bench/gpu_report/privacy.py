@@ -46,10 +46,10 @@ def names() -> list[tuple[str, str]]:
 def anonymous(text: str) -> str:
     """A text without paths, addresses, identifiers of devices, and the names of user and machine."""
     known = names()
+    text = PACKAGES.sub("", text)
     for name, instead in known:
         if instead == "(folder)":
             text = text.replace(name, instead)
-    text = PACKAGES.sub("", text)
     text = PATH.sub(r"\1", text)
     for pattern, instead in PATTERNS:
         text = pattern.sub(instead, text)

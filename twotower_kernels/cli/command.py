@@ -180,14 +180,14 @@ def _parser() -> argparse.ArgumentParser:
     about.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a model folder, to be told its sizes")
     about.set_defaults(run=_info)
 
-    # The arguments of these two are the benchmarks' to read, --help too, so none of them begins an option here.
-    timed = commands.add_parser("bench", help="time the kernels beside their rivals", add_help=False, prefix_chars="\0")
-    timed.add_argument("arguments", nargs="*")
-    timed.set_defaults(run=_bench)
-    told = "one report of this machine, made to be sent: what held, and how fast it was"
-    report = commands.add_parser("gpu-report", help=told, add_help=False, prefix_chars="\0")
-    report.add_argument("arguments", nargs="*")
-    report.set_defaults(run=_gpu_report)
+    # Their arguments are the benchmarks' to read, --help too, so none of them begins an option here.
+    for name, module, told in (
+        ("bench", "command", "time the kernels beside their rivals"),
+        ("gpu-report", "gpu_report.command", "one report of this machine, to be sent: what held, and how fast it was"),
+    ):
+        handed_on = commands.add_parser(name, help=told, add_help=False, prefix_chars="\0")
+        handed_on.add_argument("arguments", nargs="*")
+        handed_on.set_defaults(run=_benchmark, module=module, prog=f"twotower {name}")
     return parser
 
 
@@ -494,12 +494,7 @@ def _kernels(console: Console) -> RenderableType:
     return fitting(console, table, lines)
 
 
-def _bench(args: argparse.Namespace) -> int:
-    code: int = importlib.import_module("twotower_kernels.bench.command").main(args.arguments, prog="twotower bench")
-    return code
-
-
-def _gpu_report(args: argparse.Namespace) -> int:
-    report = importlib.import_module("twotower_kernels.bench.gpu_report.command")
-    code: int = report.main(args.arguments, prog="twotower gpu-report")
+def _benchmark(args: argparse.Namespace) -> int:
+    program = importlib.import_module(f"twotower_kernels.bench.{args.module}")
+    code: int = program.main(args.arguments, prog=args.prog)
     return code
