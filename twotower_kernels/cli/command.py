@@ -185,11 +185,9 @@ def _parser() -> argparse.ArgumentParser:
     tried.set_defaults(run=check.run)
 
     # Their arguments are the benchmarks' to read, --help too, so none of them begins an option here.
-    for name, module, told in (
-        ("bench", "command", "time the kernels beside their rivals"),
-        ("gpu-report", "gpu_report.command", "one report of this machine, to be sent: what held, and how fast it was"),
-    ):
-        handed_on = commands.add_parser(name, help=told, add_help=False, prefix_chars="\0")
+    timed, told = "time the kernels beside their rivals", "one report of this machine, to be sent: what held, how fast"
+    for name, module, what in (("bench", "command", timed), ("gpu-report", "gpu_report.command", told)):
+        handed_on = commands.add_parser(name, help=what, add_help=False, prefix_chars="\0")
         handed_on.add_argument("arguments", nargs="*")
         handed_on.set_defaults(run=_benchmark, module=module, prog=f"twotower {name}")
     return parser
@@ -499,6 +497,4 @@ def _kernels(console: Console) -> RenderableType:
 
 
 def _benchmark(args: argparse.Namespace) -> int:
-    program = importlib.import_module(f"twotower_kernels.bench.{args.module}")
-    code: int = program.main(args.arguments, prog=args.prog)
-    return code
+    return int(importlib.import_module(f"twotower_kernels.bench.{args.module}").main(args.arguments, prog=args.prog))
