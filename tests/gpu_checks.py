@@ -60,8 +60,8 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def compare(results: tuple[Tensor, ...], reference: Operation, inputs: dict[str, Any]) -> None:
-    from tests.compare import assert_within_budget, widened
     from tests.kernels.kernel_checks import assert_gate_faithful
+    from twotower_kernels.testing.budget import assert_within_budget, widened
 
     if reference.__name__ == "moe_gate":
         return assert_gate_faithful(results[0].cpu(), **{name: tensor.cpu() for name, tensor in inputs.items()})

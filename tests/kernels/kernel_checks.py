@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.compare import as_tuple, assert_results_within_budget, widened
 from tests.paths import ROOT
 from twotower_kernels import cpu
 from twotower_kernels.ops import _direct
 from twotower_kernels.ops._library import CPU
 from twotower_kernels.reference import moe
+from twotower_kernels.testing.budget import as_tuple, assert_results_within_budget, widened
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MACHINE_ISAS: list[str] = cpu.kernels().isas()  # those of this machine, the plainest first
@@ -110,7 +110,7 @@ def awkward(tensor: Tensor, kind: int) -> Tensor:
 def assert_op_within_budget(
     op: Callable[..., Any], reference: Callable[..., Any], inputs: dict[str, Any], *, layout: int = 0, **budget: Any
 ) -> None:
-    """`op` on `inputs` against `reference`, see `tests/compare.py`.
+    """`op` on `inputs` against `reference`, see `twotower_kernels/testing/budget.py`.
 
     layout: how the tensors are laid out for `op`, see `awkward`. The inputs must be unchanged afterwards.
     """

@@ -9,10 +9,10 @@ import torch
 from hypothesis import strategies as st
 
 import twotower_kernels as tt
-from tests.compare import assert_within_budget, losses, widened
 from tests.kernels.kernel_checks import DTYPES, awkward
 from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.reference.remask import remask
+from twotower_kernels.testing.budget import assert_within_budget, losses, widened
 
 MASK = 3
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import twotower_kernels as tt
-from tests.compare import assert_within_budget, widened
 from tests.kernels.kernel_checks import DTYPES, EVERY_ISA, ISAS, assert_op_within_budget, awkward, instruction_set
 from tests.paths import ROOT
 from twotower_kernels.reference import attention
+from twotower_kernels.testing.budget import assert_within_budget, widened
 
 ATTENDING = ("block_attention", "context_attention")
 EVERY = (*ATTENDING, "block_causal_attention")

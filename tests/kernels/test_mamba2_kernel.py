@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import twotower_kernels as tt
-from tests.compare import as_tuple, assert_within_budget, widened
 from tests.kernels.kernel_checks import (
     DTYPES,
     EVERY_ISA,
@@ -20,13 +19,14 @@ from tests.kernels.kernel_checks import (
     relative_errors,
 )
 from twotower_kernels.reference import mamba2
+from twotower_kernels.testing.budget import as_tuple, assert_within_budget, widened
 
 SMALL = [case for case in mamba2.CASES["mamba2_scan"] if not case.startswith("released")]
 scan: Any = tt.mamba2_scan  # what it returns depends on its options
 
 
 def check(op: str, inputs: dict[str, Any], *, layout: int = 0) -> None:
-    """Every result within its budget (`tests/compare.py`), with one rounding band wider than usual: a float32 state is
+    """Every result within its budget (`testing/budget.py`), with one rounding band wider than usual: a float32 state is
     made of activations that were rounded to their dtype."""
     dtype = inputs["xbc" if op == "mamba2_scan" else "y"].dtype
     band, state_band = 2.0, 2 * max(1.0, torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)

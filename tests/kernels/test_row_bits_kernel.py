@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import twotower_kernels as tt
-from tests.compare import as_tuple
 from tests.kernels.kernel_checks import DTYPES, EVERY_ISA, instruction_set
+from twotower_kernels.testing.budget import as_tuple
 
 HIDDEN, INNER, EXPERTS = 330, 150, 8  # sums longer than a block of any kernel
 Draw = Callable[..., Tensor]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.compare import assert_within_budget
 from tests.model import recordings
 from tests.model.agreement import assert_agreement
 from tests.model.random_models import models, random_ids, with_wide_residual
@@ -17,6 +16,7 @@ from twotower_kernels import ContextState, TwoTowerModel
 from twotower_kernels.model.cache import KVCache, MambaCache
 from twotower_kernels.reference.generate import generate
 from twotower_kernels.reference.layers import Layer
+from twotower_kernels.testing.budget import assert_within_budget
 
 BFLOAT16 = recordings.BFLOAT16
 

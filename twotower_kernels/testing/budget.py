@@ -28,7 +28,7 @@ step in float32 would do to a float64 result.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,6 +37,26 @@ from torch import Tensor
 SHRINK = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
 ORDERS = 4.0  # how much more one order of summation may lose than another
 DRAWS = 4  # of rounding errors: one may be lucky where results are few
+
+
+class Mismatch(AssertionError):
+    """A result that is not what it should be.
+
+    place: the indices of its worst entry; got, naive, exact: the numbers there; None where there is no one place, or
+    no number.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        place: Sequence[int] | None = None,
+        got: float | None = None,
+        naive: float | None = None,
+        exact: float | None = None,
+    ) -> None:
+        super().__init__(text)
+        self.place, self.got, self.naive, self.exact = place, got, naive, exact
 
 
 def assert_within_budget(
@@ -49,7 +69,7 @@ def assert_within_budget(
     what: str = "result",
     lost: Callable[[], Sequence[Tensor]] | None = None,
 ) -> None:
-    """Raise AssertionError unless `got` is as close to `exact` as the budget above allows.
+    """Raises Mismatch, an AssertionError, unless `got` is as close to `exact` as the budget above allows.
 
     got, naive: same shape and floating dtype; exact: same shape, float64. NaN, +inf and -inf must stand exactly where
     they stand in `exact` rounded to that dtype; the errors are taken over the finite entries. A naive program that is
@@ -60,7 +80,7 @@ def assert_within_budget(
     for name, tensor in (("got", got), ("naive", naive)):
         assert tensor.shape == exact.shape, f"{what}: {name} is {list(tensor.shape)}, the truth {list(exact.shape)}"
         assert tensor.dtype == naive.dtype, f"{what}: {name} is {tensor.dtype}, naive is {naive.dtype}"
-        assert_same_specials(tensor, exact.to(naive.dtype), f"{what} ({name})")
+        assert_same_specials(tensor, exact.to(naive.dtype), f"{what} ({name})", naive)
     wide = got.dtype == torch.float64
     assert lost or not wide, f"{what}: float64 cannot be its own truth, expected losses"
     finite = exact.to(naive.dtype).isfinite()
@@ -81,23 +101,30 @@ def assert_within_budget(
         if err > allowed:
             worst = int(error.abs().argmax())
             place = torch.nonzero(finite)[worst].tolist()
-            raise AssertionError(
+            numbers = got[finite][worst].item(), naive[finite][worst].item(), truth[worst].item()
+            raise Mismatch(
                 f"{what}: {name} of the error is {err:.3e}, allowed {allowed:.3e}\n"
                 f"= {times:g} x {naive_err:.3e} (naive) + {band:g} x {eps:.1e} x {scale:.3e} (size of the truth);\n"
-                f"worst at {place}: got {got[finite][worst].item():.9g}, naive {naive[finite][worst].item():.9g},"
-                f" exact {truth[worst].item():.9g}; {int((error != 0).sum())} of {error.numel()} entries differ"
+                f"worst at {place}: got {numbers[0]:.9g}, naive {numbers[1]:.9g}, exact {numbers[2]:.9g};"
+                f" {int((error != 0).sum())} of {error.numel()} entries differ",
+                place=place,
+                **dict(zip(("got", "naive", "exact"), numbers, strict=True)),
             )
 
 
-def assert_same_specials(got: Tensor, expected: Tensor, what: str) -> None:
-    """Raise AssertionError unless NaN, +inf and -inf stand at the same places in both."""
+def assert_same_specials(got: Tensor, expected: Tensor, what: str, naive: Tensor | None = None) -> None:
+    """Raises Mismatch unless NaN, +inf and -inf stand at the same places in both. naive: for its words alone."""
     for name, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
         differ = torch.nonzero(test(got) != test(expected))
         if len(differ):
             place = tuple(differ[0].tolist())
-            raise AssertionError(
+            raise Mismatch(
                 f"{what}: {name} at {len(differ)} wrong places, first {list(place)}:"
-                f" got {got[place].item()}, expected {expected[place].item()}"
+                f" got {got[place].item()}, expected {expected[place].item()}",
+                place=list(place),
+                got=got[place].item(),
+                naive=None if naive is None else naive[place].item(),
+                exact=expected[place].item(),
             )
 
 
@@ -106,17 +133,63 @@ def assert_results_within_budget(
 ) -> None:
     """Every result of a candidate against the naive `program`, which returns a tensor or a tuple of them: what floats
     within the budget, all else equal."""
-    exact, naive = as_tuple(program(**widened(inputs))), as_tuple(program(**inputs))
-    assert len(results) == len(exact), f"{len(results)} results, expected {len(exact)}"
-    wide = any(plain.dtype == torch.float64 for plain in naive)
-    draws = cache(partial(losses, program, inputs, narrower=wide))
-    for n, (got, plain, truth) in enumerate(zip(results, naive, exact, strict=True)):
-        what = f"result {n}"
-        assert got.dtype == plain.dtype and got.shape == plain.shape, f"{what}: {got.dtype} {list(got.shape)}"
-        if got.is_floating_point():
-            assert_within_budget(got, plain, truth.double(), what=what, lost=lambda n=n: draws()[n], **budget)
-        else:
-            assert torch.equal(got, plain), what
+    Yardstick(program, inputs).judge(results, **budget)
+
+
+class Yardstick:
+    """What the naive `program` makes of some inputs, in their dtype and in float64, to judge results by."""
+
+    def __init__(self, program: Callable[..., Any], inputs: dict[str, Any]) -> None:
+        self.program, self.inputs = program, inputs
+        self.exact, self.naive = as_tuple(program(**widened(inputs))), as_tuple(program(**inputs))
+
+    @cached_property
+    def losses(self) -> list[list[Tensor]]:
+        wide = any(plain.dtype == torch.float64 for plain in self.naive)
+        return losses(self.program, self.inputs, narrower=wide)
+
+    def judge(self, results: Sequence[Tensor], *, row: int | None = None, **budget: Any) -> None:
+        """Raises Mismatch unless results are the program's: what floats within the budget, all else equal.
+
+        row: that of their first dimension is judged alone.
+        """
+        if len(results) != len(self.exact):
+            raise Mismatch(f"{len(results)} results, expected {len(self.exact)}")
+
+        def of_row(x: Tensor) -> Tensor:
+            return x if row is None else x[row : row + 1]
+
+        for n, (got, plain, truth) in enumerate(zip(results, self.naive, self.exact, strict=True)):
+            what = f"result {n}"
+            assert_same_kind(got, plain, what)
+            if got.is_floating_point():
+                lost = lambda n=n: [of_row(x) for x in self.losses[n]]  # noqa: E731
+                tensors = of_row(got), of_row(plain), of_row(truth).double()
+                assert_within_budget(*tensors, what=what, lost=lost, **budget)
+            else:
+                assert_equal(of_row(got), of_row(plain), what)
+
+
+def assert_same_kind(got: Tensor, expected: Tensor, what: str) -> None:
+    """Raises Mismatch unless dtype and shape are the same."""
+    if got.dtype != expected.dtype or got.shape != expected.shape:
+        kinds = [f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in (got, expected)]
+        raise Mismatch(f"{what}: got {kinds[0]}, expected {kinds[1]}")
+
+
+def assert_equal(got: Tensor, expected: Tensor, what: str) -> None:
+    """Raises Mismatch unless both hold the same numbers, NaN for NaN."""
+    differ = torch.nonzero((got != expected) & ~((got != got) & (expected != expected)))
+    if len(differ):
+        place = tuple(differ[0].tolist())
+        here, there = got[place].item(), expected[place].item()
+        raise Mismatch(
+            f"{what}: {len(differ)} of {got.numel()} entries differ, first {list(place)}: got {here}, expected {there}",
+            place=list(place),
+            got=here,
+            naive=there,
+            exact=there,
+        )
 
 
 def losses(program: Callable[..., Any], inputs: dict[str, Any], *, narrower: bool) -> list[list[Tensor]]:
