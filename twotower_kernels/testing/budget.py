@@ -27,8 +27,9 @@ step in float32 would do to a float64 result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -141,17 +142,25 @@ class Yardstick:
 
     def __init__(self, program: Callable[..., Any], inputs: dict[str, Any]) -> None:
         self.program, self.inputs = program, inputs
-        self.exact, self.naive = as_tuple(program(**widened(inputs))), as_tuple(program(**inputs))
+        self.exact: Any = as_tuple(program(**widened(inputs)))
+        self.naive: Any = as_tuple(program(**inputs))
 
     @cached_property
     def losses(self) -> list[list[Tensor]]:
         wide = any(plain.dtype == torch.float64 for plain in self.naive)
         return losses(self.program, self.inputs, narrower=wide)
 
-    def judge(self, results: Sequence[Tensor], *, row: int | None = None, **budget: Any) -> None:
+    def judge(
+        self,
+        results: Sequence[Tensor],
+        *,
+        row: int | None = None,
+        bands: Mapping[int, float] = MappingProxyType({}),
+        **budget: Any,
+    ) -> None:
         """Raises Mismatch unless results are the program's: what floats within the budget, all else equal.
 
-        row: that of their first dimension is judged alone.
+        row: that of their first dimension is judged alone. bands: of some results, by number.
         """
         if len(results) != len(self.exact):
             raise Mismatch(f"{len(results)} results, expected {len(self.exact)}")
@@ -165,7 +174,8 @@ class Yardstick:
             if got.is_floating_point():
                 lost = lambda n=n: [of_row(x) for x in self.losses[n]]  # noqa: E731
                 tensors = of_row(got), of_row(plain), of_row(truth).double()
-                assert_within_budget(*tensors, what=what, lost=lost, **budget)
+                band = {"band": bands[n]} if n in bands else {}
+                assert_within_budget(*tensors, what=what, lost=lost, **budget | band)
             else:
                 assert_equal(of_row(got), of_row(plain), what)
 
@@ -241,4 +251,4 @@ def converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
 
 
 def as_tuple(result: Any) -> tuple[Any, ...]:
-    return tuple(result) if isinstance(result, tuple) else (result,)
+    return result if isinstance(result, tuple) else (result,)

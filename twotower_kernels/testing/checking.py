@@ -76,7 +76,7 @@ def arguments_of(op: Op, kernel: Callable[..., Any]) -> Arguments:
     names = {p.name for p in by_name}
     if any(p.kind is p.VAR_KEYWORD for p in given.values()):
         names |= set(op.parameters)
-    missing = [p.name for p in op.parameters.values() if p.default is p.empty and p.name not in names]
+    missing = [name for name in op.parameters if name in op.required and name not in names]
     if missing:
         raise ValueError(
             f"kernel: expected the arguments of {op.name}, {', '.join(op.parameters)}; got none named {missing[0]}"
@@ -87,7 +87,7 @@ def arguments_of(op: Op, kernel: Callable[..., Any]) -> Arguments:
         raise ValueError(
             f"kernel: {unknown} has no default and is no argument of {op.name}: {', '.join(op.parameters)}"
         )
-    return Arguments(frozenset(names & set(op.parameters)), frozenset(demanded))
+    return Arguments(frozenset(names & set(op.parameters)), frozenset(demanded) - op.required, op.required)
 
 
 class _Broken(Exception):
@@ -167,7 +167,7 @@ class _Search:
         needed = {key for key, x in inputs.items() if isinstance(x, torch.Tensor) or x != defaults[key]}
         if not needed <= arguments.taken or not arguments.demanded <= inputs.keys():
             return
-        example = Example(dtype, arguments.kept(inputs))
+        example = Example(dtype, arguments.kept(dict.fromkeys(op.required) | inputs))
         outcome = self.trial(example)
         self.cases += 1
         self.count(example, outcome)

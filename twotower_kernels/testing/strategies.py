@@ -23,4 +23,5 @@ def inputs(op: str, dtype: torch.dtype = torch.float32) -> st.SearchStrategy[dic
     """
     if op not in OPS:
         raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
-    return OPS[op].draw(Arguments(frozenset(OPS[op].parameters)), dtype)
+    known = OPS[op]
+    return known.draw(Arguments(frozenset(known.parameters), required=known.required), dtype)

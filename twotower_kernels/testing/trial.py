@@ -67,8 +67,9 @@ class Trial:
             outcome.refused.append(str(error))
             return outcome
         except Exception as error:
-            if any(isinstance(x, Tensor) and x.numel() == 0 for x in clean.values()):
-                outcome.refused.append(f"empty tensors: {said(error)}")
+            refusable = self.op.refusable(clean)
+            if refusable:
+                outcome.refused.append(f"{refusable[0]}: {said(error)}")
             else:
                 outcome.broken["runs"] = AssertionError(said(error)), clean
             return outcome

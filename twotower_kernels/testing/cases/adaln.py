@@ -10,7 +10,7 @@ import torch
 from twotower_kernels.ops import adaln as ops
 from twotower_kernels.reference import adaln
 from twotower_kernels.testing import drawing
-from twotower_kernels.testing.cases.op import Arguments, Inputs, Op
+from twotower_kernels.testing.cases.op import Arguments, Inputs, Op, empty
 from twotower_kernels.testing.needs import strategies as st
 
 ORDERS = ("plain", *adaln.ORDERS)
@@ -40,8 +40,8 @@ def _inputs(draw: st.DrawFn, op: str, arguments: Arguments, dtype: torch.dtype) 
         given["order"] = adaln.ORDERS[0]
     if "order" not in arguments.taken and given["order"] == "norm_modulate":
         given["order"] = "modulate_norm"
-    given["gated"] = "gate" in arguments.taken and (given["gated"] or "gate" in arguments.demanded)
-    given["weighted"] = "weight" in arguments.taken and (given["weighted"] or "weight" in arguments.demanded)
+    given["gated"] = arguments.gives("gate", given["gated"])
+    given["weighted"] = arguments.gives("weight", given["weighted"])
     given["round_first"] = given["round_first"] and "round_first" in arguments.taken
     inputs = adaln.make_inputs(op, given, dtype=dtype, seed=draw(drawing.seeds()))
     first = "x" if "x" in inputs else "residual"
@@ -57,11 +57,17 @@ def _rows(inputs: Inputs) -> list[str]:
     return given if all(inputs[name].ndim > 1 for name in given) else []
 
 
+def _refusable(inputs: Inputs) -> list[str]:
+    """Also vectors that are required and may be None."""
+    absent = [name for name in ("gate", "shift", "scale") if name in inputs and inputs[name] is None]
+    return [f"no {' and '.join(absent)}"] * bool(absent) + empty(inputs)
+
+
 def _op(name: str) -> Op:
     own = [name for name in ("x", "residual", "y", "gate", "shift", "scale")]
     return Op(
         getattr(ops, name), getattr(adaln, name), adaln.CASES[name], partial(adaln.make_inputs, name),
-        partial(_inputs, name), own=own, rows=_rows,
+        partial(_inputs, name), own=own, rows=_rows, refusable=_refusable,
     )  # fmt: skip
 
 

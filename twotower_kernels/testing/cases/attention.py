@@ -13,7 +13,7 @@ from twotower_kernels.ops import attention as ops
 from twotower_kernels.reference import attention
 from twotower_kernels.testing import drawing
 from twotower_kernels.testing.budget import assert_equal, assert_same_kind
-from twotower_kernels.testing.cases.op import Arguments, Inputs, Judge, Op
+from twotower_kernels.testing.cases.op import Arguments, Inputs, Judge, Op, empty
 from twotower_kernels.testing.needs import strategies as st
 
 ATTENDING = ("block_attention", "context_attention", "block_causal_attention")
@@ -111,11 +111,23 @@ def _rows(inputs: Inputs) -> list[str]:
     return [*given, "k_context", "v_context"] if len(inputs["k_context"]) == len(inputs["q"]) else given
 
 
+def _refusable(inputs: Inputs) -> list[str]:
+    """Also what is a matter of shapes alone."""
+    found = []
+    values = inputs["v"] if "v" in inputs else inputs["v_context"]
+    if values.shape[-1] != inputs["q"].shape[-1]:
+        found.append("values of another head_dim than queries")
+    if inputs.get("k_context") is not None and inputs.get("context_index") is None:
+        rows = len(inputs["k_context"] if inputs.get("block_table") is None else inputs["block_table"])
+        found += ["one context for all rows"] * (rows == 1 and len(inputs["q"]) > 1)
+    return found + empty(inputs)
+
+
 def _attention(name: str) -> Op:
     cases = (attention.CASES | attention.COMPOSED)[name]
     return Op(
         getattr(ops, name), getattr(attention, name), cases, partial(attention.make_inputs, name),
-        partial(_attending, name), own=("q", "k", "v"), rows=_rows,
+        partial(_attending, name), own=("q", "k", "v"), rows=_rows, refusable=_refusable,
     )  # fmt: skip
 
 
@@ -154,7 +166,7 @@ def appends(draw: st.DrawFn) -> dict[str, Any]:
 @st.composite
 def _appending(draw: st.DrawFn, arguments: Arguments, dtype: torch.dtype) -> Inputs:
     given = draw(appends())
-    if "context_index" not in arguments.taken:
+    if not arguments.gives("context_index", draw(st.booleans())):
         given |= {"context_index": None, "context_rows": given["batch"]}
     if "block_table" not in arguments.taken:
         given["page"] = None

@@ -36,16 +36,21 @@ class Judge:
 
 @dataclass(frozen=True)
 class Arguments:
-    """The arguments of an op that a kernel takes, and those that it must be given."""
+    """The arguments of an op that a kernel takes; those of them that the op may be called without and the kernel may
+    not; and those without which there is no call of the op, though some of them may be None."""
 
     taken: frozenset[str]
     demanded: frozenset[str] = frozenset()
+    required: frozenset[str] = frozenset()
+
+    def gives(self, name: str, drawn: bool) -> bool:
+        """Whether an argument that may be left out is given, if `drawn` says so of one that may be either way."""
+        return name in self.taken and (drawn or name in self.demanded)
 
     def kept(self, inputs: Mapping[str, Any]) -> Inputs:
         """Of inputs those that the kernel takes and, unless it must be given them, that are not None."""
-        return {
-            name: x for name, x in inputs.items() if name in self.taken and (x is not None or name in self.demanded)
-        }
+        always = self.demanded | self.required
+        return {name: x for name, x in inputs.items() if name in self.taken and (x is not None or name in always)}
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class Op:
     own: those of them whose numbers are a row's alone, and no other row's business.
     writes: arguments that are written in place.
     judge: of inputs.
+    padding: from inputs to the places in them that are not to be looked at.
+    refusable: from inputs to what a kernel may refuse of them by any exception, in words.
     """
 
     public: Callable[..., Any]
@@ -71,9 +78,16 @@ class Op:
     judge: Callable[[Callable[..., Any], Inputs], Judge] = Judge
     padding: Callable[[Inputs], dict[str, Tensor]] = field(default=lambda inputs: where_nan(inputs))
 
+    refusable: Callable[[Inputs], list[str]] = field(default=lambda inputs: empty(inputs))
+
     @property
     def name(self) -> str:
         return self.public.__name__
+
+    @property
+    def required(self) -> frozenset[str]:
+        """The arguments without which there is no call."""
+        return frozenset(p.name for p in self.parameters.values() if p.default is p.empty)
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -84,3 +98,8 @@ def where_nan(inputs: Inputs) -> dict[str, Tensor]:
     """The places of NaN in the floating tensors that hold one: bool, as their shapes."""
     floats = {name: x.isnan() for name, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()}
     return {name: places for name, places in floats.items() if places.any()}
+
+
+def empty(inputs: Inputs) -> list[str]:
+    """That there are empty tensors, if so."""
+    return ["empty tensors"] * any(isinstance(x, Tensor) and x.numel() == 0 for x in inputs.values())
