@@ -1,4 +1,4 @@
-"""The command `twotower`: generate text, watch it being generated, say what is installed.
+"""The command `twotower`: generate text, watch it being generated, say what is installed, check kernels.
 
 Whatever a user can get wrong is one line on the standard error output and exit code 2. Ctrl-C prints what was generated
 until then and ends with 130, as a shell expects it.
@@ -26,7 +26,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 import twotower_kernels
-from twotower_kernels.cli import info
+from twotower_kernels.cli import check, info
 from twotower_kernels.cli.show import Painter, Printer, before_masks, costs, fitting, printable, speed, verdict
 from twotower_kernels.generation import GenerateResult, Stream
 from twotower_kernels.model.generate import MODES, generate, stream
@@ -179,6 +179,10 @@ def _parser() -> argparse.ArgumentParser:
     about = commands.add_parser("info", help="versions, kernels, devices; sizes of a checkpoint", allow_abbrev=False)
     about.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a model folder, to be told its sizes")
     about.set_defaults(run=_info)
+
+    tried = commands.add_parser("check", help="whether a kernel of yours is one of the operations", allow_abbrev=False)
+    check.add_arguments(tried, DEVICE)
+    tried.set_defaults(run=check.run)
 
     # Its arguments are the benchmark's to read, --help too, so none of them begins an option here.
     timed = commands.add_parser("bench", help="time the kernels beside their rivals", add_help=False, prefix_chars="\0")

@@ -56,7 +56,7 @@ class Trial:
         outcome = Outcome()
         padding = self.op.padding(example.inputs)
         clean = filled(example.inputs, padding)
-        judge = self.op.judge(self.op.reference, clean)
+        judge = self.judge(clean)
         if not judge.usable:
             return outcome
         out = {"out": torch.full_like(judge.yardstick.naive[0], torch.nan)} if "out" in self.arguments.taken else {}
@@ -79,7 +79,7 @@ class Trial:
         self.again(outcome, clean, first)
         if padding:
             poisoned = clean | {name: example.inputs[name] for name in padding}
-            other = self.op.judge(self.op.reference, poisoned) if self.op.writes else judge
+            other = self.judge(poisoned) if self.op.writes else judge
             self.ask(outcome, "padding", poisoned, lambda: agrees(self.call(poisoned), first, other))
         if example.layout:
             self.laid_out(outcome, clean | out, judge, example.layout)
@@ -87,6 +87,11 @@ class Trial:
         if rows and not self.op.writes:
             self.among_others(outcome, clean, judge, rows, first, example.row)
         return outcome
+
+    def judge(self, inputs: Inputs) -> Judge:
+        judge = self.op.judge(self.op.reference, inputs)
+        judge.any_order = True
+        return judge
 
     def call(self, inputs: Mapping[str, Any]) -> Results:
         """The kernel's results for copies of the inputs."""

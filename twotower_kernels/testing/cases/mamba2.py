@@ -129,7 +129,7 @@ class JudgeScan(Judge):
         self.state_band = 2 * max(1.0, coarse)
 
     def __call__(self, results: Sequence[Tensor], row: int | None = None) -> None:
-        self.yardstick.judge(results, row=row, bands={2: self.state_band})
+        self.yardstick.judge(results, row=row, bands={2: self.state_band}, any_order=self.any_order)
 
 
 def _scan_rows(inputs: Inputs) -> list[str]:

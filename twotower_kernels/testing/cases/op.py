@@ -17,7 +17,12 @@ Inputs = dict[str, Any]
 
 
 class Judge:
-    """Says of results on some inputs whether they are right, by the error budget."""
+    """Says of results on some inputs whether they are right, by the error budget.
+
+    any_order: as in `Yardstick.judge`.
+    """
+
+    any_order = False
 
     def __init__(self, reference: Callable[..., Any], inputs: Inputs) -> None:
         self.yardstick = Yardstick(reference, inputs)
@@ -31,7 +36,7 @@ class Judge:
 
     def __call__(self, results: Sequence[Tensor], row: int | None = None) -> None:
         """Raises Mismatch where they are not. row: judges that of their first dimension alone."""
-        self.yardstick.judge(results, row=row)
+        self.yardstick.judge(results, row=row, any_order=self.any_order)
 
 
 @dataclass(frozen=True)
