@@ -146,7 +146,7 @@ class Experts:
             for n, e in self.served(chosen, len(w_up), token):
                 biases = (None if bias is None else bias[e] for bias in (up_bias, down_bias))
                 y = self.expert(x[token], w_up[e], self.down_of(w_down, e), *biases, *numbers)
-                total = self.added(total, y.to(wide(x)) * shares[n].to(wide(x)), x.dtype)
+                total = total + y.to(wide(x)) * shares[n].to(wide(x))
             rows.append(total)
         out = (torch.stack(rows) if rows else torch.zeros(x.shape)).to(x.dtype)
         if shared_up is not None and shared_down is not None:
@@ -162,9 +162,6 @@ class Experts:
 
     def down_of(self, w_down: Tensor, expert: int) -> Tensor:
         return w_down[expert]
-
-    def added(self, total: Tensor, part: Tensor, dtype: torch.dtype) -> Tensor:
-        return total + part
 
     def with_shared(self, out: Tensor, shared: Tensor) -> Tensor:
         return out + shared

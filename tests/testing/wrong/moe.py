@@ -301,14 +301,6 @@ class WrongExpertStride(Experts):
 
 
 @wrong("moe_experts", "numbers")
-class SumOfExpertsInTheInputsDtype(Experts):
-    """Every expert's part is added in the dtype of x."""
-
-    def added(self, total: Tensor, part: Tensor, dtype: torch.dtype) -> Tensor:
-        return super().added(total, part, dtype).to(dtype).to(total.dtype)
-
-
-@wrong("moe_experts", "numbers")
 class SharedExpertForgotten(Experts):
     """The shared expert adds nothing."""
 
@@ -326,13 +318,9 @@ class BiasOfTheFirstExpert(Experts):
 
 
 @wrong("moe_experts", "deterministic")
-def adds_experts_in_any_order(
-    x: Tensor, w_up: Tensor, w_down: Tensor, weights: Tensor, experts: Tensor, activation: str = "relu2"
-) -> Tensor:
+class AddsExpertsInAnyOrder(Experts):
     """As with atomics, experts are added in another order each time."""
-    order = torch.randperm(experts.shape[1])
-    total = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-    for n in order.tolist():
-        one = weights[:, n : n + 1], experts[:, n : n + 1]
-        total = total + tt.moe_experts(x.to(total.dtype), w_up.to(total.dtype), w_down.to(total.dtype), *one)
-    return total.to(x.dtype)
+
+    def served(self, chosen: list[int], count: int, token: int) -> list[tuple[int, int]]:
+        served = super().served(chosen, count, token)
+        return [served[n] for n in torch.randperm(len(served)).tolist()]
