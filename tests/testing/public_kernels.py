@@ -1,4 +1,4 @@
-"""Kernels that others publish, as they are, under `twotower_kernels.testing.check`: python -m tests.testing.public_kernels
+"""Kernels that others publish, as they are, under `check`: python -m tests.testing.public_kernels
 
 A function takes the op's arguments as far as the program behind it has them, and says NotImplementedError to the rest.
 What each check found is printed as a table; docs/testing_your_kernel.md says what it means. Programs that are not
@@ -128,7 +128,7 @@ def nemotron_router(
 ) -> tuple[Tensor, Tensor]:
     """Its experts come in no order: they are sorted as ours are."""
     count = logits.shape[1]
-    if n_group > 1 and dropped == "zero" or count // n_group < 2:
+    if (n_group > 1 and dropped == "zero") or count // n_group < 2:
         raise NotImplementedError("dropped groups are -inf there, and groups have two experts")
     sizes = dict(num_experts_per_tok=top_k, n_routed_experts=count, hidden_size=count, n_group=n_group)
     options = dict(topk_group=topk_group, norm_topk_prob=renormalize, routed_scaling_factor=scaling)

@@ -37,7 +37,10 @@ class Scan:
         batch, length, channels = xbc.shape
         heads, width, acc = dt.shape[2], conv_weight.shape[-1], wide(xbc)
         inner, size = heads * head_dim, (channels - heads * head_dim) // (2 * n_groups)
-        kernel, conv_bias = conv_weight.reshape(channels, width).to(acc), None if conv_bias is None else conv_bias.to(acc)
+        kernel, conv_bias = (
+            conv_weight.reshape(channels, width).to(acc),
+            None if conv_bias is None else conv_bias.to(acc),
+        )
         y = xbc.new_zeros(batch, length, inner)
         conv, ssm = xbc.new_zeros(batch, channels, width - 1), xbc.new_zeros(batch, heads, head_dim, size, dtype=acc)
         for row in range(batch):

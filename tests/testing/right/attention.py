@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -120,7 +119,9 @@ def parts_merged(
     q: Tensor, k: Tensor, v: Tensor, k_context: Tensor, v_context: Tensor, *, context_lens: Any = None
 ) -> Tensor:
     """Context and block by themselves, merged in float32: split over keys."""
-    past = ContextAttention()(q.float(), k_context.float(), v_context.float(), context_lens=context_lens, return_lse=True)
+    past = ContextAttention()(
+        q.float(), k_context.float(), v_context.float(), context_lens=context_lens, return_lse=True
+    )
     own = Attention()(q.float(), k.float(), v.float(), return_lse=True)
     return Merge()(*past, *own)[0].to(q.dtype)
 
@@ -136,7 +137,9 @@ def by_logaddexp(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     return torch.as_tensor(total).to(out_a.dtype), lse
 
 
-def by_a_mask(k_context: Tensor, v_context: Tensor, k: Tensor, v: Tensor, context_lens: Any, *, block_lens: Any = None):  # type: ignore[no-untyped-def]  # noqa: E501
+def by_a_mask(
+    k_context: Tensor, v_context: Tensor, k: Tensor, v: Tensor, context_lens: Any, *, block_lens: Any = None
+) -> None:
     """Of `append_kv`: the whole storage is rewritten."""
     rows, length = k.shape[:2]
     start, count = lengths(context_lens, rows, 0), lengths(block_lens, rows, length)

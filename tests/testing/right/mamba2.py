@@ -11,8 +11,8 @@ from tests.testing.right.collection import right
 
 
 class Chunked(Scan):
-    """The closed form of state-space duality (arXiv 2405.21060, section 6) in chunks of `size` tokens; decays are sums of
-    what lies between two tokens, added up anew."""
+    """The closed form of state-space duality (arXiv 2405.21060, section 6) in chunks of `size` tokens; a decay
+    is the sum of what lies between two tokens, added up anew."""
 
     def __init__(self, size: int) -> None:
         self.size = size

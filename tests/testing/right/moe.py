@@ -55,7 +55,9 @@ def counted(experts: Tensor, num_experts: int) -> tt.MoePlan:
 class ExpertAfterExpert(Experts):
     """All tokens of an expert together, as transformers' loop does it, and added to their rows."""
 
-    def __call__(self, x: Tensor, w_up: Tensor, w_down: Tensor, weights: Tensor, experts: Tensor, **options: Any) -> Any:
+    def __call__(
+        self, x: Tensor, w_up: Tensor, w_down: Tensor, weights: Tensor, experts: Tensor, **options: Any
+    ) -> Any:
         shared = options.pop("shared_up", None), options.pop("shared_down", None)
         biases = options.pop("up_bias", None), options.pop("down_bias", None)
         numbers = options.get("activation", "relu2"), options.get("alpha", 1.702), options.get("limit", 7.0)
@@ -72,9 +74,7 @@ class ExpertAfterExpert(Experts):
         return out if up is None or down is None else out + self.expert(x, up, down, None, None, *numbers)
 
 
-def every_expert_for_every_token(
-    x: Tensor, w_up: Tensor, w_down: Tensor, weights: Tensor, experts: Tensor
-) -> Tensor:
+def every_expert_for_every_token(x: Tensor, w_up: Tensor, w_down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
     """relu2 without the sparsity: a dense product, in which most shares are 0."""
     shares = torch.zeros(len(x), len(w_up), dtype=torch.promote_types(x.dtype, torch.float32))
     for n in range(experts.shape[1]):

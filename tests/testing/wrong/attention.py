@@ -123,7 +123,9 @@ class ContextIndexIgnored(Attention):
 class LengthOfTheContextRow(Attention):
     """Of rows that share a context, all have the length of the batch row of the context's number."""
 
-    def context_range(self, storage: Tensor, table: Tensor | None, lens: Any, starts: Any, window: Any, row: int) -> Any:
+    def context_range(
+        self, storage: Tensor, table: Tensor | None, lens: Any, starts: Any, window: Any, row: int
+    ) -> Any:
         return super().context_range(storage, table, lens, starts, window, 0 if len(storage) == 1 else row)
 
 

@@ -234,7 +234,7 @@ class GateAndValueInterleaved(Experts):
 
 @wrong("moe_experts", "numbers")
 class LimitForgotten(Experts):
-    """"clamped_gated" does not clamp."""
+    """ "clamped_gated" does not clamp."""
 
     def clamped(self, gate: Tensor, value: Tensor, limit: float) -> tuple[Tensor, Tensor]:
         return gate, value
@@ -242,7 +242,7 @@ class LimitForgotten(Experts):
 
 @wrong("moe_experts", "numbers")
 class GateClampedOnBothSides(Experts):
-    """"clamped_gated" clamps the gate from below, too."""
+    """ "clamped_gated" clamps the gate from below, too."""
 
     def clamped(self, gate: Tensor, value: Tensor, limit: float) -> tuple[Tensor, Tensor]:
         return gate.clamp(-limit, limit), value.clamp(-limit, limit)

@@ -127,7 +127,8 @@ def _attention(name: str) -> Op:
     cases = (attention.CASES | attention.COMPOSED)[name]
     return Op(
         getattr(ops, name), getattr(attention, name), cases, partial(attention.make_inputs, name),
-        partial(_attending, name), own=("q", "k", "v"), rows=_rows, everything={"return_lse": True}, refusable=_refusable,
+        partial(_attending, name), own=("q", "k", "v"), rows=_rows, refusable=_refusable,
+        everything={"return_lse": True},
     )  # fmt: skip
 
 
