@@ -100,6 +100,8 @@ def _route(draw: st.DrawFn, arguments: Arguments, dtype: torch.dtype) -> Inputs:
     if not tied:
         spread = draw(st.sampled_from([1e-3, 1.0, 1.0, 30.0]))
         inputs["logits"] = spread * torch.randn(shape, generator=generator, dtype=torch.float64)
+        if draw(st.booleans()):  # as close as float64 tells apart, and float32 does not
+            inputs["logits"] = inputs["logits"].round() + 1e-9 * inputs["logits"]
     score = draw(st.sampled_from(moe.SCORES))
     inputs |= dict(logits=inputs["logits"].to(dtype), correction_bias=bias, per_expert_scale=scale, score=score)
     for name, default in (("renormalize", True), ("scaling", 1.0), ("score", "sigmoid")):
@@ -139,7 +141,8 @@ class JudgeRoute(Judge):
         fits = bool(((got >= 0) & (got < len(logits))).all()) and len(set(got.tolist())) == len(got)
         if fits and inputs.get("n_group", 1) == 1:
             scores = logits.softmax(0) if inputs.get("score") == "softmax" else logits.sigmoid()
-            choice, ulp = scores + bias, torch.finfo(torch.float32).eps
+            choice = scores + bias
+            ulp = torch.finfo(torch.promote_types(inputs["logits"].dtype, torch.float32)).eps
             near = (choice[got] - choice[expected]).abs() <= ULPS * ulp * choice.abs().amax()
             equal = (logits[got] == logits[expected]) & (bias[got] == bias[expected])
             if bool((near & (~equal | (got == expected))).all()):
@@ -233,7 +236,7 @@ OPS = {
     ),
     "moe_route": Op(
         ops.moe_route, moe.moe_route, moe.CASES["moe_route"], partial(moe.make_inputs, "moe_route"), _route,
-        own=("logits",), rows=lambda inputs: ("logits",), judge=JudgeRoute,
+        own=("logits",), rows=lambda inputs: ("logits",), judge=JudgeRoute, dtypes=drawing.DTYPES,
     ),
     "moe_plan": Op(
         ops.moe_plan, moe.moe_plan, moe.CASES["moe_plan"], partial(moe.make_inputs, "moe_plan"), _plan,
