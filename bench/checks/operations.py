@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from twotower_kernels.ops import _library
 from twotower_kernels.ops.moe import moe_router
 from twotower_kernels.reference import moe
 from twotower_kernels.reference.remask import RemaskResult
-from twotower_kernels.testing.budget import assert_within_budget, widened
+from twotower_kernels.testing.budget import assert_gate_faithful, assert_within_budget, widened
 from twotower_kernels.testing.layouts import same_bits
 from twotower_kernels.testing.properties import results_of
 
@@ -58,15 +57,6 @@ def compare(results: tuple[Tensor, ...], reference: Operation, inputs: dict[str,
             assert torch.equal(got.to(plain.dtype), plain), f"result {n}"
         elif same:
             assert_within_budget(got, plain, truth.double(), what=f"result {n}")
-
-
-def assert_gate_faithful(logits: Tensor, x: Tensor, gate_weight: Tensor) -> None:
-    """Within 4 roundings of the size of what is summed. The truth is summed in extended precision: the specification,
-    in float64, cannot be a yardstick for itself."""
-    assert logits.dtype == torch.float64 and logits.shape == (len(x), len(gate_weight))
-    wide, weight = (tensor.double().numpy().astype(np.longdouble) for tensor in (x, gate_weight))
-    error = np.abs(logits.numpy() - wide @ weight.T)
-    assert (error <= 4 * np.finfo(np.float64).eps * (np.abs(wide) @ np.abs(weight).T)).all()
 
 
 def check(ours: Operation, reference: Operation, inputs: dict[str, Any], device: str, graphs: bool = True) -> None:

@@ -18,7 +18,6 @@ from twotower_kernels.testing.needs import strategies as st
 from twotower_kernels.testing.report import PROMISES, Failure, Report
 from twotower_kernels.testing.trial import Example, Outcome, Trial
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RELEASED = "released"  # in the names of cases at the sizes of a released model
 
 
@@ -39,7 +38,7 @@ def check(
             of what it takes without a default it is always given a value. It says by NotImplementedError that it does
             not serve an input.
         device: where it gets its tensors. They are drawn, and judged, on the CPU.
-        dtypes: of the inputs; default float32, bfloat16 and float16.
+        dtypes: of the inputs; default float32, bfloat16 and float16, of `moe_route` float64 as well.
         examples: how many inputs are drawn.
         seed: the same draws the same inputs.
 
@@ -54,10 +53,10 @@ def check(
         raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
     if examples < 1:
         raise ValueError(f"examples: expected at least 1, got {examples}")
-    wanted = tuple(DTYPES if dtypes is None else dtypes)
+    known = OPS[op]
+    wanted = known.dtypes if dtypes is None else tuple(dtypes)
     if not wanted or any(dtype not in drawing.DTYPES for dtype in wanted):
         raise ValueError(f"dtypes: expected some of {', '.join(map(str, drawing.DTYPES))}, got {wanted}")
-    known = OPS[op]
     arguments = arguments_of(known, kernel)
     search = _Search(Trial(known, kernel, arguments, device), wanted, seed)
     search.run(examples)
@@ -167,7 +166,7 @@ class _Search:
         needed = {key for key, x in inputs.items() if isinstance(x, torch.Tensor) or x != defaults[key]}
         if not needed <= arguments.taken or not arguments.demanded <= inputs.keys():
             return
-        example = Example(dtype, arguments.kept(dict.fromkeys(op.required) | inputs))
+        example = Example(dtype, arguments.kept(dict.fromkeys(op.required) | inputs | op.everything))
         outcome = self.trial(example)
         self.cases += 1
         self.count(example, outcome)

@@ -96,7 +96,7 @@ def _attending(draw: st.DrawFn, op: str, arguments: Arguments, dtype: torch.dtyp
     if "scale" in arguments.taken:
         inputs["scale"] = draw(st.sampled_from([None, 0.3]))
     if "return_lse" in arguments.taken:
-        inputs["return_lse"] = draw(st.booleans())
+        inputs["return_lse"] = draw(st.sampled_from([True, True, False]))
     return arguments.kept(inputs)
 
 
@@ -128,6 +128,7 @@ def _attention(name: str) -> Op:
     return Op(
         getattr(ops, name), getattr(attention, name), cases, partial(attention.make_inputs, name),
         partial(_attending, name), own=("q", "k", "v"), rows=_rows, refusable=_refusable,
+        everything={"return_lse": True},
     )  # fmt: skip
 
 

@@ -31,8 +31,13 @@ def sizes() -> st.SearchStrategy[dict[str, Any]]:
 def _inputs(draw: st.DrawFn, arguments: Arguments, dtype: torch.dtype) -> Inputs:
     given = draw(sizes())
     given["bias"] = arguments.gives("bias", given["bias"])
+    if draw(st.booleans()):
+        given["r"] = given["k"]  # a square weight has another by mistake
     inputs = linear.make_inputs("linear", given, dtype=dtype, seed=draw(drawing.seeds()))
     inputs["x"] = inputs["x"] * draw(drawing.magnitudes())
+    if given["bias"] and inputs["x"].numel() and draw(st.booleans()):  # of the first row little is left
+        first = inputs["x"].reshape(-1, given["k"])[0].double()
+        inputs["bias"] = (-(inputs["weight"].double() @ first)).to(dtype)
     return arguments.kept(inputs)
 
 

@@ -159,6 +159,7 @@ OPS = {
     "mamba2_scan": Op(
         ops.mamba2_scan, mamba2.mamba2_scan, mamba2.CASES["mamba2_scan"], partial(mamba2.make_inputs, "mamba2_scan"),
         _scan, own=("xbc", "dt", "conv_state", "ssm_state"), rows=_scan_rows, judge=JudgeScan,
+        everything={"return_states": True},
         refusable=_refusable,
     ),
     "gated_rms_norm": Op(

@@ -70,6 +70,8 @@ class Op:
     judge: of inputs.
     padding: from inputs to the places in them that are not to be looked at.
     refusable: from inputs to what a kernel may refuse of them by any exception, in words.
+    dtypes: those that are tried unless others are asked for.
+    everything: the options of an op with optional results, for all of them.
     """
 
     public: Callable[..., Any]
@@ -82,8 +84,9 @@ class Op:
     writes: tuple[str, ...] = ()
     judge: Callable[[Callable[..., Any], Inputs], Judge] = Judge
     padding: Callable[[Inputs], dict[str, Tensor]] = field(default=lambda inputs: where_nan(inputs))
-
     refusable: Callable[[Inputs], list[str]] = field(default=lambda inputs: empty(inputs))
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    everything: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

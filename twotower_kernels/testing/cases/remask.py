@@ -186,7 +186,7 @@ def _step(draw: st.DrawFn, arguments: Arguments, dtype: torch.dtype) -> Inputs:
     inputs = draw(steps("valid_lens" in arguments.taken, dtype))
     logits = inputs["logits"]
     batch, block, vocab = logits.shape
-    tie = draw(st.sampled_from(["", "", "tokens", "positions"]))
+    tie = draw(st.sampled_from(["", "tokens", "positions"]))
     if tie == "tokens" and logits.numel():
         generator = torch.Generator().manual_seed(draw(drawing.seeds()))
         other = torch.randint(0, vocab, (batch, block, 1), generator=generator)
