@@ -15,9 +15,9 @@ from torch import Tensor
 
 import twotower_kernels as tt
 from tests.gpu.triton_checks import DTYPES, triton_kernels
-from tests.kernels.kernel_checks import awkward
 from tests.kernels.test_attention_kernel import ATTENDING, EVERY, assert_agrees, assert_same_storage, problems, small
 from twotower_kernels.reference import attention
+from twotower_kernels.testing.layouts import awkward
 from twotower_kernels.triton import attention as kernels
 from twotower_kernels.triton.attention_tuning import Tuning, splits_for
 
