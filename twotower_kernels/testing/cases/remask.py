@@ -181,10 +181,10 @@ PER_ROW = ("logits", "tokens", "editable", "valid_lens", "candidates", "rank_noi
 
 
 def _flattened(logits: Tensor) -> Tensor:
-    """The same, the largest of about 2: no token is certain."""
+    """The same, the largest about 2, in steps of a quarter: no token is certain, and many are equal."""
     finite = logits.double().nan_to_num(0.0, 0.0, 0.0)
     largest = finite.abs().amax() if logits.numel() else finite.new_ones(())
-    return (logits.double() * (2 / largest.clamp(min=1e-3))).to(logits.dtype)
+    return ((8 / largest.clamp(min=1e-3) * logits.double()).round() / 4).to(logits.dtype)
 
 
 @st.composite
@@ -204,7 +204,7 @@ def _step(draw: st.DrawFn, arguments: Arguments, dtype: torch.dtype) -> Inputs:
         inputs |= {name: inputs[name][0].item() for name in NUMBERS if isinstance(inputs.get(name), Tensor)}
     if draw(flag):  # many tokens that may be drawn, of which filters take some away
         inputs["logits"] = _flattened(inputs["logits"])
-        numbers = {"temperature": (0.7, 1.0, 1.5), "top_k": (0, 1, 2, 3, 5), "top_p": (1.0, 0.2, 0.5, 0.9)}
+        numbers = {"temperature": (0.7, 1.0, 1.5), "top_k": (0, 1, 2, 3, 5), "top_p": (1.0, 0.23, 0.47, 0.89)}
         inputs |= {name: draw(st.sampled_from(values)) for name, values in numbers.items()}
     if not {"temperature", "seed"} <= arguments.taken:
         inputs["temperature"] = 0.0  # draws with another seed are others
