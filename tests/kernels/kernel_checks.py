@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +23,6 @@ from tests.paths import ROOT
 from twotower_kernels import cpu
 from twotower_kernels.ops import _direct
 from twotower_kernels.ops._library import CPU
-from twotower_kernels.reference import moe
 from twotower_kernels.testing.budget import as_tuple, assert_results_within_budget, widened
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -136,20 +134,3 @@ def relative_errors(
         ]
         sums = [(a + c, b + d) for (a, b), (c, d) in zip(sums or [(0.0, 0.0)] * len(errors), errors, strict=True)]
     return [(a / b) ** 0.5 if b else float(a > 0) for a, b in sums]
-
-
-def assert_gate_faithful(logits: Tensor, x: Tensor, gate_weight: Tensor) -> None:
-    """Within 4 roundings of the size of what is summed. The truth is summed in extended precision: the specification,
-    in float64, cannot be a yardstick for itself."""
-    assert logits.dtype == torch.float64 and logits.shape == (len(x), len(gate_weight))
-    wide, weight = (tensor.double().numpy().astype(np.longdouble) for tensor in (x, gate_weight))
-    error = np.abs(logits.numpy() - wide @ weight.T)
-    assert (error <= 4 * np.finfo(np.float64).eps * (np.abs(wide) @ np.abs(weight).T)).all()
-
-
-def router_inputs(case: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of `moe_router` for a case of `moe_route`: logits of about 1, x of this dtype."""
-    inputs = moe.make_inputs("moe_route", case)
-    n, e = inputs.pop("logits").shape
-    product = moe.make_inputs("moe_gate", dict(n=n, e=e, h=100), dtype=dtype)
-    return dict(x=product["x"], gate_weight=product["gate_weight"] / 10, **inputs)

@@ -13,14 +13,14 @@ from tests.kernels.kernel_checks import (
     DTYPES,
     EVERY_ISA,
     ISAS,
-    assert_gate_faithful,
     assert_op_within_budget,
     awkward,
     instruction_set,
-    router_inputs,
 )
+from twotower_kernels.bench.checks.operations import router_inputs
 from twotower_kernels.ops.moe import moe_router
 from twotower_kernels.reference import moe
+from twotower_kernels.testing.budget import assert_gate_faithful
 
 
 def permuted(tensor: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import twotower_kernels as tt
-from tests.gpu_checks import check_draws
 from tests.kernels.kernel_checks import DTYPES, EVERY_ISA, ISAS, awkward, instruction_set
 from tests.kernels.remask_cases import assert_step_agrees
+from twotower_kernels.bench.checks.operations import check_draws
 from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.reference import philox
 from twotower_kernels.reference.remask import CASES, make_inputs, remask

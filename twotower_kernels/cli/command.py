@@ -7,7 +7,6 @@ until then and ends with 130, as a shell expects it.
 from __future__ import annotations
 
 import argparse
-import codecs
 import importlib
 import json
 import os
@@ -17,7 +16,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from rich import box
@@ -27,6 +26,7 @@ from tokenizers import Tokenizer
 
 import twotower_kernels
 from twotower_kernels.cli import check, info
+from twotower_kernels.cli.prompts import argument, asked
 from twotower_kernels.cli.show import Painter, Printer, before_masks, costs, fitting, printable, speed, verdict
 from twotower_kernels.generation import GenerateResult, Stream
 from twotower_kernels.model.generate import MODES, generate, stream
@@ -37,7 +37,6 @@ from twotower_kernels.options.units import size
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 INTERRUPTED = 130  # 128 + SIGINT
-MOST_BYTES = 2**28  # of prompts
 PROMPT = '''def read_lines(filename):
     """Return the lines of a text file, without the newlines."""
 '''.rstrip()
@@ -184,10 +183,14 @@ def _parser() -> argparse.ArgumentParser:
     check.add_arguments(tried, DEVICE)
     tried.set_defaults(run=check.run)
 
-    # Its arguments are the benchmark's to read, --help too, so none of them begins an option here.
-    timed = commands.add_parser("bench", help="time the kernels beside their rivals", add_help=False, prefix_chars="\0")
-    timed.add_argument("arguments", nargs="*")
-    timed.set_defaults(run=_bench)
+    # Their arguments are the benchmarks' to read, --help too, so none of them begins an option here.
+    for name, module, told in (
+        ("bench", "command", "time the kernels beside their rivals"),
+        ("gpu-report", "gpu_report.command", "one report of this machine, to be sent: what held, and how fast it was"),
+    ):
+        handed_on = commands.add_parser(name, help=told, add_help=False, prefix_chars="\0")
+        handed_on.add_argument("arguments", nargs="*")
+        handed_on.set_defaults(run=_benchmark, module=module, prog=f"twotower {name}")
     return parser
 
 
@@ -231,88 +234,6 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--threads", type=THREADS, metavar="N", help="processor threads to compute with (default: PyTorch's choice)"
     )
-
-
-# --- prompts --------------------------------------------------------------------------------------------------------
-
-
-def _prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts that were asked for, from the one place they come from.
-
-    Raises:
-        ValueError: none, from two places, empty, not text, or without end.
-    """
-    if args.prompt_file is not None:
-        if args.prompt is not None:
-            raise ValueError("expected a prompt or --prompt-file, got both")
-        return _prompt_file(args.prompt_file)
-    if args.prompt is not None and args.prompt != "-":
-        return [_argument(args.prompt, "prompt")]
-    if sys.stdin is None or (args.prompt is None and sys.stdin.isatty()):
-        raise ValueError("expected a prompt, --prompt-file, or text on the standard input")
-    text = _decoded(_read(sys.stdin.buffer, "standard input"), "standard input")
-    text = text.replace("\r\n", "\n").removesuffix("\n")  # the newline with which a line of input ends
-    return [_text(text, "standard input")]
-
-
-def _read(file: BinaryIO, where: str) -> bytes:
-    """All of a file that may have no end."""
-    try:
-        content = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"{where}: {error.strerror}") from None
-    if len(content) > MOST_BYTES:
-        raise ValueError(f"{where}: expected at most {MOST_BYTES} bytes of prompts, got more")
-    return content
-
-
-def _decoded(content: bytes, where: str) -> str:
-    """UTF-8 as text, without the mark that some programs put before it."""
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte = f"byte 0x{content[error.start]:02x} at offset {error.start}"
-        raise ValueError(
-            f"{where}: expected UTF-8 text, got {byte}; is it Latin-1? iconv -f latin1 -t utf-8 converts it"
-        ) from None
-
-
-def _argument(text: str, where: str) -> str:
-    """A text from the command line, where Python keeps bytes that are no text as halves of characters."""
-    return _text(_decoded(text.encode("utf-8", "surrogateescape"), where), where)
-
-
-def _prompt_file(path: Path) -> list[str]:
-    """A prompt per line that is not blank: a JSON string, or an object with one under "prompt"."""
-    try:
-        with path.open("rb") as file:
-            lines = _read(file, str(path)).removeprefix(codecs.BOM_UTF8).split(b"\n")
-    except OSError as error:  # no such file
-        raise ValueError(f"{path}: {error.strerror}") from None
-    prompts = []
-    for count, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{path}, line {count}"
-            try:
-                value = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested beyond reason
-                raise ValueError(f"{where}: not JSON: {error}") from None
-            prompts.append(_text(value.get("prompt") if isinstance(value, dict) else value, where))
-    if not prompts:
-        raise ValueError(f"{path}: expected a prompt per line, got none")
-    return prompts
-
-
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f'{where}: expected a string, or an object with a string "prompt"')
-    if not value:
-        raise ValueError(f"{where}: expected text, got an empty prompt")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:  # half a surrogate pair
-        raise ValueError(f"{where}: expected text, got half a character") from None
-    return value
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
@@ -367,7 +288,7 @@ def _watch(events: Stream, show: Painter | Printer | None) -> bool:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    prompts = _prompts(args)
+    prompts = asked(args)
     model, tokenizer = _load(args, towers="context" if args.mode == "ar" else "both")
     ids = _ids(model, tokenizer, prompts)
     mask = model.config.mask_token_id
@@ -429,7 +350,7 @@ def _record(prompt: str, text: str, result: GenerateResult, row: int) -> dict[st
 
 
 def _demo(args: argparse.Namespace) -> int:
-    prompts = [_argument(args.prompt, "--prompt")]
+    prompts = [argument(args.prompt, "--prompt")]
     model, tokenizer = _load(args)
     ids = _ids(model, tokenizer, prompts)
     if model.config.mask_token_id in ids[0]:
@@ -494,6 +415,7 @@ def _kernels(console: Console) -> RenderableType:
     return fitting(console, table, lines)
 
 
-def _bench(args: argparse.Namespace) -> int:
-    code: int = importlib.import_module("twotower_kernels.bench.command").main(args.arguments, prog="twotower bench")
+def _benchmark(args: argparse.Namespace) -> int:
+    program = importlib.import_module(f"twotower_kernels.bench.{args.module}")
+    code: int = program.main(args.arguments, prog=args.prog)
     return code

@@ -32,6 +32,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -203,6 +204,26 @@ def assert_equal(got: Tensor, expected: Tensor, what: str) -> None:
             got=here,
             naive=there,
             exact=there,
+        )
+
+
+def assert_gate_faithful(logits: Tensor, x: Tensor, gate_weight: Tensor) -> None:
+    """Raises Mismatch unless router logits `x·gate_weightᵀ` are within 4 roundings of the size of what is summed. The
+    truth is summed in extended precision: the specification, in float64, cannot be a yardstick for itself."""
+    assert_same_kind(logits, torch.empty(len(x), len(gate_weight), dtype=torch.float64), "result 0")
+    wide, weight = (tensor.double().numpy().astype(np.longdouble) for tensor in (x, gate_weight))
+    exact = wide @ weight.T
+    error = np.nan_to_num(np.abs(logits.numpy() - exact), nan=np.inf)
+    allowed = 4 * np.finfo(np.float64).eps * (np.abs(wide) @ np.abs(weight).T)
+    if not (error <= allowed).all():
+        place = np.unravel_index(
+            np.argmax(np.where(error <= allowed, -1, np.nan_to_num(error, nan=np.inf))), error.shape
+        )
+        raise Mismatch(
+            f"result 0: off by {error[place]:.3e} of float64, allowed {allowed[place]:.3e}",
+            place=[int(n) for n in place],
+            got=logits.numpy()[place].item(),
+            exact=float(exact[place]),
         )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from twotower_kernels.testing.budget import (
     ORDERS,
     Mismatch,
     assert_equal,
+    assert_gate_faithful,
     assert_same_kind,
     assert_within_budget,
 )
@@ -42,26 +42,6 @@ def _gate(draw: st.DrawFn, arguments: Arguments, dtype: torch.dtype) -> Inputs:
     scale, narrow = draw(st.sampled_from([1e-3, 1.0, 1e4])), draw(st.booleans())
     inputs["gate_weight"] = (inputs["gate_weight"] * scale).to(dtype if narrow else torch.float32)
     return arguments.kept(inputs)
-
-
-def assert_gate_faithful(logits: Tensor, x: Tensor, gate_weight: Tensor) -> None:
-    """Within 4 roundings of the size of what is summed. The truth is summed in extended precision: the specification,
-    in float64, cannot be a yardstick for itself."""
-    assert_same_kind(logits, torch.empty(len(x), len(gate_weight), dtype=torch.float64), "result 0")
-    wide, weight = (tensor.double().numpy().astype(np.longdouble) for tensor in (x, gate_weight))
-    exact = wide @ weight.T
-    error = np.nan_to_num(np.abs(logits.numpy() - exact), nan=np.inf)
-    allowed = 4 * np.finfo(np.float64).eps * (np.abs(wide) @ np.abs(weight).T)
-    if not (error <= allowed).all():
-        place = np.unravel_index(
-            np.argmax(np.where(error <= allowed, -1, np.nan_to_num(error, nan=np.inf))), error.shape
-        )
-        raise Mismatch(
-            f"result 0: off by {error[place]:.3e} of float64, allowed {allowed[place]:.3e}",
-            place=[int(n) for n in place],
-            got=logits.numpy()[place].item(),
-            exact=float(exact[place]),
-        )
 
 
 class JudgeGate(Judge):

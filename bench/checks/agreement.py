@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.model.random_models import Models, random_ids
+from twotower_kernels.bench.checks.random_models import Models, random_ids
 from twotower_kernels.testing.budget import assert_within_budget
 
 
