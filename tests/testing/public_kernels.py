@@ -137,7 +137,7 @@ def nemotron_router(
     router.e_score_correction_bias = torch.zeros(count) if correction_bias is None else correction_bias.float()
     _, weights, experts = router(logits)
     choice = logits.float().sigmoid() + router.e_score_correction_bias
-    ranks = choice.argsort(1, descending=True, stable=True).argsort(1).gather(1, experts).argsort(1)
+    ranks = choice.argsort(dim=1, descending=True, stable=True).argsort(1).gather(1, experts).argsort(1)
     return weights.gather(1, ranks), experts.gather(1, ranks).int()
 
 

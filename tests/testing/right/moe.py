@@ -26,8 +26,8 @@ class RouteBySorting(Route):
     """The best are those of a stable sort."""
 
     def best(self, choice: Tensor, open_: Tensor, count: int) -> Tensor:
-        order = choice.argsort(1, descending=True, stable=True)
-        last = (~open_).gather(1, order).byte().argsort(1, stable=True)
+        order = choice.argsort(dim=1, descending=True, stable=True)
+        last = (~open_).gather(1, order).byte().argsort(dim=1, stable=True)
         return order.gather(1, last)[:, :count]
 
 

@@ -23,7 +23,7 @@ def greedy(logits: Tensor, tokens: Tensor, *, mask_token_id: int, step: int = 0,
     steps = (torch.as_tensor(x).expand(len(tokens)) for x in (step, num_steps))
     i, n = steps
     due = -(-waiting.sum(1) // (n - i).clamp(min=1))
-    rank = confidence.where(waiting & usable, -1.0).argsort(1, descending=True, stable=True).argsort(1)
+    rank = confidence.where(waiting & usable, -1.0).argsort(dim=1, descending=True, stable=True).argsort(1)
     chosen = waiting & usable & (rank < due[:, None].clamp(min=1))
     after = torch.where(chosen, candidate, tokens).to(tokens.dtype)
     left = (after == mask_token_id).sum(1)

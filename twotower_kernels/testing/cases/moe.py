@@ -102,6 +102,8 @@ def _route(draw: st.DrawFn, arguments: Arguments, dtype: torch.dtype) -> Inputs:
         inputs["logits"] = spread * torch.randn(shape, generator=generator, dtype=torch.float64)
         if draw(st.booleans()):  # as close as float64 tells apart, and float32 does not
             inputs["logits"] = inputs["logits"].round() + 1e-9 * inputs["logits"]
+    elif draw(st.booleans()):  # no expert has a score
+        inputs["logits"][:1] = min(TIED_LOGITS)
     score = draw(st.sampled_from(moe.SCORES))
     inputs |= dict(logits=inputs["logits"].to(dtype), correction_bias=bias, per_expert_scale=scale, score=score)
     for name, default in (("renormalize", True), ("scaling", 1.0), ("score", "sigmoid")):
