@@ -203,7 +203,7 @@ def _step(draw: st.DrawFn, arguments: Arguments, dtype: torch.dtype) -> Inputs:
     if draw(flag) and batch:
         inputs |= {name: inputs[name][0].item() for name in NUMBERS if isinstance(inputs.get(name), Tensor)}
     if draw(flag):  # many tokens that may be drawn, of which filters take some away
-        inputs["logits"] = _flattened(inputs["logits"])
+        inputs |= dict(logits=_flattened(inputs["logits"]), tokens=torch.full_like(inputs["tokens"], MASK))
         numbers = {"temperature": (0.7, 1.0, 1.5), "top_k": (0, 1, 2, 3, 5), "top_p": (1.0, 0.23, 0.47, 0.89)}
         inputs |= {name: draw(st.sampled_from(values)) for name, values in numbers.items()}
     if not {"temperature", "seed"} <= arguments.taken:
