@@ -273,7 +273,13 @@ def test_everything_public_is_explained() -> None:
             assert inspect.getdoc(thing), public
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/drop_in.md", "docs/generate_blocks.md", "docs/transformers.md"])
+PAGES = [
+    "README.md",
+    *(f"docs/{page}.md" for page in ("drop_in", "generate_blocks", "testing_your_kernel", "transformers")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_examples_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of a page's Python, one block after the other, as a reader would paste it at the repository's root."""
     monkeypatch.chdir(ROOT)

@@ -12,7 +12,7 @@ import torch
 from twotower_kernels.testing import drawing
 from twotower_kernels.testing.budget import Mismatch
 from twotower_kernels.testing.cases import OPS
-from twotower_kernels.testing.cases.op import Arguments, Op
+from twotower_kernels.testing.cases.op import Arguments, Inputs, Op
 from twotower_kernels.testing.needs import hypothesis
 from twotower_kernels.testing.needs import strategies as st
 from twotower_kernels.testing.report import PROMISES, Failure, Report
@@ -68,24 +68,19 @@ def arguments_of(op: Op, kernel: Callable[..., Any]) -> Arguments:
     try:
         given = inspect.signature(kernel).parameters
     except (TypeError, ValueError):
-        raise TypeError(
-            f"kernel: expected a function whose arguments can be read, got {kernel!r}; wrap it in one"
-        ) from None
+        raise TypeError(f"kernel: expected a function that names its arguments, got {kernel!r}") from None
     by_name = [p for p in given.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     names = {p.name for p in by_name}
     if any(p.kind is p.VAR_KEYWORD for p in given.values()):
         names |= set(op.parameters)
     missing = [name for name in op.parameters if name in op.required and name not in names]
+    listed = f"the arguments of {op.name}: {', '.join(op.parameters)}"
     if missing:
-        raise ValueError(
-            f"kernel: expected the arguments of {op.name}, {', '.join(op.parameters)}; got none named {missing[0]}"
-        )
+        raise ValueError(f"kernel: expected {', '.join(missing)} among its arguments, got {', '.join(given)}; {listed}")
     demanded = {p.name for p in by_name if p.default is p.empty}
-    if demanded - set(op.parameters):
-        unknown = sorted(demanded - set(op.parameters))[0]
-        raise ValueError(
-            f"kernel: {unknown} has no default and is no argument of {op.name}: {', '.join(op.parameters)}"
-        )
+    unknown = sorted(demanded - set(op.parameters))
+    if unknown:
+        raise ValueError(f"kernel: expected a default of {', '.join(unknown)}, which is none of {listed}")
     return Arguments(frozenset(names & set(op.parameters)), frozenset(demanded) - op.required, op.required)
 
 
@@ -168,7 +163,8 @@ class _Search:
         needed = {key for key, x in inputs.items() if isinstance(x, torch.Tensor) or x != defaults[key]}
         if not needed <= arguments.taken or not arguments.demanded <= inputs.keys():
             return
-        example = Example(dtype, arguments.kept(dict.fromkeys(op.required) | inputs | op.everything))
+        given: Inputs = {**dict.fromkeys(op.required), **inputs, **op.everything}
+        example = Example(dtype, arguments.kept(given))
         outcome = self.trial(example)
         self.cases += 1
         self.count(example, outcome)
