@@ -204,7 +204,12 @@ def _step(draw: st.DrawFn, arguments: Arguments, dtype: torch.dtype) -> Inputs:
         inputs |= {name: inputs[name][0].item() for name in NUMBERS if isinstance(inputs.get(name), Tensor)}
     if draw(flag):  # many tokens that may be drawn, of which filters take some away
         inputs |= dict(logits=_flattened(inputs["logits"]), tokens=torch.full_like(inputs["tokens"], MASK))
-        numbers = {"temperature": (0.7, 1.0, 1.5), "top_k": (0, 1, 2, 3, 5), "top_p": (1.0, 0.23, 0.47, 0.89)}
+        numbers = {
+            "temperature": (0.7, 1.0, 1.5),
+            "top_k": (0, 1, 2, 3, 5),
+            "top_p": (1.0, 0.23, 0.47, 0.89),
+            "seed": (7, -5, 2**40 + 3),
+        }
         inputs |= {name: draw(st.sampled_from(values)) for name, values in numbers.items()}
     if not {"temperature", "seed"} <= arguments.taken:
         inputs["temperature"] = 0.0  # draws with another seed are others
