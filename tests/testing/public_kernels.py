@@ -157,6 +157,8 @@ def nemotron_experts(
 ) -> Tensor:
     if activation != "relu2":
         raise NotImplementedError(f"activation {activation}")
+    if implementation == "grouped_mm" and any(n * x.element_size() % 16 for n in w_up.shape[1:]):
+        raise NotImplementedError("grouped_mm wants strides that are multiples of 16 bytes, and says so")
     if bool(((experts < 0) | (experts >= len(w_up))).any()):
         raise NotImplementedError("an expert of another device")
     sizes = dict(hidden_size=x.shape[1], n_routed_experts=len(w_up), moe_intermediate_size=w_up.shape[1])
@@ -219,7 +221,8 @@ def mamba_ssm_chunked(
     *, n_groups: int, head_dim: int,
 ) -> Tensor:  # fmt: skip
     x, b, c = split(convolved(xbc, conv_weight, conv_bias), dt.shape[2], head_dim, n_groups)
-    y = mamba_ssm.chunk_scan(x, dt, -a_log.exp(), b, c, 16, D=d, dt_bias=dt_bias, dt_softplus=True)
+    chunk = xbc.shape[1] if xbc.shape[1] % 16 else 16  # it takes whole chunks
+    y = mamba_ssm.chunk_scan(x, dt, -a_log.exp(), b, c, chunk, D=d, dt_bias=dt_bias, dt_softplus=True)
     return y.flatten(2).to(xbc.dtype)
 
 
