@@ -194,8 +194,13 @@ def _step(draw: st.DrawFn, arguments: Arguments, dtype: torch.dtype) -> Inputs:
     """Also with numbers for all rows alike, with ties of tokens and of positions, and where filters matter."""
     inputs = draw(steps("valid_lens" in arguments.taken, dtype))
     if draw(flag):  # many tokens that may be drawn, of which filters take some away
-        inputs["logits"] = _flattened(inputs["logits"])
-        numbers = {"temperature": (0.7, 1.0, 1.5), "top_k": (0, 1, 2, 3, 5), "top_p": (1.0, 0.23, 0.47, 0.89)}
+        inputs |= dict(logits=_flattened(inputs["logits"]), tokens=torch.full_like(inputs["tokens"], MASK))
+        numbers = {
+            "temperature": (0.7, 1.0, 1.5),
+            "top_k": (0, 1, 2, 3, 5),
+            "top_p": (1.0, 0.23, 0.47, 0.89),
+            "seed": (7, -5, 2**40 + 3),
+        }
         inputs |= {name: draw(st.sampled_from(values)) for name, values in numbers.items()}
     logits = inputs["logits"]
     batch, block, vocab = logits.shape
