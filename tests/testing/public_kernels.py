@@ -86,6 +86,10 @@ def torch_rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float) -> Te
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
+def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
 def llama_rms_norm(x: Tensor, weight: Tensor, *, eps: float, round_first: bool) -> Tensor:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -153,6 +157,8 @@ def nemotron_experts(
 ) -> Tensor:
     if activation != "relu2":
         raise NotImplementedError(f"activation {activation}")
+    if implementation == "grouped_mm" and any(n * x.element_size() % 16 for n in w_up.shape[1:]):
+        raise NotImplementedError("grouped_mm wants strides that are multiples of 16 bytes, and says so")
     if bool(((experts < 0) | (experts >= len(w_up))).any()):
         raise NotImplementedError("an expert of another device")
     sizes = dict(hidden_size=x.shape[1], n_routed_experts=len(w_up), moe_intermediate_size=w_up.shape[1])
@@ -190,11 +196,9 @@ def nemotron_prefill(
 
 def nemotron_decoding(
     xbc: Tensor, dt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, a_log: Tensor, d: Tensor, dt_bias: Tensor,
-    *, n_groups: int, head_dim: int, conv_state: Tensor, ssm_state: Tensor, return_states: bool,
+    *, n_groups: int, head_dim: int, conv_state: Tensor, ssm_state: Tensor, return_states: bool = False,
 ) -> Any:  # fmt: skip
     """Token by token, as the mixer does with a cache."""
-    if not return_states:
-        raise NotImplementedError("states are asked for here")
     conv, state, heads, ys = conv_state.clone(), ssm_state.clone(), dt.shape[2], []
     a = -a_log.float().exp()[:, None, None].expand(state.shape[1:])
     skip, bias = (m[:, None].expand(heads, head_dim) for m in (d, dt_bias))
@@ -204,7 +208,8 @@ def nemotron_decoding(
         step = dt[:, t, :, None].expand(-1, -1, head_dim)
         update = model_functions().mamba2_selective_state_update
         ys.append(update(state, x, step, a, b, c, skip, z=None, dt_bias=bias, dt_softplus=True).flatten(1))
-    return torch.stack(ys, 1), conv, state
+    y = torch.stack(ys, 1) if ys else torch.zeros(len(xbc), 0, heads * head_dim, dtype=xbc.dtype)
+    return (y, conv, state) if return_states else y
 
 
 def model_functions() -> Any:
@@ -216,7 +221,8 @@ def mamba_ssm_chunked(
     *, n_groups: int, head_dim: int,
 ) -> Tensor:  # fmt: skip
     x, b, c = split(convolved(xbc, conv_weight, conv_bias), dt.shape[2], head_dim, n_groups)
-    y = mamba_ssm.chunk_scan(x, dt, -a_log.exp(), b, c, 16, D=d, dt_bias=dt_bias, dt_softplus=True)
+    chunk = xbc.shape[1] if xbc.shape[1] % 16 else 16  # it takes whole chunks
+    y = mamba_ssm.chunk_scan(x, dt, -a_log.exp(), b, c, chunk, D=d, dt_bias=dt_bias, dt_softplus=True)
     return y.flatten(2).to(xbc.dtype)
 
 
@@ -232,7 +238,7 @@ def mamba_ssm_update(
         step = dt[:, t, :, None].expand(x[:, t].shape)
         given = state, x[:, t], step, a, b[:, t], c[:, t], skip
         ys.append(mamba_ssm.selective_state_update(*given, dt_bias=bias, dt_softplus=True).flatten(1))
-    return torch.stack(ys, 1)
+    return torch.stack(ys, 1) if ys else torch.zeros(len(xbc), 0, d.numel() * head_dim, dtype=xbc.dtype)
 
 
 def fla_recurrent(
@@ -259,7 +265,7 @@ PUBLIC: list[tuple[str, str, str, Kernel]] = [
     ("torch", "F.scaled_dot_product_attention, a mask", "context_attention", sdpa_masked),
     ("torch", "flex_attention, not compiled", "block_attention", flex),
     ("transformers", "eager_attention_forward", "block_attention", transformers_eager),
-    ("torch", "F.linear", "linear", F.linear),
+    ("torch", "F.linear", "linear", torch_linear),
     ("torch", "F.rms_norm", "rms_norm", torch_rms_norm),
     ("transformers", "LlamaRMSNorm", "rms_norm", llama_rms_norm),
     ("transformers", "NemotronHRMSNorm", "rms_norm", nemotron_rms_norm),

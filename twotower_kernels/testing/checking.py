@@ -93,6 +93,8 @@ class _Search:
 
     def __init__(self, trial: Trial, dtypes: tuple[torch.dtype, ...], seed: int) -> None:
         self.trial, self.dtypes, self.seed = trial, dtypes, seed
+        defaults = {name: trial.op.parameters[name].default for name in trial.arguments.demanded}
+        self.demanded = {name: value for name, value in defaults.items() if value is not None}
         self.failures: dict[str, Failure] = {}
         self.begin()
 
@@ -148,7 +150,7 @@ class _Search:
 
     def strategy(self) -> st.SearchStrategy[Example]:
         def of(dtype: torch.dtype) -> st.SearchStrategy[Example]:
-            inputs = self.trial.op.draw(self.trial.arguments, dtype)
+            inputs = self.trial.op.draw(self.trial.arguments, dtype).map(lambda drawn: self.demanded | drawn)
             return st.builds(Example, st.just(dtype), inputs, drawing.layouts(), st.integers(0, 7))
 
         return st.sampled_from(self.dtypes).flatmap(of)
@@ -156,7 +158,7 @@ class _Search:
     def of_case(self, name: str, dtype: torch.dtype) -> None:
         """One of the specification's cases, if the kernel takes what it needs."""
         op, arguments = self.trial.op, self.trial.arguments
-        inputs = {key: x for key, x in op.make(name, dtype=dtype).items() if x is not None}
+        inputs = self.demanded | {key: x for key, x in op.make(name, dtype=dtype).items() if x is not None}
         defaults = {key: parameter.default for key, parameter in op.parameters.items()}
         needed = {key for key, x in inputs.items() if isinstance(x, torch.Tensor) or x != defaults[key]}
         if not needed <= arguments.taken or not arguments.demanded <= inputs.keys():

@@ -218,6 +218,8 @@ def _mixture(draw: st.DrawFn, arguments: Arguments, dtype: torch.dtype) -> Input
         given["shared"] = max(1, given["shared"])
     given["biased"] = arguments.gives("up_bias", given["biased"]) and "down_bias" in arguments.taken
     inputs = moe.make_inputs("moe_experts", given, dtype=dtype, seed=draw(drawing.seeds()))
+    if draw(st.booleans()) and draw(st.booleans()):  # one expert twice
+        inputs["experts"][:, -1:] = inputs["experts"][:, :1]
     if given["activation"] == "clamped_gated":
         inputs |= {name: x for name, x in clamp.items() if name in arguments.taken}
     if arguments.gives("plan", draw(st.booleans())):
