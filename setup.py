@@ -1,5 +1,6 @@
 """Builds `twotower_kernels._C`: every csrc/cpu/*.cpp once per instruction set, then one shared library, by ninja.
-What GPU kernels in CUDA C++ are compiled from at their first use, csrc/cuda and csrc/common, goes into the package.
+What GPU kernels in CUDA C++ are compiled from at their first use, csrc/cuda and csrc/common, goes into the package, and
+the recordings of two small models, which `twotower check` compares with.
 
 Needs a C++17 compiler (CXX, else c++: g++ 11 or clang 14, or newer), pybind11, ninja. No torch and no CUDA: the kernels
 take pointers. CXXFLAGS and LDFLAGS are appended to the flags below. All metadata but the licence is in pyproject.toml.
@@ -161,15 +162,21 @@ class BuildKernels(build_ext):
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(build), "--quiet"], check=True)
 
 
+# From the root, into the package.
+COPIED = {f"csrc/{part}": f"csrc/{part}" for part in ("common", "cuda")}
+COPIED |= {f"tests/data/golden/{name}": f"recorded/{name}" for name in ("tiny", "tiny_bf16")}
+
+
 class CopySources(build_py):
-    """`build_py` that adds what GPU kernels are compiled from, as twotower_kernels/csrc. A checkout reads its own."""
+    """`build_py` that adds what GPU kernels are compiled from, and what a model is checked with. A checkout reads its
+    own."""
 
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            for part in ("common", "cuda"):
-                copy = Path(self.build_lib) / "twotower_kernels" / "csrc" / part
-                shutil.copytree(ROOT / "csrc" / part, copy, dirs_exist_ok=True)
+            for source, target in COPIED.items():
+                copy = Path(self.build_lib) / "twotower_kernels" / target
+                shutil.copytree(ROOT / source, copy, dirs_exist_ok=True)
 
 
 sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.cpp"))]

@@ -5,7 +5,7 @@
 #     bench/gpu.sh more [FOLDER]    profile, sanitize: 3 minutes at most
 #     bench/gpu.sh PART [FOLDER]    one of them
 #
-# smoke: does anything run? tests: every check of tests/gpu_checks.py. model: the released model's size with random
+# smoke: does anything run? tests: every check of bench/checks. model: the released model's size with random
 # weights. ops, attention: operations beside their best baselines. switches: what only measurement can decide, both ways.
 # profile: what bounds the kernels that are most of a step, by ncu. sanitize: small cases under compute-sanitizer.
 #
@@ -108,7 +108,7 @@ smoke() {
 }
 
 tests() {
-    limited 160 "$python" -m tests.gpu_checks --jobs "$jobs"
+    limited 160 "$python" -m bench.checks --device cuda --jobs "$jobs" --save "$work"
 }
 
 model() {
@@ -151,8 +151,8 @@ sanitize() {
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     for tool in memcheck synccheck racecheck; do
         echo "compute-sanitizer, $tool:"
-        limited 30 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" \
-            -m tests.gpu_checks --eager --only 'odd]' --only 'grouped]' --only 'sampled_filtered]' >"$work/$tool.log" 2>&1
+        limited 30 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m bench.checks --device cuda --eager \
+            --share 0 1 --only 'odd]' --only 'grouped]' --only 'sampled_filtered]' >"$work/$tool.log" 2>&1
         tail -n 15 "$work/$tool.log"
         grep -Eq '(ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards)' "$work/$tool.log" || code=1
     done

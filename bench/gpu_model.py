@@ -9,7 +9,6 @@ of the experts that its tokens hit, keys, values, states. What a replay gives mu
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from twotower_kernels.bench.measure.gpu_clock import median
 from twotower_kernels.bench.measure.switches import ways
 from twotower_kernels.bench.measure.timing import said
 from twotower_kernels.bench.report import tables
+from twotower_kernels.bench.report.saved import write_json
 from twotower_kernels.bench.sizes.configs import RELEASED, config
 from twotower_kernels.model import layers
 from twotower_kernels.model.capture import CapturedModel
@@ -208,8 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
             if options.save:
                 whole = {"machine": tables.machine("cuda"), "ceilings": vars(limits)}
                 whole |= {"layers": c.hybrid_override_pattern, "results": entries}
-                options.save.mkdir(parents=True, exist_ok=True)
-                (options.save / "model.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+                write_json(options.save / "model.json", whole)
     return failed
 
 

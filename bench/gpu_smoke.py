@@ -3,7 +3,7 @@
 Says what is installed, compiles every CUDA C++ kernel in processes side by side, and calls each operation once at the
 released model's sizes in bfloat16, beside the specification in float32 on the same GPU. Every call stands for itself: a
 kernel that fails takes nothing with it but its own line: if it takes the GPU from this process, another one goes on
-behind it. How exact results are is checked by `tests.gpu_checks`; here an error of a twentieth of the result's norm is
+behind it. How exact results are is checked by `bench.checks`; here an error of a twentieth of the result's norm is
 a mistake, and less is rounding.
 """
 
@@ -13,11 +13,13 @@ import argparse
 import dataclasses
 import importlib
 import importlib.metadata
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor
 
 import twotower_kernels as tt
 from twotower_kernels.bench.measure.device import lost
+from twotower_kernels.bench.report.saved import write_json
 from twotower_kernels.cuda import build as cuda
 
 FAMILIES = ("adaln", "attention", "mamba2", "moe", "remask")
@@ -114,8 +117,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", default=[], help="operations of this name; may be given again")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="leave out what comes before, builds too")
     parser.add_argument("--failed", type=int, default=0, metavar="N", help="things that failed before")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write FOLDER/smoke.json, anew after every call")
     options = parser.parse_args(arguments)
-    failed = options.failed
+    failed, path = options.failed, options.save and options.save / "smoke.json"
+    found: dict[str, Any] = {"builds": 0, "build seconds": 0.0, "failed builds": [], "calls": []}
+    if path and options.first and path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))  # of the process before this one
     if options.first == 0:
         # Forked before this process has anything to do with the GPU, which a child of it could not use.
         with ProcessPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
@@ -127,29 +134,42 @@ def main(arguments: list[str] | None = None) -> int:
             for said in pool.map(compiled, wanted, [cuda.architecture(0)] * len(wanted)):
                 if said is not None:
                     failed += 1
+                    found["failed builds"].append(said)
                     print(f"FAILED {said}", flush=True)
+        found |= {"builds": len(wanted), "build seconds": time.perf_counter() - start}
         print(f"{len(wanted)} CUDA C++ builds in {time.perf_counter() - start:.1f} s", flush=True)
     check_device()
     for number, (family, op, case) in enumerate(cases()):
         if number < options.first or (options.only and op not in options.only):
             continue
         print(f"{op}, {case}: ", end="", flush=True)  # named before it can hang
+        entry: dict[str, Any] = {"op": op, "case": case}
+        found["calls"].append(entry)
+        if path:
+            write_json(path, found)
         start = time.perf_counter()
         try:
             off = call(family, op, case, "cuda")
             torch.cuda.synchronize()
         except Exception as error:
             failed += 1
-            print(f"FAILED, {type(error).__name__}: {error}", flush=True)
+            entry["failed"] = f"{type(error).__name__}: {error}"
+            print(f"FAILED, {entry['failed']}", flush=True)
+            if path:
+                write_json(path, found)
             if lost():
                 print("the GPU is lost to this process; another one goes on", flush=True)
                 only = [word for op in options.only for word in ("--only", op)]
+                only += ["--save", str(options.save)] if path else []
                 again = ["-m", "twotower_kernels.bench.gpu_smoke", "--first", str(number + 1), "--failed", str(failed)]
                 os.execv(sys.executable, [sys.executable, *again, *only])
             continue
         failed += off > TOLERANCE
         word = "WRONG, " if off > TOLERANCE else ""
-        print(f"{word}off by {off:.2g}, first call {time.perf_counter() - start:.1f} s", flush=True)
+        entry |= {"off": off, "wrong": off > TOLERANCE, "first call seconds": time.perf_counter() - start}
+        print(f"{word}off by {off:.2g}, first call {entry['first call seconds']:.1f} s", flush=True)
+    if path:
+        write_json(path, found)
     return min(failed, 125)
 
 

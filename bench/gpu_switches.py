@@ -9,7 +9,6 @@ What is fastest belongs into those constants.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -26,6 +25,7 @@ from twotower_kernels.bench.measure import timing
 from twotower_kernels.bench.measure.device import LOST, lost
 from twotower_kernels.bench.measure.switches import Way, ways
 from twotower_kernels.bench.measure.timing import OURS, Case
+from twotower_kernels.bench.report.saved import write_json
 from twotower_kernels.bench.sizes.shapes import RELEASED, SMALL, Shapes
 from twotower_kernels.ops.moe import moe_router
 
@@ -138,9 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append({"program": name, "way": "", "wrong": timing.said(error)})
             print(said(rows[-1], None), flush=True)
         if options.save:
-            options.save.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"gpu": torch.cuda.get_device_name(), "rows": rows}, indent=1, ensure_ascii=False)
-            (options.save / "switches.json").write_text(text + "\n", encoding="utf-8")
+            write_json(options.save / "switches.json", {"gpu": torch.cuda.get_device_name(), "rows": rows})
         if lost():
             print("the GPU is lost to this process", flush=True)
             return LOST

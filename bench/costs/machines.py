@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,18 @@ MACHINES = {
 }
 
 
+def by_name(card: str) -> Machine | None:
+    """The machine above that a GPU of this name is."""
+    return next((machine for key, machine in MACHINES.items() if re.search(rf"\b{key}\b", card, re.I)), None)
+
+
+def of_ceilings(name: str, limits: Ceilings, memory: float, source: str) -> Machine:
+    """A device by what was measured on it."""
+    flops = {dtype: limits.matrix(getattr(torch, dtype)) * 1e9 for dtype in DTYPES}
+    read = limits.read * 1e9
+    return Machine(name, memory, read, flops, limits.launch, read, source)
+
+
 def measured(run: Path) -> Machine:
     """The CPU of a saved run of the benchmarks, by the ceilings that it measured.
 
@@ -67,13 +80,10 @@ def measured(run: Path) -> Machine:
     try:
         saved = json.loads(run.read_text(encoding="utf-8"))
         about, limits = saved["machine"], Ceilings(**saved["ceilings"])
-        flops = {name: limits.matrix(getattr(torch, name)) * 1e9 for name in DTYPES}
-        read, launch = limits.read * 1e9, limits.launch
-        name = f"{about['processor']}, {about['threads']} threads"
+        name, source = f"{about['processor']}, {about['threads']} threads", f"{about['date']}, commit {about['commit']}"
+        return of_ceilings(name, limits, _installed_memory(), f"measured, {source}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{run}: expected a run saved by the benchmarks, got {error!r}") from None
-    memory = _installed_memory()
-    return Machine(name, memory, read, flops, launch, read, f"measured, {about['date']}, commit {about['commit']}")
 
 
 def _installed_memory() -> float:

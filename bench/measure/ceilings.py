@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import twotower_kernels as tt
 from twotower_kernels.bench.measure import gpu_clock
+from twotower_kernels.bench.report.saved import write_json
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,11 @@ def _launch(on_cpu: bool) -> float:
 
 
 def measure(device: str = "cpu") -> Ceilings:
-    """A sum over 1 GiB (on a GPU 4), a copy of it, matrix products with PyTorch's number of threads, and a launch."""
+    """A sum over 1 GiB (on a GPU 4, or a quarter of what is free), a copy of it, matrix products with PyTorch's number
+    of threads, and a launch."""
     on_cpu = torch.device(device).type == "cpu"
-    x = torch.ones(2**28 if on_cpu else 2**30, device=device)  # zeros might all lie on one page
+    count = 2**28 if on_cpu else min(2**30, torch.cuda.mem_get_info()[0] // 16)
+    x = torch.ones(count, device=device)  # zeros might all lie on one page
     size = x.numel() * x.element_size() / 1e9
 
     def product(dtype: torch.dtype, n: int) -> float:
@@ -102,5 +107,17 @@ def measure(device: str = "cpu") -> Ceilings:
     )
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.measure.ceilings", description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where (default: cpu)")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write FOLDER/ceilings.json")
+    options = parser.parse_args(arguments)
+    found = measure(options.device)
+    print(found)
+    if options.save:
+        write_json(options.save / "ceilings.json", asdict(found))
+    return 0
+
+
 if __name__ == "__main__":
-    print(measure())
+    raise SystemExit(main())

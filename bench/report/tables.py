@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import re
@@ -21,6 +20,7 @@ from twotower_kernels import cpu
 from twotower_kernels.bench.measure.ceilings import Ceilings
 from twotower_kernels.bench.measure.timing import ORIGINAL, OURS, Result
 from twotower_kernels.bench.report.checkout import ROOT
+from twotower_kernels.bench.report.saved import write_json, write_text
 
 HEADER = ("op", "shape", "dtype", "µs", "spread", "vs original", "vs best PyTorch", "of ceiling", "GB/s", "GFLOP/s")
 
@@ -228,8 +228,7 @@ def write(
         "results": list(entries),
         "skipped": [asdict(s) for s in skipped],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, run)
     return run
 
 
@@ -238,5 +237,5 @@ def save(
 ) -> dict[str, Any]:
     """<stem>.json with every program's times, which is returned too, and <stem>.md, the table."""
     run = write([entry(result, ceilings) for result in results], ceilings, folder / f"{stem}.json", skipped)
-    (folder / f"{stem}.md").write_text(markdown(results, ceilings, skipped), encoding="utf-8")
+    write_text(folder / f"{stem}.md", markdown(results, ceilings, skipped))
     return run

@@ -16,10 +16,10 @@ import twotower_kernels as tt
 from tests.benchmarks.test_bench_command import LIMITS
 from tests.gpu.gpu_stand_in import gpu_stand_in
 from tests.gpu.test_capture import Recorder
-from tests.model.random_models import SIZES
 from twotower_kernels import TwoTowerConfig
 from twotower_kernels.bench import command, gpu_model, gpu_smoke, gpu_switches
 from twotower_kernels.bench.cases.remask import best_of
+from twotower_kernels.bench.checks.random_models import SIZES
 from twotower_kernels.bench.measure import ceilings, gpu_clock, switches
 from twotower_kernels.bench.measure.device import LOST, lost
 from twotower_kernels.bench.measure.timing import ORIGINAL, OURS

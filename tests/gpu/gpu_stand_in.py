@@ -73,7 +73,7 @@ def gpu_stand_in(memory: int = 2**30) -> Iterator[Recorder]:
         "is_initialized": lambda: True,
         "get_device_name": lambda *_: "Stand-in",
         "get_device_capability": lambda *_: (9, 0),
-        "get_device_properties": lambda *_: SimpleNamespace(L2_cache_size=2**16),
+        "get_device_properties": lambda *_: SimpleNamespace(L2_cache_size=2**16, total_memory=memory),
         "mem_get_info": lambda *_: (memory, memory),
         "synchronize": lambda *_: None,
         "set_sync_debug_mode": lambda mode: None,

@@ -26,11 +26,11 @@ from unittest import mock
 
 import torch
 
-from tests import gpu_checks
 from tests.gpu.gpu_stand_in import gpu_stand_in
 from tests.gpu.launch_kernels import NoDriver
 from tests.kernels.kernel_checks import laid_over
 from twotower_kernels.bench import gpu_model
+from twotower_kernels.bench.checks import operations, processes
 from twotower_kernels.bench.measure import ceilings
 from twotower_kernels.cuda import build as cuda
 from twotower_kernels.model import capture
@@ -115,19 +115,18 @@ def main(arguments: Sequence[str]) -> None:
     if arguments[0] != "-m":  # setup.py: as it is
         os.execv(sys.executable, [sys.executable, *arguments])
     sys.executable = str(Path(__file__).with_suffix(".sh"))  # for the processes that it starts
-    name, sys.argv = arguments[1], list(arguments[1:])
+    name, sys.argv = arguments[1].removeprefix("twotower_kernels."), list(arguments[1:])
     if name in ("bench", "bench.gpu_switches"):
         sys.argv += ["--shapes", "small", "--seconds", "0"]
     begun = time.perf_counter()
     small_enough()
-    program = importlib.import_module("bench.command" if name == "bench" else name)
+    program = importlib.import_module(f"{name}.command" if name in ("bench", "bench.checks") else name)
     try:
         with ExitStack() as stack:
             record = stack.enter_context(gpu_stand_in(memory=2**40))
-            if hasattr(program, "cuda_graph"):
-                stack.enter_context(mock.patch.object(program, "cuda_graph", record))
+            stack.enter_context(mock.patch.object(operations, "cuda_graph", record))
             stack.enter_context(mock.patch.object(capture, "CudaGraphs", lambda: record))
-            stack.enter_context(mock.patch.object(gpu_checks, "HANGS", 600.0))  # on cores that others share
+            stack.enter_context(mock.patch.object(processes, "HANGS", 600.0))  # on cores that others share
             stack.enter_context(compiled_only())
             code = program.main()
     finally:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import twotower_kernels as tt
-from tests.compare import assert_within_budget, widened
 from tests.gpu.triton_checks import DTYPES, triton_kernels
 from tests.kernels.test_attention_kernel import ATTENDING, DIFFERENTIABLE
 from twotower_kernels.reference import attention
+from twotower_kernels.testing.budget import assert_within_budget, widened
 from twotower_kernels.triton import attention_gradient as kernels
 from twotower_kernels.triton.attention_tuning import Tuning
 

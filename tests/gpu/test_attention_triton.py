@@ -1,6 +1,5 @@
 """Attention's Triton kernels in the interpreter: the CPU kernels' demands, without float64."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +14,10 @@ from torch import Tensor
 
 import twotower_kernels as tt
 from tests.gpu.triton_checks import DTYPES, triton_kernels
-from tests.kernels.kernel_checks import awkward
-from tests.kernels.test_attention_kernel import ATTENDING, EVERY, assert_agrees, assert_same_storage, problems, small
+from tests.kernels.test_attention_kernel import ATTENDING, EVERY, assert_agrees, assert_same_storage, small
 from twotower_kernels.reference import attention
+from twotower_kernels.testing.cases.attention import appends, sides, sizes
+from twotower_kernels.testing.layouts import awkward
 from twotower_kernels.triton import attention as kernels
 from twotower_kernels.triton.attention_tuning import Tuning, splits_for
 
@@ -50,7 +50,7 @@ def test_every_case(op: str, case: str) -> None:
 
 @settings(max_examples=8)
 @given(
-    sizes=problems(),
+    sizes=sizes(),
     causal=st.booleans(),
     op=st.sampled_from(ATTENDING),
     dtype=st.sampled_from(DTYPES),
@@ -72,7 +72,7 @@ def test_any_shape_and_layout(sizes, causal, op, dtype, layout, size, tiles, col
 
 @settings(max_examples=6)
 @given(
-    sizes=problems(),
+    sizes=sizes(),
     block_size=st.sampled_from([1, 2, 7, 32]),
     dtype=st.sampled_from(DTYPES),
     tiles=st.sampled_from([(16, 16), (64, 32)]),
@@ -89,35 +89,15 @@ def test_any_sequence_of_blocks(sizes, block_size, dtype, tiles, splits, seed): 
 
 
 @settings(max_examples=6)
-@given(sizes=problems(), dtype=st.sampled_from(DTYPES), layout=st.integers(0, 2))
+@given(sizes=appends(), dtype=st.sampled_from(DTYPES), layout=st.integers(0, 2))
 def test_any_append(sizes, dtype, layout):  # type: ignore[no-untyped-def]
-    drop = ("window", "softcap", "context_lens", "context_starts", "sinks")
-    sizes = {k: v for k, v in sizes.items() if k not in drop}
-    sizes |= {"context_rows": sizes["batch"] + 1, "context_index": list(range(sizes["batch"], 0, -1))}
-    page = sizes["page"] or 1
-    sizes["context"] += -(-sizes["block"] // page) * page
-    sizes["context_lens"] = [(sizes["context"] - sizes["block"]) // (row + 1) for row in range(sizes["batch"])]
     with triton_kernels():
         assert_same_storage(attention.make_inputs("append_kv", sizes, dtype=dtype), layout)
 
 
 @settings(max_examples=25)
-@given(
-    empty=st.lists(st.sampled_from([None, -math.inf, math.inf]), min_size=2, max_size=2),
-    shape=st.sampled_from([(1,), (0, 3), (2, 3, 4, 5), (2, 7, 33)]),
-    spread=st.sampled_from([1.0, 50.0, 1e4]),
-    dtype=st.sampled_from(DTYPES),
-    layout=st.integers(0, 3),
-)
-def test_any_merge(empty, shape, spread, dtype, layout):  # type: ignore[no-untyped-def]
-    generator = torch.Generator().manual_seed(0)
-    inputs = {}
-    for side, nothing in zip("ab", empty, strict=True):
-        out = torch.randn(shape, generator=generator).to(dtype)
-        lse = torch.randn(shape[:-1], generator=generator) * spread
-        if nothing:
-            out, lse = torch.full_like(out, torch.nan), torch.full_like(lse, nothing)
-        inputs |= {f"out_{side}": out, f"lse_{side}": lse}
+@given(inputs=st.sampled_from(DTYPES).flatmap(sides), layout=st.integers(0, 3))
+def test_any_merge(inputs, layout):  # type: ignore[no-untyped-def]
     with triton_kernels():
         assert_agrees("merge_attention", inputs, layout)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.model.random_models import models, random_ids
 from twotower_kernels import TwoTowerModel
+from twotower_kernels.bench.checks.random_models import models, random_ids
 from twotower_kernels.model import capture, generate, two_tower
 from twotower_kernels.model.capture import CapturedModel, CudaGraphs
 from twotower_kernels.model.state import ContextState

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 import twotower_kernels as tt
-from tests.compare import assert_within_budget, widened
 from tests.gpu.device_arithmetic import approximated, device_arithmetic, tensor_core
 from tests.gpu.test_attention_gradient_triton import GRADIENTS, gradients
 from tests.gpu.triton_checks import DTYPES, triton_kernels
@@ -21,6 +20,7 @@ from tests.kernels.test_mamba2_kernel import check, scan
 from tests.kernels.test_moe_kernel import test_only_scores_within_four_ulp_may_change_places as check_router
 from tests.simt.overlay import cuda_kernels
 from twotower_kernels.reference import adaln, attention, mamba2, moe, remask
+from twotower_kernels.testing.budget import assert_within_budget, widened
 from twotower_kernels.triton.mamba2_chunk import exponential, silu, softplus
 
 F32, BF16, F16 = DTYPES

@@ -1,5 +1,6 @@
 """The checks that are made on a GPU, on the CPU: that they run, and that they can fail."""
 
+import json
 import os
 import re
 import shutil
@@ -15,16 +16,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import gpu_checks, gpu_model_checks
 from tests.gpu.test_capture import Recorder
-from tests.gpu_checks import check, check_case, check_router, of_part
 from tests.paths import ROOT
 from twotower_kernels.bench import command
+from twotower_kernels.bench.checks import command as checks
+from twotower_kernels.bench.checks import model, operations, processes
+from twotower_kernels.bench.checks.operations import check, check_case, check_router
+from twotower_kernels.bench.checks.processes import Tally
 from twotower_kernels.bench.measure.device import LOST
 
 
 @pytest.mark.parametrize("case", ["tiny", "odd", "sampled_filtered", "llada"])
-@pytest.mark.parametrize("dtype", gpu_checks.DTYPES)
+@pytest.mark.parametrize("dtype", operations.DTYPES)
 def test_steps_are_checked(case: str, dtype: torch.dtype) -> None:
     check_case("remask", "remask", case, {}, dtype, "cpu")
 
@@ -57,50 +60,79 @@ def test_a_wrong_operation_is_noticed(ours: Any, message: str) -> None:
         check(ours, double, inputs, "cpu")
 
 
-def test_every_check_is_in_one_part() -> None:
-    labels = [label for label, _ in gpu_checks.of_operations("cuda")]
+def test_every_check_is_in_one_share() -> None:
+    labels = [label for label, _ in operations.of_operations("cuda")]
     assert len(labels) > 300 and len(set(labels)) == len(labels)
-    for parts in (1, 2, 3, 4, 16):
-        assert sorted(label for n in range(parts) for label in of_part(n, parts, labels)) == sorted(labels)
-    for number, dtype in enumerate(gpu_checks.DTYPES):
-        large = of_part(number, 16, labels)
+    for shares in (1, 2, 3, 4, 16):
+        assert sorted(label for n in range(shares) for label in checks.of_share(n, shares, labels)) == sorted(labels)
+    for number, dtype in enumerate(operations.DTYPES):
+        large = checks.of_share(number, 16, labels)
         assert large and all("released" in label and label.endswith(str(dtype)) for label in large)
-    assert of_part(3, 4, ["adaln", "model, compiled"]) == ["model, compiled", "adaln"]
+    assert checks.of_share(3, 4, ["adaln", "model, compiled"]) == ["model, compiled", "adaln"]
 
 
-PART = """#!/bin/sh
-# -m tests.gpu_checks --part NUMBER PARTS ARGUMENTS... --first N
-number=$4
+def test_devices_are_asked_what_they_have_kernels_for() -> None:
+    """A processor everything, but the largest cases; a GPU what it has a kernel for, and its graphs; Triton's
+    interpreter what Triton compiles."""
+    found = {device: [label for label, _ in checks.tasks(device)] for device in ("cpu", "cuda")}
+    assert [label for label in found["cuda"] if "through graphs" in label] and not any(
+        "linear[" in x for x in found["cuda"]
+    )
+    assert any("linear[" in x for x in found["cpu"]) and not any("through graphs" in x for x in found["cpu"])
+    refused = 0
+    for label, run in operations.of_operations("cpu"):
+        if run is operations.too_large:
+            refused += 1
+            assert "released" in label
+    assert refused == 15
+    interpreted = [label for label, _ in checks.tasks("cpu", interpreted=True)]
+    assert interpreted and not any(word in label for label in interpreted for word in ("moe_gate", "released", "model"))
+
+
+SHARE = """#!/bin/sh
+# -m PROGRAM --device cuda --only=tiny --share NUMBER SHARES --first N
+number=$7
 for last; do :; done
 first=$last
-say() { if [ "$1" -ge "$first" ]; then echo "begins $1 check-$1"; else return 1; fi; }
-say 0 && echo "said $number $6 in 0"
-say 1 && case $number in 1) exit 77 ;; 2) kill -SEGV $$ ;; 3) exec sleep 60 ;; esac
-say 2 && echo "said $number $6 in 2"
-[ "$number" != 4 ]
+say() { if [ "$1" -ge "$first" ]; then echo "begins $1 check-$number-$1"; else return 1; fi; }
+say 0 && echo held && echo "said $number $5 in 0"
+say 1 && case $number in
+    1) echo "FAILED check-1-1: GpuError: lost" && exit 77 ;;
+    2) kill -SEGV $$ ;;
+    3) exec sleep 60 ;;
+    *) echo "refused check-$number-1: no kernel" ;;
+esac
+say 2 && if [ "$number" = 4 ]; then echo "FAILED check-4-2: off" && exit 1; else echo held; fi
 """
 
 
 def test_what_ends_a_process_costs_its_own_check_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A GPU that is lost, a crash, a check that says nothing any more; and one that only fails."""
+    """A GPU that is lost, a crash, a check that says nothing any more; and one that only fails. What is found is
+    counted, and saved."""
     python = tmp_path / "python"
-    python.write_text(PART)
+    python.write_text(SHARE)
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    monkeypatch.setattr(gpu_checks, "HANGS", 2.0)
-    assert gpu_checks.in_processes(5, ["--only=tiny"]) == 4
+    monkeypatch.setattr(processes, "HANGS", 2.0)
+    tally = Tally("cuda", 16, tmp_path / "checks.json")
+    assert processes.in_processes(5, [*checks.PROGRAM, "--device", "cuda", "--only=tiny"], tally) == 4
+    tally.save()
+    saved = json.loads((tmp_path / "checks.json").read_text(encoding="utf-8"))
+    assert (saved["checks"], saved["held"]) == (16, 9) and str(tally).startswith("9 of 16 checks held, 4 failed, 2 ref")
+    assert "1 without a result" in str(tally)
+    assert {entry["check"]: entry["why"].split(", or")[0] for entry in saved["failed"]} == {
+        "check-1-1": "GpuError: lost",
+        "check-2-1": "its process ended with -11",
+        "check-3-1": "its process ended with -9",
+        "check-4-2": "off",
+    }
+    assert sorted(entry["check"] for entry in saved["refused"]) == ["check-0-1", "check-4-1"]
     lines = capsys.readouterr().out.splitlines()
-    said = [f"said {n} --only=tiny in {check}" for n in range(5) for check in (0, 2)]
-    assert sorted(line for line in lines if line.startswith("said")) == said
-    failed = sorted(line.split(", or")[0] for line in lines if line.startswith("FAILED check-1: "))
-    assert failed == [
-        "FAILED check-1: its process ended with -11",
-        "FAILED check-1: its process ended with -9",
-        "FAILED check-1: the GPU is lost to its process",
-    ]
-    assert not any("check-0" in line or "check-2" in line for line in lines)
+    assert sorted(line for line in lines if line.startswith("said")) == [f"said {n} --only=tiny in 0" for n in range(5)]
+    assert "FAILED check-1-1: the GPU is lost to its process" in "\n".join(lines)
+    assert not any(line.startswith(("begins", "held")) for line in lines)
 
 
 def test_a_lost_gpu_ends_a_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,31 +147,44 @@ def test_a_lost_gpu_ends_a_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
         return name, call
 
-    found = [check("a"), check("b", AssertionError), check("c", RuntimeError), check("d")]
-    monkeypatch.setattr(gpu_checks, "tasks", lambda device: iter(found))
-    monkeypatch.setattr(gpu_checks, "lost", lambda device: done[-1] == "c")
-    assert gpu_checks.run("cuda", [], 0, 1, announced=True) == LOST and done == ["a", "b", "c"]
+    errors = {"b": AssertionError, "c": torch.OutOfMemoryError, "d": RuntimeError}
+    found = [check(name, errors.get(name)) for name in "abcde"]
+    monkeypatch.setattr(checks, "lost", lambda device: done[-1] == "d")
+    assert checks.run(found, "cuda") == LOST and done == ["a", "b", "c", "d"]
     out = capsys.readouterr().out
-    assert "begins 2 c\n" in out and "FAILED b: AssertionError" in out and "FAILED c: RuntimeError" in out
-    assert gpu_checks.run("cuda", [], 0, 1, first=3) == 0 and done[-1] == "d"
-    found.append(check("e", KeyboardInterrupt))
-    assert gpu_checks.run("cuda", ["e"], 0, 1) == gpu_checks.INTERRUPTED
-    assert "interrupted in e" in capsys.readouterr().out
+    assert "begins 0 a\nheld\n" in out and "begins 3 d\n" in out and "refused c: c\n" in out
+    assert "FAILED b: AssertionError: b\n" in out and "FAILED d: RuntimeError: d\n" in out
+    assert checks.run(found, "cuda", first=4) == 0 and done[-1] == "e"
+    assert checks.run([check("f", KeyboardInterrupt)], "cuda") == processes.INTERRUPTED
+    assert "interrupted in f" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("mode", gpu_model_checks.generation.MODES)
+def test_the_command_checks_a_processor(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In a process of its own; and says in a line what it cannot do."""
+    words = ["--device", "cpu", "--only", "moe_plan[released", "--jobs", "1", "--save", str(tmp_path)]
+    assert checks.main(words) == 0
+    assert "3 of 3 checks held, 0 failed" in capfd.readouterr().out
+    assert json.loads((tmp_path / "checks.json").read_text(encoding="utf-8"))["held"] == 3
+    for words, message in ((["--device", "cpu", "--only", "no such"], "no check's label"), ([], "PyTorch sees none")):
+        with pytest.raises(SystemExit) as ended:
+            checks.main(words)
+        assert ended.value.code == 2 and message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("mode", model.generation.MODES)
 def test_text_through_graphs_is_checked(mode: str) -> None:
     record = Recorder()
-    gpu_model_checks.check_text_through_graphs(mode, "cpu", record)
+    model.check_text_through_graphs(mode, "cpu", record)
     assert record.recordings > 0
 
 
 def test_the_models_checks_run() -> None:
-    for label, run in gpu_model_checks.of_the_model("cpu"):
-        if label in ("model, recorded tensors of tiny", "model, recorded text 3 of tiny", "model, compiled"):
+    for label, run in model.of_the_model("cpu"):
+        some = "recorded tensors of tiny", "recorded text 3 of tiny", "compiled", "ar of the shipped one"
+        if label in [f"model, {name}" for name in some]:
             run()
         assert label.startswith("model, ")
-    gpu_model_checks.check_agreement("M*-M-*", torch.bfloat16, "cpu")
+    model.check_agreement("M*-M-*", torch.bfloat16, "cpu")
 
 
 # --- bench/gpu.sh -----------------------------------------------------------------------------------------------------
@@ -250,14 +295,14 @@ def test_the_script_does_all_in_one_call(tmp_path: Path) -> None:
     assert {"setup.log", "summary.txt", "result.json", "smoke.log", "attention.log"} <= set(files)
     names = [line.split(":")[0] for line in files["summary.txt"].splitlines()]
     assert names == ["smoke", "tests", "model", "ops", "attention", "switches"]
-    assert any("tests.gpu_checks --jobs 16" in call for call in calls)
+    assert any("bench.checks --device cuda --jobs 16" in call for call in calls)
     families = [family for call in calls for family in re.findall(r"--op (\w+)", call)]
     assert sorted([*families, "model"]) == sorted(command.FILES)
     assert {path: path.stat().st_mtime_ns for path in (ROOT / "bench" / "results").rglob("*")} == before
 
 
 @pytest.mark.parametrize(
-    "fails", ["setup.py", "bench.gpu_smoke", "tests.gpu_checks", "bench.gpu_model", "--op moe", "bench.gpu_switches"]
+    "fails", ["setup.py", "bench.gpu_smoke", "bench.checks", "bench.gpu_model", "--op moe", "bench.gpu_switches"]
 )
 def test_the_script_goes_on_after_a_failure(fails: str, tmp_path: Path) -> None:
     """And says so, except of the CPU's kernels, which nothing here needs."""

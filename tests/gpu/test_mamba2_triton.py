@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.compare import assert_within_budget, widened
 from tests.gpu.triton_checks import DTYPES, triton_kernels
 from tests.kernels import test_mamba2_kernel as demands
 from tests.kernels.kernel_checks import relative_errors
 from tests.kernels.test_mamba2_kernel import SMALL, check, scan, sized
 from twotower_kernels.reference import mamba2
+from twotower_kernels.testing.budget import assert_within_budget, widened
 from twotower_kernels.triton import mamba2 as kernels
 
 

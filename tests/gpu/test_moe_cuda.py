@@ -8,12 +8,13 @@ import torch
 
 import twotower_kernels as tt
 from tests.kernels import test_moe_kernel as cpu_tests
-from tests.kernels.kernel_checks import DTYPES, assert_op_within_budget
-from tests.model.random_models import models
+from tests.kernels.kernel_checks import assert_op_within_budget
 from tests.simt.overlay import cuda_kernels, simulated
+from twotower_kernels.bench.checks.random_models import models
 from twotower_kernels.cuda import build as cuda
 from twotower_kernels.cuda import moe as cuda_moe
 from twotower_kernels.reference import moe
+from twotower_kernels.testing.drawing import DTYPES
 
 PROPERTIES = (
     cpu_tests.test_gate_of_any_shape_layout_and_pair_of_dtypes,

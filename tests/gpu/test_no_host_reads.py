@@ -11,8 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import twotower_kernels as tt
-from tests.model.random_models import SIZES
 from twotower_kernels import RemaskPolicy, TwoTowerConfig, TwoTowerModel
+from twotower_kernels.bench.checks.random_models import SIZES
 from twotower_kernels.model import two_tower as model
 
 PRESETS = [name for name in vars(RemaskPolicy) if inspect.ismethod(getattr(RemaskPolicy, name))]

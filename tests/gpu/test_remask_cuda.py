@@ -12,7 +12,7 @@ from torch import Tensor
 
 import twotower_kernels as tt
 from tests.kernels import test_remask_kernel as cpu_tests
-from tests.kernels.remask_cases import MASK, assert_step_agrees, steps
+from tests.kernels.remask_cases import assert_step_agrees
 from tests.replay_policies import implementation, replay
 from tests.simt.overlay import cuda_kernels
 from tests.specification import test_policies
@@ -20,6 +20,7 @@ from twotower_kernels.cuda import build as cuda
 from twotower_kernels.cuda import remask as cuda_remask
 from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.reference.remask import CASES, make_inputs
+from twotower_kernels.testing.cases.remask import MASK, steps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = [case for case in CASES["remask"] if not case.startswith("released")]

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from tests.house.test_house import modules_imported, name
-from tests.model.random_models import SIZES
 from tests.paths import ROOT
 from twotower_kernels import TwoTowerConfig, TwoTowerModel
+from twotower_kernels.bench.checks.random_models import SIZES
 from twotower_kernels.ops._library import CUDA
 
 PACKAGE = "twotower_kernels"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.compare import assert_results_within_budget, assert_within_budget, losses
+from twotower_kernels.testing.budget import assert_results_within_budget, assert_within_budget, losses
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 

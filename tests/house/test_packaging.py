@@ -15,6 +15,10 @@ import pytest
 
 import twotower_kernels
 from tests.paths import ROOT
+from twotower_kernels.bench.checks import recordings
+
+RECORDED = [f"tests/data/golden/{name}" for name in recordings.INSTALLED]
+COPIED = ["csrc/common", "csrc/cuda", *RECORDED]  # by setup.py, into the package
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +30,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("twotower_kernels", "reference", "bench"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignored)
-    for part in ("common", "cuda"):
-        shutil.copytree(ROOT / "csrc" / part, copy / "csrc" / part)
+    for part in COPIED:
+        shutil.copytree(ROOT / part, copy / part)
     return copy
 
 
@@ -66,39 +70,70 @@ def test_wheel_holds_the_package_and_its_model(installed: Path) -> None:
     assert demo <= names
     kernels = {f"twotower_kernels/{name}" for part in ("common", "cuda") for name in files_of(ROOT / "csrc" / part)}
     assert kernels and kernels <= names
+    models = {
+        name.replace("tests/data/golden", "twotower_kernels/recorded")
+        for folder in RECORDED
+        for name in files_of(ROOT / folder)
+    }
+    assert "twotower_kernels/recorded/tiny/model.safetensors" in models and models <= names
     for folder in ("reference", "bench"):
         parts = {f"twotower_kernels/{name}" for name in files_of(ROOT / folder) if not name.endswith(".sh")}
         assert f"twotower_kernels/{folder}/__init__.py" in parts
         assert parts <= names
+    assert files_of(ROOT / "twotower_kernels" / "testing") <= names
     assert not any(path.is_symlink() for path in installed.rglob("*"))
 
 
-def test_an_installed_benchmark_runs_anywhere(installed: Path, tmp_path: Path) -> None:
-    """In an empty folder; with the compiled module of this checkout, which the wheel was built without."""
+def run_installed(installed: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`twotower WORDS`, from the unpacked wheel, in an empty folder; with the compiled module of this checkout, which
+    the wheel was built without."""
     for library in (ROOT / "twotower_kernels").glob("_C*.so"):
         shutil.copy(library, installed / "twotower_kernels")
     code = f"""
 import runpy, sys
 sys.modules["matplotlib"] = None  # not installed
-sys.argv = ["twotower", "bench", *sys.argv[1:]]
+sys.argv = ["twotower", *sys.argv[1:]]
 import twotower_kernels
 assert twotower_kernels.__file__.startswith({str(installed)!r})
 runpy.run_module("twotower_kernels", run_name="__main__")
 """
-    options = "--op adaln --shapes small --seconds 0 --rivals none --save saved --name run"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *options.split()],
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
         env=environment | {"PYTHONPATH": str(installed)},
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_an_installed_benchmark_runs_anywhere(installed: Path, tmp_path: Path) -> None:
+    options = "--op adaln --shapes small --seconds 0 --rivals none --save saved --name run"
+    done = run_installed(installed, tmp_path, "bench", *options.split())
+    assert done.returncode == 0, done.stderr
+    assert "gated_residual_adaln_norm" in done.stdout
+    assert "no picture: a picture needs matplotlib: pip install 'twotower-kernels[bench]'" in done.stdout
+    assert json.loads((tmp_path / "saved" / "run.json").read_text(encoding="utf-8"))["machine"]["commit"] is None
+
+
+def test_an_installed_report_runs_anywhere(installed: Path, tmp_path: Path) -> None:
+    """Its checks find the recordings in the wheel."""
+    done = run_installed(installed, tmp_path, "gpu-report", "--device", "cpu", "--part", "machine")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "twotower-gpu-report" / "report.json").read_text(encoding="utf-8"))
+    assert report["parts"][0]["result"]["twotower_kernels"] == twotower_kernels.__version__
+    code = "from twotower_kernels.bench.checks.command import main; raise SystemExit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--device", "cpu", "--only", "recorded", "--share", "0", "1"],
+        env=os.environ | {"PYTHONPATH": str(installed)},
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert "gated_residual_adaln_norm" in done.stdout
-    assert "no picture: a picture needs matplotlib: pip install 'twotower-kernels[bench]'" in done.stdout
-    assert json.loads((tmp_path / "saved" / "run.json").read_text(encoding="utf-8"))["machine"]["commit"] is None
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("\nheld\n") == 7  # two models' tensors, five texts of one
 
 
 def test_source_distribution_holds_what_is_compiled(source: Path, tmp_path: Path) -> None:
@@ -110,7 +145,7 @@ def test_source_distribution_holds_what_is_compiled(source: Path, tmp_path: Path
         names = {name.partition("/")[2] for name in opened.getnames()}
     for folder in ("reference", "bench"):
         assert {f"twotower_kernels/{name}" for name in files_of(ROOT / folder) if name.endswith(".py")} <= names
-    assert files_of(ROOT / "csrc" / "common") | files_of(ROOT / "csrc" / "cuda") <= names
+    assert {name for part in COPIED for name in files_of(ROOT / part)} <= names
     assert {"setup.py", "pyproject.toml", "twotower_kernels/demo/model.safetensors"} <= names
     assert "graft csrc\n" in (ROOT / "MANIFEST.in").read_text(encoding="utf-8")
 

@@ -16,18 +16,17 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tests.compare import as_tuple, assert_results_within_budget, widened
 from tests.paths import ROOT
 from twotower_kernels import cpu
 from twotower_kernels.ops import _direct
 from twotower_kernels.ops._library import CPU
-from twotower_kernels.reference import moe
+from twotower_kernels.testing.budget import as_tuple, widened
+from twotower_kernels.testing.cases.op import Judge
+from twotower_kernels.testing.layouts import awkward
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MACHINE_ISAS: list[str] = cpu.kernels().isas()  # those of this machine, the plainest first
 EVERY_ISA = ("baseline", "avx2", "avx512", "avx512bf16", "amx")  # of all machines, to draw from: the same everywhere
 STANDING_IN = {"avx512bf16": "neonbf16", "amx": "neonbf16"}  # Arm's set with the same kind of instruction
@@ -90,32 +89,21 @@ def laid_over(kernels: dict[str, Callable[..., Any]]) -> Iterator[None]:
         library._destroy()
 
 
-def awkward(tensor: Tensor, kind: int) -> Tensor:
-    """The same values, laid out otherwise: 0 as it is; 1 a slice of something larger, with NaN around it, so that
-    addresses are unaligned; 2 with its first dimensions stored in reverse order; 3 with every dimension reversed."""
-    if kind == 0 or tensor.ndim == 0:
-        return tensor
-    if kind == 1:
-        larger = tensor.new_empty([n + 2 for n in tensor.shape])
-        larger.fill_(float("nan") if tensor.is_floating_point() else 7 if tensor.dtype != torch.bool else True)
-        inner = larger[tuple(slice(1, n + 1) for n in tensor.shape)]
-        inner.copy_(tensor)
-        return inner
-    order = list(range(tensor.ndim))
-    order = order[::-1] if kind == 3 else [*order[:-1][::-1], order[-1]]
-    back = [order.index(d) for d in range(tensor.ndim)]
-    return tensor.permute(order).contiguous().permute(back)
-
-
 def assert_op_within_budget(
-    op: Callable[..., Any], reference: Callable[..., Any], inputs: dict[str, Any], *, layout: int = 0, **budget: Any
+    op: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: dict[str, Any],
+    *,
+    layout: int = 0,
+    judge: Callable[..., Judge] = Judge,
 ) -> None:
-    """`op` on `inputs` against `reference`, see `tests/compare.py`.
+    """`op` on `inputs` against `reference`, see `twotower_kernels/testing/budget.py`.
 
-    layout: how the tensors are laid out for `op`, see `awkward`. The inputs must be unchanged afterwards.
+    layout: how the tensors are laid out for `op`, see `awkward`. judge: of its results. The inputs must be unchanged
+    afterwards.
     """
     given = {k: awkward(v, layout) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    assert_results_within_budget(as_tuple(op(**given)), reference, inputs, **budget)
+    judge(reference, inputs)(as_tuple(op(**given)))
     for key, value in inputs.items():
         if isinstance(value, Tensor):
             assert torch.equal(value.nan_to_num(), given[key].nan_to_num()), f"{key} was changed"
@@ -136,20 +124,3 @@ def relative_errors(
         ]
         sums = [(a + c, b + d) for (a, b), (c, d) in zip(sums or [(0.0, 0.0)] * len(errors), errors, strict=True)]
     return [(a / b) ** 0.5 if b else float(a > 0) for a, b in sums]
-
-
-def assert_gate_faithful(logits: Tensor, x: Tensor, gate_weight: Tensor) -> None:
-    """Within 4 roundings of the size of what is summed. The truth is summed in extended precision: the specification,
-    in float64, cannot be a yardstick for itself."""
-    assert logits.dtype == torch.float64 and logits.shape == (len(x), len(gate_weight))
-    wide, weight = (tensor.double().numpy().astype(np.longdouble) for tensor in (x, gate_weight))
-    error = np.abs(logits.numpy() - wide @ weight.T)
-    assert (error <= 4 * np.finfo(np.float64).eps * (np.abs(wide) @ np.abs(weight).T)).all()
-
-
-def router_inputs(case: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of `moe_router` for a case of `moe_route`: logits of about 1, x of this dtype."""
-    inputs = moe.make_inputs("moe_route", case)
-    n, e = inputs.pop("logits").shape
-    product = moe.make_inputs("moe_gate", dict(n=n, e=e, h=100), dtype=dtype)
-    return dict(x=product["x"], gate_weight=product["gate_weight"] / 10, **inputs)

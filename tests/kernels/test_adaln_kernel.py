@@ -8,15 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import twotower_kernels as tt
-from tests.kernels.kernel_checks import (
-    DTYPES,
-    EVERY_ISA,
-    ISAS,
-    assert_op_within_budget,
-    instruction_set,
-    relative_errors,
-)
+from tests.kernels.kernel_checks import EVERY_ISA, ISAS, assert_op_within_budget, instruction_set, relative_errors
 from twotower_kernels.reference import adaln
+from twotower_kernels.testing.cases import adaln as cases
+from twotower_kernels.testing.drawing import DTYPES
 
 OPS = ("rms_norm", "adaln_norm", "gated_residual", "gated_residual_adaln_norm")
 CASES = [(op, case) for op in OPS for case in adaln.CASES[op]]
@@ -33,19 +28,13 @@ def test_every_case_on_every_instruction_set(op: str, case: str, isa: str) -> No
 @settings(max_examples=60)
 @given(
     op=st.sampled_from(OPS),
-    b=st.integers(0, 3),
-    s=st.integers(0, 5),
-    h=st.integers(1, 70),
-    order=st.sampled_from(["plain", *adaln.ORDERS]),
-    weighted=st.booleans(),
-    round_first=st.booleans(),
+    sizes=cases.sizes(),
     dtype=st.sampled_from(DTYPES),
     isa=st.sampled_from(EVERY_ISA),
     layout=st.integers(0, 3),
     seed=st.integers(0, 2**31),
 )
-def test_any_shape_and_layout(op, b, s, h, order, weighted, round_first, dtype, isa, layout, seed):  # type: ignore[no-untyped-def]
-    sizes = dict(b=b, s=s, h=h, order=order, gated=order != "plain", weighted=weighted, round_first=round_first)
+def test_any_shape_and_layout(op, sizes, dtype, isa, layout, seed):  # type: ignore[no-untyped-def]
     inputs = adaln.make_inputs(op, sizes, dtype=dtype, seed=seed)
     with instruction_set(isa):
         assert_op_within_budget(getattr(tt, op), getattr(adaln, op), inputs, layout=layout)

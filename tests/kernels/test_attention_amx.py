@@ -9,8 +9,9 @@ from torch import Tensor
 
 import twotower_kernels as tt
 from tests.kernels.kernel_checks import instruction_set
-from tests.kernels.test_attention_kernel import assert_agrees, problems, threads
+from tests.kernels.test_attention_kernel import assert_agrees, threads
 from twotower_kernels.reference import attention
+from twotower_kernels.testing.cases import attention as cases
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
@@ -19,7 +20,7 @@ def drawn(seed: int, *shape: int) -> Tensor:
 
 @settings(max_examples=25)
 @given(
-    sizes=problems(),
+    sizes=cases.sizes(),
     head_dim=st.sampled_from([1, 17, 32, 33, 64, 128, 160]),
     op=st.sampled_from(["block_attention", "context_attention"]),
     causal=st.booleans(),

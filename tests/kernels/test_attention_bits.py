@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import twotower_kernels as tt
-from tests.kernels.kernel_checks import DTYPES, EVERY_ISA, instruction_set
+from tests.kernels.kernel_checks import EVERY_ISA, instruction_set
+from twotower_kernels.testing.drawing import DTYPES
 
 BEYOND = 7000  # keys; parts of keys grow from 6144 on
 

@@ -1,6 +1,5 @@
 """The attention kernels: against the specification on every instruction set, dtype and layout; registration."""
 
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import twotower_kernels as tt
-from tests.compare import assert_within_budget, widened
-from tests.kernels.kernel_checks import DTYPES, EVERY_ISA, ISAS, assert_op_within_budget, awkward, instruction_set
+from tests.kernels.kernel_checks import EVERY_ISA, ISAS, assert_op_within_budget, instruction_set
 from tests.paths import ROOT
 from twotower_kernels.reference import attention
+from twotower_kernels.testing.budget import assert_within_budget, widened
+from twotower_kernels.testing.cases import attention as cases
+from twotower_kernels.testing.drawing import DTYPES
+from twotower_kernels.testing.layouts import awkward
 
 ATTENDING = ("block_attention", "context_attention")
 EVERY = (*ATTENDING, "block_causal_attention")
@@ -92,40 +94,9 @@ def test_released_shape(op: str, count: int) -> None:
         assert_agrees(op, attention.make_inputs(op, "released_4k", dtype=torch.bfloat16))
 
 
-@st.composite
-def problems(draw: Any) -> dict[str, Any]:
-    """Sizes that cross the kernel's tiles of keys and pieces of query rows, and those that do not fill one."""
-    batch, kv_heads = draw(st.integers(0, 3)), draw(st.integers(1, 3))
-    block, context = draw(st.sampled_from([0, 1, 5, 19, 97, 130])), draw(st.sampled_from([0, 1, 9, 96, 97, 200]))
-    page = draw(st.sampled_from([None, 1, 3, 16]))
-    context = context if page is None else context // page * page
-    lengths = lambda top: st.one_of(st.none(), st.lists(st.integers(0, top), min_size=batch, max_size=batch))  # noqa: E731
-    rows, shared = draw(st.integers(1, 3)), draw(st.booleans())
-    one = rows == 1 and draw(st.booleans())  # without an index
-    return {
-        "batch": batch,
-        "block": block,
-        "kv_heads": kv_heads,
-        "heads": kv_heads * draw(st.sampled_from([1, 2, 3, 5, 16])),
-        "head_dim": draw(st.sampled_from([1, 2, 6, 8, 17, 64])),
-        "context": context,
-        "context_rows": rows if shared or one else batch,
-        "context_index": [draw(st.integers(0, rows - 1)) for _ in range(batch)] if shared and not one else None,
-        "context_lens": draw(lengths(context)),
-        "context_starts": draw(lengths(context)),
-        "block_lens": draw(lengths(block)),
-        "page": page,
-        "transposed": draw(st.booleans()),
-        "window": draw(st.sampled_from([None, 0, 1, 7, 70])),
-        "softcap": draw(st.sampled_from([0.0, 0.0, 1.5])),
-        "value_dim": draw(st.sampled_from([None, None, 1, 6, 80])),
-        "sinks": draw(st.booleans()),
-    }
-
-
 @settings(max_examples=80, deadline=None)
 @given(
-    sizes=problems(),
+    sizes=cases.sizes(),
     causal=st.booleans(),
     op=st.sampled_from(ATTENDING),
     dtype=st.sampled_from(DTYPES),
@@ -144,7 +115,7 @@ def test_any_shape_and_layout(sizes, causal, op, dtype, isa, layout, count, size
 
 @settings(max_examples=40, deadline=None)
 @given(
-    sizes=problems(),
+    sizes=cases.sizes(),
     block_size=st.sampled_from([1, 2, 7, 32, 200]),
     dtype=st.sampled_from(DTYPES),
     isa=st.sampled_from(EVERY_ISA),
@@ -160,36 +131,19 @@ def test_any_sequence_of_blocks(sizes, block_size, dtype, isa, layout, count, se
 
 
 @settings(max_examples=40, deadline=None)
-@given(sizes=problems(), dtype=st.sampled_from(DTYPES), isa=st.sampled_from(EVERY_ISA), layout=st.integers(0, 2))
+@given(sizes=cases.appends(), dtype=st.sampled_from(DTYPES), isa=st.sampled_from(EVERY_ISA), layout=st.integers(0, 2))
 def test_any_append(sizes, dtype, isa, layout):  # type: ignore[no-untyped-def]
-    drop = ("window", "softcap", "context_lens", "context_starts", "sinks")
-    sizes = {k: v for k, v in sizes.items() if k not in drop}
-    sizes |= {"context_rows": sizes["batch"] + 1, "context_index": list(range(sizes["batch"], 0, -1))}
-    page = sizes["page"] or 1
-    sizes["context"] += -(-sizes["block"] // page) * page
-    sizes["context_lens"] = [(sizes["context"] - sizes["block"]) // (row + 1) for row in range(sizes["batch"])]
     with instruction_set(isa):
         assert_same_storage(attention.make_inputs("append_kv", sizes, dtype=dtype), layout)
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    empty=st.lists(st.sampled_from([None, -math.inf, math.inf]), min_size=2, max_size=2),
-    shape=st.sampled_from([(1,), (0, 3), (2, 3, 4, 5), (2, 7, 33)]),
-    spread=st.sampled_from([1.0, 50.0, 1e4]),
-    dtype=st.sampled_from(DTYPES),
+    inputs=st.sampled_from(DTYPES).flatmap(cases.sides),
     isa=st.sampled_from(EVERY_ISA),
     layout=st.integers(0, 3),
 )
-def test_any_merge(empty, shape, spread, dtype, isa, layout):  # type: ignore[no-untyped-def]
-    generator = torch.Generator().manual_seed(0)
-    inputs = {}
-    for side, nothing in zip("ab", empty, strict=True):
-        out = torch.randn(shape, generator=generator).to(dtype)
-        lse = torch.randn(shape[:-1], generator=generator).to(torch.promote_types(dtype, torch.float32)) * spread
-        if nothing:
-            out, lse = torch.full_like(out, torch.nan), torch.full_like(lse, nothing)
-        inputs |= {f"out_{side}": out, f"lse_{side}": lse}
+def test_any_merge(inputs, isa, layout):  # type: ignore[no-untyped-def]
     with instruction_set(isa):
         assert_agrees("merge_attention", inputs, layout)
 

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import twotower_kernels as tt
-from tests.kernels.kernel_checks import DTYPES
 from tests.kernels.op_arguments import OPS, arguments, floating, overload, written
+from twotower_kernels.testing.drawing import DTYPES
 
 LOWERED = {
     "block_attention": ("q", "k", "v", "k_context", "v_context"),

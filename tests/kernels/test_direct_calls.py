@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from tests.kernels.direct_calls import operators, recorded
-from tests.kernels.kernel_checks import awkward
 from tests.paths import ROOT
 from twotower_kernels import cpu
 from twotower_kernels.ops import _library
+from twotower_kernels.testing.layouts import awkward
 
 OPS = torch.ops.twotower
 PROGRAM = [sys.executable, "-X", "faulthandler", "-m", "tests.kernels.direct_calls"]

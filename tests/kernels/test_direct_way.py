@@ -21,11 +21,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import twotower_kernels as tt
-from tests.compare import as_tuple
-from tests.kernels.kernel_checks import DTYPES, awkward
 from tests.kernels.op_arguments import OPS, arguments, overload, written
 from twotower_kernels.ops import _direct
 from twotower_kernels.ops._traced import call
+from twotower_kernels.testing.budget import as_tuple
+from twotower_kernels.testing.drawing import DTYPES
+from twotower_kernels.testing.layouts import awkward
 
 FAMILIES = ("adaln", "attention", "linear", "mamba2", "moe")
 CASES = [

@@ -14,9 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import twotower_kernels as tt
-from tests.kernels.kernel_checks import DTYPES, EVERY_ISA, ISAS, assert_op_within_budget, awkward, instruction_set
+from tests.kernels.kernel_checks import EVERY_ISA, ISAS, assert_op_within_budget, instruction_set
 from twotower_kernels.model.layers import Linear
 from twotower_kernels.reference import linear as reference
+from twotower_kernels.testing.cases import linear as cases
+from twotower_kernels.testing.drawing import DTYPES
+from twotower_kernels.testing.layouts import awkward
 
 FEW_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -46,18 +49,15 @@ def threads(count: int) -> Iterator[None]:
 
 @settings(max_examples=120)
 @given(
-    lead=st.lists(st.integers(0, 3), max_size=2) | st.sampled_from([[5], [7], [21], [40], [65]]),
-    k=st.integers(0, 70) | st.sampled_from([127, 128, 129, 255, 256, 257, 515]),
-    r=st.integers(0, 40) | st.sampled_from([63, 64, 65, 130]),
-    bias=st.booleans(),
+    sizes=cases.sizes(),
     dtype=st.sampled_from(DTYPES),
     isa=st.sampled_from(EVERY_ISA),
     layout=st.integers(0, 3),
     seed=st.integers(0, 2**31),
 )
-def test_any_shape_and_layout(lead, k, r, bias, dtype, isa, layout, seed):  # type: ignore[no-untyped-def]
+def test_any_shape_and_layout(sizes, dtype, isa, layout, seed):  # type: ignore[no-untyped-def]
     with instruction_set(isa):
-        assert_as_specified(make_inputs((*lead,), k, r, bias=bias, dtype=dtype, seed=seed), layout)
+        assert_as_specified(make_inputs(**sizes, dtype=dtype, seed=seed), layout)
 
 
 @pytest.mark.parametrize("isa", ISAS)

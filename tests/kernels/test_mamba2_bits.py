@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import twotower_kernels as tt
-from tests.kernels.kernel_checks import DTYPES, EVERY_ISA, instruction_set
+from tests.kernels.kernel_checks import EVERY_ISA, instruction_set
 from twotower_kernels.reference import mamba2
+from twotower_kernels.testing.drawing import DTYPES
 
 scan: Any = tt.mamba2_scan  # what it returns depends on its options
 

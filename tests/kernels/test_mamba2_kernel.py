@@ -10,35 +10,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import twotower_kernels as tt
-from tests.compare import as_tuple, assert_within_budget, widened
-from tests.kernels.kernel_checks import (
-    DTYPES,
-    EVERY_ISA,
-    ISAS,
-    assert_op_within_budget,
-    instruction_set,
-    relative_errors,
-)
+from tests.kernels.kernel_checks import EVERY_ISA, ISAS, assert_op_within_budget, instruction_set, relative_errors
 from twotower_kernels.reference import mamba2
+from twotower_kernels.testing.budget import assert_within_budget, widened
+from twotower_kernels.testing.cases import mamba2 as cases
+from twotower_kernels.testing.cases.op import Judge
+from twotower_kernels.testing.drawing import DTYPES
 
 SMALL = [case for case in mamba2.CASES["mamba2_scan"] if not case.startswith("released")]
 scan: Any = tt.mamba2_scan  # what it returns depends on its options
 
 
 def check(op: str, inputs: dict[str, Any], *, layout: int = 0) -> None:
-    """Every result within its budget (`tests/compare.py`), with one rounding band wider than usual: a float32 state is
-    made of activations that were rounded to their dtype."""
-    dtype = inputs["xbc" if op == "mamba2_scan" else "y"].dtype
-    band, state_band = 2.0, 2 * max(1.0, torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)
-    parts = [(slice(0, 2), band)]  # y, and the convolution's state, which is copied
-    if inputs.get("return_states") or inputs.get("states_every"):
-        parts.append((slice(2, 3), state_band))
-    for part, width in parts:
-
-        def some(function: Any, part: slice = part) -> Any:
-            return lambda **given: as_tuple(function(**given))[part]
-
-        assert_op_within_budget(some(getattr(tt, op)), some(getattr(mamba2, op)), inputs, layout=layout, band=width)
+    judge = cases.JudgeScan if op == "mamba2_scan" else Judge
+    assert_op_within_budget(getattr(tt, op), getattr(mamba2, op), inputs, layout=layout, judge=judge)
 
 
 def sized(length: int, *, dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: Any) -> dict[str, Any]:
@@ -47,44 +32,11 @@ def sized(length: int, *, dtype: torch.dtype = torch.float32, seed: int = 0, **s
     return mamba2.make_inputs("mamba2_scan", case, dtype=dtype, seed=seed)
 
 
-def drawn(
-    case: dict[str, Any], width: int, bias: bool, seeds: str, ragged: bool, size: float, dtype: torch.dtype, seed: int
-) -> dict[str, Any]:
-    """Inputs of any taps: with the seeds that `seeds` names, states of this `size`, rows of any length if ragged."""
-    b, length = case["b"], case["l"]
-    inputs = mamba2.make_inputs("mamba2_scan", case, dtype=dtype, seed=seed)
-    draw = torch.Generator().manual_seed(seed)
-    channels = inputs["xbc"].shape[2]
-    inputs["conv_weight"] = (torch.randn(channels, width, generator=draw) / 2).to(dtype)
-    inputs["conv_state"] = torch.randn(b, channels, width - 1, generator=draw).to(dtype)
-    inputs["ssm_state"] = inputs["ssm_state"] * min(size, 10.0 if dtype == torch.float16 else size)
-    if not bias:
-        inputs["conv_bias"] = None
-    if seeds in ("none", "conv"):
-        inputs["ssm_state"] = None
-    if seeds in ("none", "ssm"):
-        inputs["conv_state"] = None
-    if seeds == "shared" and b:
-        inputs["state_index"] = torch.randint(0, b, (b,), generator=draw, dtype=torch.int32)
-    if ragged:
-        inputs["seq_lens"] = torch.randint(0, length + 1, (b,), generator=draw)
-    return inputs
-
-
 def close(got: Tensor, expected: Tensor) -> None:
     """Equal up to the rounding of another order of summation, measured against the largest entry."""
     assert got.shape == expected.shape and got.dtype == expected.dtype
     eps, size = torch.finfo(got.dtype).eps, float(expected.abs().max()) if expected.numel() else 0.0
     assert not got.numel() or float((got - expected).abs().max()) <= 32 * eps * size
-
-
-def without_padding(inputs: dict[str, Any], poison: float) -> dict[str, Any]:
-    """The same with `poison` in every token beyond its row's length."""
-    xbc, dt = inputs["xbc"].clone(), inputs["dt"].clone()
-    for row, length in enumerate(inputs["seq_lens"].tolist()):
-        xbc[row, length:] = poison
-        dt[row, length:] = poison
-    return inputs | dict(xbc=xbc, dt=dt)
 
 
 # --- against the specification --------------------------------------------------------------------------------------
@@ -109,15 +61,10 @@ def test_released_shape(isa: str) -> None:
 
 @settings(max_examples=60)
 @given(
-    b=st.integers(0, 3),
-    length=st.integers(0, 40),
-    heads=st.integers(1, 2),
-    head_dim=st.integers(1, 9),
-    state=st.integers(1, 35),
-    groups=st.integers(1, 2),
+    case=cases.sizes(),
     width=st.integers(1, 6),
     bias=st.booleans(),
-    seeds=st.sampled_from(["none", "conv", "ssm", "both", "shared"]),
+    seeds=st.sampled_from(cases.SEEDS),
     ragged=st.booleans(),
     states=st.sampled_from([{}, *({"states_every": n} for n in (1, 4, 17, 99)), {"return_states": True}]),
     size=st.sampled_from([1e-3, 1.0, 1e5]),
@@ -127,31 +74,22 @@ def test_released_shape(isa: str) -> None:
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_and_layout(  # type: ignore[no-untyped-def]
-    b, length, heads, head_dim, state, groups, width, bias, seeds, ragged, states, size, dtype, isa, layout, seed
+    case, width, bias, seeds, ragged, states, size, dtype, isa, layout, seed
 ):
-    case = dict(b=b, l=length, heads=heads * groups, head_dim=head_dim, state=state, groups=groups, seeded=True)
-    inputs = drawn(case, width, bias, seeds, ragged, size, dtype, seed)
+    inputs = cases.seeded(case, width, bias, seeds, ragged, size, dtype, seed)
     with instruction_set(isa):
         check("mamba2_scan", inputs | states, layout=layout)
 
 
 @settings(max_examples=40)
 @given(
-    shape=st.lists(st.integers(0, 4), max_size=3),
-    groups=st.integers(1, 4),
-    size=st.integers(1, 40),
-    scale=st.sampled_from([1e-4, 1.0, 1e3]),
-    dtype=st.sampled_from(DTYPES),
+    inputs=st.sampled_from(DTYPES).flatmap(cases.norms),
     isa=st.sampled_from(EVERY_ISA),
     layout=st.integers(0, 3),
-    seed=st.integers(0, 2**31),
 )
-def test_gated_norm_of_any_shape(shape, groups, size, scale, dtype, isa, layout, seed):  # type: ignore[no-untyped-def]
-    draw = torch.Generator().manual_seed(seed)
-    y, z = ((torch.randn(*shape, groups * size, generator=draw) * s).to(dtype) for s in (scale, 3.0))
-    weight = torch.randn(groups * size, generator=draw)
+def test_gated_norm_of_any_shape(inputs, isa, layout):  # type: ignore[no-untyped-def]
     with instruction_set(isa):
-        check("gated_rms_norm", dict(y=y, z=z, weight=weight, n_groups=groups, eps=1e-5), layout=layout)
+        check("gated_rms_norm", inputs, layout=layout)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -271,7 +209,7 @@ def test_ragged_rows_are_each_alone(length: int, every: int) -> None:
     """Bit for bit, with NaN in what lies beyond a row's length; y is 0 there, and later blocks repeat the state."""
     lens = [0, 1, length, 17, length - 3]
     case = dict(b=5, l=length, heads=2, head_dim=4, state=6, groups=1, seeded=True, lens=lens)
-    inputs = without_padding(mamba2.make_inputs("mamba2_scan", case), math.nan)
+    inputs = cases.hidden(mamba2.make_inputs("mamba2_scan", case), math.nan)
     y, *states = scan(**inputs, return_states=True, states_every=every)
     for row, own in enumerate(lens):
         alone = {k: inputs[k][row : row + 1] for k in ("xbc", "dt", "conv_state", "ssm_state")}

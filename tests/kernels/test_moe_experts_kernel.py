@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import twotower_kernels as tt
-from tests.kernels.kernel_checks import DTYPES, EVERY_ISA, ISAS, assert_op_within_budget, awkward, instruction_set
+from tests.kernels.kernel_checks import EVERY_ISA, ISAS, assert_op_within_budget, instruction_set
 from twotower_kernels.reference import moe
+from twotower_kernels.testing.cases import moe as cases
+from twotower_kernels.testing.drawing import DTYPES
+from twotower_kernels.testing.layouts import awkward
 
 SMALL = [case for case in moe.CASES["moe_experts"] if case != "released"]  # that one is 2.6 GB: the benchmark checks it
 
@@ -57,20 +60,8 @@ def test_any_shape_and_layout(sizes, data, dtype, isa, layout, seed):  # type: i
 
 @settings(max_examples=80)
 @given(
-    sizes=st.fixed_dictionaries(
-        dict(
-            n=st.integers(0, 9),
-            e=st.integers(1, 6),
-            of=st.integers(6, 8),
-            top_k=st.integers(1, 6),
-            h=st.integers(1, 70),
-            i=st.integers(1, 40),
-            shared=st.integers(0, 20),
-            activation=st.sampled_from(moe.ACTIVATIONS),
-            biased=st.booleans(),
-        )
-    ),
-    clamp=st.fixed_dictionaries(dict(alpha=st.floats(-2, 3), limit=st.floats(0, 3) | st.just(float("inf")))),
+    sizes=cases.mixtures(),
+    clamp=cases.clamps(),
     dtype=st.sampled_from(DTYPES),
     isa=st.sampled_from(EVERY_ISA),
     layout=st.integers(0, 3),

@@ -9,18 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import twotower_kernels as tt
-from tests.kernels.kernel_checks import (
-    DTYPES,
-    EVERY_ISA,
-    ISAS,
-    assert_gate_faithful,
-    assert_op_within_budget,
-    awkward,
-    instruction_set,
-    router_inputs,
-)
+from tests.kernels.kernel_checks import EVERY_ISA, ISAS, assert_op_within_budget, instruction_set
+from twotower_kernels.bench.checks.operations import router_inputs
 from twotower_kernels.ops.moe import moe_router
 from twotower_kernels.reference import moe
+from twotower_kernels.testing.budget import assert_gate_faithful
+from twotower_kernels.testing.cases import moe as cases
+from twotower_kernels.testing.drawing import DTYPES
+from twotower_kernels.testing.layouts import awkward
 
 
 def permuted(tensor: Tensor) -> Tensor:
@@ -44,17 +40,15 @@ def test_gate_is_faithful_to_float64(case: str, isa: str) -> None:
 
 @settings(max_examples=60)
 @given(
-    n=st.integers(0, 7),
-    e=st.integers(0, 19),
-    h=st.integers(0, 70) | st.sampled_from([511, 513, 1025]),
+    sizes=cases.products(),
     dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
     scale=st.sampled_from([1e-3, 1.0, 1e4]),
     isa=st.sampled_from(EVERY_ISA),
     layout=st.integers(0, 3),
     seed=st.integers(0, 2**31),
 )
-def test_gate_of_any_shape_layout_and_pair_of_dtypes(n, e, h, dtypes, scale, isa, layout, seed):  # type: ignore[no-untyped-def]
-    inputs = moe.make_inputs("moe_gate", dict(n=n, e=e, h=h), dtype=dtypes[0], seed=seed)
+def test_gate_of_any_shape_layout_and_pair_of_dtypes(sizes, dtypes, scale, isa, layout, seed):  # type: ignore[no-untyped-def]
+    inputs = moe.make_inputs("moe_gate", sizes, dtype=dtypes[0], seed=seed)
     inputs["gate_weight"] = (inputs["gate_weight"] * scale).to(dtypes[1])
     with instruction_set(isa):
         assert_faithful(inputs, layout)
@@ -75,42 +69,20 @@ def test_every_routing(case: str, isa: str) -> None:
             assert_op_within_budget(tt.moe_route, moe.moe_route, moe.make_inputs("moe_route", case, dtype=dtype))
 
 
-@st.composite
-def routings(draw: st.DrawFn, values: list[float], biases: list[float]) -> dict:
-    """Any sizes and options, logits, biases and scales from the given values."""
-    groups = draw(st.sampled_from([1, 1, 2, 3]))
-    e, n = groups * draw(st.integers(1, 6)), draw(st.integers(0, 4))
-    logits = draw(st.lists(st.sampled_from(values), min_size=n * e, max_size=n * e))
-    bias, scale = (draw(st.none() | st.lists(st.sampled_from(biases), min_size=e, max_size=e)) for _ in range(2))
-    kept, dropped = draw(st.integers(1, groups)), draw(st.sampled_from(moe.DROPPED))
-    return dict(
-        logits=torch.tensor(logits, dtype=draw(st.sampled_from(DTYPES))).reshape(n, e),
-        correction_bias=None if bias is None else torch.tensor(bias, dtype=draw(st.sampled_from(DTYPES))),
-        top_k=draw(st.integers(1, e if dropped == "zero" else e // groups * kept)),
-        n_group=groups,
-        topk_group=kept,
-        renormalize=draw(st.booleans()),
-        scaling=draw(st.sampled_from([1.0, 2.5])),
-        dropped=dropped,
-        per_expert_scale=None if scale is None else torch.tensor(scale, dtype=draw(st.sampled_from(DTYPES))),
-    )
-
-
 @settings(max_examples=100)
 @given(
-    inputs=routings([-800.0, 0.0, 50.0, 800.0], [-0.75, -0.5, 0.0, 0.25]),
+    inputs=cases.routings(cases.TIED_LOGITS, cases.TIED_BIASES),
     isa=st.sampled_from(EVERY_ISA),
     layout=st.integers(0, 3),
 )
 def test_ties_take_the_lowest_expert_and_group(inputs: dict, isa: str, layout: int) -> None:
-    """Sigmoids of 0, ½ and 1 and biases of quarters: every score and sum is exact, and most are ties."""
     with instruction_set(isa):
         assert_op_within_budget(tt.moe_route, moe.moe_route, inputs, layout=layout)
 
 
 @settings(max_examples=60)
 @given(
-    inputs=routings([math.nan, math.inf, -math.inf, -800.0, 0.0, 0.5, 800.0], [0.0, 0.5, math.inf, -math.inf]),
+    inputs=cases.routings([math.nan, math.inf, -math.inf, -800.0, 0.0, 0.5, 800.0], [0.0, 0.5, math.inf, -math.inf]),
     score=st.sampled_from(moe.SCORES),
     isa=st.sampled_from(EVERY_ISA),
 )

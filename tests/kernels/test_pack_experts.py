@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 import twotower_kernels as tt
-from tests.compare import assert_within_budget, widened
-from tests.kernels.kernel_checks import DTYPES
 from twotower_kernels.reference import moe
+from twotower_kernels.testing.budget import assert_within_budget, widened
+from twotower_kernels.testing.drawing import DTYPES
 
 E, H, I = 4, 6, 5  # noqa: E741
 

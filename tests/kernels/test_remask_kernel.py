@@ -10,12 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import twotower_kernels as tt
-from tests.gpu_checks import check_draws
-from tests.kernels.kernel_checks import DTYPES, EVERY_ISA, ISAS, awkward, instruction_set
-from tests.kernels.remask_cases import MASK, assert_step_agrees, row_numbers, steps
+from tests.kernels.kernel_checks import EVERY_ISA, ISAS, instruction_set
+from tests.kernels.remask_cases import assert_step_agrees
+from twotower_kernels.bench.checks.operations import check_draws
 from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.reference import philox
 from twotower_kernels.reference.remask import CASES, make_inputs, remask
+from twotower_kernels.testing.cases.remask import MASK, row_numbers, steps
+from twotower_kernels.testing.drawing import DTYPES
+from twotower_kernels.testing.layouts import awkward
 
 SMALL = [case for case in CASES["remask"] if not case.startswith("released")]
 

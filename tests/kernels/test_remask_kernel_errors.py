@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import twotower_kernels as tt
-from tests.kernels.remask_cases import MASK
 from tests.specification.test_remask_errors import ROWS_AND_SHIFTS
+from twotower_kernels.testing.cases.remask import MASK
 
 P = tt.RemaskPolicy
 Z, X = torch.zeros(2, 3, 5), torch.full((2, 3), MASK)

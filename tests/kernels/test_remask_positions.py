@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import twotower_kernels as tt
-from tests.kernels.remask_cases import MASK
 from twotower_kernels.reference import philox
 from twotower_kernels.reference import remask as specification
 from twotower_kernels.reference.remask import make_inputs
+from twotower_kernels.testing.cases.remask import MASK
 
 PROGRAMS = {"specification": specification.remask, "package": tt.remask}
 P = tt.RemaskPolicy

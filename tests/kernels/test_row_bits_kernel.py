@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import twotower_kernels as tt
-from tests.compare import as_tuple
-from tests.kernels.kernel_checks import DTYPES, EVERY_ISA, instruction_set
+from tests.kernels.kernel_checks import EVERY_ISA, instruction_set
+from twotower_kernels.testing.drawing import DTYPES
+from twotower_kernels.testing.properties import assert_row_invariant
 
 HIDDEN, INNER, EXPERTS = 330, 150, 8  # sums longer than a block of any kernel
 Draw = Callable[..., Tensor]
@@ -99,18 +100,19 @@ def test_rows_are_the_same_in_any_batch(
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    part = slice(first % rows, first % rows + count)
+    def on(count: int, op: Op) -> Callable[..., Any]:
+        def call(**given: Tensor) -> Any:
+            torch.set_num_threads(count)
+            return op(given)
+
+        return call
+
     before = torch.get_num_threads()
     try:
         with instruction_set(isa):
             given, op = make(draw, rows)
-            torch.set_num_threads(threads[0])
-            together = as_tuple(op(given))
-            torch.set_num_threads(threads[1])
-            some = as_tuple(op({name: tensor[part] for name, tensor in given.items()}))
+            together, alone = (on(count, op) for count in threads)
+            part = slice(first % rows, first % rows + count)
+            assert_row_invariant(together, given, rows=given.keys(), part=part, alone=alone)
     finally:
         torch.set_num_threads(before)
-    for number, (whole, alone) in enumerate(zip(together, some, strict=True)):
-        assert whole[part].contiguous().view(torch.uint8).equal(alone.contiguous().view(torch.uint8)), (
-            f"result {number}"
-        )

@@ -12,9 +12,9 @@ from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves, tree_map
 
 import twotower_kernels as tt
-from tests.model.random_models import models, random_ids
 from tests.model.test_surroundings import SURROUNDINGS
 from twotower_kernels import ContextState, RemaskPolicy, TwoTowerModel
+from twotower_kernels.bench.checks.random_models import models, random_ids
 
 # Rows, tokens of a block and of the context. No two sizes are the same, nor one of the model's (of which 2 and 3 are
 # numbers of heads and of columns): sizes that are equal when a graph is made are taken to be equal always. The products

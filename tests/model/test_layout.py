@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.model.random_models import SIZES
 from tests.paths import ROOT
 from twotower_kernels import TwoTowerConfig, TwoTowerModel
+from twotower_kernels.bench.checks.random_models import SIZES
 from twotower_kernels.model import loading, memory
 from twotower_kernels.model.layout import STACKED, Layout
 from twotower_kernels.reference import model as specification

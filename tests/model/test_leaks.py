@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import twotower_kernels as tt
-from tests.model.random_models import models
+from twotower_kernels.bench.checks.random_models import models
 
 
 def resident() -> int:

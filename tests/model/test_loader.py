@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.model.random_models import models, random_ids
 from tests.paths import GOLDEN, ROOT
 from twotower_kernels import TwoTowerConfig, TwoTowerModel
+from twotower_kernels.bench.checks.random_models import models, random_ids
 from twotower_kernels.model import loading
 
 TINY = GOLDEN / "tiny"

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.compare import assert_within_budget
 from tests.model import recordings
-from tests.model.agreement import assert_agreement
-from tests.model.random_models import models, random_ids, with_wide_residual
 from tests.paths import GOLDEN
 from twotower_kernels import ContextState, TwoTowerModel
+from twotower_kernels.bench.checks.agreement import assert_agreement
+from twotower_kernels.bench.checks.random_models import models, random_ids, with_wide_residual
 from twotower_kernels.model.cache import KVCache, MambaCache
 from twotower_kernels.reference.generate import generate
 from twotower_kernels.reference.layers import Layer
+from twotower_kernels.testing.budget import assert_within_budget
 
 BFLOAT16 = recordings.BFLOAT16
 
@@ -30,7 +30,7 @@ def outputs(name: str) -> dict[str, Tensor]:
     return recordings.outputs_of(model, recordings.recorded(name))
 
 
-@pytest.mark.parametrize(("name", "key"), recordings.RECORDED_FLOAT32)
+@pytest.mark.parametrize(("name", "key"), recordings.recorded_float32())
 def test_recorded_float32(name: str, key: str) -> None:
     recordings.assert_recorded_float32(outputs(name)[key], recordings.expected(name, key))
 

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.compare import assert_within_budget
 from twotower_kernels import TwoTowerModel
 from twotower_kernels.bench.baselines.foreign import nemotron_h
 from twotower_kernels.reference.model import ContextState, TwoTower
+from twotower_kernels.testing.budget import assert_within_budget
 
 VOCABULARY, CHUNK = 97, 8
 GROUPED = dict(n_group=4, topk_group=2, norm_topk_prob=True, routed_scaling_factor=2.5)

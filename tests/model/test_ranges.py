@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tests.model.random_models import models, random_ids
+from twotower_kernels.bench.checks.random_models import models, random_ids
 
 PATTERN = "M*E-"
 MIXERS = {"M": "Mamba2", "*": "Attention", "E": "MoE", "-": "MLP"}

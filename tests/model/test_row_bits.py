@@ -19,8 +19,8 @@ from torch import Tensor
 
 import twotower_kernels as tt
 from tests.kernels.kernel_checks import EVERY_ISA, instruction_set
-from tests.model.random_models import models, random_ids
 from twotower_kernels import ContextState, TwoTowerModel
+from twotower_kernels.bench.checks.random_models import models, random_ids
 
 PATTERN = "M*E-M*"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

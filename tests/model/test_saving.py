@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 
-from tests.model.random_models import models
 from twotower_kernels import TwoTowerModel
+from twotower_kernels.bench.checks.random_models import models
 
 DOWN = "context_tower.layers.2.mixer.experts.31.down_proj.weight"
 EXPERT = "denoiser_tower.layers.1.mixer.experts.3.up_proj.weight"

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.model.random_models import Models, models, random_ids
 from twotower_kernels import ContextState, TwoTowerModel
+from twotower_kernels.bench.checks.random_models import Models, models, random_ids
 from twotower_kernels.model import layers
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import twotower_kernels as tt
-from tests.model.random_models import models, random_ids
 from twotower_kernels import ContextState, TwoTowerModel
+from twotower_kernels.bench.checks.random_models import models, random_ids
 from twotower_kernels.model import state as state_module
 
 

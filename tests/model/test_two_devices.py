@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from tests.gpu.test_capture import Recorder
-from tests.model.random_models import models, random_ids
 from tests.model.second_device import DEVICE, SecondDevice, apart, second_device
 from tests.model.small_model import MASK, package_model, save_small_model
 from tests.model.test_generate_package import values_of
 from twotower_kernels import TwoTowerConfig, TwoTowerModel
+from twotower_kernels.bench.checks.random_models import models, random_ids
 from twotower_kernels.model.capture import CapturedModel
 from twotower_kernels.model.generate import MODES, generate, stream
 from twotower_kernels.model.loading import tower_of

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import twotower_kernels as tt
-from tests.kernels.remask_cases import policies
 from twotower_kernels.reference import remask_policy as specification
 from twotower_kernels.reference.remask_schedule import model_time
+from twotower_kernels.testing.cases.remask import policies
 
 P = tt.RemaskPolicy
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from tests.model.small_model import save_small_model
 from tests.program.command_line import error_of, run
 from twotower_kernels.cli import command as cli
+from twotower_kernels.cli.prompts import prompt_file
 from twotower_kernels.model.two_tower import TwoTowerModel
 
 
@@ -131,7 +132,7 @@ def test_an_argument_that_is_no_text(capsys: pytest.CaptureFixture[str], command
 
 
 def test_a_file_without_end_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "MOST_BYTES", 1000)
+    monkeypatch.setattr("twotower_kernels.cli.prompts.MOST_BYTES", 1000)
     wanted = "expected at most 1000 bytes of prompts, got more"
     assert f"/dev/zero: {wanted}" in error_of(capsys, "generate", "--prompt-file", "/dev/zero")
     with open("/dev/zero", encoding="utf-8") as zeros:
@@ -172,7 +173,7 @@ def test_any_prompt_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFac
     file = tmp_path_factory.getbasetemp() / "any.jsonl"
     file.write_bytes(content)
     try:
-        prompts = cli._prompt_file(file)
+        prompts = prompt_file(file)
     except ValueError as error:
         assert str(file) in str(error)
     else:

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from tests.compare import assert_within_budget, widened
 from twotower_kernels.bench.baselines.foreign import nemotron_h
 from twotower_kernels.reference.adaln import (
     CASES,
@@ -22,6 +21,7 @@ from twotower_kernels.reference.adaln import (
     make_inputs,
     rms_norm,
 )
+from twotower_kernels.testing.budget import assert_within_budget, widened
 
 OPS: dict[str, Any] = {
     "rms_norm": rms_norm,

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from tests.compare import assert_within_budget
 from tests.specification.attention_oracle import naive, oracle
 from twotower_kernels.reference.attention import (
     CASES,
@@ -22,6 +21,7 @@ from twotower_kernels.reference.attention import (
     make_inputs,
     merge_attention,
 )
+from twotower_kernels.testing.budget import assert_within_budget
 
 OPS = {
     "block_attention": block_attention,

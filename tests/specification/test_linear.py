@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.compare import assert_results_within_budget, assert_within_budget
 from twotower_kernels.reference.linear import CASES, linear, make_inputs
+from twotower_kernels.testing.budget import assert_results_within_budget, assert_within_budget
 
 SMALL = [case for case in CASES["linear"] if not case.startswith("released")]
 LOW = [torch.float32, torch.bfloat16, torch.float16]

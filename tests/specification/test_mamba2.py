@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.compare import assert_within_budget, widened
 from tests.specification.mamba2_oracle import recurrence
 from twotower_kernels.bench.baselines.foreign import mamba_ssm, nemotron_h
 from twotower_kernels.reference.mamba2 import CASES, gated_rms_norm, make_inputs, mamba2_scan
+from twotower_kernels.testing.budget import assert_within_budget, widened
 
 SMALL = [case for case in CASES["mamba2_scan"] if not case.startswith("released")]
 NORMS = [case for case in CASES["gated_rms_norm"] if not case.startswith("released")]

@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.model.recordings import (
+from tests.paths import GOLDEN
+from twotower_kernels.bench.checks.recordings import (
     BFLOAT16,
     FLOAT32,
-    RECORDED_FLOAT32,
     assert_recorded_bfloat16,
     assert_recorded_float32,
     cached,
     expected,
     output_keys,
     outputs_of,
+    recorded_float32,
 )
-from tests.paths import GOLDEN
 from twotower_kernels.options.config import TwoTowerConfig
 from twotower_kernels.reference.model import ContextState, TwoTower
 
@@ -42,7 +42,7 @@ def outputs(name: str) -> dict[str, Tensor]:
     return outputs_of(*recorded(name))
 
 
-@pytest.mark.parametrize(("name", "key"), RECORDED_FLOAT32)
+@pytest.mark.parametrize(("name", "key"), recorded_float32())
 def test_recorded_float32(name: str, key: str) -> None:
     assert_recorded_float32(outputs(name)[key], expected(name, key))
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from tests.compare import assert_within_budget, widened
 from tests.specification.test_moe import LOW, close, small
 from twotower_kernels.bench.baselines.foreign import nemotron_h
 from twotower_kernels.reference.moe import ACTIVATIONS, make_inputs, moe_experts, moe_plan
+from twotower_kernels.testing.budget import assert_within_budget, widened
 
 
 def gelu_tanh(x: float) -> float:

@@ -1,4 +1,4 @@
-"""The command `twotower`: generate text, watch it being generated, say what is installed.
+"""The command `twotower`: generate text, watch it being generated, say what is installed, check kernels.
 
 Whatever a user can get wrong is one line on the standard error output and exit code 2. Ctrl-C prints what was generated
 until then and ends with 130, as a shell expects it.
@@ -7,7 +7,6 @@ until then and ends with 130, as a shell expects it.
 from __future__ import annotations
 
 import argparse
-import codecs
 import importlib
 import json
 import os
@@ -17,7 +16,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from rich import box
@@ -26,7 +25,8 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 import twotower_kernels
-from twotower_kernels.cli import info
+from twotower_kernels.cli import check, info
+from twotower_kernels.cli.prompts import argument, asked
 from twotower_kernels.cli.show import Painter, Printer, before_masks, costs, fitting, printable, speed, verdict
 from twotower_kernels.generation import GenerateResult, Stream
 from twotower_kernels.model.generate import MODES, generate, stream
@@ -37,7 +37,6 @@ from twotower_kernels.options.units import size
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 INTERRUPTED = 130  # 128 + SIGINT
-MOST_BYTES = 2**28  # of prompts
 PROMPT = '''def read_lines(filename):
     """Return the lines of a text file, without the newlines."""
 '''.rstrip()
@@ -183,10 +182,18 @@ def _parser() -> argparse.ArgumentParser:
     about.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a model folder, to be told its sizes")
     about.set_defaults(run=_info)
 
-    # Its arguments are the benchmark's to read, --help too, so none of them begins an option here.
-    timed = commands.add_parser("bench", help="time the kernels beside their rivals", add_help=False, prefix_chars="\0")
-    timed.add_argument("arguments", nargs="*")
-    timed.set_defaults(run=_bench)
+    tried = commands.add_parser("check", help="whether a kernel of yours is one of the operations", allow_abbrev=False)
+    check.add_arguments(tried, DEVICE)
+    tried.set_defaults(run=check.run)
+
+    # Their arguments are the benchmarks' to read, --help too, so none of them begins an option here.
+    for name, module, told in (
+        ("bench", "command", "time the kernels beside their rivals"),
+        ("gpu-report", "gpu_report.command", "one report of this machine, to be sent: what held, and how fast it was"),
+    ):
+        handed_on = commands.add_parser(name, help=told, add_help=False, prefix_chars="\0")
+        handed_on.add_argument("arguments", nargs="*")
+        handed_on.set_defaults(run=_benchmark, module=module, prog=f"twotower {name}")
     return parser
 
 
@@ -230,88 +237,6 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--threads", type=THREADS, metavar="N", help="processor threads to compute with (default: PyTorch's choice)"
     )
-
-
-# --- prompts --------------------------------------------------------------------------------------------------------
-
-
-def _prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts that were asked for, from the one place they come from.
-
-    Raises:
-        ValueError: none, from two places, empty, not text, or without end.
-    """
-    if args.prompt_file is not None:
-        if args.prompt is not None:
-            raise ValueError("expected a prompt or --prompt-file, got both")
-        return _prompt_file(args.prompt_file)
-    if args.prompt is not None and args.prompt != "-":
-        return [_argument(args.prompt, "prompt")]
-    if sys.stdin is None or (args.prompt is None and sys.stdin.isatty()):
-        raise ValueError("expected a prompt, --prompt-file, or text on the standard input")
-    text = _decoded(_read(sys.stdin.buffer, "standard input"), "standard input")
-    text = text.replace("\r\n", "\n").removesuffix("\n")  # the newline with which a line of input ends
-    return [_text(text, "standard input")]
-
-
-def _read(file: BinaryIO, where: str) -> bytes:
-    """All of a file that may have no end."""
-    try:
-        content = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"{where}: {error.strerror}") from None
-    if len(content) > MOST_BYTES:
-        raise ValueError(f"{where}: expected at most {MOST_BYTES} bytes of prompts, got more")
-    return content
-
-
-def _decoded(content: bytes, where: str) -> str:
-    """UTF-8 as text, without the mark that some programs put before it."""
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte = f"byte 0x{content[error.start]:02x} at offset {error.start}"
-        raise ValueError(
-            f"{where}: expected UTF-8 text, got {byte}; is it Latin-1? iconv -f latin1 -t utf-8 converts it"
-        ) from None
-
-
-def _argument(text: str, where: str) -> str:
-    """A text from the command line, where Python keeps bytes that are no text as halves of characters."""
-    return _text(_decoded(text.encode("utf-8", "surrogateescape"), where), where)
-
-
-def _prompt_file(path: Path) -> list[str]:
-    """A prompt per line that is not blank: a JSON string, or an object with one under "prompt"."""
-    try:
-        with path.open("rb") as file:
-            lines = _read(file, str(path)).removeprefix(codecs.BOM_UTF8).split(b"\n")
-    except OSError as error:  # no such file
-        raise ValueError(f"{path}: {error.strerror}") from None
-    prompts = []
-    for count, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{path}, line {count}"
-            try:
-                value = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested beyond reason
-                raise ValueError(f"{where}: not JSON: {error}") from None
-            prompts.append(_text(value.get("prompt") if isinstance(value, dict) else value, where))
-    if not prompts:
-        raise ValueError(f"{path}: expected a prompt per line, got none")
-    return prompts
-
-
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f'{where}: expected a string, or an object with a string "prompt"')
-    if not value:
-        raise ValueError(f"{where}: expected text, got an empty prompt")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:  # half a surrogate pair
-        raise ValueError(f"{where}: expected text, got half a character") from None
-    return value
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
@@ -366,7 +291,7 @@ def _watch(events: Stream, show: Painter | Printer | None) -> bool:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    prompts = _prompts(args)
+    prompts = asked(args)
     model, tokenizer = _load(args, towers="context" if args.mode == "ar" else "both")
     ids = _ids(model, tokenizer, prompts)
     mask = model.config.mask_token_id
@@ -432,7 +357,7 @@ def _record(prompt: str, text: str, result: GenerateResult, row: int) -> dict[st
 
 
 def _demo(args: argparse.Namespace) -> int:
-    prompts = [_argument(args.prompt, "--prompt")]
+    prompts = [argument(args.prompt, "--prompt")]
     model, tokenizer = _load(args)
     ids = _ids(model, tokenizer, prompts)
     if model.config.mask_token_id in ids[0]:
@@ -497,6 +422,5 @@ def _kernels(console: Console) -> RenderableType:
     return fitting(console, table, lines)
 
 
-def _bench(args: argparse.Namespace) -> int:
-    code: int = importlib.import_module("twotower_kernels.bench.command").main(args.arguments, prog="twotower bench")
-    return code
+def _benchmark(args: argparse.Namespace) -> int:
+    return int(importlib.import_module(f"twotower_kernels.bench.{args.module}").main(args.arguments, prog=args.prog))

@@ -1,9 +1,8 @@
-"""What a model must show on a GPU: the recordings' tensors and texts, agreement with the specification, and the same
-text through recorded graphs as without. Part of `tests.gpu_checks`."""
+"""What a model must show: the recordings' tensors and texts, agreement with the specification, the shipped model's
+text, and on a GPU the same text through recorded graphs as without."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -12,11 +11,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from tests.model.agreement import assert_agreement
-from tests.model.random_models import models, random_ids
-from tests.model.recordings import (
+import twotower_kernels as tt
+from twotower_kernels import TwoTowerModel
+from twotower_kernels.bench.checks.agreement import assert_agreement
+from twotower_kernels.bench.checks.random_models import models, random_ids
+from twotower_kernels.bench.checks.recordings import (
     BFLOAT16,
     FLOAT32,
+    GOLDEN,
     RECORDED_TEXTS,
     assert_recorded_bfloat16,
     assert_recorded_float32,
@@ -26,11 +28,10 @@ from tests.model.recordings import (
     outputs_of,
     recorded,
 )
-from tests.paths import GOLDEN
-from twotower_kernels import TwoTowerModel
+from twotower_kernels.model import generate as generation
 from twotower_kernels.model.capture import CapturedModel, Recorder
-
-generation = importlib.import_module("twotower_kernels.model.generate")  # the package has a function of that name
+from twotower_kernels.reference import generate as specification
+from twotower_kernels.reference.model import TwoTower
 
 AGREEMENTS = [("MEM*E-", torch.float32), ("M*-M-*", torch.bfloat16), ("M*-M-*", torch.float16)]
 
@@ -78,7 +79,32 @@ def check_compilation(device: str) -> None:
     torch.testing.assert_close(compiled(block, state, t), model.denoise(block, state, t), rtol=1e-5, atol=1e-5)
 
 
-def of_the_model(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
+# Three beginnings: a row each, so that one batch holds rows of different lengths.
+BEGINNINGS = [[1, 40], [1, 40, 41, 42, 300, 301, 302], [1, *range(100, 130)]]
+
+
+def check_shipped_text(mode: str, device: str) -> None:
+    """The shipped model in float32 writes the tokens that the specification does in float64, in as many calls.
+
+    Raises:
+        NotImplementedError: a decision is closer than float32 tells: the specification itself, in float32, writes
+            others.
+    """
+    folder, options = tt.demo_path(), dict(mode=mode, max_new_tokens=24)
+    plain, exact = (
+        specification.generate(TwoTower.from_pretrained(folder, dtype=dtype), BEGINNINGS, **options)
+        for dtype in (torch.float32, torch.float64)
+    )
+    expected = [row.tolist() for row in exact.sequences], exact.nfe
+    if ([row.tolist() for row in plain.sequences], plain.nfe) != expected:
+        raise NotImplementedError("a decision is closer than float32 tells")
+    model = TwoTowerModel.from_pretrained(folder, dtype=torch.float32, device=device)
+    got = model.generate(BEGINNINGS, **options)
+    assert [row.tolist() for row in got.sequences] == expected[0], "other tokens than the specification's"
+    assert got.nfe == expected[1], f"in {got.nfe} calls, expected {expected[1]}"
+
+
+def of_the_model(device: str, *, graphs: bool = True) -> Iterator[tuple[str, Callable[[], None]]]:
     """Every check, by what it says."""
     for name in (*FLOAT32, BFLOAT16):
         rule = assert_recorded_bfloat16 if name == BFLOAT16 else assert_recorded_float32
@@ -89,4 +115,6 @@ def of_the_model(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"model, agreement of {pattern} {dtype}", partial(check_agreement, pattern, dtype, device)
     yield "model, compiled", partial(check_compilation, device)
     for mode in generation.MODES:
+        yield f"model, {mode} of the shipped one", partial(check_shipped_text, mode, device)
+    for mode in generation.MODES if device == "cuda" and graphs else ():
         yield f"model, {mode} through graphs", partial(check_text_through_graphs, mode, device)

@@ -27,16 +27,39 @@ step in float32 would do to a float64 result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 SHRINK = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+FACTOR = 2.0  # how much more than the naive program a result may err
 ORDERS = 4.0  # how much more one order of summation may lose than another
 DRAWS = 4  # of rounding errors: one may be lucky where results are few
+
+
+class Mismatch(AssertionError):
+    """A result that is not what it should be.
+
+    place: the indices of its worst entry; got, naive, exact: the numbers there; None where there is no one place, or
+    no number.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        place: Sequence[int] | None = None,
+        got: float | None = None,
+        naive: float | None = None,
+        exact: float | None = None,
+    ) -> None:
+        super().__init__(text)
+        self.place, self.got, self.naive, self.exact = place, got, naive, exact
 
 
 def assert_within_budget(
@@ -44,12 +67,12 @@ def assert_within_budget(
     naive: Tensor,
     exact: Tensor,
     *,
-    factor: float = 2.0,
+    factor: float = FACTOR,
     band: float = 2.0,
     what: str = "result",
     lost: Callable[[], Sequence[Tensor]] | None = None,
 ) -> None:
-    """Raise AssertionError unless `got` is as close to `exact` as the budget above allows.
+    """Raises Mismatch, an AssertionError, unless `got` is as close to `exact` as the budget above allows.
 
     got, naive: same shape and floating dtype; exact: same shape, float64. NaN, +inf and -inf must stand exactly where
     they stand in `exact` rounded to that dtype; the errors are taken over the finite entries. A naive program that is
@@ -60,7 +83,7 @@ def assert_within_budget(
     for name, tensor in (("got", got), ("naive", naive)):
         assert tensor.shape == exact.shape, f"{what}: {name} is {list(tensor.shape)}, the truth {list(exact.shape)}"
         assert tensor.dtype == naive.dtype, f"{what}: {name} is {tensor.dtype}, naive is {naive.dtype}"
-        assert_same_specials(tensor, exact.to(naive.dtype), f"{what} ({name})")
+        assert_same_specials(tensor, exact.to(naive.dtype), f"{what} ({name})", naive)
     wide = got.dtype == torch.float64
     assert lost or not wide, f"{what}: float64 cannot be its own truth, expected losses"
     finite = exact.to(naive.dtype).isfinite()
@@ -81,23 +104,30 @@ def assert_within_budget(
         if err > allowed:
             worst = int(error.abs().argmax())
             place = torch.nonzero(finite)[worst].tolist()
-            raise AssertionError(
+            numbers = got[finite][worst].item(), naive[finite][worst].item(), truth[worst].item()
+            raise Mismatch(
                 f"{what}: {name} of the error is {err:.3e}, allowed {allowed:.3e}\n"
                 f"= {times:g} x {naive_err:.3e} (naive) + {band:g} x {eps:.1e} x {scale:.3e} (size of the truth);\n"
-                f"worst at {place}: got {got[finite][worst].item():.9g}, naive {naive[finite][worst].item():.9g},"
-                f" exact {truth[worst].item():.9g}; {int((error != 0).sum())} of {error.numel()} entries differ"
+                f"worst at {place}: got {numbers[0]:.9g}, naive {numbers[1]:.9g}, exact {numbers[2]:.9g};"
+                f" {int((error != 0).sum())} of {error.numel()} entries differ",
+                place=place,
+                **dict(zip(("got", "naive", "exact"), numbers, strict=True)),
             )
 
 
-def assert_same_specials(got: Tensor, expected: Tensor, what: str) -> None:
-    """Raise AssertionError unless NaN, +inf and -inf stand at the same places in both."""
+def assert_same_specials(got: Tensor, expected: Tensor, what: str, naive: Tensor | None = None) -> None:
+    """Raises Mismatch unless NaN, +inf and -inf stand at the same places in both. naive: for its words alone."""
     for name, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
         differ = torch.nonzero(test(got) != test(expected))
         if len(differ):
             place = tuple(differ[0].tolist())
-            raise AssertionError(
+            raise Mismatch(
                 f"{what}: {name} at {len(differ)} wrong places, first {list(place)}:"
-                f" got {got[place].item()}, expected {expected[place].item()}"
+                f" got {got[place].item()}, expected {expected[place].item()}",
+                place=list(place),
+                got=got[place].item(),
+                naive=None if naive is None else naive[place].item(),
+                exact=expected[place].item(),
             )
 
 
@@ -106,17 +136,95 @@ def assert_results_within_budget(
 ) -> None:
     """Every result of a candidate against the naive `program`, which returns a tensor or a tuple of them: what floats
     within the budget, all else equal."""
-    exact, naive = as_tuple(program(**widened(inputs))), as_tuple(program(**inputs))
-    assert len(results) == len(exact), f"{len(results)} results, expected {len(exact)}"
-    wide = any(plain.dtype == torch.float64 for plain in naive)
-    draws = cache(partial(losses, program, inputs, narrower=wide))
-    for n, (got, plain, truth) in enumerate(zip(results, naive, exact, strict=True)):
-        what = f"result {n}"
-        assert got.dtype == plain.dtype and got.shape == plain.shape, f"{what}: {got.dtype} {list(got.shape)}"
-        if got.is_floating_point():
-            assert_within_budget(got, plain, truth.double(), what=what, lost=lambda n=n: draws()[n], **budget)
-        else:
-            assert torch.equal(got, plain), what
+    Yardstick(program, inputs).judge(results, **budget)
+
+
+class Yardstick:
+    """What the naive `program` makes of some inputs, in their dtype and in float64, to judge results by."""
+
+    def __init__(self, program: Callable[..., Any], inputs: dict[str, Any]) -> None:
+        self.program, self.inputs = program, inputs
+        self.exact: Any = as_tuple(program(**widened(inputs)))
+        self.naive: Any = as_tuple(program(**inputs))
+
+    @cached_property
+    def losses(self) -> list[list[Tensor]]:
+        wide = any(plain.dtype == torch.float64 for plain in self.naive)
+        return losses(self.program, self.inputs, narrower=wide)
+
+    def judge(
+        self,
+        results: Sequence[Tensor],
+        *,
+        row: int | None = None,
+        bands: Mapping[int, float] = MappingProxyType({}),
+        any_order: bool = False,
+        **budget: Any,
+    ) -> None:
+        """Raises Mismatch unless results are the program's: what floats within the budget, all else equal.
+
+        row: that of their first dimension is judged alone. bands: of some results, by number. any_order: what is summed
+        in float32 may be summed in any order, and lose ORDERS times as much; the rounding to half precision hides it.
+        """
+        if len(results) != len(self.exact):
+            raise Mismatch(f"{len(results)} results, expected {len(self.exact)}")
+
+        def of_row(x: Tensor) -> Tensor:
+            return x if row is None else x[row : row + 1]
+
+        for n, (got, plain, truth) in enumerate(zip(results, self.naive, self.exact, strict=True)):
+            what = f"result {n}"
+            assert_same_kind(got, plain, what)
+            if got.is_floating_point():
+                lost = lambda n=n: [of_row(x) for x in self.losses[n]]  # noqa: E731
+                tensors = of_row(got), of_row(plain), of_row(truth).double()
+                own = {"band": bands[n]} if n in bands else {}
+                own |= {"factor": ORDERS * FACTOR} if any_order and got.dtype == torch.float32 else {}
+                assert_within_budget(*tensors, what=what, lost=lost, **budget | own)
+            else:
+                assert_equal(of_row(got), of_row(plain), what)
+
+
+def assert_same_kind(got: Tensor, expected: Tensor, what: str) -> None:
+    """Raises Mismatch unless dtype and shape are the same."""
+    if got.dtype != expected.dtype or got.shape != expected.shape:
+        kinds = [f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in (got, expected)]
+        raise Mismatch(f"{what}: got {kinds[0]}, expected {kinds[1]}")
+
+
+def assert_equal(got: Tensor, expected: Tensor, what: str) -> None:
+    """Raises Mismatch unless both hold the same numbers, NaN for NaN."""
+    differ = torch.nonzero((got != expected) & ~((got != got) & (expected != expected)))
+    if len(differ):
+        place = tuple(differ[0].tolist())
+        here, there = got[place].item(), expected[place].item()
+        raise Mismatch(
+            f"{what}: {len(differ)} of {got.numel()} entries differ, first {list(place)}: got {here}, expected {there}",
+            place=list(place),
+            got=here,
+            naive=there,
+            exact=there,
+        )
+
+
+def assert_gate_faithful(logits: Tensor, x: Tensor, gate_weight: Tensor) -> None:
+    """Raises Mismatch unless router logits `x·gate_weightᵀ` are within 4 roundings of the size of what is summed. The
+    truth is summed in extended precision: the specification, in float64, cannot be a yardstick for itself."""
+    assert_same_kind(logits, torch.empty(len(x), len(gate_weight), dtype=torch.float64), "result 0")
+    wide, weight = (tensor.double().numpy().astype(np.longdouble) for tensor in (x, gate_weight))
+    exact = wide @ weight.T
+    error = np.nan_to_num(np.abs(logits.numpy() - exact), nan=np.inf)
+    allowed = 4 * np.finfo(np.float64).eps * (np.abs(wide) @ np.abs(weight).T)
+    if not (error <= allowed).all():
+        place = np.unravel_index(
+            np.argmax(np.where(error <= allowed, -1, np.nan_to_num(error, nan=np.inf))), error.shape
+        )
+        raise Mismatch(
+            f"result 0: off by {error[place]:.3e} of float64, allowed {allowed[place]:.3e}",
+            place=[int(n) for n in place],
+            got=logits.numpy()[place].item(),
+            exact=float(exact[place]),
+        )
 
 
 def losses(program: Callable[..., Any], inputs: dict[str, Any], *, narrower: bool) -> list[list[Tensor]]:
@@ -168,4 +276,4 @@ def converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
 
 
 def as_tuple(result: Any) -> tuple[Any, ...]:
-    return tuple(result) if isinstance(result, tuple) else (result,)
+    return result if isinstance(result, tuple) else (result,)

@@ -1,17 +1,25 @@
-"""What was recorded from the original model, and how near a program must come to it."""
+"""What was recorded from the original model, and how near a program must come to it.
+
+An installed package has the recordings of the two smaller models; a checkout reads its own, `tests/data/golden`.
+"""
 
 from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.paths import GOLDEN
+import twotower_kernels
+from twotower_kernels.bench.report.checkout import ROOT
 
-FLOAT32, BFLOAT16 = ("tiny", "grouped_router"), "tiny_bf16"
+# setup.py copies those of INSTALLED to where the package looks for them.
+GOLDEN = Path(twotower_kernels.__file__).parent / "recorded" if ROOT is None else ROOT / "tests" / "data" / "golden"
+INSTALLED = ("tiny", "tiny_bf16")
+FLOAT32, BFLOAT16 = tuple(name for name in ("tiny", "grouped_router") if ROOT or name in INSTALLED), "tiny_bf16"
 
 
 @cache
@@ -54,7 +62,9 @@ def output_keys(name: str) -> list[str]:
     return sorted(key for key in recorded(name) if key not in inputs and "gen." not in key)
 
 
-RECORDED_FLOAT32 = [(name, key) for name in FLOAT32 for key in output_keys(name)]
+def recorded_float32() -> list[tuple[str, str]]:
+    """Every output of the models in float32: the model's name, and the output's."""
+    return [(name, key) for name in FLOAT32 for key in output_keys(name)]
 
 
 def assert_recorded_float32(got: Tensor, want: Tensor) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.compare import assert_within_budget
-from tests.model.random_models import Models, random_ids
+from twotower_kernels.bench.checks.random_models import Models, random_ids
+from twotower_kernels.testing.budget import assert_within_budget
 
 
 def results(model: Any, wide: bool, seed: int, device: str = "cpu") -> dict[str, Tensor]:

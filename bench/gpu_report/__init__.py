@@ -1,0 +1,1 @@
+"""One report of a machine, made to be sent: `twotower gpu-report`."""

@@ -1,0 +1,1 @@
+"""Right kernels whose steps are methods, for `tests/testing/wrong` to replace one at a time."""
