@@ -80,6 +80,7 @@ def test_wheel_holds_the_package_and_its_model(installed: Path) -> None:
         parts = {f"twotower_kernels/{name}" for name in files_of(ROOT / folder) if not name.endswith(".sh")}
         assert f"twotower_kernels/{folder}/__init__.py" in parts
         assert parts <= names
+    assert files_of(ROOT / "twotower_kernels" / "testing") <= names
     assert not any(path.is_symlink() for path in installed.rglob("*"))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import twotower_kernels as tt
+from tests.house.test_house import OPS
 from tests.program.command_line import error_of, run
 from twotower_kernels import testing
 from twotower_kernels.testing.properties import assert_deterministic, assert_row_invariant, assert_untouched
@@ -30,6 +31,10 @@ def right(x, weight=None, *, eps):
 def wrong(x, weight=None, *, eps):
     return tt.rms_norm(x, weight, eps=2 * eps)
 """
+
+
+def test_every_operation_is_there() -> None:
+    assert set(testing.OPS) == {op for _, op in OPS} | {"block_causal_attention"}
 
 
 @pytest.mark.parametrize("op", testing.OPS)

@@ -181,16 +181,27 @@ PER_ROW = ("logits", "tokens", "editable", "valid_lens", "candidates", "rank_noi
 
 
 def _flattened(logits: Tensor) -> Tensor:
-    """The same, the largest about 2, in steps of a quarter: no token is certain, and many are equal."""
+    """The same, the largest about 2, in steps of about a quarter: no token is certain, and many are equal. The steps of
+    positions differ, lest the same numbers in another order give scores that are equal but for their rounding."""
     finite = logits.double().nan_to_num(0.0, 0.0, 0.0)
     largest = finite.abs().amax() if logits.numel() else finite.new_ones(())
-    return ((8 / largest.clamp(min=1e-3) * logits.double()).round() / 4).to(logits.dtype)
+    step = 0.25 + torch.arange(logits.shape[1], dtype=torch.float64)[:, None] / 64
+    return ((8 / largest.clamp(min=1e-3) * logits.double()).round() * step).to(logits.dtype)
 
 
 @st.composite
 def _step(draw: st.DrawFn, arguments: Arguments, dtype: torch.dtype) -> Inputs:
     """Also with numbers for all rows alike, with ties of tokens and of positions, and where filters matter."""
     inputs = draw(steps("valid_lens" in arguments.taken, dtype))
+    if draw(flag):  # many tokens that may be drawn, of which filters take some away
+        inputs |= dict(logits=_flattened(inputs["logits"]), tokens=torch.full_like(inputs["tokens"], MASK))
+        numbers = {
+            "temperature": (0.7, 1.0, 1.5),
+            "top_k": (0, 1, 2, 3, 5),
+            "top_p": (1.0, 0.23, 0.47, 0.89),
+            "seed": (7, -5, 2**40 + 3),
+        }
+        inputs |= {name: draw(st.sampled_from(values)) for name, values in numbers.items()}
     logits = inputs["logits"]
     batch, block, vocab = logits.shape
     tie = draw(st.sampled_from(["", "tokens", "positions"]))
@@ -202,15 +213,6 @@ def _step(draw: st.DrawFn, arguments: Arguments, dtype: torch.dtype) -> Inputs:
         inputs["logits"] = torch.where(torch.arange(block)[:, None] % 3 > 0, logits, logits[:, :1])
     if draw(flag) and batch:
         inputs |= {name: inputs[name][0].item() for name in NUMBERS if isinstance(inputs.get(name), Tensor)}
-    if draw(flag):  # many tokens that may be drawn, of which filters take some away
-        inputs |= dict(logits=_flattened(inputs["logits"]), tokens=torch.full_like(inputs["tokens"], MASK))
-        numbers = {
-            "temperature": (0.7, 1.0, 1.5),
-            "top_k": (0, 1, 2, 3, 5),
-            "top_p": (1.0, 0.23, 0.47, 0.89),
-            "seed": (7, -5, 2**40 + 3),
-        }
-        inputs |= {name: draw(st.sampled_from(values)) for name, values in numbers.items()}
     if not {"temperature", "seed"} <= arguments.taken:
         inputs["temperature"] = 0.0  # draws with another seed are others
     if not {"step", "num_steps"} <= arguments.taken:
