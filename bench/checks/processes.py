@@ -24,7 +24,7 @@ from twotower_kernels.bench.report.saved import write_json
 
 BEGINS, HELD, REFUSED, FAILED = "begins ", "held", "refused ", "FAILED "
 HANGS = 80.0  # seconds without a word, after which a process is ended
-SAVES = 2.0  # seconds between two writings of what was found
+SAVES, SPEAKS = 2.0, 15.0  # seconds between two writings of what was found, and two lines about it
 INTERRUPTED = 130
 
 
@@ -40,6 +40,7 @@ class Tally:
     failed: list[dict[str, str]] = field(default_factory=list)
     begun: float = field(default_factory=time.perf_counter)
     saved: float = 0.0
+    spoken: float = field(default_factory=time.perf_counter)
     lock: Any = field(default_factory=threading.Lock)
 
     def take(self, line: str) -> bool:
@@ -53,6 +54,9 @@ class Tally:
                     entries.append({"check": label, "why": why})
             if time.perf_counter() > self.saved + SAVES:
                 self.save()
+            if time.perf_counter() > self.spoken + SPEAKS:
+                self.spoken = time.perf_counter()
+                print(f"so far: {self}", flush=True)
         return not line.startswith(BEGINS) and line.rstrip() != HELD
 
     def save(self) -> None:
@@ -68,7 +72,7 @@ class Tally:
     def __str__(self) -> str:
         left = self.checks - self.held - len(self.refused) - len(self.failed)
         others = [f"{len(self.failed)} failed"] + [f"{len(self.refused)} refused"] * bool(self.refused)
-        others += [f"{left} not run"] * bool(left)
+        others += [f"{left} without a result"] * bool(left)
         seconds = time.perf_counter() - self.begun
         return f"{self.held} of {self.checks} checks held, {', '.join(others)}, in {seconds:.0f} s"
 

@@ -54,7 +54,7 @@ def _checks(report: dict[str, Any]) -> Lines:
     yield ""
     found = result_of(report, "checks")
     if found is None:
-        yield "The checks found nothing."
+        yield "The checks have not run, or left no result."
         yield ""
         return
     left = found["checks"] - found["held"] - len(found["failed"]) - len(found["refused"])

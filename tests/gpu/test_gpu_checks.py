@@ -121,7 +121,7 @@ def test_what_ends_a_process_costs_its_own_check_alone(
     tally.save()
     saved = json.loads((tmp_path / "checks.json").read_text(encoding="utf-8"))
     assert (saved["checks"], saved["held"]) == (16, 9) and str(tally).startswith("9 of 16 checks held, 4 failed, 2 ref")
-    assert "1 not run" in str(tally)
+    assert "1 without a result" in str(tally)
     assert {entry["check"]: entry["why"].split(", or")[0] for entry in saved["failed"]} == {
         "check-1-1": "GpuError: lost",
         "check-2-1": "its process ended with -11",

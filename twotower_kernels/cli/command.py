@@ -416,6 +416,4 @@ def _kernels(console: Console) -> RenderableType:
 
 
 def _benchmark(args: argparse.Namespace) -> int:
-    program = importlib.import_module(f"twotower_kernels.bench.{args.module}")
-    code: int = program.main(args.arguments, prog=args.prog)
-    return code
+    return int(importlib.import_module(f"twotower_kernels.bench.{args.module}").main(args.arguments, prog=args.prog))
