@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -249,12 +250,14 @@ def fla_recurrent(
 ) -> Tensor:  # fmt: skip
     """Linear attention with one decay per head: C are the queries, Δ·B the keys, x the values."""
     from fla.ops.simple_gla import fused_recurrent_simple_gla
+    from triton.runtime.autotuner import Autotuner
 
     x, b, c = split(convolved(xbc, conv_weight, conv_bias), dt.shape[2], head_dim, n_groups)
     delta = F.softplus(dt.float() + dt_bias)
     b, c = (m.repeat_interleave(dt.shape[2] // n_groups, 2).float().contiguous() for m in (b, c))
     values = (x.float() * delta[..., None]).contiguous()
-    y, _ = fused_recurrent_simple_gla(c, b, values, g=-a_log.exp() * delta, scale=1.0)
+    with patch.object(Autotuner, "_bench", lambda *_, **__: [1.0, 1.0, 1.0]):  # without a GPU nothing is timed
+        y, _ = fused_recurrent_simple_gla(c, b, values, g=-a_log.exp() * delta, scale=1.0)
     return (y + d[:, None] * x).flatten(2).to(xbc.dtype)
 
 
