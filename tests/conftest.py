@@ -14,6 +14,8 @@ from hypothesis.internal.conjecture import providers
 from tests import found
 from tests.arm64.emulated import Emulated
 
+pytest_plugins = ["twotower_kernels.testing.pytest_plugin"]  # whose marker docs/testing_your_kernel.md shows
+
 # The suite draws the same examples everywhere, by hand and in the merge gate; `make fuzz` draws others each time. Every
 # setting is given, for Hypothesis's own defaults depend on whether CI is set. How fast a machine draws decides nothing.
 COMMON = dict(deadline=None, print_blob=True, database=None, suppress_health_check=[HealthCheck.too_slow])

@@ -37,6 +37,7 @@ def test_every_operation_is_there() -> None:
     assert set(testing.OPS) == {op for _, op in OPS} | {"block_causal_attention"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("op", testing.OPS)
 def test_our_kernels_hold(op: str) -> None:
     report = testing.check(op, getattr(tt, op), **FEW)

@@ -317,15 +317,6 @@ def other(policy: tt.RemaskPolicy, **changes: Any) -> tt.RemaskPolicy:
 
 
 @wrong("remask", "numbers")
-def threshold_of_the_other_strictness(
-    logits: Tensor, tokens: Tensor, *, mask_token_id: int | None, policy: tt.RemaskPolicy, **options: Any
-) -> tt.RemaskResult:
-    """A confidence equal to the threshold passes where it should not, and the other way round."""
-    policy = other(policy, strict=not policy.strict)
-    return tt.remask(logits, tokens, mask_token_id=mask_token_id, policy=policy, **options)
-
-
-@wrong("remask", "numbers")
 def statistics_of_the_other_kind(
     logits: Tensor, tokens: Tensor, *, mask_token_id: int | None, policy: tt.RemaskPolicy, **options: Any
 ) -> tt.RemaskResult:

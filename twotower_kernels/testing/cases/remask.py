@@ -78,6 +78,21 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+PUBLISHED = (
+    RemaskPolicy.twotower(0.8),
+    RemaskPolicy.llada(),
+    RemaskPolicy.threshold(0.9),
+    RemaskPolicy.threshold(0.6, strict=True),
+    RemaskPolicy.sdar(0.85),
+    RemaskPolicy.fast_dllm_factor(1.0),
+    RemaskPolicy.entropy_bound(0.5),
+    RemaskPolicy.dream("margin"),
+    RemaskPolicy.llada2(0.6, edit_threshold=0.4),
+    RemaskPolicy.diffusion_gemma(),
+    RemaskPolicy.posterior(),
+)
+
+
 @st.composite
 def policies(draw: st.DrawFn) -> RemaskPolicy:
     """Any policy: half of the fields at their defaults, so that rare ones do not always come together."""
@@ -195,6 +210,10 @@ def _flattened(logits: Tensor) -> Tensor:
 def _step(draw: st.DrawFn, arguments: Arguments, dtype: torch.dtype) -> Inputs:
     """Also with numbers for all rows alike, with ties of tokens and of positions, and where filters matter."""
     inputs = draw(steps("valid_lens" in arguments.taken, dtype))
+    if draw(flag):  # whose fields seldom come together by chance
+        inputs["policy"] = draw(st.sampled_from(PUBLISHED))
+    if draw(st.sampled_from([False, False, True])):  # a certain token's confidence is just that
+        inputs["gate_bound"] = 1.0
     if draw(flag):  # many tokens that may be drawn, of which filters take some away
         inputs |= dict(logits=_flattened(inputs["logits"]), tokens=torch.full_like(inputs["tokens"], MASK))
         numbers = {
