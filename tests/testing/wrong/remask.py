@@ -152,7 +152,7 @@ class EveryPositionTheSameNoise(Remask):
         return super().noise(vocabulary, row, seed, offset, step, 0)
 
 
-@wrong("remask", "deterministic")
+@wrong("remask", "numbers", "deterministic")
 class NoiseOfAGlobalGenerator(Remask):
     """The noise is PyTorch's, and another each time."""
 
