@@ -18,14 +18,14 @@ def test_it_is_a_dynamic_cache() -> None:
     """The same keys and values after every update, in the same memory; views, strided."""
     config = tiny("Llama").config
     cache, other = BlockCache(config, 2, 20), DynamicCache(config=config)
-    place = cache.layers[1].k.data_ptr()
+    place = cache.layers[1].storage.k.data_ptr()
     for tokens in (7, 1, 3, 9):
         k, v = states(tokens)
         for found, wanted in zip(cache.update(k, v, 1), other.update(k, v, 1), strict=True):
-            assert torch.equal(found, wanted) and found.data_ptr() in (place, cache.layers[1].v.data_ptr())
+            assert torch.equal(found, wanted) and found.data_ptr() in (place, cache.layers[1].storage.v.data_ptr())
         assert cache.get_seq_length(1) == other.get_seq_length(1)
         assert cache.get_mask_sizes(4, 1) == other.get_mask_sizes(4, 1)
-    assert cache.layers[1].k.shape == (2, 20, 2, 8) and cache.layers[1].k.data_ptr() == place
+    assert cache.layers[1].storage.k.shape == (2, 20, 2, 8) and cache.layers[1].storage.k.data_ptr() == place
     assert cache.get_max_length() == 20 and not cache.is_compileable
 
 
@@ -78,8 +78,8 @@ def test_a_peek_leaves_the_model_as_it_was(name: str, implementation: str) -> No
 
 def test_layers_of_different_sizes() -> None:
     cache = BlockCache(diffusion_gemma().config, 1, 4, torch.bfloat16)
-    assert [tuple(layer.k.shape) for layer in cache.layers] == [(1, 4, 2, 8), (1, 4, 2, 8), (1, 4, 1, 16)]
-    assert all(x.dtype == torch.bfloat16 for layer in cache.layers for x in (layer.k, layer.v))
+    assert [tuple(layer.storage.k.shape) for layer in cache.layers] == [(1, 4, 2, 8), (1, 4, 2, 8), (1, 4, 1, 16)]
+    assert all(x.dtype == torch.bfloat16 for layer in cache.layers for x in layer.storage.kv)
 
 
 def test_what_it_refuses() -> None:
@@ -95,7 +95,14 @@ def test_what_it_refuses() -> None:
     assert cache.get_seq_length(0) == 3
     with pytest.raises(ValueError, match=r"^twotower BlockCache: expected batch_size and room of at least 1"):
         BlockCache(config, 2, 0)
-    with pytest.raises(
-        NotImplementedError, match=r"^twotower BlockCache: layers of type dummy, linear_attention are not served"
-    ):
-        BlockCache(tiny("NemotronH").config, 2, 4)
+    with pytest.raises(ValueError, match=r"^twotower BlockCache: expected None or a page_size of at least 1, got 0"):
+        BlockCache(config, 2, 4, page_size=0)
+    with pytest.raises(ValueError, match=r"^twotower BlockCache: expected keys in torch.float32, got torch.float64"):
+        cache.update(*(x.double() for x in states(1)), 0)
+    with pytest.raises(ValueError, match=r"^twotower BlockCache: expected heads and widths of \(2, 8, 8\), got \(1, 8, 8\)"):
+        cache.update(*(x[:, :1] for x in states(1)), 0)
+    with pytest.raises(ValueError, match=r"^twotower BlockCache: expected to replace tokens that are in use"):
+        cache.replace(*states(2), 0, 2)
+    config.layer_types = ["full_attention", "indexed_attention"]
+    with pytest.raises(NotImplementedError, match=r"^twotower BlockCache: layers of type indexed_attention are not served"):
+        BlockCache(config, 2, 4)
