@@ -14,6 +14,7 @@ from twotower_kernels.ops.attention import context_attention
 # What models hand through to whoever may use it and changes nothing here: a mask says what is seen.
 _HARMLESS = {
     "cache_position",
+    "logits_to_keep",
     "num_items_in_batch",
     "output_hidden_states",
     "output_router_logits",
