@@ -73,8 +73,6 @@ LAYERS: Mapping[str, Mapping[str, Any]] = {
     "longcat_flash": {**ALL_HEADS, "num_layers": 2, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16},
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 8},
     "minicpm3": ALL_HEADS,
-    "musicgen": {"num_codebooks": 1},
-    "musicgen_melody": {"num_codebooks": 1},
     "phi4_multimodal": {"vision_config": SMALL_PICTURES, "audio_config": SMALL_SOUNDS},
     "qwen4_exp": QWEN4,
     "qwen4_exp_text": QWEN4,
@@ -90,8 +88,8 @@ LAYERS: Mapping[str, Mapping[str, Any]] = {
 WITHOUT: Mapping[str, str] = {
     "blt": "its configuration lacks the number of layers that its own cache asks for",
     "gemma3n": "its pictures need another library, timm",
-    "gemma4_assistant": "reads the keys of the model that it assists",
-    "gemma4_unified_assistant": "reads the keys of the model that it assists",
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "reads the keys of the model that it assists"),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), "its `generate` fails for want of a start token, as a decoder alone"),
 }
 
 

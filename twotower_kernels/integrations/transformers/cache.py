@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DummyLayer, get_layer_types_and_kwargs
 
-from twotower_kernels.integrations.transformers.cache_layers import BlockLayer, StateLayer
+from twotower_kernels.integrations.transformers.cache_layers import BlockLayer, HybridLayer, StateLayer
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 _STATES = {"linear_attention", "conv"}
+_BOTH = {"hybrid", "hybrid_sliding"}
 
 
 class BlockCache(Cache):
@@ -61,7 +62,7 @@ class BlockCache(Cache):
             raise ValueError(f"twotower BlockCache: expected None or a page_size of at least 1, got {page_size}")
         config = config.get_text_config(decoder=True)
         kinds, options = get_layer_types_and_kwargs(config)
-        if others := set(kinds) - _ATTENTION - _STATES - {"dummy"}:
+        if others := set(kinds) - _ATTENTION - _STATES - _BOTH - {"dummy"}:
             raise NotImplementedError(f"twotower BlockCache: layers of type {', '.join(sorted(others))} are not served")
         layers: list[Any] = []
         for kind, of_kind, of_layer in zip(kinds, options, config.per_layer_config, strict=False):
@@ -70,11 +71,15 @@ class BlockCache(Cache):
             elif kind == "dummy":
                 layers.append(DummyLayer())
             else:
-                heads = getattr(of_layer, "num_key_value_heads", None) or of_layer.num_attention_heads
+                heads = getattr(of_layer, "num_key_value_heads", None) or getattr(of_layer, "num_attention_heads", None)
+                if not heads:
+                    name = type(config).__name__
+                    raise NotImplementedError(f"twotower BlockCache: {name} is that of a model without attention heads")
                 dim = getattr(of_layer, "head_dim", None) or of_layer.hidden_size // of_layer.num_attention_heads
                 place = batch_size, room, heads, dim, dtype, torch.device(device)
-                window = of_kind.get("sliding_window")
-                layers.append(BlockLayer(*place, window=window, page_size=page_size, grow=grow))
+                of_kind["window"] = of_kind.pop("sliding_window", None)
+                layer = HybridLayer if kind in _BOTH else BlockLayer
+                layers.append(layer(*place, **of_kind, page_size=page_size, grow=grow))
         super().__init__(layers=layers)
 
     @property

@@ -4,7 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from twotower_kernels.integrations.transformers.cache_storage import Pages, Rows
 from twotower_kernels.integrations.transformers.stored import Stored
@@ -260,6 +264,31 @@ class StateLayer(LinearAttentionLayer):
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         raise NotImplementedError("twotower BlockCache: crop of a recurrent layer's states is not served")
+
+
+class HybridLayer(BlockLayer, StateLayer, LinearAttentionAndFullAttentionLayer):
+    """Keys and values, and states beside them."""
+
+    is_croppable = False
+
+    def __init__(self, *place: Any, number_of_states: int = 1, **options: Any) -> None:
+        LinearAttentionLayer.__init__(self, number_of_states)
+        BlockLayer.__init__(self, *place, **options)
+
+    def lazy_initialization(self, *keys_and_values: Tensor, **states: Any) -> None:
+        if states:
+            LinearAttentionLayer.lazy_initialization(self, **states)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        BlockLayer.reset(self)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, indices)
+        BlockLayer.batch_select_indices(self, indices)
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        StateLayer.crop(self, tokens_to_remove)
 
 
 def _demand(right: bool | Tensor, text: str) -> None:
