@@ -34,7 +34,12 @@ SHARED = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
 SMALL_PICTURES = {"image_size": 32, "patch_size": 16}
-SMALL_SOUNDS = {"num_blocks": 2, "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32}
+SMALL_SOUNDS = {
+    "num_blocks": 2,
+    "ext_pw_out_channel": 32,
+    "depthwise_separable_out_channel": 32,
+    "nemo_conv_channels": 32,
+}
 QWEN4 = {
     **{"num_hidden_layers": 2, "layer_types": ["linear_attention", "indexed_attention"]},
     **{"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
@@ -52,7 +57,12 @@ LAYERS: Mapping[str, Mapping[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), ROPE),
     },
-    "dbrx": {"d_model": 32, "n_heads": 4, "n_layers": 2, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+    },
     "deepseek_v2": ALL_HEADS,
     "deepseek_v3": ALL_HEADS,
     "deepseek_v32": INDEXED,
@@ -89,7 +99,9 @@ WITHOUT: Mapping[str, str] = {
     "blt": "its configuration lacks the number of layers that its own cache asks for",
     "gemma3n": "its pictures need another library, timm",
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "reads the keys of the model that it assists"),
-    **dict.fromkeys(("musicgen", "musicgen_melody"), "its `generate` fails for want of a start token, as a decoder alone"),
+    **dict.fromkeys(
+        ("musicgen", "musicgen_melody"), "its `generate` fails for want of a start token, as a decoder alone"
+    ),
 }
 
 

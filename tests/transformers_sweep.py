@@ -184,10 +184,21 @@ def table(verdicts: dict[str, Verdict]) -> str:
     for kind, verdict in verdicts.items():
         rows[verdict.word, verdict.why].append(kind)
     order = "agrees", "refused", "not reached", "not run", "wrong", "error"
-    lines = [f"transformers {transformers.__version__}, {len(verdicts)} models", "", "| | why | | models |", "|---|---|---|---|"]
+    lines = [
+        f"transformers {transformers.__version__}, {len(verdicts)} models",
+        "",
+        "| | why | | models |",
+        "|---|---|---|---|",
+    ]
     for (word, why), kinds in sorted(rows.items(), key=lambda x: (order.index(x[0][0]), -len(x[1]))):
         lines.append(f"| {word} | {cell(why)} | {len(kinds)} | {', '.join(kinds)} |")
-    lines += ["", "With other caches than a model's own:", "", "| | same tokens | else | | models |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "With other caches than a model's own:",
+        "",
+        "| | same tokens | else | | models |",
+        "|---|---|---|---|---|",
+    ]
     for name in CACHES:
         tried = {kind: verdict.caches[name] for kind, verdict in verdicts.items() if verdict.caches}
         others: dict[str, list[str]] = defaultdict(list)
@@ -210,7 +221,9 @@ def write(text: str) -> None:
 
 
 def main(arguments: Iterable[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.transformers_sweep", description="Models with these kernels.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.transformers_sweep", description="Models with these kernels."
+    )
     parser.add_argument("kinds", nargs="*", metavar="model type")
     parser.add_argument("--write", action="store_true", help="the table, into docs/transformers.md")
     options = parser.parse_args(list(arguments))

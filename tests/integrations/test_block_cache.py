@@ -268,10 +268,14 @@ def test_what_it_refuses() -> None:
         BlockCache(config, 2, 4, page_size=0)
     with pytest.raises(ValueError, match=r"^twotower BlockCache: expected keys in torch.float32, got torch.float64"):
         cache.update(*(x.double() for x in states(1)), 0)
-    with pytest.raises(ValueError, match=r"^twotower BlockCache: expected heads and widths of \(2, 8, 8\), got \(1, 8, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"^twotower BlockCache: expected heads and widths of \(2, 8, 8\), got \(1, 8, 8\)"
+    ):
         cache.update(*(x[:, :1] for x in states(1)), 0)
     with pytest.raises(ValueError, match=r"^twotower BlockCache: expected to replace tokens that are in use"):
         cache.replace(*states(2), 0, 2)
     config.layer_types = ["full_attention", "indexed_attention"]
-    with pytest.raises(NotImplementedError, match=r"^twotower BlockCache: layers of type indexed_attention are not served"):
+    with pytest.raises(
+        NotImplementedError, match=r"^twotower BlockCache: layers of type indexed_attention are not served"
+    ):
         BlockCache(config, 2, 4)

@@ -1,4 +1,4 @@
-"""What a mask lets a query see is what transformers' own matrix says, whatever the pattern, the padding and the cache."""
+"""What a mask lets a query see is what transformers' own matrix says, whatever pattern, padding and cache."""
 
 import torch
 import transformers
@@ -49,7 +49,7 @@ def paddings(draw: st.DrawFn, tokens: int) -> Tensor | None:
 
 @given(st.data(), st.integers(1, 9), st.integers(0, 11), st.integers(1, 6))
 def test_chunks(data: st.DataObject, queries: int, offset: int, size: int) -> None:
-    """Chunks are counted from each row's first token; also with rows to spare, and a first key that is not the first."""
+    """Chunks are counted from each row's first token; also with rows to spare, and a first key that is a later one."""
     padding = data.draw(paddings(offset + queries))
     left = torch.zeros(2, dtype=torch.long) if padding is None else (padding.cumsum(1) == 0).sum(1)
     kv_offset = data.draw(st.integers(0, max(offset - size + 1, 0)))
@@ -84,9 +84,7 @@ def test_packed(lengths: list[list[int]], window: int | None) -> None:
     if numbers is None:
         return
     pattern = theirs.causal_mask_function if window is None else theirs.sliding_window_causal_mask_function(window)
-    compare(
-        tokens, tokens, mask_function=theirs.packed_sequence_compatibility_function(pattern, positions, numbers)
-    )
+    compare(tokens, tokens, mask_function=theirs.packed_sequence_compatibility_function(pattern, positions, numbers))
 
 
 def test_offsets_are_not_read() -> None:
@@ -107,7 +105,9 @@ def test_models() -> None:
     ids, padding = padded_batch()
     sizes = {**SIZES, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 4}
     torch.manual_seed(7)
-    llama4 = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**sizes, layer_types=["chunked_attention"] * 2))
+    llama4 = transformers.Llama4ForCausalLM(
+        transformers.Llama4TextConfig(**sizes, layer_types=["chunked_attention"] * 2)
+    )
     options = {"do_sample": False, "max_new_tokens": 12, "attention_mask": padding}
     llama4.eval().set_attn_implementation("eager")
     wanted = llama4.generate(ids, **options)

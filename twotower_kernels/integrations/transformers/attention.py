@@ -82,18 +82,21 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Mask, **softmax: An
     if isinstance(key, Stored) and seen.both_sides is not None:
         raise NotImplementedError("twotower attention: a sliding bidirectional mask over pages or uneven rows")
     if seen.both_sides is not None:
-        sinks = softmax.pop("sinks")
-        attend = partial(context_attention, causal=True, return_lse=True, **softmax)
-        return both_sides(attend, q, k, v, seen.both_sides, starts, None if starts is None else lens, sinks)
+        sinks, of_rows = softmax.pop("sinks"), None if isinstance(lens, int) else lens
+        attend: Any = partial(context_attention, causal=True, return_lse=True, **softmax)
+        return both_sides(attend, q, k, v, seen.both_sides, starts, of_rows, sinks)
     rows: dict[str, Any] = {"block_table": table, "causal": seen.causal, "window": seen.window} | softmax
     if seen.pieces is not None:
         pieces = seen.pieces
         rows |= {"context_lens": pieces.lens, "context_starts": pieces.starts, "block_lens": pieces.block_lens}
-        return pieces.scatter(context_attention(pieces.gather(q), k, v, context_index=pieces.rows, **rows))
-    if isinstance(key, Stored):
-        lens = lens if seen.causal else least(lens, key.lens)
-        starts = starts if key.starts is None else key.starts if starts is None else most(starts, key.starts)
+        found: Any = context_attention(pieces.gather(q), k, v, context_index=pieces.rows, **rows)
+        return pieces.scatter(found)
     rows |= {"context_lens": lens, "context_starts": starts, "block_lens": seen.block_lens}
+    if isinstance(key, Stored):
+        if not seen.causal:
+            rows["context_lens"] = least(lens, key.lens)
+        if key.starts is not None:
+            rows["context_starts"] = key.starts if starts is None else most(starts, key.starts)
     result = context_attention(q, k, v, **rows)
     assert isinstance(result, Tensor)  # without the log-sum-exp
     return result
@@ -105,7 +108,7 @@ def _storage(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]
         return key.transpose(1, 2), value.transpose(1, 2), None
     if not isinstance(key, Stored) or not isinstance(value, Stored):
         raise NotImplementedError("twotower attention: expected keys and values from one BlockCache, got one of them")
-    return key.storage, value.storage, key.table
+    return key.memory, value.memory, key.table
 
 
 def _without_mask(query: Tensor, key: Tensor, causal: bool, window: int | None) -> Mask:

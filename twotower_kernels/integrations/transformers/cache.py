@@ -21,11 +21,11 @@ class BlockCache(Cache):
 
     A step copies its own keys and values and nothing else, where a DynamicCache copies all of them; attention reads
     views of what is in use. Rows begin with one length, prompts of different lengths being padded on the left; `crop`
-    may give each row one of its own. With these, with pages and while `replacing`, attention="twotower" alone reads the
-    keys, in place too, and any other is refused.
+    may give each row one of its own. With these, with pages and while `replacing`, attn_implementation="twotower" alone
+    reads the keys, in place too, and any other is refused.
 
-    Lengths are counted on the device; the host knows them as long as it is told numbers. `update`, `peek`, `replace` and
-    `crop` do not wait for the device, but where more than the room may be in use.
+    Lengths are counted on the device; the host knows them as long as it is told numbers. `update`, `peek`, `replace`
+    and `crop` do not wait for the device, but where more than the room may be in use.
 
     Recurrent layers keep their states as transformers does, and can be peeked at; layers that keep nothing are passed
     over.

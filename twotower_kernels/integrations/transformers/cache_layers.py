@@ -1,4 +1,4 @@
-"""The layers of a `BlockCache`: keys and values that stay where they are, and recurrent states that may be looked at."""
+"""The layers of a `BlockCache`: keys and values that stay where they are, and recurrent states to be looked at."""
 
 from typing import Any
 
@@ -185,7 +185,7 @@ class BlockLayer(CacheLayerMixin):
         return self.longest + query_length - first, first
 
     def get_seq_length(self) -> Any:
-        """Tokens in use, where the next one lies: a number, or of one row a tensor `[]` where the host does not know it.
+        """Tokens in use, where the next one lies: a number, or of one row a tensor `[]` if the host does not know it.
 
         Raises:
             NotImplementedError: rows of different lengths; a model asks only if it is given no `position_ids`.
@@ -251,22 +251,27 @@ class StateLayer(LinearAttentionLayer):
 
     peeking = False
 
-    def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+    def update_conv_state(
+        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
+    ) -> Tensor:
         if not self.peeking:
-            return super().update_conv_state(conv_states, state_idx, **kwargs)
-        if self.has_previous_state[state_idx]:
-            return torch.cat([self.conv_states[state_idx], conv_states], dim=-1)
-        missing = (kwargs.get("conv_kernel_size") or 0) - conv_states.shape[-1]
+            return super().update_conv_state(conv_states, state_idx, conv_kernel_size, **kwargs)
+        previous = self.conv_states[state_idx]
+        if previous is not None and self.has_previous_state[state_idx]:
+            return torch.cat([previous, conv_states], dim=-1)
+        missing = (conv_kernel_size or 0) - conv_states.shape[-1]
         return torch.nn.functional.pad(conv_states, (max(missing, 0), 0))
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        return recurrent_states if self.peeking else super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
+        return (
+            recurrent_states if self.peeking else super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
+        )
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         raise NotImplementedError("twotower BlockCache: crop of a recurrent layer's states is not served")
 
 
-class HybridLayer(BlockLayer, StateLayer, LinearAttentionAndFullAttentionLayer):
+class HybridLayer(BlockLayer, StateLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
     """Keys and values, and states beside them."""
 
     is_croppable = False
@@ -275,7 +280,7 @@ class HybridLayer(BlockLayer, StateLayer, LinearAttentionAndFullAttentionLayer):
         LinearAttentionLayer.__init__(self, number_of_states)
         BlockLayer.__init__(self, *place, **options)
 
-    def lazy_initialization(self, *keys_and_values: Tensor, **states: Any) -> None:
+    def lazy_initialization(self, *keys_and_values: Tensor, **states: Any) -> None:  # type: ignore[override]
         if states:
             LinearAttentionLayer.lazy_initialization(self, **states)
 
@@ -284,7 +289,7 @@ class HybridLayer(BlockLayer, StateLayer, LinearAttentionAndFullAttentionLayer):
         BlockLayer.reset(self)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        LinearAttentionLayer.reorder_cache(self, indices)
+        LinearAttentionLayer.reorder_cache(self, indices)  # type: ignore[arg-type]
         BlockLayer.batch_select_indices(self, indices)
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:

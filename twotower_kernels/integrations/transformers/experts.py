@@ -18,7 +18,7 @@ _PLAIN: dict[type, str] = {
     activations.GELUTanh: "gelu_tanh",
     activations.NewGELUActivation: "gelu_tanh",
 }
-_FUNCTIONS = {torch.nn.functional.silu: "silu", torch.nn.functional.gelu: "gelu"}  # with their defaults
+_FUNCTIONS: dict[Any, str] = {torch.nn.functional.silu: "silu", torch.nn.functional.gelu: "gelu"}  # with their defaults
 _GATED = {"silu": "silu_gated", "gelu": "gelu_erf_gated", "gelu_tanh": "gelu_gated"}
 
 # Classes whose own `_apply_gate` is the clamped one, `g·sigmoid(alpha·g)·(u + 1)`, and the names of alpha and limit.

@@ -1,4 +1,4 @@
-"""Masks of several pieces: queries that see a stretch of the keys each, and queries that see both sides of themselves."""
+"""Masks of several pieces: queries that see a stretch of the keys each, or both sides of themselves."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

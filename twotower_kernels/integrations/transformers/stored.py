@@ -13,32 +13,32 @@ class Stored(Tensor):
     else computes with it is refused.
 
     Attributes:
-        storage: `[B, room, Hkv, D]`, or pages `[P, page, Hkv, D]` with `table`.
+        memory: `[B, room, Hkv, D]`, or pages `[P, page, Hkv, D]` with `table`.
         table: `[B, n]`, a row's pages in order, or None.
         lens: `[B]`, tokens of each row that are in use, or a number.
         starts: `[B]`, those in front that a sliding layer has left behind, a number, or None.
     """
 
-    storage: Tensor
+    memory: Tensor
     table: Tensor | None
     lens: Tensor | int
     starts: Tensor | int | None
 
     @staticmethod
     def __new__(
-        cls, tokens: int, storage: Tensor, table: Tensor | None, lens: Tensor | int, starts: Tensor | int | None
+        cls, tokens: int, memory: Tensor, table: Tensor | None, lens: Tensor | int, starts: Tensor | int | None
     ) -> "Stored":
-        batch = storage.shape[0] if table is None else table.shape[0]
-        shape = batch, storage.shape[2], tokens, storage.shape[3]
-        made = Tensor._make_wrapper_subclass(cls, shape, dtype=storage.dtype, device=storage.device)  # type: ignore[attr-defined]
-        made.storage, made.table, made.lens, made.starts = storage, table, lens, starts
+        batch = memory.shape[0] if table is None else table.shape[0]
+        shape = batch, memory.shape[2], tokens, memory.shape[3]
+        made: Stored = Tensor._make_wrapper_subclass(cls, shape, dtype=memory.dtype, device=memory.device)
+        made.memory, made.table, made.lens, made.starts = memory, table, lens, starts
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"Stored({list(self.shape)}, in {list(self.storage.shape)})"
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Stored({list(self.shape)}, in {list(self.memory.shape)})"
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, function: Any, *_: Any) -> Any:  # type: ignore[override]
         raise NotImplementedError(
             "twotower BlockCache: pages and rows of different lengths are read by attn_implementation='twotower' "
             f"alone, got a model that computes {function} of them"
