@@ -1,5 +1,5 @@
-"""DiffusionGemma's decoder concatenates the context that its encoder left with its canvas, in every layer and step; with
-a `BlockCache` the canvas is written behind the context instead, in place."""
+"""DiffusionGemma's decoder concatenates its canvas to the context of its encoder, in every layer and step; with a
+`BlockCache` the canvas is written behind the context instead, in place."""
 
 from functools import partial
 from typing import Any

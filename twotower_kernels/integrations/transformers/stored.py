@@ -38,7 +38,7 @@ class Stored(Tensor):
         return f"Stored({list(self.shape)}, in {list(self.memory.shape)})"
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, *_: Any) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, function: Any, *_: Any) -> Any:
         raise NotImplementedError(
             "twotower BlockCache: pages and rows of different lengths are read by attn_implementation='twotower' "
             f"alone, got a model that computes {function} of them"
