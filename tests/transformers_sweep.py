@@ -24,8 +24,11 @@ NAME = "counted"  # registered as `register` does, but for the count of calls
 SETTINGS = SIZES | {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **{"num_experts_per_tok": 2, "moe_intermediate_size": 16, "sliding_window": 5, "tie_word_embeddings": False},
+    **{"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_n_groups": 2, "mamba_d_state": 8},
+    **{"n_group": 2, "topk_group": 1},
     **{"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "d_model": 32, "eos_token_id": 2},
 }
+OF_EXPERTS = {"its layout is served as it is", "its layout was transposed and interleaved"}
 LARGEST = 20_000_000  # parameters; a configuration with sizes under other names stays as large as it is by default
 TOLERANCE = 1e-3
 calls: Counter[str] = Counter()
@@ -91,19 +94,43 @@ def compare(kind: str) -> tuple[str, str]:
     try:
         model.set_attn_implementation(NAME)
         model.set_experts_implementation(NAME)
-        replace(model)
+        replace(model, norms=False, routers=False, mixers=False)
         found = run(model)
     except (NotImplementedError, ValueError) as error:
         return ("refused" if str(error).startswith("twotower") else "error"), str(error)
     except Exception as error:
         return "error", f"{type(error).__name__}: {error}"
     used = " and ".join(sorted(calls))
-    if not (off := difference(found, wanted)):
-        return ("agrees", used) if used else ("not reached", "its attention is its own")
-    model.set_attn_implementation("sdpa")  # padding's own attention is 0 as here, and a recurrent layer may read it
-    model.set_experts_implementation("eager")
+    verdict, why = ("agrees", used) if used else ("not reached", "its attention is its own")
+    if off := difference(found, wanted):  # padding's own attention is 0 as here, and a recurrent layer may read it
+        model.set_attn_implementation("sdpa")
+        model.set_experts_implementation("eager")
+        restore(model)
+        wanted = run(model)
+        if difference(found, wanted):
+            return "wrong", off
+        model.set_attn_implementation(NAME)
+        model.set_experts_implementation(NAME)
+        why = f"{why}; as sdpa, not as eager: {off}"
+    return after_replace(model, wanted, verdict, why)
+
+
+def after_replace(
+    model: PreTrainedModel, wanted: tuple[torch.Tensor, torch.Tensor], verdict: str, why: str
+) -> tuple[str, str]:
+    """The verdict, if it stays with norms, routers and mixers swapped too; what was and, by class, what was not."""
     restore(model)
-    return ("wrong", off) if difference(found, run(model)) else ("agrees", f"{used}; as sdpa, not as eager: {off}")
+    swaps = [swap for swap in replace(model) if swap.why not in OF_EXPERTS]
+    replaced = {type(model.get_submodule(swap.name)).__name__ for swap in swaps if swap.swapped}
+    left = {f"left: {swap.why}" for swap in swaps if not swap.swapped and not swap.why.endswith("computes it")}
+    try:
+        found = run(model)
+    except Exception as error:
+        return "error", f"after replace: {type(error).__name__}: {error}"
+    if off := difference(found, wanted):
+        return "wrong", f"after replace: {off}"
+    names = ", ".join(sorted(replaced)) or "nothing"
+    return verdict, "; ".join([why, f"replaced {names}", *sorted(left)])
 
 
 def main(kinds: list[str]) -> int:
@@ -115,7 +142,7 @@ def main(kinds: list[str]) -> int:
     for kind in kinds or sorted(CAUSAL):
         verdict, why = compare(kind)
         total[verdict] += 1
-        print(f"{kind:32} {verdict:12} {' '.join(why.split())[:160]}", flush=True)
+        print(f"{kind:32} {verdict:12} {' '.join(why.split())[:400]}", flush=True)
     print(", ".join(f"{count} {verdict}" for verdict, count in total.most_common()))
     return int(bool(total["wrong"] or total["error"] or not total["agrees"]))
 
