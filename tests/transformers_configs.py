@@ -18,13 +18,13 @@ SETTINGS: Mapping[str, Any] = {
     **{"num_experts_per_tok": 2, "moe_intermediate_size": 16, "sliding_window": 5, "tie_word_embeddings": False},
     **{"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "d_model": 32, "eos_token_id": 2},
     **LATENT,
-    **{"n_group": 1, "topk_group": 1, "rotary_dim": 8, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    **{"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_n_groups": 2, "mamba_d_state": 8},
+    **{"n_group": 2, "topk_group": 1, "rotary_dim": 8, "first_k_dense_replace": 1, "n_shared_experts": 1},
     **{f"{side}_{name}": size for side, sizes in DECODER.items() for name, size in sizes.items()},
 }
 
 ALL_HEADS = {"num_key_value_heads": 4}  # as latent attention has them
 INDEXED = {**ALL_HEADS, "index_topk": 4, "index_head_dim": 16, "index_n_heads": 2}
-MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
 SHARED = {
@@ -50,7 +50,7 @@ LAYERS: Mapping[str, Mapping[str, Any]] = {
     "axk1": ALL_HEADS,
     "axk2": INDEXED,
     "bailing_hybrid": {**ALL_HEADS, "layer_group_size": 2},
-    "bamba": {**MAMBA, "attn_layer_indices": [1]},
+    "bamba": {"attn_layer_indices": [1], "mamba_chunk_size": 8},
     "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3], "local_attention_window_len": 8},
     "cohere_compass_text": {
         "num_hidden_layers": 2,
@@ -77,7 +77,7 @@ LAYERS: Mapping[str, Mapping[str, Any]] = {
     "glm4_moe_lite": ALL_HEADS,
     "glm_moe_dsa": INDEXED,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5},
-    "granitemoehybrid": {**MAMBA, "layer_types": ["linear_attention", "full_attention"]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "mamba_chunk_size": 8},
     "kimi_linear": {**ALL_HEADS, "linear_head_dim": 8, "linear_num_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {**ALL_HEADS, "num_layers": 2, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16},

@@ -28,6 +28,7 @@ from twotower_kernels.integrations.transformers.experts import experts
 from twotower_kernels.integrations.transformers.masks import mask
 
 NAME = "counted"  # registered as `register` does, but for the count of calls
+OF_EXPERTS = {"its layout is served as it is", "its layout was transposed and interleaved"}
 LARGEST = 20_000_000  # parameters; a configuration with sizes under other names stays as large as it is by default
 TOLERANCE = 1e-3
 PROMPT, NEW = 9, 6
@@ -46,11 +47,13 @@ CACHES: dict[str, tuple[Cache, Cache]] = {  # and of transformers' own the one t
 
 
 class Verdict(NamedTuple):
-    """What became of a model, in a word, why, and what with other caches than its own."""
+    """What became of a model, in a word, why, and what with other caches than its own and by `replace`."""
 
     word: str
     why: str
     caches: dict[str, str] = {}  # noqa: RUF012  # of those that are tried: "" where the tokens are the same
+    replaced: list[str] = []  # noqa: RUF012  # classes of modules
+    left: list[str] = []  # noqa: RUF012  # and why others were not
 
 
 def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,7 +85,7 @@ def theirs(model: PreTrainedModel, implementation: str) -> None:
 def ours(model: PreTrainedModel) -> None:
     model.set_attn_implementation(NAME)
     model.set_experts_implementation(NAME)
-    replace(model)
+    replace(model, norms=False, routers=False, mixers=False)
 
 
 def prompts() -> tuple[Tensor, Tensor]:
@@ -135,12 +138,30 @@ def compare(kind: str) -> Verdict:
         return Verdict("error", said(error))
     used = " and ".join(sorted(calls))
     caches = {name: with_cache(model, *cache, found[1]) for name, cache in CACHES.items()}
-    if not (off := difference(found, wanted)):
-        return Verdict("agrees", used, caches) if used else Verdict("not reached", "its attention is its own", caches)
-    theirs(model, "sdpa")  # padding's own attention is 0 as here, and a recurrent layer may read it
-    if difference(found, run(model)):
-        return Verdict("wrong", off)
-    return Verdict("agrees", f"{used}; as sdpa, not as eager: {off}", caches)
+    word, why = ("agrees", used) if used else ("not reached", "its attention is its own")
+    if off := difference(found, wanted):
+        theirs(model, "sdpa")  # padding's own attention is 0 as here, and a recurrent layer may read it
+        wanted = run(model)
+        if difference(found, wanted):
+            return Verdict("wrong", off)
+        why = f"{why}; as sdpa, not as eager: {off}"
+    return after_replace(model, wanted, Verdict(word, why, caches))
+
+
+def after_replace(model: PreTrainedModel, wanted: tuple[Tensor, Tensor], verdict: Verdict) -> Verdict:
+    """The verdict, if it stays with norms, routers and mixers swapped too; what was and, by class, what was not."""
+    ours(model)
+    restore(model)
+    swaps = [swap for swap in replace(model) if swap.why not in OF_EXPERTS]
+    replaced = sorted({type(model.get_submodule(swap.name)).__name__ for swap in swaps if swap.swapped})
+    left = sorted({swap.why for swap in swaps if not swap.swapped and not swap.why.endswith("computes it")})
+    try:
+        found = run(model)
+    except Exception as error:
+        return Verdict("error", f"after replace: {said(error)}", verdict.caches)
+    if off := difference(found, wanted):
+        return Verdict("wrong", f"after replace: {off}", verdict.caches)
+    return verdict._replace(replaced=replaced, left=left)
 
 
 def with_cache(model: PreTrainedModel, cache: Cache, like: Cache, wanted: Tensor) -> str:
@@ -207,6 +228,15 @@ def table(verdicts: dict[str, Verdict]) -> str:
         lines.append(f"| {name} | {len(others.pop('', []))} of {len(tried)} | | | |")
         for why, kinds in sorted(others.items(), key=lambda x: -len(x[1])):
             lines.append(f"| | | {cell(why)} | {len(kinds)} | {', '.join(kinds)} |")
+    replaced = [kind for kind, verdict in verdicts.items() if verdict.replaced]
+    lines += ["", "By `replace`, with the same logits and tokens:", "", "| | why | | models |", "|---|---|---|---|"]
+    lines.append(f"| replaced | norms, routers or mixers | {len(replaced)} | |")
+    whys: dict[str, list[str]] = defaultdict(list)
+    for kind, verdict in verdicts.items():
+        for why in verdict.left:
+            whys[why].append(kind)
+    for why, kinds in sorted(whys.items(), key=lambda x: -len(x[1])):
+        lines.append(f"| left | {cell(why)} | {len(kinds)} | {', '.join(kinds)} |")
     return "\n".join(lines)
 
 
@@ -231,16 +261,27 @@ def main(arguments: Iterable[str]) -> int:
     AttentionInterface.register(NAME, counted("attention", attention))
     AttentionMaskInterface.register(NAME, mask)
     ExpertsInterface.register(NAME, counted("experts", experts))
+<<<<<<< HEAD
     verdicts: dict[str, Verdict] = {}
     for kind in options.kinds or sorted(CAUSAL):
         verdicts[kind] = verdict = compare(kind)
         others = [f"{name} {why}" for name, why in verdict.caches.items() if why]
+        others += [f"replaced {', '.join(verdict.replaced) or 'nothing'}", *(f"left: {why}" for why in verdict.left)]
         print(f"{kind:32} {verdict.word:12} {'; '.join(map(cell, [verdict.why, *others]))}", flush=True)
     total = Counter(verdict.word for verdict in verdicts.values())
     print(", ".join(f"{count} {word}" for word, count in total.most_common()))
     if options.write:
         write(table(verdicts))
     return int(any(map(bad, verdicts.values())) or not total["agrees"])
+=======
+    total: Counter[str] = Counter()
+    for kind in kinds or sorted(CAUSAL):
+        verdict, why = compare(kind)
+        total[verdict] += 1
+        print(f"{kind:32} {verdict:12} {' '.join(why.split())[:400]}", flush=True)
+    print(", ".join(f"{count} {verdict}" for verdict, count in total.most_common()))
+    return int(bool(total["wrong"] or total["error"] or not total["agrees"]))
+>>>>>>> swaps
 
 
 if __name__ == "__main__":
