@@ -261,7 +261,6 @@ def main(arguments: Iterable[str]) -> int:
     AttentionInterface.register(NAME, counted("attention", attention))
     AttentionMaskInterface.register(NAME, mask)
     ExpertsInterface.register(NAME, counted("experts", experts))
-<<<<<<< HEAD
     verdicts: dict[str, Verdict] = {}
     for kind in options.kinds or sorted(CAUSAL):
         verdicts[kind] = verdict = compare(kind)
@@ -273,15 +272,6 @@ def main(arguments: Iterable[str]) -> int:
     if options.write:
         write(table(verdicts))
     return int(any(map(bad, verdicts.values())) or not total["agrees"])
-=======
-    total: Counter[str] = Counter()
-    for kind in kinds or sorted(CAUSAL):
-        verdict, why = compare(kind)
-        total[verdict] += 1
-        print(f"{kind:32} {verdict:12} {' '.join(why.split())[:400]}", flush=True)
-    print(", ".join(f"{count} {verdict}" for verdict, count in total.most_common()))
-    return int(bool(total["wrong"] or total["error"] or not total["agrees"]))
->>>>>>> swaps
 
 
 if __name__ == "__main__":
