@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers.masking_utils import bidirectional_mask_function
 
 from tests.integrations.tiny_models import diffusion_gemma, padded_batch, tiny
-from twotower_kernels.integrations.transformers import BlockCache, register
+from twotower_kernels.integrations.transformers import BlockCache, register, replace, restore
 from twotower_kernels.integrations.transformers.attention import attention
 from twotower_kernels.integrations.transformers.masks import mask
 
@@ -243,6 +243,33 @@ def test_recurrent_layers() -> None:
     for refused in (lambda: cache.crop(-1), lambda: cache.replacing(1).__enter__()):
         with pytest.raises(NotImplementedError, match=r"^twotower BlockCache: .* recurrent layer"):
             refused()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_diffusion_gemma(padded: bool) -> None:
+    """By its own `generate`: the tokens of a dynamic cache, also where the decoder writes behind the context in place,
+    and into pages, which nothing concatenates."""
+    model, (ids, padding) = diffusion_gemma(), padded_batch()
+    padding = padding if padded else torch.ones_like(padding)
+    model.set_attn_implementation("twotower")
+
+    def generated(**options: object) -> Tensor:
+        torch.manual_seed(1)
+        return model.generate(input_ids=ids, attention_mask=padding, max_new_tokens=16, **options).sequences
+
+    wanted = generated()
+    assert torch.equal(generated(past_key_values=BlockCache(model.config, 3, 40)), wanted)
+    with pytest.raises(NotImplementedError, match=r"^twotower BlockCache: pages .* computes aten.cat"):
+        generated(past_key_values=BlockCache(model.config, 3, 40, page_size=4))
+    swaps = replace(model, norms=False, routers=False, sampler=False)
+    names = [swap.name for swap in swaps if swap.swapped]
+    assert names == [f"model.decoder.layers.{n}.self_attn.append_to_cache" for n in range(3)]
+    for page_size in (None, 4):
+        cache = BlockCache(model.config, 3, 4, grow=True, page_size=page_size)
+        assert torch.equal(generated(past_key_values=cache), wanted)
+    assert torch.equal(generated(), wanted)
+    restore(model)
+    assert not any("append_to_cache" in vars(module) for module in model.modules())
 
 
 def test_layers_of_different_sizes() -> None:
