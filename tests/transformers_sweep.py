@@ -200,48 +200,39 @@ def bad(verdict: Verdict) -> bool:
 
 
 def table(verdicts: dict[str, Verdict]) -> str:
-    """Markdown: models of one verdict and reason in a row."""
-    rows: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for kind, verdict in verdicts.items():
-        rows[verdict.word, verdict.why].append(kind)
-    order = "agrees", "refused", "not reached", "not run", "wrong", "error"
-    lines = [
-        f"transformers {transformers.__version__}, {len(verdicts)} models",
-        "",
-        "| | why | | models |",
-        "|---|---|---|---|",
-    ]
-    for (word, why), kinds in sorted(rows.items(), key=lambda x: (order.index(x[0][0]), -len(x[1]))):
-        lines.append(f"| {word} | {cell(why)} | {len(kinds)} | {', '.join(kinds)} |")
-    lines += [
-        "",
-        "With other caches than a model's own:",
-        "",
-        "| | same tokens | else | | models |",
-        "|---|---|---|---|---|",
-    ]
+    """Markdown: models, or classes of modules, of one reason in a row."""
+    lines = [f"transformers {transformers.__version__}, {len(verdicts)} models", ""]
+    lines += ["| | why | | models |", "|---|---|---|---|"]
+    for word in ("agrees", "refused", "not reached", "not run", "wrong", "error"):
+        whys = ((verdict.why, kind) for kind, verdict in verdicts.items() if verdict.word == word)
+        lines += [f"| {word} {row}" for row in grouped(whys)]
+    lines += ["", "With other caches than a model's own:", ""]
+    lines += ["| | same tokens | else | | models |", "|---|---|---|---|---|"]
     for name in CACHES:
-        tried = {kind: verdict.caches[name] for kind, verdict in verdicts.items() if verdict.caches}
-        others: dict[str, list[str]] = defaultdict(list)
-        for kind, why in tried.items():
-            others[why].append(kind)
-        lines.append(f"| {name} | {len(others.pop('', []))} of {len(tried)} | | | |")
-        for why, kinds in sorted(others.items(), key=lambda x: -len(x[1])):
-            lines.append(f"| | | {cell(why)} | {len(kinds)} | {', '.join(kinds)} |")
-    replaced = [kind for kind, verdict in verdicts.items() if verdict.replaced]
-    lines += ["", "By `replace`, with the same logits and tokens:", "", "| | why | | models |", "|---|---|---|---|"]
-    lines.append(f"| replaced | norms, routers or mixers | {len(replaced)} | |")
-    whys: dict[str, list[str]] = defaultdict(list)
-    for kind, verdict in verdicts.items():
-        for why in verdict.left:
-            whys[why].append(kind)
-    for why, kinds in sorted(whys.items(), key=lambda x: -len(x[1])):
-        lines.append(f"| left | {cell(why)} | {len(kinds)} | {', '.join(kinds)} |")
+        tried = [(verdict.caches[name], kind) for kind, verdict in verdicts.items() if verdict.caches]
+        others = [(why, kind) for why, kind in tried if why]
+        lines.append(f"| {name} | {len(tried) - len(others)} of {len(tried)} | | | |")
+        lines += [f"| | {row}" for row in grouped(others)]
+    replaced = {name for verdict in verdicts.values() for name in verdict.replaced}
+    lines += ["", "By `replace`, with the same logits and tokens:", "", "| | why | | classes |", "|---|---|---|---|"]
+    lines.append(f"| replaced | norms, routers, mixers | {len(replaced)} | |")
+    left = (text.partition(" ")[::-2] for verdict in verdicts.values() for text in verdict.left)
+    lines += [f"| left {row}" for row in grouped(set(left))]
     return "\n".join(lines)
 
 
+def grouped(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """Cells of a reason, how many have it, and which."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for why, name in sorted(pairs, key=lambda pair: pair[1]):
+        names[cell(why)].append(name)
+    rows = sorted(names.items(), key=lambda row: (-len(row[1]), row[0]))
+    return [f"| {why} | {len(of_why)} | {', '.join(of_why)} |" for why, of_why in rows]
+
+
 def cell(text: str) -> str:
-    return " ".join(text.split(", got a model that computes")[0].split())[:160].replace("|", "/")
+    text = " ".join(text.split(", got a model that computes")[0].split())
+    return text[:160].replace("|", "/")
 
 
 def write(text: str) -> None:

@@ -1,6 +1,8 @@
 """Mamba-2 mixers of transformers over `mamba2_scan` and `gated_rms_norm`, with the states in transformers' caches."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +29,7 @@ _HARMLESS = {
     "return_dict",
     "use_cache",
 }
-_FEW_ROWS = 16  # up to which `linear` is the faster product on a CPU
+_FEW_ROWS = 32  # up to which `linear` was the faster product on a CPU
 _EXACT = 1e-4  # of the largest number, in float32
 
 
@@ -61,25 +63,10 @@ def mixer_of(module: nn.Module) -> Mixer:
         raise NotServed(f"{kind}: activation {module.activation} is not served")
     form, copy = _form(module), stand_in(module, torch.float32)
     copy.layer_idx = 0
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 9, copy.in_proj.in_features, generator=generator)
-    padding = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
-    results = []
-    for forward in (copy.forward, lambda *arguments, **options: mixer(copy, form, *arguments, **options)):
-        cache: Any = Cache(layers=[LinearAttentionLayer()])
-
-        def call(forward: Any = forward, cache: Any = cache) -> list[Tensor]:
-            return [
-                forward(x, attention_mask=None),
-                forward(x[:, :5], cache_params=cache, attention_mask=padding),
-                forward(x[:, 5:6], cache_params=cache),
-                forward(x[:, 6:], cache_params=cache),
-                cache.get_conv_state(0),
-                cache.get_recurrent_state(0),
-            ]
-
-        results.append(run(copy, call))
-    if not all(near(found, wanted, _EXACT) for wanted, found in zip(*results, strict=True)):
+    wanted, found = (
+        run(kind, _tried, forward, module.hidden_size) for forward in (copy.forward, partial(mixer, copy, form))
+    )
+    if not all(near(x, y, _EXACT) for x, y in zip(found, wanted, strict=True)):
         raise NotServed(f"{kind} computes something else than the mixer of that name")
     return form
 
@@ -98,14 +85,14 @@ def mixer(
         hidden_states: `[B, L, H]`.
         cache_params: of transformers; its layer holds the last W columns before the convolution, `[B, C, W]`, and the
             state `[B, heads, head_dim, state]`. Both are written in place.
-        attention_mask: `[B, L]`, 0 for padding: on the left of a row; without a cache also on its right.
+        attention_mask: `[B, L]`, 0 for padding, at the ends of rows only; for one token over a state, None.
         others: known to change nothing, or None or False.
 
     Returns:
         `[B, L, H]`.
 
     Raises:
-        NotImplementedError: other padding, packed sequences, whatever else is not known.
+        NotImplementedError: holes in a row's mask, packed sequences, whatever else is not known.
     """
     for name, given in others.items():
         if name not in _HARMLESS and given is not None and given is not False:
@@ -127,6 +114,20 @@ def mixer(
     else:
         y = self.norm(y, gate) if form.norm == "own" else y * nn.functional.silu(gate)
     return _linear(self.out_proj, y.to(hidden_states.dtype))
+
+
+def _tried(forward: Callable[..., Tensor], hidden_size: int) -> list[Tensor]:
+    """Results and last states of a forward."""
+    x = torch.randn(2, 9, hidden_size, generator=torch.Generator().manual_seed(1))
+    padding, cache = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]), Cache(layers=[LinearAttentionLayer()])
+    results = [
+        forward(x),
+        forward(x[:, :5], cache_params=cache, attention_mask=padding),
+        forward(x[:, 5:6], cache_params=cache),
+        forward(x[:, 6:], cache_params=cache),
+    ]
+    states: list[Any] = [cache.get_conv_state(0), cache.get_recurrent_state(0)]
+    return results + states
 
 
 def _form(module: Any) -> Mixer:
@@ -153,8 +154,8 @@ def _projected(self: Any, hidden_states: Tensor, attention_mask: Tensor | None) 
 
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:
     """The layer itself, and its product by `linear` where rows are few and it is no more than a product."""
-    plain = type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
-    if plain and x.shape[:-1].numel() <= _FEW_ROWS:
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    if x.shape[:-1].numel() <= _FEW_ROWS and isinstance(layer, nn.Linear) and type(layer) is nn.Linear and not hooked:
         return linear(x, layer.weight, layer.bias)
     return layer(x)
 
@@ -207,10 +208,10 @@ def _scan(
 def _scan_padded(
     self: Any, xbc: Tensor, dt: Tensor, states: _States, limits: tuple[float, float], attention_mask: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """The same of rows whose tokens begin behind padding: moved to the left, scanned, moved back; padding gets y = 0.
+    """The same of rows with padding at their ends: moved to the left, scanned, moved back; padding gets y = 0.
 
-    The convolution sees what was projected of the padding before a row's first token, which in a layer with a bias is
-    not 0, as in the original.
+    As in the original, the convolution sees what was projected of the padding before a row's first token, which in a
+    layer with a bias is not 0, and padding lets a state decay.
     """
     batch, tokens, channels = xbc.shape
     positions, rows = torch.arange(tokens, device=xbc.device), torch.arange(batch, device=xbc.device)[:, None]
@@ -218,23 +219,30 @@ def _scan_padded(
     lens = real.sum(1)
     starts = torch.where(lens == 0, tokens, real.int().argmax(1))[:, None]
     ends = starts + lens[:, None]
-    wrong = (((positions >= starts) & (positions < ends)) != real).any()
-    _refuse(wrong | (ends != tokens).any() if states.keep else wrong)
+    _refuse_holes((((positions >= starts) & (positions < ends)) != real).any())
     past = self.conv_kernel_size - 1
     before = xbc.new_zeros(batch, past, channels) if states.conv is None else states.conv.transpose(1, 2)
     window = torch.arange(past, device=xbc.device) + starts
     conv = torch.cat([before.to(xbc.dtype), xbc], 1)[rows, window].transpose(1, 2)
+    ssm = _decayed(self, states.ssm, dt, positions < starts, limits)
     moved = (positions + starts).clamp(max=tokens - 1)
-    y, ssm = _scan(self, xbc[rows, moved], dt[rows, moved], states._replace(conv=conv), limits, lens)
-    return y[rows, (positions - starts).clamp(min=0)] * real[:, :, None].to(y.dtype), ssm
+    y, ssm = _scan(self, xbc[rows, moved], dt[rows, moved], _States(conv, ssm, states.keep), limits, lens)
+    y = y[rows, (positions - starts).clamp(min=0)] * real[:, :, None].to(y.dtype)
+    return y, _decayed(self, ssm, dt, positions >= ends, limits)
 
 
-def _refuse(wrong: Tensor) -> None:
-    text = (
-        "twotower mixer: expected an attention_mask with padding on the left of rows, or without a cache at their "
-        "ends, got another"
-    )
-    if torch.compiler.is_compiling() or (wrong.is_cuda and torch.cuda.is_current_stream_capturing()):
-        torch._assert_async(~wrong, text)
-    elif wrong:
+def _decayed(self: Any, ssm: Tensor | None, dt: Tensor, where: Tensor, limits: tuple[float, float]) -> Tensor | None:
+    """A state after the steps of tokens `where` `[B, L]` that add nothing to it."""
+    if ssm is None:
+        return None
+    steps = nn.functional.softplus(dt.float() + self.dt_bias.float()).clamp(*limits)  # [B, L, heads]
+    passed = (steps * where[:, :, None]).sum(1)
+    return ssm * torch.exp(-torch.exp(self.A_log.float()) * passed)[:, :, None, None]
+
+
+def _refuse_holes(holes: Tensor) -> None:
+    text = "twotower mixer: expected an attention_mask with padding at the ends of rows only, got one with holes"
+    if torch.compiler.is_compiling() or (holes.is_cuda and torch.cuda.is_current_stream_capturing()):
+        torch._assert_async(~holes, text)
+    elif holes:
         raise NotImplementedError(text)

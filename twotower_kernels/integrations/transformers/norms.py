@@ -85,13 +85,11 @@ def norm(module: nn.Module, form: Norm, hidden_states: Tensor, gate: Tensor | No
 
 
 def _gated(hidden_states: Tensor, gate: Tensor, weight: Tensor | None, form: Norm) -> Tensor:
+    if weight is not None and not form.round_first:
+        return gated_rms_norm(hidden_states, gate, weight, n_groups=form.groups, eps=form.eps)
     ones = hidden_states.new_ones(hidden_states.shape[-1:])
-    options = {"n_groups": form.groups, "eps": form.eps}
-    if weight is None:
-        return gated_rms_norm(hidden_states, gate, ones, **options)
-    if form.round_first:
-        return weight * gated_rms_norm(hidden_states, gate, ones, **options)
-    return gated_rms_norm(hidden_states, gate, weight, **options)
+    normed = gated_rms_norm(hidden_states, gate, ones, n_groups=form.groups, eps=form.eps)
+    return normed if weight is None else weight * normed
 
 
 def _forms(module: nn.Module, eps: float, weighted: bool) -> list[Norm]:
@@ -118,7 +116,7 @@ def _agrees(copy: nn.Module, form: Norm, dtype: torch.dtype) -> bool:
     inputs = [(torch.randn(shape, generator=generator) * size).to(dtype)]
     if form.groups:
         inputs.append(torch.randn(shape, generator=generator).to(dtype))
-    wanted, found = run(copy, lambda: copy.forward(*inputs)), norm(copy, form, *inputs)
+    wanted, found = run(type(copy).__name__, copy.forward, *inputs), norm(copy, form, *inputs)
     if dtype == torch.float32:
         return isinstance(wanted, Tensor) and near(found, wanted, _EXACT)
     return found.dtype == wanted.dtype and bool((found != wanted).float().mean() < _ROUNDED_ALIKE)

@@ -138,7 +138,7 @@ _SOFTMAX = {
     "Qwen3_5MoeTopKRouter": _Softmax(),
     "Qwen4ExpTextTopKRouter": _Softmax(),
 }
-_KNOWN: dict[str, Callable[..., Routed]] = {
+KNOWN: dict[str, Callable[..., Routed]] = {
     **dict.fromkeys(_SOFTMAX, _softmax),
     "AXK1TopkRouter": _sigmoid_of_groups,
     "AriaTextTopKRouter": _softmax_of_the_chosen,
@@ -190,13 +190,12 @@ def router_of(module: nn.Module) -> Callable[..., Routed]:
         NotServed: it is not known, or computes something else here.
     """
     kind = type(module).__name__
-    if (forward := _KNOWN.get(kind)) is None:
+    if (forward := KNOWN.get(kind)) is None:
         raise NotServed(f"{kind} is not known")
     for dtype in (torch.float32, torch.bfloat16):
         copy = stand_in(module, dtype)
         inputs = _inputs(copy, dtype)
-        wanted = run(copy, lambda copy=copy, inputs=inputs: copy.forward(*inputs))
-        found = run(copy, lambda copy=copy, inputs=inputs: forward(copy, *inputs))
+        wanted, found = run(kind, copy.forward, *inputs), run(kind, forward, copy, *inputs)
         if not _agree(found, wanted, values=dtype == torch.float32):
             raise NotServed(f"{kind} computes something else than the router of that name")
     return forward
@@ -234,5 +233,7 @@ def _agree(found: Any, wanted: Any, *, values: bool) -> bool:
         return False
     if not values:
         return True
-    dense = [torch.zeros_like(logits).scatter(1, experts, weights) for logits, weights, experts in (found, wanted)]
-    return near(found[0], wanted[0], _EXACT) and near(*dense, _EXACT)
+    ours, theirs = (
+        torch.zeros_like(logits).scatter(1, experts, weights) for logits, weights, experts in (found, wanted)
+    )
+    return near(found[0], wanted[0], _EXACT) and near(ours, theirs, _EXACT)

@@ -38,11 +38,12 @@ class EntropyBoundSampler(theirs.EntropyBoundSampler):
     ) -> None:
         super().__init__(config, canvas_length, vocab_size, max_denoising_steps)
         policy = RemaskPolicy.named("diffusion_gemma", entropy_bound=config.entropy_bound, t_min=None)
+        self.accepted_token_mask: Any = None
         self._policy = dataclasses.replace(policy, greedy=True)  # the proposals are given
 
     def accept_canvas(
         self, current_canvas: Tensor, denoiser_canvas: Tensor, logits: Tensor, cur_step: int | Tensor
-    ) -> Tensor:
+    ) -> Any:
         """The canvas with the accepted proposals.
 
         Args:

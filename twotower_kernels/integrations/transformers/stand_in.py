@@ -50,13 +50,12 @@ def kind_of(module: nn.Module) -> str:
     return repr(found)
 
 
-def run(module: nn.Module, call: Callable[[], Any]) -> Any:
-    """What a module's own forward gives; NotServed if it does not run on the input that its kind takes."""
+def run(kind: str, forward: Callable[..., Any], *arguments: Any) -> Any:
+    """What a forward gives; NotServed if it does not run on the input that its kind takes."""
     try:
         with torch.no_grad():
-            return call()
-    except Exception as error:  # whatever its code may raise
-        kind = type(module).__name__
+            return forward(*arguments)
+    except Exception as error:  # whatever a module's code may raise
         raise NotServed(f"{kind} cannot be tried out: {type(error).__name__}: {error}") from error
 
 
