@@ -74,8 +74,12 @@ def test_masks_of_others() -> None:
     ("pattern", "name"),
     [
         (lambda *_: True, "<lambda>"),
-        (masking_utils.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.long)), "chunked_overlay"),
-        (masking_utils.sliding_window_bidirectional_mask_function(4), "sliding_window_bidirectional_overlay"),
+        (
+            masking_utils.and_masks(
+                masking_utils.chunked_overlay(4, torch.zeros(2)), masking_utils.bidirectional_mask_function
+            ),
+            "chunked_overlay",
+        ),
         (masking_utils.or_masks(masking_utils.causal_mask_function, lambda *_: True), "or_masks"),
         (
             masking_utils.or_masks(
@@ -97,14 +101,6 @@ def test_holes_and_unknown_options() -> None:
         mask(1, 4, 4, attention_mask=torch.ones(1, 4, 4, dtype=torch.bool))
     with pytest.raises(NotImplementedError, match=r"^twotower mask: something_new"):
         mask(1, 4, 4, something_new=3)
-
-
-def test_packed_sequences() -> None:
-    model = tiny("Llama")
-    model.set_attn_implementation("twotower")
-    ids, positions = torch.randint(2, 97, (1, 6)), torch.tensor([[0, 1, 2, 0, 1, 2]])
-    with pytest.raises(NotImplementedError, match=r"^twotower mask: .*packed_sequence_mask_function"):
-        model(input_ids=ids, position_ids=positions, use_cache=False)
 
 
 @pytest.mark.parametrize(

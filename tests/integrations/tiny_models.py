@@ -20,6 +20,7 @@ SIZES = {
 }
 WINDOW = {"sliding_window": 5}
 MIXTURE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+BAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 8, "mamba_chunk_size": 8}
 MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8, "chunk_size": 8}
 
 # A model's class without "ForCausalLM", and what its configuration has beyond the sizes.
@@ -39,6 +40,7 @@ MODELS: dict[str, dict[str, object]] = {
         "moe_num_shared_experts": 1,
         "moe_layer_start_index": 0,
     },
+    "Bamba": {**BAMBA, "attn_layer_indices": [1], "mamba_proj_bias": True},
     "NemotronH": {
         **MAMBA,
         "layers_block_type": ["mamba", "attention", "moe", "attention"],
@@ -48,12 +50,28 @@ MODELS: dict[str, dict[str, object]] = {
         "moe_shared_expert_intermediate_size": 24,
     },
 }
+# Other models with Mamba-2 layers.
+HYBRID: dict[str, dict[str, object]] = {
+    "FalconH1": {**BAMBA, "mamba_d_ssm": 64, "mamba_rms_norm": True, "mamba_norm_before_gate": False},
+    "GraniteMoeHybrid": {
+        **BAMBA,
+        "layers_block_type": ["mamba", "attention"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 24,
+    },
+    "Mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 8, "use_bias": True},
+    "Zamba2": {
+        **{"mamba_d_state": 8, "mamba_ngroups": 2, "n_mamba_heads": 8, "mamba_headdim": 8, "chunk_size": 8},
+        **{"layers_block_type": ["mamba", "hybrid"], "num_mem_blocks": 1, "use_shared_attention_adapter": False},
+    },
+}
 PACKED = {"GptOss"}  # experts whose layout has to be packed first
 
 
 def tiny(name: str, **more: object) -> transformers.PreTrainedModel:
     """The model in float32, every parameter random, also those that begin as zeros or ones."""
-    settings = SIZES | MODELS[name] | more
+    settings = SIZES | (MODELS | HYBRID)[name] | more
     if name == "NemotronH":
         del settings["num_hidden_layers"]  # as many as it has types of blocks
     config = getattr(transformers, f"{name}Config")(**settings)
@@ -76,7 +94,9 @@ def diffusion_gemma() -> transformers.PreTrainedModel:
     )
     text |= {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
     text |= {"num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 24}
-    config = transformers.DiffusionGemmaConfig(text_config=text, vision_config=None, canvas_length=8)
+    vision = {"model_type": "gemma4_vision", "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16}
+    vision |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16}
+    config = transformers.DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=8)
     torch.manual_seed(7)
     return transformers.DiffusionGemmaForBlockDiffusion._from_config(config, attn_implementation="sdpa").eval()
 

@@ -7,9 +7,11 @@ from twotower_kernels.integrations.transformers.attention import attention
 from twotower_kernels.integrations.transformers.cache import BlockCache
 from twotower_kernels.integrations.transformers.experts import experts
 from twotower_kernels.integrations.transformers.masks import mask
-from twotower_kernels.integrations.transformers.packing import Swap, replace, restore
+from twotower_kernels.integrations.transformers.replace import replace, restore
+from twotower_kernels.integrations.transformers.sampler import EntropyBoundSampler
+from twotower_kernels.integrations.transformers.swap import Swap
 
-__all__ = ["BlockCache", "Swap", "register", "replace", "restore"]
+__all__ = ["BlockCache", "EntropyBoundSampler", "Swap", "register", "replace", "restore"]
 
 
 def register(name: str = "twotower") -> None:

@@ -7,120 +7,41 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, DummyLayer, get_layer_types_and_kwargs
 
-from twotower_kernels.ops.attention import append_kv
+from twotower_kernels.integrations.transformers.cache_layers import BlockLayer, HybridLayer, StateLayer
 
-_LAYERS = {"full_attention", "sliding_attention"}  # a sliding layer's cache keeps every token
-
-
-class BlockLayer(CacheLayerMixin):
-    """The keys and values of one layer, `[B, room, Hkv, D]`, of which `length` tokens are in use."""
-
-    is_sliding = False
-    is_croppable = True
-    is_compileable = False
-    supports_early_init = False
-
-    def __init__(self, storage: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.batch_size, self.room = storage[:2]
-        self.dtype, self.device = dtype, device
-        self.k, self.v = (torch.zeros(storage, dtype=dtype, device=device) for _ in range(2))
-        self.length = 0
-        self.peeking = False
-        self.is_initialized = True
-
-    @property
-    def keys(self) -> Tensor:
-        """`[B, Hkv, length, D]`, a view, as transformers reads a cache."""
-        return self.k[:, : self.length].transpose(1, 2)
-
-    @keys.setter
-    def keys(self, value: Tensor | None) -> None:
-        if value is not None:
-            raise ValueError("twotower BlockCache: keys lie in its storage; expected update, crop or reset")
-
-    @property
-    def values(self) -> Tensor:
-        """`[B, Hkv, length, D]`, a view."""
-        return self.v[:, : self.length].transpose(1, 2)
-
-    @values.setter
-    def values(self, value: Tensor | None) -> None:
-        if value is not None:
-            raise ValueError("twotower BlockCache: values lie in its storage; expected update, crop or reset")
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """The storage is there from the beginning."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        found = self.peek(key_states, value_states)
-        if not self.peeking:
-            self.length += key_states.shape[2]
-        return found
-
-    def peek(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes `[B, Hkv, S, D]` behind the length, which stays; everything up to there, `[B, Hkv, length + S, D]`."""
-        batch, _, tokens, _ = key_states.shape
-        if batch != self.batch_size:
-            raise ValueError(f"twotower BlockCache: expected {self.batch_size} rows, got {batch}")
-        if self.length + tokens > self.room:
-            got = f"{self.length} tokens and {tokens} more"
-            raise ValueError(f"twotower BlockCache: expected at most {self.room} tokens, got {got}")
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            raise NotImplementedError("twotower BlockCache: it has no gradient; expected a call under torch.no_grad()")
-        append_kv(self.k, self.v, key_states.transpose(1, 2), value_states.transpose(1, 2), self.length)
-        end = self.length + tokens
-        return self.k[:, :end].transpose(1, 2), self.v[:, :end].transpose(1, 2)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return self.room
-
-    def reset(self) -> None:
-        self.length = 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if not -self.length <= tokens_to_remove <= 0:
-            got = f"got {tokens_to_remove}"
-            raise ValueError(f"twotower BlockCache: expected minus the tokens to remove, {-self.length} to 0, {got}")
-        self.length += tokens_to_remove
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.k, self.v = (x.index_select(0, indices.to(x.device)) for x in (self.k, self.v))
-        self.batch_size = len(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.k, self.v = (x.repeat_interleave(repeats, 0) for x in (self.k, self.v))
-        self.batch_size *= repeats
-
-    def offload(self) -> None:
-        raise NotImplementedError("twotower BlockCache: offloading is not served")
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+_STATES = {"linear_attention", "conv"}
+_BOTH = {"hybrid", "hybrid_sliding"}
 
 
 class BlockCache(Cache):
     """Keys and values for the `past_key_values` of a model of transformers, written in place.
 
     A step copies its own keys and values and nothing else, where a DynamicCache copies all of them; attention reads
-    views of what is in use. Rows share one length: prompts of different lengths are padded on the left.
+    views of what is in use. Rows begin with one length, prompts of different lengths being padded on the left; `crop`
+    may give each row one of its own. With these, with pages and while `replacing`, attn_implementation="twotower" alone
+    reads the keys, in place too, and any other is refused.
+
+    Lengths are counted on the device; the host knows them as long as it is told numbers. `update`, `peek`, `replace`
+    and `crop` do not wait for the device, but where more than the room may be in use.
+
+    Recurrent layers keep their states as transformers does, and can be peeked at; layers that keep nothing are passed
+    over.
 
     Args:
         config: the model's.
         batch_size: B.
         room: tokens that a row can hold; storage of `[B, room, Hkv, D]` twice per layer is allocated at once.
         dtype, device: of the keys and values.
+        grow: where there is no room, it is doubled, which copies all keys once; else it is an error.
+        page_size: tokens of a page; None: no pages. With them a layer has `[P, page_size, Hkv, D]`, to grow copies
+            nothing until pages are out, and rows that are selected or repeated share pages until they write to them.
 
     Raises:
-        NotImplementedError: a layer that is not attention. ValueError: in use, more tokens than there is room for.
+        NotImplementedError: a layer that is neither attention nor recurrent. ValueError: in use, more tokens than there
+            is room for.
     """
 
     def __init__(
@@ -130,37 +51,71 @@ class BlockCache(Cache):
         room: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        *,
+        grow: bool = False,
+        page_size: int | None = None,
     ) -> None:
         if batch_size < 1 or room < 1:
             got = f"{batch_size} and {room}"
             raise ValueError(f"twotower BlockCache: expected batch_size and room of at least 1, got {got}")
+        if page_size is not None and page_size < 1:
+            raise ValueError(f"twotower BlockCache: expected None or a page_size of at least 1, got {page_size}")
         config = config.get_text_config(decoder=True)
-        kinds, _ = get_layer_types_and_kwargs(config)  # without layers that read another's keys
-        if others := set(kinds) - _LAYERS:
+        kinds, options = get_layer_types_and_kwargs(config)
+        if others := set(kinds) - _ATTENTION - _STATES - _BOTH - {"dummy"}:
             raise NotImplementedError(f"twotower BlockCache: layers of type {', '.join(sorted(others))} are not served")
         layers: list[Any] = []
-        for of_layer in config.per_layer_config[: len(kinds)]:
-            heads = getattr(of_layer, "num_key_value_heads", None) or of_layer.num_attention_heads
-            dim = getattr(of_layer, "head_dim", None) or of_layer.hidden_size // of_layer.num_attention_heads
-            layers.append(BlockLayer((batch_size, room, heads, dim), dtype, torch.device(device)))
+        for kind, of_kind, of_layer in zip(kinds, options, config.per_layer_config, strict=False):
+            if kind in _STATES:
+                layers.append(StateLayer(**of_kind))
+            elif kind == "dummy":
+                layers.append(DummyLayer())
+            else:
+                heads = getattr(of_layer, "num_key_value_heads", None) or getattr(of_layer, "num_attention_heads", None)
+                if not heads:
+                    name = type(config).__name__
+                    raise NotImplementedError(f"twotower BlockCache: {name} is that of a model without attention heads")
+                dim = getattr(of_layer, "head_dim", None) or of_layer.hidden_size // of_layer.num_attention_heads
+                place = batch_size, room, heads, dim, dtype, torch.device(device)
+                of_kind["window"] = of_kind.pop("sliding_window", None)
+                layer = HybridLayer if kind in _BOTH else BlockLayer
+                layers.append(layer(*place, **of_kind, page_size=page_size, grow=grow))
         super().__init__(layers=layers)
+
+    @property
+    def _attention(self) -> list[BlockLayer]:
+        return [layer for layer in self.layers if isinstance(layer, BlockLayer)]
 
     @property
     def lengths(self) -> Tensor:
         """`[B]`, int64: tokens of each row that are in use, padding included."""
-        first: Any = self.layers[0]
-        return torch.full((first.batch_size,), first.length, dtype=torch.int64, device=first.device)
+        return self._attention[0].lens.clone()
 
     def peek(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """As `update`, but the length stays: the next call writes over what this one wrote."""
         layer: Any = self.layers[layer_idx]
         return layer.peek(key_states, value_states)
 
+    def replace(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, start: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Writes over tokens that are in use, as a dual cache does (Fast-dLLM, arXiv 2505.22618, section 3.2).
+
+        Args:
+            key_states, value_states: `[B, Hkv, S, D]`.
+            start: the first token that is written over, a number or integers `[B]` on the device.
+
+        Returns:
+            All that are in use, for `attention`.
+        """
+        layer: Any = self.layers[layer_idx]
+        return layer.replace(key_states, value_states, start)
+
     @contextmanager
     def peeking(self) -> Iterator[None]:
         """While it lasts, `update` is `peek`: a model's call sees the context and itself and leaves nothing, as a
         denoising step wants it."""
-        layers: list[Any] = self.layers
+        layers: list[Any] = [layer for layer in self.layers if isinstance(layer, BlockLayer | StateLayer)]
         for layer in layers:
             layer.peeking = True
         try:
@@ -168,3 +123,56 @@ class BlockCache(Cache):
         finally:
             for layer in layers:
                 layer.peeking = False
+
+    @contextmanager
+    def replacing(self, start: int | Tensor) -> Iterator[None]:
+        """While it lasts, `update` is `replace` from token `start` on, a number or integers `[B]` on the device: a
+        model's call writes over its own keys and sees all that its mask lets it see.
+
+        Raises:
+            NotImplementedError: the model has recurrent layers.
+        """
+        if any(isinstance(layer, StateLayer) for layer in self.layers):
+            raise NotImplementedError("twotower BlockCache: replacing the tokens of recurrent layers is not served")
+        for layer in self._attention:
+            layer.replacing = start
+        try:
+            yield
+        finally:
+            for layer in self._attention:
+                layer.replacing = None
+
+    # --- what transformers asks -----------------------------------------------------------------------------------
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Removes tokens at the end.
+
+        Args:
+            tokens_to_remove: minus their number, at most 0; or integers `[B]` on the device, after which rows may have
+                lengths of their own.
+
+        Raises:
+            ValueError: more than there are; where only a GPU knows, a device assertion. NotImplementedError: recurrent
+                layers.
+        """
+        if any(isinstance(layer, StateLayer) for layer in self.layers):
+            raise NotImplementedError("twotower BlockCache: crop of a recurrent layer's states is not served")
+        for layer in self._attention:
+            layer.crop(tokens_to_remove)
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        layer = self.layers[layer_idx]
+        layer = layer if isinstance(layer, BlockLayer) else self._attention[0]
+        offset = layer.offset()
+        return offset[0, 0] if isinstance(offset, Tensor) and len(offset) == 1 else offset
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self._state(layer_idx, super().get_conv_state(layer_idx, state_idx))
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self._state(layer_idx, super().get_recurrent_state(layer_idx, state_idx))
+
+    def _state(self, layer_idx: int, state: Tensor | None) -> Tensor | None:
+        """While peeking a copy: models of one token write to the states themselves."""
+        layer: Any = self.layers[layer_idx]
+        return state.clone() if state is not None and layer.peeking else state

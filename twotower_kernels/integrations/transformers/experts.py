@@ -18,6 +18,7 @@ _PLAIN: dict[type, str] = {
     activations.GELUTanh: "gelu_tanh",
     activations.NewGELUActivation: "gelu_tanh",
 }
+_FUNCTIONS: dict[Any, str] = {torch.nn.functional.silu: "silu", torch.nn.functional.gelu: "gelu"}  # with their defaults
 _GATED = {"silu": "silu_gated", "gelu": "gelu_erf_gated", "gelu_tanh": "gelu_gated"}
 
 # Classes whose own `_apply_gate` is the clamped one, `g·sigmoid(alpha·g)·(u + 1)`, and the names of alpha and limit.
@@ -80,7 +81,7 @@ def _activation(module: torch.nn.Module) -> tuple[str, float | None, float | Non
     """The activation of `moe_experts`, with the alpha and limit of the clamped one."""
     kind: Any = type(module)
     act = getattr(module, "act_fn", None)
-    plain = _PLAIN.get(type(act))
+    plain = _FUNCTIONS.get(act) or _PLAIN.get(type(act))
     if not module.has_gate:
         if plain is not None:
             return plain, None, None

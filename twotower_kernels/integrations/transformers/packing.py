@@ -1,59 +1,40 @@
 """Experts whose layout the kernel does not read, packed once and in place, and back."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from twotower_kernels.integrations.transformers.experts import experts as experts_of
+from twotower_kernels.integrations.transformers.swap import NotServed
 from twotower_kernels.ops.moe_packing import pack_experts
 
 _LAYOUT = "_twotower_layout"  # of a packed module: what its flags said before, and the handles of its hooks
 
 
-class Swap(NamedTuple):
-    """What `replace` made of a module: its name in the model, whether it was swapped, and why or why not."""
-
-    name: str
-    swapped: bool
-    why: str
+def has_layout(module: torch.nn.Module) -> bool:
+    """Whether it is a mixture of experts that says in which layout its weights are."""
+    return hasattr(module, "is_transposed") and hasattr(module, "is_concatenated")
 
 
-def replace(model: torch.nn.Module, *, experts: bool = True) -> list[Swap]:
-    """Packs a model's experts where `moe_experts` does not read their layout, as that of gpt-oss.
+def is_packed(module: torch.nn.Module) -> bool:
+    return hasattr(module, _LAYOUT)
 
-    Their parameters are rebound to the packed matrices, so that weights are held once, and the modules run
-    `moe_experts` whatever implementation is set, until `restore`. Until then their `state_dict`, which would hold the
-    packed layout, is refused. Call it after the weights were loaded and moved.
 
-    Args:
-        experts: whether to.
+def pack(module: Any) -> str:
+    """Rebinds the parameters to the packed matrices, so that weights are held once, and the forward to `moe_experts`.
 
     Returns:
-        A `Swap` for each mixture of experts.
+        What the layout was.
+
+    Raises:
+        NotServed: there is nothing to pack.
     """
-    found = []
-    for name, module in model.named_modules():
-        if not experts or not hasattr(module, "is_transposed") or not hasattr(module, "is_concatenated"):
-            continue
-        if hasattr(module, _LAYOUT):
-            found.append(Swap(name, False, "it is packed already"))
-        elif module.is_transposed or not module.is_concatenated:
-            found.append(Swap(name, True, _pack(module)))
-        else:
-            found.append(Swap(name, False, "its layout is served as it is"))
-    return found
-
-
-def restore(model: torch.nn.Module) -> None:
-    """Undoes `replace`: parameters have their layout again, to the bit, and modules run what is set."""
-    for module in model.modules():
-        if hasattr(module, _LAYOUT):
-            _unpack(module)
-
-
-def _pack(module: Any) -> str:
+    if is_packed(module):
+        raise NotServed("it is packed already")
+    if not module.is_transposed and module.is_concatenated:
+        raise NotServed("its layout is served as it is")
     transposed, interleaved = module.is_transposed, module.has_gate and not module.is_concatenated
     up, down = _matrices(module)
     gate, plain = (up.data, None) if module.has_gate else (None, up.data)
@@ -69,7 +50,8 @@ def _pack(module: Any) -> str:
     return f"its layout was {' and '.join(layout)}"
 
 
-def _unpack(module: Any) -> None:
+def unpack(module: Any) -> None:
+    """Parameters have their layout again, to the bit, and the module runs what is set."""
     transposed, concatenated, hooks = getattr(module, _LAYOUT)
     tensors = list(_matrices(module))
     if module.has_gate and not concatenated:
