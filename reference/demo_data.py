@@ -1,5 +1,5 @@
-"""The demo model's data: the pinned transformers' model definitions and the Python standard library, which every machine
-has that can run the tests, and a byte-level BPE trained on them."""
+"""The demo model's data: the pinned transformers' model definitions and the Python standard library, which are wherever
+the tests can run, and a byte-level BPE trained on them."""
 
 import hashlib
 import sys

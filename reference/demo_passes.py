@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twotower_kernels.reference.adaln import rms_norm
-from twotower_kernels.reference.demo_towers import Modulation, ScanSizes, attention_layer, mamba_layer, moe_layer, product
+from twotower_kernels.reference.demo_towers import (
+    Modulation,
+    ScanSizes,
+    attention_layer,
+    mamba_layer,
+    moe_layer,
+    product,
+)
 from twotower_kernels.reference.layers import FREQUENCIES, Layer, Tower
 from twotower_kernels.reference.model import TwoTower
 
@@ -83,7 +90,7 @@ class Passes:
         return h
 
     def _modulations(self, t: Tensor) -> list[Modulation]:
-        """Per layer shift, scale and gate for every token. t `[B, N]` is rounded as the shipped bfloat16 model rounds."""
+        """Per layer shift, scale and gate for every token. t `[B, N]` is rounded as by a bfloat16 model."""
         steps = (t.bfloat16() * 1000).float() if self.dtype == torch.bfloat16 else t * 1000
         exponents = torch.arange(FREQUENCIES) / FREQUENCIES
         angles = steps[..., None] * torch.exp(-math.log(10000.0) * exponents)

@@ -19,7 +19,7 @@ SAVE_SECONDS = 90.0
 
 @dataclass
 class Schedule:
-    """The learning rate's course: a warm-up, a plateau, then a linear fall in `LEVELS` equal steps, the last one the end.
+    """The learning rate's course: a warm-up, a plateau, then a linear fall in `LEVELS` equal steps, the last the end.
 
     When a level begins is decided by the time that was spent (`minutes`), and noted. A run that is given the notes
     (`falls`) repeats the course of the one that made them.

@@ -45,7 +45,7 @@ class GreedySteps:
 
     @torch.no_grad()
     def targets(self, ids: Tensor) -> Tensor:
-        """`[B, L/S, S]`: the greedy text from every boundary; of the first block, before which nothing stands, `ids`."""
+        """`[B, L/S, S]`: the greedy text from every boundary; for the first block, which has no context, `ids`."""
         block, model = self.passes.block, self.passes.model
         batch, length = ids.shape
         hidden, context = self.passes.context(ids)
@@ -90,7 +90,7 @@ class GreedySteps:
         return product(hidden, p.model.context_lm_head.weight, p.dtype).argmax(-1)[:, 0]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, k_own: Tensor, v_own: Tensor, batch: int) -> Tensor:
-        """q `[R, 1, Hq, D]` over the clean tokens before its block, k `[B, L, Hkv, D]`, and its own, `[R, n, Hkv, D]`."""
+        """q `[R, 1, Hq, D]` over the clean tokens before its block, k `[B, L, Hkv, D]`, and over `[R, n, Hkv, D]`."""
         rows, _, heads, dim = q.shape
         group = heads // k.shape[2]
         visible = torch.arange(k.shape[1]) < self.passes.block * torch.arange(rows // batch)[:, None]  # [N, L]

@@ -163,7 +163,9 @@ def attention_layer(
     """h `[B, L, H]`. Causal, or with the context's keys and values in front, of which and of the sequence's own a token
     sees what is `visible [L, 2·L]`. Returns h and the sequence's keys and values."""
     q, k, v = projections(h, weights, modulation, head_dim, eps, dtype)
-    keys, values = (k, v) if context is None else (torch.cat([c, own], 1) for c, own in zip(context, (k, v)))
+    keys, values = (
+        (k, v) if context is None else (torch.cat([c, own], 1) for c, own in zip(context, (k, v), strict=True))
+    )
     keys, values = heads_of(keys, q.shape[1]), heads_of(values, q.shape[1])
     y = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible, is_causal=visible is None)
     return residual(h, product(y.transpose(1, 2).flatten(2), weights[4], dtype), modulation), k, v
@@ -179,8 +181,8 @@ def moe_layer(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """h `[B, L, H]` through all experts at once, of `width` I: up `[E·I + shared, H]`, down `[H, E·I + shared]`; and how
-    many tokens chose each expert, `[E]`."""
+    """h `[B, L, H]` through all experts at once, of `width` I: up `[E·I + shared, H]`, down `[H, E·I + shared]`; and
+    how many tokens chose each expert, `[E]`."""
     norm, gate, bias, up, down = weights
     x = normed(h, norm, modulation, eps, False)
     scores = (x @ gate.T).sigmoid()  # float32: selection is sensitive to rounding

@@ -30,6 +30,7 @@ from twotower_kernels.reference.model import NEVER_NARROWED, TwoTower
 from twotower_kernels.reference.training import seed_denoiser
 
 BLOCK = 16
+WRITTEN = ("config.json", "model.safetensors", "tokenizer.json", "held_out.json", "training.json")
 SHIPPED = Path(__file__).parents[1] / "demo"  # of the package, as which this is imported, in a checkout through a link
 CONFIG: dict[str, Any] = dict(
     vocab_size=1024,
