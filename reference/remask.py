@@ -61,6 +61,7 @@ def remask(
     rank_noise: Tensor | None = None,
     shift: int = 0,
     shift_logits: Tensor | None = None,
+    noise: str = "block",
 ) -> RemaskResult:
     """One remasking step; see `RemaskPolicy` for the rule. Nothing is modified, nothing is differentiable.
 
@@ -93,6 +94,9 @@ def remask(
             floor(u V), which is the op's own draw with "uniform" and "corrupt".
         shift: 1: position i is predicted by the logits at i - 1 (Dream), the first one by shift_logits; 0: by its own.
         shift_logits: [B, V] as logits, what stands before the first position. None: the first position's own logits.
+        noise: "block": tokens of position p draw with the counter (token, p, step, offset); "sequence": with (token, 0,
+            0, offset + p), the sum modulo 2^32: in every step, and wherever a block begins, the number of a token in
+            its text says what it draws with. The numbers per position (rank_noise) are those of "block" in both.
 
     A position of which the logits hold NaN or +inf, or nothing finite, keeps its token and has confidence NaN; so does
     one whose token is none of the vocabulary, under policies that ask for its probability (standing, "uniform").
@@ -133,6 +137,7 @@ def remask(
         rank_noise=rank_noise,
         shift=shift,
         shift_logits=shift_logits,
+        noise=noise,
     )
     with torch.no_grad():
         if shift:
@@ -297,7 +302,7 @@ def _candidate(
 
 def _sample(z: Tensor, temperature: Tensor, a: remask_checks.Arguments) -> Tensor:
     """argmax (z / T + g), the two best decided in float64 when they are closer than NEAR: int64 [B, S]."""
-    word = philox.vocabulary_words(a.seed, a.offset, a.step, z.shape[1], z.shape[2])  # [B, S, V]
+    word = a.token_words(z.shape[2])  # [B, S, V]
     t = torch.where(temperature > 0, temperature, 1.0)[:, None, None]  # [B, 1, 1]
     noisy = z / t.to(z.dtype) + philox.gumbel(word)
     first = noisy.argmax(-1, keepdim=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.options.arguments import real, whole, wholes
-from twotower_kernels.options.remask_choices import HIGHEST_TEMPERATURE
+from twotower_kernels.options.remask_choices import HIGHEST_TEMPERATURE, NOISES
 from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.options.seeds import as_int64
 from twotower_kernels.reference import philox
@@ -39,6 +39,19 @@ class Arguments:
     reach: Tensor  # bool [B, S], valid and editable
     candidates: Tensor | None  # int64 [B, S]
     rank_noise: Tensor | None  # float64 [B, S]
+    by_sequence: bool  # how tokens are numbered that draw
+
+    def token_words(self, vocabulary: int) -> Tensor:
+        """The words with which the tokens of each position draw: int64 [B, S, V]."""
+        positions = self.valid.shape[1]
+        if not self.by_sequence:
+            return philox.vocabulary_words(self.seed, self.offset, self.step, positions, vocabulary)
+        zero = torch.zeros_like(self.offset)
+        words = [
+            philox.vocabulary_words(self.seed, self.offset + p, zero, 1, vocabulary)  # [B, 1, V], each at position 0
+            for p in range(positions)
+        ]
+        return torch.cat(words, dim=1) if words else self.valid.new_zeros(len(zero), 0, vocabulary).long()
 
     def noise(self, number: int, own: bool = False) -> Tensor:
         """The caller's number of each position, or the op's own for this reserved token number: float64 [B, S]."""
@@ -93,6 +106,7 @@ def check(
     rank_noise: Tensor | None,
     shift: int,
     shift_logits: Tensor | None,
+    noise: str,
 ) -> Arguments:
     """The arguments in one form; TypeError or ValueError, naming the argument, where one is not as `remask` says."""
     if not isinstance(policy, RemaskPolicy):
@@ -140,6 +154,8 @@ def check(
             raise ValueError("shift_logits: expected None with shift=0, which has no use for them")
         if shift_logits.requires_grad and torch.is_grad_enabled():
             raise ValueError("shift_logits: remask is not differentiable; detach them, or use torch.no_grad()")
+    if noise not in NOISES:
+        raise ValueError(f"noise: expected 'block' or 'sequence', got {noise!r}")
     return Arguments(
         step=per_row("step", step, True, 0),
         num_steps=per_row("num_steps", num_steps, True, 1),
@@ -160,6 +176,7 @@ def check(
         reach=reach,
         candidates=candidates,
         rank_noise=rank_noise,
+        by_sequence=noise == "sequence",
     )
 
 

@@ -93,6 +93,10 @@ def _gate(policy: RemaskPolicy, rows: Rows, order: Tensor, rank: Tensor) -> Tens
         if policy.factor_last_free:
             prefix = torch.where(prefix == count - 1, count, prefix)
         passes = rank < prefix
+    elif policy.gate == "prefix":
+        by_rank = value.gather(1, order)
+        good = by_rank > bound if policy.strict else by_rank >= bound
+        passes = rank < good.int().cumprod(1).sum(1, keepdim=True)
     elif policy.gate == "entropy_sum":
         entropy = torch.where(rows.usable, rows.entropy, torch.inf).gather(1, order).double()  # [R, L] by rank
         total = entropy.cumsum(1) if policy.entropy_includes_self else _shifted(entropy).cumsum(1)

@@ -41,6 +41,7 @@ struct Remask {
     RemaskPerPosition<void> tokens;  // int64 or int32
     int64 tokens_dtype;
     int64 mask_token_id;  // -1: there is none
+    int64 by_sequence;    // tokens of position s draw as token number offset + s of their text, else by block and step
     RemaskPerRow<int64> step, num_steps, top_k, seed, offset;
     RemaskPerRow<int64> initial_num_masked;  // -1: not known
     RemaskPerRow<double> temperature, top_p, gate_bound;

@@ -20,7 +20,7 @@ struct RemaskBounds {
 struct RemaskChoice {
     enum Statistics { raw, filtered };
     enum Score { confidence, margin, neg_entropy, top, gap, random, leftmost };
-    enum Gate { no_gate, threshold, factor, entropy_sum };
+    enum Gate { no_gate, threshold, factor, entropy_sum, prefix };
     enum GateOn { on_confidence, on_score };
     enum Schedule { nothing, remaining, even, carried, noise, truncated, rounded, coin, uniform, corrupt, posterior };
     enum Base { of_masks, of_block, of_editable };

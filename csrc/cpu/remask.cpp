@@ -40,7 +40,7 @@ int64_t proposal(const Remask& a, const RemaskRow& row, int64_t b, int64_t s, co
     const W near = W(1e-4);
     if (!(drawn.value[0] - drawn.value[1] < near)) return drawn.token[0];
     const X* logits = logits_at<X>(a, b, s);
-    const Stream stream(row.seed, row.offset, row.step, s);
+    const Stream stream = row.token_stream(s);
     const int64_t low = smaller(drawn.token[0], drawn.token[1]), high = larger(drawn.token[0], drawn.token[1]);
     const auto exactly = [&](int64_t token) {
         return double(widen(logits[token])) / row.temperature + exact_gumbel(philox_word(stream, uint32_t(token)));

@@ -14,8 +14,12 @@ struct RemaskRow {
     double temperature;  // of this step; 0: none
     double top_p, gate_bound, leave;
     RemaskClean clean;
-    bool sampled, filtered;
+    bool sampled, filtered, by_sequence;
     bool last() const { return step >= num_steps - 1; }
+    // What the tokens of a position draw with; numbers of positions have a stream of their own (position_noise).
+    Stream token_stream(int64_t s) const {
+        return by_sequence ? Stream(seed, offset + s, 0, 0) : Stream(seed, offset, step, s);
+    }
 };
 
 inline RemaskRow remask_row(const Remask& a, int64_t b) {
@@ -25,6 +29,7 @@ inline RemaskRow remask_row(const Remask& a, int64_t b) {
     row.top_k = a.top_k[b];
     row.seed = a.seed[b];
     row.offset = a.offset[b];
+    row.by_sequence = a.by_sequence;
     row.initial = a.initial_num_masked[b];
     row.length = a.valid_lens[b];
     row.temperature = a.temperature[b];

@@ -115,7 +115,7 @@ struct Heat {
 class Noise {
    public:
     Noise(const RemaskRow& row, int64_t s, double* reached)
-        : stream(row.seed, row.offset, row.step, s), small(stream), reached_(reached) {}
+        : stream(row.token_stream(s)), small(stream), reached_(reached) {}
     double reached() const {
         double value;
         __atomic_load(reached_, &value, __ATOMIC_RELAXED);

@@ -111,6 +111,12 @@ class RemaskSelection {
             }
             if (options.factor_last_free && prefix == usable - 1) prefix = usable;
             for (int64_t r = 0; r < prefix; ++r) position[order[r]].gate = true;
+        } else if (options.gate == RemaskChoice::prefix) {
+            for (int64_t r = 0; r < usable; ++r) {
+                const double v = value(position[order[r]]);
+                if (!(options.strict ? v > bound : v >= bound)) break;
+                position[order[r]].gate = true;
+            }
         } else if (options.gate == RemaskChoice::entropy_sum) {
             double sum = 0;
             for (int64_t r = 0; r < usable; ++r) {

@@ -55,8 +55,9 @@ __device__ inline Row row_of(const Remask& a, int64 b) {
     return row;
 }
 
-__device__ inline Stream stream_of(const Remask& a, const Row& row, int64 b, int64 s) {
-    return stream_of(a.seed[b], a.offset[b], row.step, s);
+// What the tokens of a position draw with; numbers of positions have a stream of their own (position_noise).
+__device__ inline Stream token_stream(const Remask& a, const Row& row, int64 b, int64 s) {
+    return a.by_sequence ? stream_of(a.seed[b], a.offset[b] + s, 0, 0) : stream_of(a.seed[b], a.offset[b], row.step, s);
 }
 
 // The temperature of the draw, and of the statistics.

@@ -117,7 +117,7 @@ __device__ inline void keep_only(float* x, unsigned bits) {
 // Leaves the two best tokens of each warp with noise in `shared`. Overwrites x.
 __device__ inline void draw(float* x, const Remask& a, const Row& row, int64 b, int64 s, const Logit* logits,
                             int64 begin, Shared& shared) {
-    const Stream stream = stream_of(a, row, b, s);
+    const Stream stream = token_stream(a, row, b, s);
     const float t = temperature_of(row), per = 1 / t;
     const auto noisy = [&](int i) {
         const int64 token = begin + token_of(i);

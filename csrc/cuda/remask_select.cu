@@ -27,7 +27,7 @@ __device__ inline int64 proposal(const Remask& a, const Row& row, int64 b, int64
     if (!row.sampled || !noise_matters(f.best, row.temperature)) return f.best_token;
     const int64 first = drawn_token(f.drawn.first), second = drawn_token(f.drawn.second);
     if (!(drawn_value(f.drawn.first) - drawn_value(f.drawn.second) < 1e-4f)) return first;
-    const Stream stream = stream_of(a, row, b, s);
+    const Stream stream = token_stream(a, row, b, s);
     const auto exactly = [&](int64 token) {
         return double(logit_at(a, b, s, token)) / row.temperature + exact_gumbel(philox_word(stream, unsigned(token)));
     };
@@ -39,7 +39,7 @@ __device__ inline int64 proposal(const Remask& a, const Row& row, int64 b, int64
 __device__ inline double position_noise(const Remask& a, const Row& row, int64 b, int64 s, unsigned draw) {
     const bool own = draw == renoise_draw && renoises_by_itself(a.options);
     if (a.rank_noise && !own) return a.rank_noise.at(b, s);
-    return uniform(philox_word(stream_of(a, row, b, s), draw));
+    return uniform(philox_word(stream_of(a.seed[b], a.offset[b], row.step, s), draw));
 }
 
 // What one position's logits come to: candidate, confidence, entropy, score; NaN where they are not usable. By one

@@ -170,6 +170,13 @@ class Selection {
             prefix = fails == ~0u ? count_usable : int(fails);
             if (options.factor_last_free && prefix == count_usable - 1) prefix = count_usable;
         }
+        if (options.gate == RemaskChoice::prefix) {
+            const unsigned fails = lowest(stretch, [&](int i) {
+                const bool good = options.strict ? value(i) > bound : value(i) >= bound;
+                return positions_.has(i, Positions::usable) && !good ? unsigned(positions_.rank[i]) : ~0u;
+            });
+            prefix = fails == ~0u ? count_usable : int(fails);
+        }
         if (options.gate == RemaskChoice::entropy_sum) {
             double sum = 0;
 #pragma unroll 1

@@ -125,7 +125,7 @@ def _denoise_block(
     last_call = max(num_steps, block_size)
     logprobs = None if request.logprobs is None else torch.full(tokens.shape, torch.nan, device=tokens.device)
     ended = [False] * len(request_rows)
-    active = indices([request.plans[row].num_masks(block, block_size) > 0 for row in request_rows])
+    active = indices([request.plans[row].num_masks(block) > 0 for row in request_rows])
     waiting = _waiting(request, context, request_rows, rows, block, tokens)
     if len(active) < len(request_rows):
         waiting = waiting.select(on_device(active, tokens.device))

@@ -16,12 +16,13 @@ class BlockPlan:
     start: int  # of the first block; what lies before it is given
     end: int  # behind the last token that is kept
     num_blocks: int
+    block_size: int
     masks: tuple[int, ...]  # in each block that holds some of the prompt; in those behind them all tokens are masks
     tail: int  # behind the last given token: from here on an EOS ends the row
 
-    def num_masks(self, block: int, block_size: int) -> int:
+    def num_masks(self, block: int) -> int:
         """Masks in a block when it begins."""
-        return self.masks[block] if block < len(self.masks) else block_size
+        return self.masks[block] if block < len(self.masks) else self.block_size
 
 
 def plan_blocks(
@@ -49,6 +50,7 @@ def plan_blocks(
         start=start,
         end=length + max_new_tokens,
         num_blocks=num_blocks,
+        block_size=block_size,
         masks=tuple((~of_prompt.reshape(-1, block_size)).sum(axis=1).tolist()),
         tail=int(places[-1]) + 1 if len(places) else 0,
     )
@@ -57,4 +59,4 @@ def plan_blocks(
 def plan_tokens(prompt: Tensor, max_new_tokens: int) -> BlockPlan:
     """The plan of a prompt that is continued token by token: blocks of one, behind it."""
     length = len(prompt)
-    return BlockPlan(length, length, length + max_new_tokens, max_new_tokens, (), length)
+    return BlockPlan(length, length, length + max_new_tokens, max_new_tokens, 1, (), length)

@@ -28,7 +28,9 @@ class Request:
     seeds: Tensor  # [B] int64, Philox keys
     nfe: list[int]  # per row
     blocks: list[list[Tensor]]  # per row, its finished blocks
+    written: list[int]  # per row, the tokens in them
     logprobs: list[list[Tensor]] | None  # per row, those of its finished blocks, if wanted
+    verifications: list[int] | None  # per row, if drafts are verified
 
     @classmethod
     def begin(cls, options: GenerationConfig, prompts: list[Tensor], plans: list[BlockPlan]) -> Request:
@@ -42,7 +44,9 @@ class Request:
             seeds=torch.tensor(row_seeds(options.seed, count), device=device),
             nfe=[0] * count,
             blocks=[[] for _ in prompts],
+            written=[0] * count,
             logprobs=[[] for _ in prompts] if options.logprobs else None,
+            verifications=[0] * count if options.mode == "speculative" else None,
         )
 
     @property
@@ -99,6 +103,13 @@ class Request:
                 raise FloatingPointError(f"logits: expected finite numbers, got NaN or infinity in row {row}")
         return [(masks, bool(end)) for masks, end in seen]
 
+    def verified(self, request_rows: list[int]) -> None:
+        """Counts a draft of each of these rows that was verified, which is a model call."""
+        assert self.verifications is not None  # of a request that drafts
+        for row in request_rows:
+            self.nfe[row] += 1
+            self.verifications[row] += 1
+
     def step(
         self,
         block: int,
@@ -110,25 +121,35 @@ class Request:
         logprobs: Tensor | None,
     ) -> StepEvent:
         """The event of an un-masking step."""
-        rows, nfe, start = self._known(block, request_rows, after.shape[1])
+        rows, nfe, start = self._known(request_rows)
         return StepEvent(block, step, False, rows, before, after, torch.tensor(masks), nfe, logprobs, start)
 
     def finish_block(
-        self, block: int, steps: int, request_rows: list[int], tokens: Tensor, logprobs: Tensor | None
+        self,
+        block: int,
+        steps: int,
+        request_rows: list[int],
+        tokens: Tensor,
+        logprobs: Tensor | None,
+        accepted: list[int] | None = None,
     ) -> StepEvent:
-        """Hands a finished block [R, S] to its rows. The observer gets a copy, to do with as he likes."""
-        for row, new in zip(request_rows, tokens, strict=True):
-            self.blocks[row].append(new)
+        """Hands a finished block [R, S] to its rows, or as many of its tokens as they accept. The observer gets a copy,
+        to do with as he likes."""
+        rows, nfe, start = self._known(request_rows)
+        kept = [tokens.shape[1]] * len(request_rows) if accepted is None else accepted
+        for row, new, count in zip(request_rows, tokens, kept, strict=True):
+            self.blocks[row].append(new[:count])
+            self.written[row] += count
         if self.logprobs is not None and logprobs is not None:
-            for row, of_new in zip(request_rows, logprobs, strict=True):
-                self.logprobs[row].append(of_new)
+            for row, of_new, count in zip(request_rows, logprobs, kept, strict=True):
+                self.logprobs[row].append(of_new[:count])
             logprobs = logprobs.clone()
-        shown, (rows, nfe, start) = tokens.clone(), self._known(block, request_rows, tokens.shape[1])
-        return StepEvent(block, steps, True, rows, shown, shown, torch.zeros_like(rows), nfe, logprobs, start)
+        shown, counts = tokens.clone(), None if accepted is None else torch.tensor(accepted)
+        return StepEvent(block, steps, True, rows, shown, shown, torch.zeros_like(rows), nfe, logprobs, start, counts)
 
-    def _known(self, block: int, request_rows: list[int], block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What the host knows of these rows: their indices, model calls, and where their blocks begin."""
-        starts = [self.plans[row].start + block * block_size for row in request_rows]
+    def _known(self, request_rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the host knows of these rows: their indices, model calls, and where their next blocks begin."""
+        starts = [self.plans[row].start + self.written[row] for row in request_rows]
         return torch.tensor(request_rows), torch.tensor([self.nfe[row] for row in request_rows]), torch.tensor(starts)
 
     def result(self, seconds: float) -> GenerateResult:
@@ -136,14 +157,15 @@ class Request:
         rows = [self._cut(row) for row in range(len(self.prompts))]
         sequences, new_tokens, logprobs, reasons = (list(part) for part in zip(*rows, strict=True))
         asked = None if self.logprobs is None else logprobs
-        return GenerateResult(sequences, new_tokens, list(self.nfe), reasons, seconds, asked)
+        verifications = None if self.verifications is None else list(self.verifications)
+        return GenerateResult(sequences, new_tokens, list(self.nfe), reasons, seconds, asked, verifications)
 
     def _cut(self, row: int) -> tuple[Tensor, Tensor, Tensor | None, str]:
         """A row's sequence, up to and including the first EOS that ends it; its new tokens, their logprobs, and why
         it ended."""
         prompt, plan = self.prompts[row], self.plans[row]
         text = torch.cat([prompt[:0], *self.blocks[row]])[: plan.end - plan.start]
-        reason = "length" if len(self.blocks[row]) == plan.num_blocks else "interrupted"
+        reason = "length" if self.written[row] == plan.num_blocks * plan.block_size else "interrupted"
         free = max(plan.tail - plan.start, 0)  # of its text: here begins what no given token follows
         hits = (text[free:, None] == self.ends).any(dim=1).nonzero()
         rest = prompt[plan.start + len(text) :]

@@ -15,6 +15,9 @@ class StepEvent:
     row, one after the other, are its text from the first block's start on, before the cut at its end and after the
     first EOS. Without masks in the prompt they are its new tokens, behind those that the prompt gives of a block.
 
+    In speculative a block is a draft, and of a finished one the first `accepted` tokens are the row's text: its new
+    tokens exactly. A last token that is known without a draft is a finished block of one.
+
     What the host knows (rows, num_masked, nfe, start) is on the CPU, tokens are where they are drawn.
     """
 
@@ -28,6 +31,7 @@ class StepEvent:
     nfe: Tensor  # [R] int64, model calls this row has cost so far
     logprobs: Tensor | None = None  # [R, S] float32, where they were asked for: those of `after`; NaN: mask, or given
     start: Tensor | None = None  # [R] int64, position of the block's first token in its row, prompt included
+    accepted: Tensor | None = None  # [R] int64, of a finished draft: how many of its tokens count
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,18 @@ class GenerateResult:
     new_tokens: list[
         Tensor
     ]  # per row, 1-D int64: the tokens written, in order of position: in masks and behind the end
-    nfe: list[int]  # per row: denoiser calls while the row had masks (ar: context-tower predictions)
+    nfe: list[int]  # per row: denoiser calls while the row had masks (ar: context-tower predictions; speculative: both)
     finish_reason: list[str]  # per row: "eos", "length", or "interrupted" if the stream was left before its end
     seconds: float  # spent generating, prefill included; what an observer does with the events is not counted
     logprobs: list[Tensor] | None = None  # per row, where they were asked for, 1-D float32: one per new token
+    verifications: list[int] | None = None  # per row, of speculative alone: drafts that the context tower read
+
+    @property
+    def accepted(self) -> float | None:
+        """New tokens per verified draft over the whole batch, for speculative alone."""
+        if self.verifications is None:
+            return None
+        return sum(map(len, self.new_tokens)) / max(1, sum(self.verifications))
 
     @property
     def tokens_per_nfe(self) -> float:

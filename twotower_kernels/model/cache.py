@@ -27,6 +27,7 @@ class MambaCache(NamedTuple):
     state_index: Tensor | None = None  # [B] int64, the storage row of each row of the batch; None: its own
     block_lens: Tensor | None = None  # [B] int64, how many tokens of the block count; None: all
     return_state: bool = False  # also compute the state after the block
+    keep: Callable[[Tensor, Tensor], None] | None = None  # takes what the scan reads, [B, S, C] and [B, S, heads]
 
 
 class KVCache(NamedTuple):

@@ -17,6 +17,7 @@ when it comes again: a shape that comes once is not worth a recording.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from weakref import ReferenceType, ref
 
@@ -25,7 +26,8 @@ from torch import Tensor
 
 from twotower_kernels.model.inference import inference
 from twotower_kernels.model.interface import Towers
-from twotower_kernels.model.state import BlockRead, ContextState, Memory
+from twotower_kernels.model.state import BlockLook, BlockRead, ContextState, Memory, Scanned, newest
+from twotower_kernels.model.verification import Verification
 
 T = TypeVar("T")
 
@@ -64,10 +66,12 @@ class CudaGraphs:
 
 
 class CapturedModel:
-    """Stands for `denoise` and `commit` of a model on GPUs, with their arguments (but no ragged blocks) and results.
+    """Stands for `denoise`, `commit`, `verify` and `accept` of a model on GPUs, with their arguments (but no ragged
+    blocks) and results.
 
-    The logits that `denoise` returns are overwritten by the next call of `denoise` or `commit`. States are the caller's
-    as they are the model's own: forks and selections stay valid whatever is committed after them.
+    The logits that `denoise` and `verify` return are overwritten by the next call of any of these. A verification may
+    be accepted until the next one of a block of its shape. States are the caller's as they are the model's own: forks
+    and selections stay valid whatever is committed after them.
 
     Args:
         model: the model, with the tower that is called.
@@ -79,11 +83,12 @@ class CapturedModel:
         self._calls: dict[_Key, _Recording[Any] | None] = {}  # None: came once
         self._kv_memory: Memory | None = None  # of the keys and values that the recordings are for
         self._states: _States | None = None  # that they read
+        self._looks: dict[torch.Size, _Look] = {}  # per shape of a block that is verified
 
     @inference
     def denoise(self, block_ids: Tensor, state: ContextState, t: Tensor | None = None) -> Tensor:
         state = state.for_denoiser
-        recording = self._recording(self._model.denoise, block_ids, state, t)
+        recording = self._recording("denoise", self._model.denoise, block_ids, state, t)
         return self._model.denoise(block_ids, state, t) if recording is None else recording(block_ids, state, t)
 
     @inference
@@ -96,7 +101,7 @@ class CapturedModel:
         return new
 
     def _read_block(self, block_ids: Tensor, state: ContextState, lengths: None) -> BlockRead:
-        recording = self._recording(self._read_in_place, block_ids, state, None)
+        recording = self._recording("commit", self._read_in_place, block_ids, state, None)
         if recording is None or self._states is None:
             return self._model.read_block(block_ids, state, lengths)
         self._states.give_up(state)
@@ -110,14 +115,62 @@ class CapturedModel:
         _copy_all(state.ssm, read.ssm)
         return read.last_hidden
 
+    @inference
+    def verify(self, block_ids: Tensor, state: ContextState) -> Verification:
+        if state.mirror is not None:
+            return self._model.verify(block_ids, state)
+        return self._model.verify_by(self._look_at_block, block_ids, state)
+
+    def _look_at_block(self, block_ids: Tensor, state: ContextState) -> BlockLook:
+        recording = self._recording("verify", self._look_in_place, block_ids, state, None)
+        if recording is not None:
+            return self._looks[block_ids.shape].shown(recording(block_ids, state, None))
+        look = self._model.look_at_block(block_ids, state)
+        if block_ids.shape not in self._looks:
+            self._looks[block_ids.shape] = _Look(look)
+        return look
+
+    def _look_in_place(self, block_ids: Tensor, state: ContextState, t: None) -> Tensor:
+        """`look_at_block`, as it is recorded: with what was read of the block put where a recorded `accept` reads."""
+        look = self._model.look_at_block(block_ids, state)
+        self._looks[block_ids.shape].copy(look)
+        return look.logits
+
+    @inference
+    def accept(self, verification: Verification, lengths: Tensor) -> ContextState:
+        new = self._model.accept_by(self._replay_block, verification, lengths)
+        if self._states is not None:
+            self._states.note_reader(new)
+        return new
+
+    def _replay_block(self, look: BlockLook, state: ContextState, lengths: Tensor) -> BlockRead:
+        shape = look.hidden.shape[:2]
+        kept = self._looks.get(shape)
+        if kept is None or kept.hidden is not look.hidden:  # of a call that was not recorded
+            return self._model.replay_block(look, state, lengths)
+        if kept.latest is not look:
+            raise RuntimeError(f"accept: expected the last verification of a block {list(shape)}, got an earlier one")
+
+        def in_place(lengths: Tensor, state: ContextState, t: None) -> None:
+            conv, ssm = self._model.replay_scans(kept.scanned, state, lengths)
+            _copy_all(state.conv, conv)
+            _copy_all(state.ssm, ssm)
+
+        recording = self._recording(f"accept of {shape[1]}", in_place, lengths, state, None)
+        if recording is None or self._states is None:
+            return self._model.replay_block(look, state, lengths)
+        self._states.give_up(state)
+        recording(lengths, state, None)
+        return self._states.lend(newest(look.hidden, lengths, state.last_hidden))
+
     def _recording(
-        self, call: Callable[..., T], block_ids: Tensor, state: ContextState, t: Tensor | None
+        self, name: str, call: Callable[..., T], ids: Tensor, state: ContextState, t: Tensor | None
     ) -> _Recording[T] | None:
-        """The recording of a call, which reads this state; None for a call that comes for the first time."""
+        """The recording of a call of that name, which reads this state; None for one that comes for the first time."""
         if state.kv_memory is not self._kv_memory:
             # Storage that moved does not come back: what was recorded for it is of no use any more.
             self._calls, self._states, self._kv_memory = {}, None, state.kv_memory
-        key = _Key.of(call.__name__, block_ids, state, t)
+        key = _Key.of(name, ids, state, t)
         if key not in self._calls:
             self._calls[key] = None
             return None
@@ -126,7 +179,7 @@ class CapturedModel:
         self._states.hold(state)
         recording = self._calls[key]
         if recording is None:
-            recording = self._calls[key] = _Recording(self._record, call, block_ids, state, t, self._states)
+            recording = self._calls[key] = _Recording(self._record, call, ids, state, t, self._states)
         return recording
 
 
@@ -142,6 +195,26 @@ class _Key(NamedTuple):
     def of(cls, name: str, ids: Tensor, state: ContextState, t: Tensor | None) -> _Key:
         of_t = None if t is None else (t.shape, t.dtype)
         return cls(name, (ids.shape, ids.dtype, ids.device), of_t, state.index is not None)
+
+
+class _Look:
+    """Where recorded verifications of blocks of one shape leave what they have read, and acceptances find it."""
+
+    def __init__(self, like: BlockLook) -> None:
+        empty = partial(torch.empty_like, memory_format=torch.contiguous_format)
+        self.hidden = empty(like.hidden)
+        self.scanned = {i: Scanned(empty(xbc), empty(dt)) for i, (xbc, dt) in like.scanned.items()}
+        self.latest: BlockLook | None = None  # of which the numbers here are
+
+    def copy(self, look: BlockLook) -> None:
+        self.hidden.copy_(look.hidden)
+        for i, (xbc, dt) in look.scanned.items():
+            self.scanned[i].xbc.copy_(xbc)
+            self.scanned[i].dt.copy_(dt)
+
+    def shown(self, logits: Tensor) -> BlockLook:
+        self.latest = BlockLook(logits, self.hidden, self.scanned)
+        return self.latest
 
 
 class _States:

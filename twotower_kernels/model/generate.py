@@ -38,6 +38,7 @@ from twotower_kernels.model.capture import CapturedModel
 from twotower_kernels.model.diffusion import prefilled
 from twotower_kernels.model.inference import inference
 from twotower_kernels.model.interface import Calls, Towers
+from twotower_kernels.model.speculative import speculate
 from twotower_kernels.options.arguments import Integers
 from twotower_kernels.options.generation import MODES as MODES
 from twotower_kernels.options.generation import GenerationConfig, Processor, Prompts, prompt_rows
@@ -53,6 +54,7 @@ def stream(
     max_new_tokens: int,
     block_size: int = 16,
     steps_per_block: int = 16,
+    draft_steps: int = 1,
     confidence_threshold: float = 0.8,
     policy: RemaskPolicy | None = None,
     temperature: float = 0.0,
@@ -120,6 +122,7 @@ def stream(
         max_new_tokens=max_new_tokens,
         block_size=block_size,
         steps_per_block=steps_per_block,
+        draft_steps=draft_steps,
         confidence_threshold=confidence_threshold,
         policy=policy,
         temperature=temperature,
@@ -131,13 +134,16 @@ def stream(
         logprobs=logprobs,
         processors=processors,
     ).for_model(model.config)
-    device = model.device if mode == "ar" else model.denoiser_device
+    device = model.device if mode in ("ar", "speculative") else model.denoiser_device
     rows = prompt_rows(prompts, model.config.vocab_size, device)
     captured = CapturedModel(model)
+    context = captured if _records(model.device) else model
     calls = Calls(
         prefill=model.prefill,
         denoise=(captured if _records(model.denoiser_device) else model).denoise,
-        commit=(captured if _records(model.device) else model).commit,
+        commit=context.commit,
+        verify=context.verify,
+        accept=context.accept,
     )
     if mode == "mask_diffusion":
         mask, new = options.mask_token_id, options.max_new_tokens
@@ -150,7 +156,10 @@ def stream(
         events = diffuse(request, partial(prefilled, request, calls))
     else:
         request = Request.begin(options, rows, [plan_tokens(row, options.max_new_tokens) for row in rows])
-        events = autoregress(request, calls, mode == "mock_ar", model.config.mask_token_id)
+        if mode == "speculative":
+            events = speculate(request, calls, model.config.mask_token_id, model.denoiser_device)
+        else:
+            events = autoregress(request, calls, mode == "mock_ar", model.config.mask_token_id)
     return Stream(request, events, time.perf_counter() - start, inference)
 
 
@@ -162,6 +171,7 @@ def generate(
     max_new_tokens: int,
     block_size: int = 16,
     steps_per_block: int = 16,
+    draft_steps: int = 1,
     confidence_threshold: float = 0.8,
     policy: RemaskPolicy | None = None,
     temperature: float = 0.0,
@@ -194,6 +204,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         block_size=block_size,
         steps_per_block=steps_per_block,
+        draft_steps=draft_steps,
         confidence_threshold=confidence_threshold,
         policy=policy,
         temperature=temperature,

@@ -26,7 +26,7 @@ FREQUENCIES = 128  # of the time embedding: as many cosines, then as many sines
 
 Factory = dict[str, Any]  # device and dtype of new parameters
 Mixed = tuple[Tensor, MambaState | None]  # what every mixer gives
-FROM_ZEROS = (None, None, None, None, False)  # the fields of a MambaCache where a text begins
+FROM_ZEROS = (None, None, None, None, False, None)  # the fields of a MambaCache where a text begins
 NO_CONTEXT = (None, None, None, None, None, True, None)  # of a KVCache there
 
 
@@ -177,9 +177,18 @@ class Mamba2(nn.Module):
     def forward(self, x: Tensor, cache: MambaCache | None = None) -> Mixed:
         """y, and the state after the block where the cache asks for it. No cache: from the beginning."""
         c = self.config
-        conv, ssm, index, block_lens, return_state = FROM_ZEROS if cache is None else cache
         # z [B, S, inner], xbc [B, S, channels], dt [B, S, heads]: slices of one product, read where they lie.
         z, xbc, dt = self.in_proj(x).split([c.mamba_inner, c.mamba_channels, c.mamba_num_heads], -1)
+        y, state = self.scan(xbc, dt, cache)
+        if cache is not None and cache.keep is not None:
+            cache.keep(xbc, dt)
+        y = gated_rms_norm(y, z, self.norm.weight, n_groups=c.n_groups, eps=c.layer_norm_epsilon)
+        return self.out_proj(y), state
+
+    def scan(self, xbc: Tensor, dt: Tensor, cache: MambaCache | None) -> Mixed:
+        """Convolution, SiLU and scan alone: y [B, S, inner], and the state where the cache asks for it."""
+        c = self.config
+        conv, ssm, index, block_lens, return_state, _ = FROM_ZEROS if cache is None else cache
         scanned: Any = mamba2_scan(
             xbc,
             dt,
@@ -197,9 +206,7 @@ class Mamba2(nn.Module):
             time_step_limit=c.time_step_limit,
             return_states=return_state,
         )
-        y, state = (scanned[0], MambaState(*scanned[1:])) if return_state else (scanned, None)
-        y = gated_rms_norm(y, z, self.norm.weight, n_groups=c.n_groups, eps=c.layer_norm_epsilon)
-        return self.out_proj(y), state
+        return (scanned[0], MambaState(*scanned[1:])) if return_state else (scanned, None)
 
 
 class Attention(nn.Module):

@@ -175,6 +175,14 @@ class ContextState:
             return KVCache(self.k[layer], self.v[layer], self.lengths, None, block_lens, True, append)
         return None
 
+    def looked_into_by(self, layer: int, scanned: dict[int, Scanned]) -> Cache:
+        """What a layer of the context tower reads for a block of which it is not known yet how many tokens will count:
+        keys and values are left behind the context, what Mamba-2 scanned is put into `scanned`."""
+        if layer in self.conv:  # with states, although nobody reads them: a CPU then scans token by token, as one alone
+            keep = partial(_put, scanned, layer)
+            return MambaCache(self.conv[layer], self.ssm[layer], None, None, return_state=True, keep=keep)
+        return self.extended_by(layer, None)
+
     def append(self, layer: int, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         """Writes a block's keys and values `[B, S, Hkv, D]` behind those of an attention layer, and in the mirror.
 
@@ -260,6 +268,25 @@ class ContextState:
         return storage if self.index is None else storage.index_select(0, self.index)
 
 
+class Scanned(NamedTuple):
+    """What the scan of a Mamba-2 layer has read of a block."""
+
+    xbc: Tensor  # [B, S, C]
+    dt: Tensor  # [B, S, heads]
+
+
+def _put(scanned: dict[int, Scanned], layer: int, xbc: Tensor, dt: Tensor) -> None:
+    scanned[layer] = Scanned(xbc, dt)
+
+
+class BlockLook(NamedTuple):
+    """What the context tower has made of a block of which it is not known yet how many tokens count."""
+
+    logits: Tensor  # [B, S, V] float32 (float64), of the token behind each position
+    hidden: Tensor  # [B, S, H], what the head has read
+    scanned: dict[int, Scanned]  # per Mamba-2 layer
+
+
 class BlockRead(NamedTuple):
     """What the context tower leaves behind a block, beside keys and values; the names mean what they do in a state."""
 
@@ -276,3 +303,9 @@ def logits(hidden: Tensor, head: Tensor) -> Tensor:
     """The head's product, rounded to its dtype as in training, then float32 (float64 stays)."""
     out = linear(hidden, head)
     return out if out.dtype == torch.float64 else out.float()
+
+
+def newest(hidden: Tensor, lengths: Tensor, before: Tensor) -> Tensor:
+    """Of each row of a block [B, S, H] the last token that counts, [B, H]; where none does, what was there before."""
+    last = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
+    return torch.where(lengths[:, None] > 0, hidden.gather(1, last)[:, 0], before)

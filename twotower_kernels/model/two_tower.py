@@ -22,14 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from twotower_kernels.model import checkpoint, loading
-from twotower_kernels.model.cache import Cache, MambaState
+from twotower_kernels.model.cache import Cache, MambaCache, MambaState
 from twotower_kernels.model.generate import generate, stream
 from twotower_kernels.model.inference import inference
 from twotower_kernels.model.layers import Factory, Linear, Stacked, TimeEmbedder, Tower, draw_weights
 from twotower_kernels.model.layout import Layout
 from twotower_kernels.model.memory import check_room
 from twotower_kernels.model.ranges import in_range, profiled
-from twotower_kernels.model.state import BlockRead, ContextState, Memory, logits
+from twotower_kernels.model.state import BlockLook, BlockRead, ContextState, Memory, Scanned, logits, newest
+from twotower_kernels.model.verification import Verification
 from twotower_kernels.ops import adaln_norm, gated_residual_adaln_norm
 from twotower_kernels.options.arguments import Integers, integers, readable, real, whole
 from twotower_kernels.options.config import TwoTowerConfig
@@ -218,13 +219,98 @@ class TwoTowerModel(nn.Module):
         """
         # hidden [B, S, H]; states: of every Mamba-2 layer
         hidden, states = self._run("context_tower", block_ids, partial(state.extended_by, block_lens=lengths))
-        if lengths is None:
-            last = hidden[:, -1].clone()  # a copy, so as not to keep all of `hidden`
-        else:
-            newest = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
-            last = torch.where(lengths[:, None] > 0, hidden.gather(1, newest)[:, 0], state.last_hidden)
+        # A copy, so as not to keep all of `hidden`.
+        last = hidden[:, -1].clone() if lengths is None else newest(hidden, lengths, state.last_hidden)
         conv, ssm = ({i: state[part] for i, state in states.items()} for part in (0, 1))
         return BlockRead(conv, ssm, last)
+
+    def verify(self, block_ids: Integers, state: ContextState) -> Verification:
+        """Reads a block of which it will be known from what is said here how many tokens count: the first half of a
+        commit, `accept` is the second. Consumes `state`, as `commit` does.
+
+        Args:
+            block_ids: `[B, S]`, integers of any dtype: a tensor, an array or lists; S at least 1.
+            state: the context of B rows.
+
+        Returns:
+            A `Verification`, whose `logits` `[B, S, V]` say what the context tower would write behind each token. On a
+            CPU, for S up to 64, they are to the bit those that it has after commits of one token. Not differentiable.
+
+        Raises:
+            ValueError: ids of the wrong shape, dtype, device or range. RuntimeError: a state that was consumed, no such
+                tower.
+        """
+        return self.verify_by(self.look_at_block, block_ids, state)
+
+    @inference
+    def verify_by(
+        self, look: Callable[[Tensor, ContextState], BlockLook], block_ids: Integers, state: ContextState
+    ) -> Verification:
+        """`verify`, with `look` instead of `look_at_block`."""
+        self._need("context")
+        block_ids = self._checked_ids("block_ids", block_ids, self.device, state)
+        if not block_ids.shape[1]:
+            raise ValueError("block_ids: expected at least one token per row, got [B, 0]")
+        old = state.room_for(block_ids.shape[1])
+        look_at = look(block_ids, old)
+        if old is state:
+            old = state.replaced()
+        state.consume()
+        return Verification(old, look_at)
+
+    def look_at_block(self, block_ids: Tensor, state: ContextState) -> BlockLook:
+        """What the context tower makes of a block `[B, S]`, S at least 1, without a word on how many tokens count.
+
+        Keys and values are left behind the context's; nothing else of it is written.
+        """
+        scanned: dict[int, Scanned] = {}
+        hidden, _ = self._run("context_tower", block_ids, partial(state.looked_into_by, scanned=scanned))
+        return BlockLook(logits(hidden, self.context_lm_head.weight), hidden, scanned)
+
+    def accept(self, verification: Verification, lengths: Integers) -> ContextState:
+        """Extends the context by what counts of a block that was verified: no layer but Mamba-2's scans reads it again.
+
+        Args:
+            verification: what `verify` returned. Any later use of it is a RuntimeError.
+            lengths: `[B]`, integers of any dtype, how many tokens of each row count, 0 to S.
+
+        Returns:
+            The state that `commit` of the same tokens returns, on a CPU to the bit for S up to 64. Not differentiable.
+
+        Raises:
+            ValueError: lengths of the wrong shape, dtype or range. RuntimeError: a verification that was accepted.
+        """
+        return self.accept_by(self.replay_block, verification, lengths)
+
+    @inference
+    def accept_by(
+        self,
+        replay: Callable[[BlockLook, ContextState, Tensor], BlockRead],
+        verification: Verification,
+        lengths: Integers,
+    ) -> ContextState:
+        """`accept`, with `replay` instead of `replay_block`."""
+        old, look = verification.pending()
+        batch, size = look.hidden.shape[:2]
+        lengths = self._checked_lengths(lengths, batch, size)
+        new = old.advanced(size, lengths, replay(look, old, lengths))
+        old.consume()
+        return new
+
+    def replay_block(self, look: BlockLook, state: ContextState, lengths: Tensor) -> BlockRead:
+        """What the context tower leaves behind the tokens that count of a block it has looked at."""
+        conv, ssm = self.replay_scans(look.scanned, state, lengths)
+        return BlockRead(conv, ssm, newest(look.hidden, lengths, state.last_hidden))
+
+    def replay_scans(
+        self, scanned: dict[int, Scanned], state: ContextState, lengths: Tensor
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """`conv` and `ssm` behind the tokens that count, from before the block and what was scanned of it."""
+        conv, ssm = {}, {}
+        for i, (xbc, dt) in scanned.items():
+            cache = MambaCache(state.conv[i], state.ssm[i], None, lengths, return_state=True)
+            conv[i], ssm[i] = self.context_tower.layers[i].mixer.scan(xbc, dt, cache)[1]
+        return conv, ssm
 
     @inference
     def empty_state(self, batch: int) -> ContextState:

@@ -25,7 +25,7 @@ from twotower_kernels.ops.remask_checks import (
 )
 from twotower_kernels.ops.remask_fields import filled
 from twotower_kernels.options.arguments import whole as whole_number
-from twotower_kernels.options.remask_choices import CHOICES
+from twotower_kernels.options.remask_choices import CHOICES, NOISES
 from twotower_kernels.options.remask_policy import OPTIONS, RemaskPolicy
 
 
@@ -65,6 +65,7 @@ def remask(
     rank_noise: Tensor | None = None,
     shift: int = 0,
     shift_logits: Tensor | None = None,
+    noise: str = "block",
 ) -> RemaskResult:
     """Proposes a token for every mask and decides which proposals stay: one step of a masked-diffusion block.
 
@@ -97,6 +98,10 @@ def remask(
             own.
         shift_logits: `[B, V]` of the logits' dtype, what stands before the first position, the last logits of a prompt
             for one. None: the first position's own logits.
+        noise: "block": tokens of position p draw with the counter (token, p, step, offset); "sequence": with (token, 0,
+            0, offset + p), the sum modulo 2^32. So, with the number of a block's first token in its text as offset, a
+            token draws the same in every step, in whatever block it comes to lie, and alone, as autoregression draws
+            it. The numbers per position that `rank_noise` may replace are those of "block" in both.
 
         step, num_steps, temperature, top_k, top_p, seed, offset, initial_num_masked and gate_bound are numbers or
         tensors `[B]`.
@@ -113,6 +118,8 @@ def remask(
     optional = editable, valid_lens, candidates, rank_noise, shift_logits
     mask_token_id = check_kinds(logits, tokens, mask_token_id, policy, *optional)
     shift = whole_number("shift", shift, "0 or 1")
+    if noise not in NOISES:
+        raise ValueError(f"noise: expected {' or '.join(map(repr, NOISES))}, got {noise!r}")
     alone = logits.ndim == 2
     if alone:
         positions = {"tokens": tokens, "editable": editable, "candidates": candidates, "rank_noise": rank_noise}
@@ -127,7 +134,7 @@ def remask(
     arguments = (
         *(logits, tokens, mask_token_id, options, bounds, whole, real, *whole_rows, *real_rows),
         *(suppressed, suppress_tensor, unscored, unscore_tensor, editable, as_index(valid_lens)),
-        *(as_index(candidates), rank_noise, shift, shift_logits),
+        *(as_index(candidates), rank_noise, shift, shift_logits, noise == "sequence"),
     )
     result = call("remask", *arguments)
     return RemaskResult(*(x.squeeze(0) for x in result)) if alone else RemaskResult(*result)
@@ -189,7 +196,8 @@ define(
     "float[] real, Tensor? step, Tensor? num_steps, Tensor? top_k, Tensor? seed, Tensor? offset, "
     "Tensor? initial_num_masked, Tensor? temperature, Tensor? top_p, Tensor? gate_bound, SymInt[] suppressed, "
     "Tensor? suppress_ids, SymInt[] unscored, Tensor? confidence_suppress_ids, Tensor? editable, Tensor? valid_lens, "
-    "Tensor? candidates, Tensor? rank_noise, int shift, Tensor? shift_logits) -> "
+    "Tensor? candidates, Tensor? rank_noise, int shift, Tensor? shift_logits, "
+    "bool by_sequence) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     check=lambda *arguments: check_arguments(Arguments(*arguments)),
     cpu=_remask,

@@ -83,6 +83,7 @@ class Arguments(NamedTuple):
     rank_noise: Tensor | None
     shift: int
     shift_logits: Tensor | None
+    by_sequence: bool
 
     @property
     def mask(self) -> int:

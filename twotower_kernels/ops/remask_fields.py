@@ -46,6 +46,7 @@ class Fields(ctypes.Structure):
         *_per_position("tokens"),
         ("tokens_dtype", _WHOLE),
         ("mask_token_id", _WHOLE),
+        ("by_sequence", _WHOLE),
         *(field for name in WHOLE for field in _per_row(name, _WHOLE)),
         *(field for name in REAL for field in _per_row(name, _REAL)),
         *_ids("suppressed"),
@@ -82,7 +83,7 @@ def filled(a: Arguments, suppressed: Tensor | None, unscored: Tensor | None, out
     f.logits_stride_b, f.logits_stride_s, f.logits_stride_v = logits.stride()
     f.tokens, f.tokens_dtype = tokens.data_ptr(), CODES[tokens.dtype]
     f.tokens_stride_b, f.tokens_stride_s = tokens.stride()
-    f.mask_token_id, f.shift = a.mask, a.shift
+    f.mask_token_id, f.shift, f.by_sequence = a.mask, a.shift, a.by_sequence
     f.step, f.num_steps, f.top_k, f.seed, f.offset, f.initial_num_masked = a.whole
     f.temperature, f.top_p, f.gate_bound = a.real
     f.valid_lens = f.block

@@ -18,8 +18,10 @@ from twotower_kernels.options.config import TwoTowerConfig
 from twotower_kernels.options.remask_choices import HIGHEST_TEMPERATURE
 from twotower_kernels.options.remask_policy import RemaskPolicy
 
-MODES = ("mask_diffusion", "mock_ar", "ar")
+MODES = ("mask_diffusion", "mock_ar", "ar", "speculative")
+DRAFTING = ("mask_diffusion", "speculative")  # the modes in which the denoiser fills blocks of masks
 MOST_BLOCK = 2**16  # tokens; a block is denoised whole, its logits over the vocabulary too
+MOST_DRAFT = 64  # tokens that the context tower reads at once as it reads them one by one, to the bit (CPU)
 MOST_STEPS = 2**31 - 1
 MOST_VOCABULARY = 2**31  # tokens
 
@@ -31,11 +33,11 @@ Processor = Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits [R, S, V], tok
 class GenerationConfig:
     """The options of `TwoTowerModel.generate` and `stream`, whose keyword arguments explain them. Immutable.
 
-    Numbers become Python's, tokens that end a row a tuple of them, and so do seeds of rows. What only mask_diffusion
-    reads is checked in that mode alone. What depends on a model is checked by `for_model`.
+    Numbers become Python's, tokens that end a row a tuple of them, and so do seeds of rows. What only some modes read
+    is checked in these alone. What depends on a model is checked by `for_model`.
 
     Raises:
-        ValueError: an option out of its range, a policy that needs no masks (renoise).
+        ValueError: an option out of its range, a policy that needs no masks (renoise), a policy for drafts.
         TypeError: a number that is none.
     """
 
@@ -43,6 +45,7 @@ class GenerationConfig:
     max_new_tokens: int
     block_size: int = 16
     steps_per_block: int = 16
+    draft_steps: int = 1
     confidence_threshold: float = 0.8
     policy: RemaskPolicy | None = None
     temperature: float = 0.0
@@ -57,7 +60,9 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
-        checked = self._of_every_mode() | (self._of_blocks() if self.mode == "mask_diffusion" else {})
+        checked = self._of_every_mode() | (self._of_blocks() if self.mode in DRAFTING else {})
+        if self.mode == "speculative":
+            checked |= self._of_drafts()
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -101,7 +106,7 @@ class GenerationConfig:
         return found
 
     def _of_blocks(self) -> dict[str, Any]:
-        """What only mask_diffusion reads."""
+        """What only modes with blocks of masks read."""
         size, steps = whole("block_size", self.block_size), whole("steps_per_block", self.steps_per_block)
         threshold = real("confidence_threshold", self.confidence_threshold)
         mask = None if self.mask_token_id is None else whole("mask_token_id", self.mask_token_id)
@@ -120,6 +125,20 @@ class GenerationConfig:
         checked = {"block_size": size, "steps_per_block": steps, "confidence_threshold": threshold}
         return checked | {"mask_token_id": mask}
 
+    def _of_drafts(self) -> dict[str, Any]:
+        """What only speculative reads, and what it asks for of the above."""
+        steps = whole("draft_steps", self.draft_steps)
+        if not 1 <= steps <= MOST_STEPS:
+            raise ValueError(f"draft_steps: expected 1 to {MOST_STEPS}, got {steps}")
+        if self.block_size > MOST_DRAFT:
+            raise ValueError(f"block_size: expected drafts of 1 to {MOST_DRAFT} tokens, got {self.block_size}")
+        if self.policy is not None:
+            raise ValueError(
+                "policy: expected None, as drafts have a rule of their own (draft_steps, confidence_threshold), "
+                f"got {kind_of(self.policy)}"
+            )
+        return {"draft_steps": steps}
+
     @property
     def ends(self) -> tuple[int, ...]:
         """The tokens with which a row ends."""
@@ -133,7 +152,10 @@ class GenerationConfig:
 
     @property
     def unmasking(self) -> RemaskPolicy:
-        """The rule of mask_diffusion: the policy that was given, or the TwoTower rule with its threshold."""
+        """The rule by which masks are filled: for drafts what is certain from the left, for mask_diffusion the policy
+        that was given, or the TwoTower rule with its threshold."""
+        if self.mode == "speculative":
+            return RemaskPolicy.prefix(self.confidence_threshold)
         return self.policy or RemaskPolicy.twotower(threshold=self.confidence_threshold)
 
     def for_model(self, model: TwoTowerConfig) -> GenerationConfig:
@@ -145,7 +167,7 @@ class GenerationConfig:
             ValueError: tokens that are not in its vocabulary, or a top_k larger than that.
         """
         found = self
-        if self.mode == "mask_diffusion" and self.mask_token_id is None:
+        if self.mode in DRAFTING and self.mask_token_id is None:
             found = replace(self, mask_token_id=model.mask_token_id)
         found.check_vocabulary(model.vocab_size)
         trained = model.block_size if self.mode == "mask_diffusion" else None
@@ -164,7 +186,7 @@ class GenerationConfig:
         for token in self.ends:
             if token >= size:
                 raise ValueError(f"eos_token_id: expected tokens of a vocabulary of {size}, got {token}")
-        mask = self.mask_token_id if self.mode == "mask_diffusion" else None
+        mask = self.mask_token_id if self.mode in DRAFTING else None
         if mask is not None and not 0 <= mask < size:
             raise ValueError(f"mask_token_id: expected a token of a vocabulary of {size}, got {mask}")
 

@@ -7,7 +7,7 @@ from twotower_kernels.options.arguments import real, whole
 
 Statistics = Literal["raw", "filtered"]
 Score = Literal["confidence", "margin", "neg_entropy", "top", "gap", "random", "leftmost"]
-Gate = Literal["none", "threshold", "factor", "entropy_sum"]
+Gate = Literal["none", "threshold", "factor", "entropy_sum", "prefix"]
 GateOn = Literal["confidence", "score"]
 Schedule = Literal[
     "none",
@@ -43,6 +43,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 HIGHEST_TEMPERATURE = 1e6  # of temperatures
+NOISES = ("block", "sequence")  # what numbers the draws of tokens: their place in a block, or in their text
 RANGES = {
     "temperature_end": (0.0, HIGHEST_TEMPERATURE),
     "position_penalty": (-1e6, 1e6),

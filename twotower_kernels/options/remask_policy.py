@@ -77,9 +77,10 @@ class RemaskPolicy:
 
     Gate, the set G of positions that are good enough by themselves:
         gate: "none"; "threshold" (value > gate_bound); "factor" (the longest run of ranks with
-            value >= 1 - gate_bound / (j + 1), rank 1 free); "entropy_sum" (ranks with H(1) + ... + H(j) < gate_bound).
+            value >= 1 - gate_bound / (j + 1), rank 1 free); "entropy_sum" (ranks with H(1) + ... + H(j) < gate_bound);
+            "prefix" (the longest run of ranks with value > gate_bound: ranked "leftmost", the text's beginning).
         gate_bound: the bound; `remask`'s argument of this name overrides it.
-        strict: whether a value equal to the bound fails ("threshold", "entropy_sum").
+        strict: whether a value equal to the bound fails ("threshold", "entropy_sum", "prefix").
         gate_on: the value is the confidence or the score.
         gate_slack: the threshold is at most the row's best value less this (dInfer); None: no such limit.
         factor_last_free: when only the last rank fails, it passes (Fast-dLLM).
@@ -420,6 +421,11 @@ class RemaskPolicy:
         """From left to right: ceil(n / r), or as many as have c > threshold."""
         gate: Gate = "none" if threshold is None else "threshold"
         return cls(score="leftmost", gate=gate, gate_bound=threshold or 0.0)
+
+    @classmethod
+    def prefix(cls, threshold: float = 0.8) -> "RemaskPolicy":
+        """From left to right as far as c > threshold without a gap, at least one; all in the last step."""
+        return cls(score="leftmost", gate="prefix", gate_bound=threshold, schedule="none")
 
     @classmethod
     def first_hitting(cls) -> "RemaskPolicy":
