@@ -123,7 +123,7 @@ def corrupted(targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tens
 def denoiser_stage(
     passes: Passes, train: Tensor, held_out: Tensor, folder: Path, *, lr: float, schedule: Schedule, seed: int
 ) -> Stage:
-    """The denoiser on blocks whose text the context tower wrote, over the windows that have targets, again and again."""
+    """The denoiser on blocks that the context tower wrote, over the windows that have targets, time and again."""
     head = passes.model.lm_head.weight
     targets = torch.load(folder / "targets.pt", weights_only=True)["targets"]
     order = target_windows(train, seed)[: len(targets)]
