@@ -1,11 +1,13 @@
-"""Text generation with a TwoTower: block diffusion, and its two autoregressive relatives.
+"""Text generation with a TwoTower: block diffusion, its two autoregressive relatives, and autoregression by drafts.
 
-The three modes differ only in who proposes the next tokens (Nemotron-TwoTower, arXiv 2606.26493):
+The modes differ in who proposes the next tokens (Nemotron-TwoTower, arXiv 2606.26493):
 
 * `mask_diffusion`: the denoiser fills a block of S masks in a few calls, reading the context tower's state; the
   finished block then runs through the context tower. Autoregressive over blocks, parallel within one.
 * `mock_ar`: the denoiser as a next-token model. It reads the last token, with the context's state from before it.
 * `ar`: the context tower alone.
+* `speculative`: the text of `ar`. The denoiser drafts a block behind the next token, the context tower reads it at once
+  and keeps what it would have written itself (speculative decoding, arXiv 2211.17192, with one noise for both).
 
 A batch of prompts of different lengths is each prompt alone, but for rounding, which depends on how many rows a product
 of matrices has: every row has its own length, its own random stream (from the request's seed and its index there, or
@@ -13,10 +15,8 @@ from a seed of its own) and its own count of model calls. A row that has nothing
 batch, so it costs nothing.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,162 +25,23 @@ from torch import Tensor
 from twotower_kernels.options.arguments import Integers
 from twotower_kernels.options.generation import MODES, GenerationConfig, Processor, Prompts, prompt_rows
 from twotower_kernels.options.remask_policy import RemaskPolicy
+from twotower_kernels.reference.generation_request import (
+    GenerateResult,
+    Run,
+    StepEvent,
+    begin,
+    check_finite,
+    logprobs_of,
+    propose,
+)
 from twotower_kernels.reference.model import ContextState, TwoTower
-from twotower_kernels.reference.philox import row_seeds
 from twotower_kernels.reference.remask import remask
 from twotower_kernels.reference.remask_schedule import model_time
+from twotower_kernels.reference.speculative import speculate
 
 __all__ = ["MODES", "GenerateResult", "StepEvent", "generate"]
 
 FINISH = RemaskPolicy(finish=True)  # in the last step of its schedule: every candidate, none of which is the mask
-PROPOSE = RemaskPolicy(suppress_mask=False)  # a rule that leaves the candidate alone
-
-
-@dataclass(frozen=True)
-class StepEvent:
-    """What just happened to R rows of the request: one un-masking step, or one block finished.
-
-    In the autoregressive modes a block is one token and only finished blocks are reported. The finished blocks of a
-    row, one after the other, are its text from its first mask on (without one, its new tokens), before the cut at
-    `max_new_tokens` and after the first EOS.
-    """
-
-    block: int  # index of the block, from the row's first one (autoregressive modes: of the new token)
-    step: int  # index of the un-masking step inside the block; for a finished block, the steps it took at most
-    committed: bool  # the block is finished (otherwise: a step inside it)
-    rows: Tensor  # [R] int64, index of each row in the request
-    before: Tensor  # [R, S] int64, the tokens the model read (finished block: the same as after)
-    after: Tensor  # [R, S] int64
-    num_masked: Tensor  # [R] int64, masks left in `after`
-    nfe: Tensor  # [R] int64, model calls this row has cost so far
-    logprobs: Tensor | None = None  # [R, S] float32, if asked for: those of `after`, NaN for masks and what is given
-    start: Tensor | None = None  # [R] int64, position of the block's first token in its row, prompt included
-
-
-@dataclass(frozen=True)
-class GenerateResult:
-    """The generated text of B prompts and what it cost."""
-
-    sequences: list[
-        Tensor
-    ]  # per row, 1-D int64: prompt, masks filled, and what follows, cut after the EOS, which is kept
-    new_tokens: list[Tensor]  # per row, 1-D int64: the new tokens alone: those in the prompt's masks, and behind it
-    nfe: list[int]  # per row: denoiser calls while the row had masks (ar: context-tower predictions)
-    finish_reason: list[str]  # per row: "eos" or "length"
-    seconds: float  # wall-clock time of the whole request, prefill included
-    logprobs: list[Tensor] | None = None  # per row, if asked for, 1-D float32: one per new token
-
-    @property
-    def tokens_per_nfe(self) -> float:
-        """New tokens per model call over the whole batch; 0 when nothing was generated."""
-        return sum(map(len, self.new_tokens)) / max(1, sum(self.nfe))
-
-
-@dataclass
-class _Run:
-    """The request as the three modes see it: checked arguments, and the texts that the rows have got so far.
-
-    A text is laid out whole: the prompt, then masks as far as blocks reach. Blocks are written into it.
-    """
-
-    model: TwoTower
-    config: GenerationConfig
-    text: Tensor  # [B, N] int64
-    given: Tensor  # bool [B, N]: what the prompt says
-    lengths: Tensor  # [B] int64, of the prompts
-    first: Tensor  # [B] int64, where a row's first block begins
-    num_blocks: Tensor  # [B] int64
-    block_size: int  # of the autoregressive modes: 1
-    mask_token_id: int
-    seeds: Tensor  # [B] int64, Philox keys
-    on_step: Callable[[StepEvent], object] | None
-    nfe: Tensor  # [B] int64
-    logprobs: Tensor  # [B, N] float32
-
-    def places(self, block: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Where in the text a block of these rows [R] lies: indices [R, 1] and [R, S]."""
-        begin = self.first[rows] + block * self.block_size
-        return rows[:, None], begin[:, None] + torch.arange(self.block_size, device=rows.device)
-
-    def processed(self, logits: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
-        """The logits [R, S, V] after the caller's processors, which get copies."""
-        for processor in self.config.processors:
-            logits = processor(logits.clone(), tokens.clone(), rows.clone())
-        return logits
-
-    def report(
-        self, block: int, step: int, rows: Tensor, before: Tensor, after: Tensor, masked: Tensor, logprobs: Tensor
-    ) -> None:
-        """Tell the observer about an un-masking step."""
-        if self.on_step is not None:
-            tensors = rows.clone(), before.clone(), after.clone(), masked, self.nfe[rows]
-            asked = logprobs.clone() if self.config.logprobs else None
-            self.on_step(StepEvent(block, step, False, *tensors, asked, self.places(block, rows)[1][:, 0]))
-
-    def finish_block(self, block: int, step: int, rows: Tensor, tokens: Tensor, logprobs: Tensor) -> Tensor:
-        """Write a finished block [R, S] into its rows' texts; return bool [R]: which rows want another one."""
-        places = self.places(block, rows)
-        self.text[places], self.logprobs[places] = tokens, logprobs
-        if self.on_step is not None:
-            tensors = rows.clone(), tokens.clone(), tokens.clone(), torch.zeros_like(rows), self.nfe[rows]
-            asked = logprobs.clone() if self.config.logprobs else None
-            self.on_step(StepEvent(block, step, True, *tensors, asked, places[1][:, 0]))
-        return ~self.is_end(rows, places[1]).any(dim=1)
-
-    def is_end(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Which tokens of the rows' texts, at positions [R, n], end a row: those behind everything given."""
-        numbers = torch.arange(1, self.text.shape[1] + 1, device=rows.device)
-        behind = (self.given[rows] * numbers).amax(dim=1, keepdim=True)  # [R, 1]
-        ends = torch.tensor(self.config.ends, dtype=torch.int64, device=rows.device)
-        return torch.isin(self.text[rows[:, None], positions], ends) & (positions >= behind)
-
-    def cut(self, row: int) -> tuple[Tensor, Tensor, Tensor, str]:
-        """A row's text up to its length, or up to and including the first EOS that ends it; of that the new tokens,
-        and their logprobs."""
-        positions = torch.arange(int(self.lengths[row]) + self.config.max_new_tokens, device=self.text.device)
-        hits = self.is_end(torch.tensor([row], device=self.text.device), positions[None])[0].nonzero()
-        end = int(hits[0]) + 1 if len(hits) else len(positions)
-        new = ~self.given[row, :end]
-        text, logprobs = self.text[row, :end], self.logprobs[row, :end]
-        return text, text[new], logprobs[new], "eos" if len(hits) else "length"
-
-
-def _begin(
-    model: TwoTower, config: GenerationConfig, prompts: list[Tensor], on_step: Callable[[StepEvent], object] | None
-) -> _Run:
-    """The request with nothing written yet."""
-    device, in_blocks = prompts[0].device, config.mode == "mask_diffusion"
-    mask = config.mask_token_id if in_blocks else model.config.mask_token_id
-    assert mask is not None  # the model's, if no other was given
-    size, new = config.block_size if in_blocks else 1, config.max_new_tokens
-    plans = []  # per row: where its first block begins, and how many it has
-    for row in prompts:
-        masks = (row == mask).nonzero()[:, 0].tolist() if in_blocks else []
-        first = masks[0] if masks else len(row)
-        last = len(row) + new if new else masks[-1] + 1 if masks else first
-        plans.append((first, math.ceil((last - first) / size)))
-    longest = max(max(len(row) + new, first + count * size) for row, (first, count) in zip(prompts, plans, strict=True))
-    text = torch.full((len(prompts), longest), mask, device=device)
-    given = torch.zeros_like(text, dtype=torch.bool)
-    for b, row in enumerate(prompts):
-        text[b, : len(row)] = row
-        given[b, : len(row)] = row != mask if in_blocks else True
-    first, num_blocks = torch.tensor(plans, device=device).T
-    return _Run(
-        model=model,
-        config=config,
-        text=text,
-        given=given,
-        lengths=torch.tensor([len(row) for row in prompts], device=device),
-        first=first,
-        num_blocks=num_blocks,
-        block_size=size,
-        mask_token_id=mask,
-        seeds=torch.tensor(row_seeds(config.seed, len(prompts)), device=device),
-        on_step=on_step,
-        nfe=torch.zeros(len(prompts), dtype=torch.int64, device=device),
-        logprobs=torch.full(text.shape, torch.nan, device=device),
-    )
 
 
 @torch.no_grad()
@@ -192,6 +53,7 @@ def generate(
     max_new_tokens: int,
     block_size: int = 16,
     steps_per_block: int = 16,
+    draft_steps: int = 1,
     confidence_threshold: float = 0.8,
     policy: RemaskPolicy | None = None,
     temperature: float = 0.0,
@@ -212,7 +74,7 @@ def generate(
             mask_diffusion masks in them are filled in, and what is given stays: the first block begins with the first
             mask, what is given of it and later ones is read there, and left alone. In the other modes a mask is a token
             as any other.
-        mode: "mask_diffusion", "mock_ar" or "ar".
+        mode: "mask_diffusion", "mock_ar", "ar" or "speculative".
         max_new_tokens: per row, behind its prompt. Where a row does not end with a block, the last one is denoised
             whole and then cut, so a shorter request gives a prefix of a longer one. With 0 masks are filled in, and
             nothing is done to prompts without.
@@ -251,6 +113,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         block_size=block_size,
         steps_per_block=steps_per_block,
+        draft_steps=draft_steps,
         confidence_threshold=confidence_threshold,
         policy=policy,
         temperature=temperature,
@@ -263,17 +126,20 @@ def generate(
         processors=processors,
     ).for_model(model.config)
     rows = prompt_rows(prompts, model.config.vocab_size, next(model.parameters()).device)
-    run = _begin(model, config, rows, on_step)
+    run = begin(model, config, rows, on_step)
     if mode == "mask_diffusion":
         _diffuse(run)
+    elif mode == "speculative":
+        speculate(run)
     elif config.max_new_tokens:
         _autoregress(run, with_denoiser=mode == "mock_ar")
     sequences, new_tokens, of_new, reasons = (list(part) for part in zip(*map(run.cut, range(len(rows))), strict=True))
     seconds = time.perf_counter() - start
-    return GenerateResult(sequences, new_tokens, run.nfe.tolist(), reasons, seconds, of_new if logprobs else None)
+    asked, verifications = of_new if logprobs else None, run.verifications.tolist() if mode == "speculative" else None
+    return GenerateResult(sequences, new_tokens, run.nfe.tolist(), reasons, seconds, asked, verifications)
 
 
-def _diffuse(run: _Run) -> None:
+def _diffuse(run: Run) -> None:
     """Block after block: denoise it, hand it out, extend the context of the rows that go on."""
     rows = run.num_blocks.nonzero()[:, 0]  # [R] rows still generating, in the state's order
     if not len(rows):
@@ -292,11 +158,11 @@ def _diffuse(run: _Run) -> None:
         state, block = run.model.commit(tokens, state), block + 1
 
 
-def _denoise_block(run: _Run, state: ContextState, rows: Tensor, block: int) -> tuple[Tensor, Tensor, int]:
+def _denoise_block(run: Run, state: ContextState, rows: Tensor, block: int) -> tuple[Tensor, Tensor, int]:
     """Until no mask is left: int64 [R, S] tokens, their logprobs, and the number of steps the slowest row took."""
     config, mask, block_size = run.config, run.mask_token_id, run.block_size
     policy, num_steps = config.unmasking, config.steps_per_block
-    tokens = run.text[run.places(block, rows)]
+    tokens = run.text[run.places(rows)]
     logprobs = torch.full(tokens.shape, torch.nan, device=rows.device)
     editable = tokens == mask
     initial = editable.sum(dim=1)
@@ -321,10 +187,10 @@ def _denoise_block(run: _Run, state: ContextState, rows: Tensor, block: int) -> 
             initial_num_masked=initial[active],
             **config.sampling,
         )
-        _check_finite(result.confidence, rows[active])
+        check_finite(result.confidence, rows[active])
         tokens[active] = result.tokens
         scored = logits.index_fill(2, torch.tensor(mask, device=logits.device), -torch.inf)
-        written = torch.where(result.transfer_mask, _logprobs(scored, result.tokens), logprobs[active])
+        written = torch.where(result.transfer_mask, logprobs_of(scored, result.tokens), logprobs[active])
         logprobs[active] = written.masked_fill(result.tokens == mask, torch.nan)
         masked = result.num_masked.long()
         run.nfe[rows[active]] += 1
@@ -334,7 +200,7 @@ def _denoise_block(run: _Run, state: ContextState, rows: Tensor, block: int) -> 
     return tokens, logprobs, step
 
 
-def _autoregress(run: _Run, with_denoiser: bool) -> None:
+def _autoregress(run: Run, with_denoiser: bool) -> None:
     """One token at a time, proposed by the denoiser (mock_ar) or by the context tower (ar)."""
     rows = torch.arange(len(run.lengths), device=run.lengths.device)  # [R] rows still generating, in the state's order
     prompts = run.text[:, : int(run.lengths.max())]
@@ -348,7 +214,7 @@ def _autoregress(run: _Run, with_denoiser: bool) -> None:
         proposed = run.processed(logits, torch.full_like(last, run.mask_token_id), rows)
         token = _next_token(proposed, rows, run.seeds[rows], index, run.config.sampling)  # [R, 1]
         run.nfe[rows] += 1
-        go_on = run.finish_block(index, 1, rows, token, _logprobs(logits, token))
+        go_on = run.finish_block(index, 1, rows, token, logprobs_of(logits, token))
         if index + 1 == run.config.max_new_tokens or not go_on.any():
             return
         if not go_on.all():
@@ -359,23 +225,7 @@ def _autoregress(run: _Run, with_denoiser: bool) -> None:
 
 
 def _next_token(logits: Tensor, rows: Tensor, seeds: Tensor, index: int, sampling: dict[str, Any]) -> Tensor:
-    """Greedy or sampled next token: logits [R, 1, V] -> int64 [R, 1].
-
-    It is the proposal of a remasking step on a block of one, so both kinds of generation share one sampler.
-    """
-    block = torch.zeros(len(seeds), 1, dtype=torch.int64, device=logits.device)  # of masks, whatever their number
-    step = remask(logits, block, mask_token_id=0, policy=PROPOSE, seed=seeds, offset=index, **sampling)
-    _check_finite(step.confidence, rows)
+    """Greedy or sampled next token: logits [R, 1, V] -> int64 [R, 1]."""
+    step = propose(logits, seeds, index, sampling)
+    check_finite(step.confidence, rows)
     return step.candidate
-
-
-def _check_finite(confidence: Tensor, rows: Tensor) -> None:
-    """Remasking marks a position without usable logits by a confidence of NaN, and leaves it alone for ever."""
-    bad = rows[confidence.isnan().any(dim=1)]  # [R, S] -> [N]
-    if len(bad):
-        raise FloatingPointError(f"the model's logits for row {int(bad[0])} hold NaN or infinity")
-
-
-def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """What the tokens' probabilities are logarithms of: logits [R, S, V], tokens [R, S] -> float32 [R, S]."""
-    return (logits.double() - logits.double().logsumexp(-1, keepdim=True)).gather(2, tokens[..., None])[..., 0].float()

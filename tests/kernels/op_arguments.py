@@ -103,7 +103,7 @@ def _remask(normal: Normal, wide: torch.dtype) -> list[Any]:
     tokens = torch.tensor([[3, 1, 3], [3, 3, 2]])
     return [
         normal(2, 3, 8), tokens, 3, options, bounds, [0, 3, 0, 7, 0, -1], [0.0, 1.0, 0.5], *[None] * 9,
-        [4], None, [], None, None, None, None, None, 0, None,
+        [4], None, [], None, None, None, None, None, 0, None, True,
     ]  # fmt: skip
 
 

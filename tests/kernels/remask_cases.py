@@ -60,7 +60,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "score": st.sampled_from(["confidence", "margin", "neg_entropy", "top", "gap", "random", "leftmost"]),
     "position_penalty": st.sampled_from([0.0, 0.0, 0.05, 0.3]),
     "rank_temperature": st.sampled_from([0.0, 0.0, 0.05, 1.0]),
-    "gate": st.sampled_from(["none", "threshold", "factor", "entropy_sum"]),
+    "gate": st.sampled_from(["none", "threshold", "factor", "entropy_sum", "prefix"]),
     "gate_bound": unit,
     "strict": flag,
     "gate_on": st.sampled_from(["confidence", "score"]),
@@ -183,6 +183,8 @@ def steps(draw: Any) -> dict[str, Any]:
     inputs["logits"] = logits.to(draw(st.sampled_from(DTYPES)))
     if shift is not None:
         inputs["shift"] = shift
+    if draw(flag):
+        inputs["noise"] = draw(st.sampled_from(["block", "sequence"]))
     if before is not None:
         inputs["shift_logits"] = before.to(inputs["logits"].dtype)
     return inputs

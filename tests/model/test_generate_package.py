@@ -9,7 +9,6 @@ import math
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,13 +24,13 @@ from twotower_kernels.generation import blocks as blocks_module
 from twotower_kernels.generation import request
 from twotower_kernels.generation import stream as stream_module
 from twotower_kernels.generation.results import GenerateResult, StepEvent
-from twotower_kernels.model import autoregression, diffusion, state
+from twotower_kernels.model import autoregression, diffusion, speculative, state
 from twotower_kernels.model.generate import MODES, generate, stream
 from twotower_kernels.model.two_tower import TwoTowerModel
 from twotower_kernels.ops.remask_checks import REAL
 from twotower_kernels.options import generation
 from twotower_kernels.options.config import TwoTowerConfig
-from twotower_kernels.options.generation import GenerationConfig
+from twotower_kernels.options.generation import DRAFTING, GenerationConfig
 from twotower_kernels.options.remask_policy import RemaskPolicy
 from twotower_kernels.options.seeds import philox as philox_of_integers
 from twotower_kernels.options.seeds import sequence_seed
@@ -138,6 +137,7 @@ class Watched:
         self.device, self.denoiser_device = self.model.device, self.model.denoiser_device
         self.denoised: list[int] = []
         self.committed: list[int] = []
+        self.verified: list[int] = []
         self.consumed: list[Any] = []  # kept alive, so that `is` means the same state
 
     def _use(self, state: Any) -> Any:
@@ -154,6 +154,15 @@ class Watched:
         self.consumed.append(state)
         return new
 
+    def verify(self, ids: torch.Tensor, state: Any) -> Any:
+        self.verified.append(len(ids))
+        verification = self.model.verify(ids, self._use(state))
+        self.consumed.append(state)
+        return verification
+
+    def accept(self, verification: Any, lengths: torch.Tensor) -> Any:
+        return self.model.accept(verification, lengths)
+
 
 @pytest.mark.parametrize("ends", [True, False])
 @pytest.mark.parametrize("mode", MODES)
@@ -164,12 +173,15 @@ def test_rows_that_are_done_cost_nothing(mode: str, ends: bool) -> None:
     model: Any = Watched()
     result = generate(model, rows, mode=mode, max_new_tokens=12, block_size=4, eos_token_id=eos)
     assert ("eos" in result.finish_reason) == ends
-    assert sum(model.denoised) == (0 if mode == "ar" else sum(result.nfe))
+    assert sum(model.denoised) + sum(model.verified) == (0 if mode == "ar" else sum(result.nfe))
+    if mode == "speculative":
+        assert sum(model.verified) == sum(result.verifications) == sum(model.denoised) and not model.committed  # type: ignore[arg-type]
+        return
     block = 4 if mode == "mask_diffusion" else 1
     assert sum(model.committed) == sum((math.ceil(len(new) / block) - 1) * block for new in result.new_tokens)
 
 
-LOOPS = {Path(module.__file__) for module in (autoregression, diffusion, blocks_module, request, stream_module, state)}
+LOOPS = (autoregression, diffusion, speculative, blocks_module, request, stream_module, state)
 READS = ("tolist", "item", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 
 
@@ -177,13 +189,14 @@ READS = ("tolist", "item", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__
 def test_a_step_is_read_once_by_the_host(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values of tensors are read by the host once per step, beginning and end of the request aside."""
     reads: Counter[str] = Counter()
+    files = {module.__file__ for module in LOOPS}
 
     def counted(name: str) -> Any:
         original = getattr(torch.Tensor, name)
 
         def read(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             frame = sys._getframe(1)
-            if Path(frame.f_code.co_filename) in LOOPS:
+            if frame.f_code.co_filename in files:
                 reads[frame.f_code.co_name] += 1
             return original(self, *args, **kwargs)
 
@@ -195,6 +208,10 @@ def test_a_step_is_read_once_by_the_host(mode: str, monkeypatch: pytest.MonkeyPa
     events = list(stream(package_model(), rows, mode=mode, max_new_tokens=12, block_size=4))
     steps = sum(not event.committed for event in events) if mode == "mask_diffusion" else len(events)
     assert reads.pop("room_for") <= 2, "before storage is moved"
+    if mode == "speculative":  # and the tokens that are known from the prompts
+        drafts = sum(event.step == 0 for event in events if not event.committed)
+        assert reads == {"speculate": 1 + drafts} and drafts > 3
+        return
     assert reads == {"look": steps}
     assert steps > 3
 
@@ -231,17 +248,21 @@ def test_a_stream_that_is_left_keeps_its_finished_blocks(mode: str) -> None:
     rows = [[5], [6, 7]]
     whole = run(rows, **options)
     size = 4 if mode == "mask_diffusion" else 1
+    written = [0, 0]
     events = stream(package_model(), rows, **options)
     assert [len(new) for new in events.result().new_tokens] == [0, 0]
     finished = 0
     for event in events:
         finished += event.committed
+        for row in (0, 1) if event.committed else ():
+            written[row] += size if event.accepted is None else int(event.accepted[row])
         if finished == 2:
             break
     events.close()
     assert list(events) == []
     result = events.result()
-    assert [new.tolist() for new in result.new_tokens] == [new.tolist()[: 2 * size] for new in whole.new_tokens]
+    kept = [new.tolist()[:count] for new, count in zip(whole.new_tokens, written, strict=True)]
+    assert [new.tolist() for new in result.new_tokens] == kept
     assert result.sequences[1].tolist() == rows[1] + result.new_tokens[1].tolist()
     assert result.finish_reason == ["interrupted"] * 2
     assert all(0 < some <= all_ for some, all_ in zip(result.nfe, whole.nfe, strict=True))
@@ -378,9 +399,12 @@ def test_the_rule_is_the_policy_or_the_threshold() -> None:
 def test_what_only_blocks_read_matters_to_them_alone() -> None:
     wrong: dict[str, Any] = dict(max_new_tokens=1, block_size=0, steps_per_block=-1, mask_token_id="none")
     model = package_model().config
-    assert [GenerationConfig(mode=mode, **wrong).for_model(model).mode for mode in MODES[1:]] == ["mock_ar", "ar"]
-    with pytest.raises((TypeError, ValueError)):
-        GenerationConfig(**wrong)
+    assert [GenerationConfig(mode=mode, **wrong).for_model(model).mode for mode in ("mock_ar", "ar")]
+    for mode in DRAFTING:
+        with pytest.raises((TypeError, ValueError)):
+            GenerationConfig(mode=mode, **wrong)
+    assert GenerationConfig(max_new_tokens=1, draft_steps=0).mode == "mask_diffusion"
+    assert GenerationConfig(mode="speculative", max_new_tokens=1, steps_per_block=0).draft_steps == 1
 
 
 def test_the_highest_temperature_is_the_samplers() -> None:

@@ -17,6 +17,7 @@ import twotower_kernels as tt
 from tests.model.small_model import MASK, VOCAB, save_small_model, small_model
 from twotower_kernels.generation.results import StepEvent
 from twotower_kernels.model.generate import MODES
+from twotower_kernels.options.generation import DRAFTING
 from twotower_kernels.reference import generate as specification
 
 
@@ -47,10 +48,11 @@ def lists(tensors: list[Tensor]) -> list[list[Any]]:
 # --- numbers --------------------------------------------------------------------------------------------------------
 
 NUMBERS = {
-    **{"max_new_tokens": 7, "block_size": 4, "steps_per_block": 3, "top_k": 9, "mask_token_id": MASK},
+    **{"max_new_tokens": 7, "block_size": 4, "steps_per_block": 3, "draft_steps": 2, "top_k": 9, "mask_token_id": MASK},
     **{"eos_token_id": 11, "seed": 7, "temperature": 0.75, "top_p": 0.5, "confidence_threshold": 0.25},
 }
-OF_BLOCKS = ("block_size", "steps_per_block", "confidence_threshold", "mask_token_id")
+OF_BLOCKS = ("block_size", "confidence_threshold", "mask_token_id")
+READ_BY = dict.fromkeys(OF_BLOCKS, DRAFTING) | {"steps_per_block": ("mask_diffusion",), "draft_steps": ("speculative",)}
 
 
 @program
@@ -63,7 +65,7 @@ def test_every_number_may_be_of_any_kind(name: str, mode: str, run: Callable[...
     for kind in (*kinds, np.array, torch.tensor):
         assert lists(run(ROWS, mode=mode, **NUMBERS | {name: kind(value)}).sequences) == want
     for flag in (True, np.True_, "7"):
-        if mode == "mask_diffusion" or name not in OF_BLOCKS:
+        if mode in READ_BY.get(name, MODES):
             with pytest.raises(TypeError, match=name):
                 run(ROWS, mode=mode, **NUMBERS | {name: flag})
 
@@ -147,7 +149,7 @@ def test_any_of_several_tokens_ends_a_row(mode: str, run: Callable[..., Any]) ->
                 assert result.new_tokens[b].tolist() == new[:length]
                 assert result.finish_reason[b] == ("eos" if set(new) & set(ends) else "length")
                 size = 4 if mode == "mask_diffusion" else 1
-                assert mode == "mask_diffusion" or result.nfe[b] == -(-length // size)
+                assert mode in DRAFTING or result.nfe[b] == -(-length // size)
 
 
 @program
@@ -255,7 +257,7 @@ def test_logprobs_of_one_token_at_a_time(mode: str, run: Callable[..., Any]) -> 
 )
 def test_both_programs_agree(mode, policy, temperature, new, ends, seed) -> None:  # type: ignore[no-untyped-def]
     options = {**SAMPLED, "mode": mode, "temperature": temperature, "max_new_tokens": new, "eos_token_id": ends}
-    options |= {"seed": seed, "policy": POLICIES[policy] if policy else None}
+    options |= {"seed": seed, "policy": POLICIES[policy] if policy and mode != "speculative" else None}
     got, want = (run(ROWS, logprobs=True, **options) for run in PROGRAMS.values())
     assert lists(got.sequences) == lists(want.sequences) and got.finish_reason == want.finish_reason
     for ours, theirs in zip(got.logprobs, want.logprobs, strict=True):
@@ -285,11 +287,11 @@ def test_a_stream_that_is_left_has_the_logprobs_of_what_it_wrote(mode: str) -> N
     whole = by_package(ROWS, mode=mode, logprobs=True, **SAMPLED)
     stream = package_model().stream(ROWS, mode=mode, logprobs=True, **SAMPLED)
     assert lists(stream.result().logprobs or []) == [[]] * 4
-    next(event for event in stream if event.committed)
+    finished = next(event for event in stream if event.committed)
     stream.close()
     result = stream.result()
-    size = 4 if mode == "mask_diffusion" else 1
-    assert lists(result.logprobs or []) == [row.tolist()[:size] for row in whole.logprobs]
+    sizes = [4 if mode == "mask_diffusion" else 1] * 4 if finished.accepted is None else finished.accepted.tolist()
+    assert lists(result.logprobs or []) == [row.tolist()[:n] for row, n in zip(whole.logprobs, sizes, strict=True)]
 
 
 def test_nobody_pays_for_logprobs_that_were_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,7 +211,7 @@ class _Drafter:
             of_request = [request_rows[i] for i in active]
             for row in of_request:
                 request.nfe[row] += 1
-            yield request.step(block, step - 1, of_request, before, after, masks, None)
+            yield request.step(block, step - 1, of_request, before, after.clone(), masks, None)
             keep = indices([number > 0 for number in masks])
             if keep and len(keep) < len(active):
                 index = on_device(keep, self._device)

@@ -197,7 +197,7 @@ define(
     "Tensor? initial_num_masked, Tensor? temperature, Tensor? top_p, Tensor? gate_bound, SymInt[] suppressed, "
     "Tensor? suppress_ids, SymInt[] unscored, Tensor? confidence_suppress_ids, Tensor? editable, Tensor? valid_lens, "
     "Tensor? candidates, Tensor? rank_noise, int shift, Tensor? shift_logits, "
-    "bool by_sequence) -> "
+    "bool by_sequence=False) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     check=lambda *arguments: check_arguments(Arguments(*arguments)),
     cpu=_remask,

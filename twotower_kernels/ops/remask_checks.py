@@ -83,7 +83,7 @@ class Arguments(NamedTuple):
     rank_noise: Tensor | None
     shift: int
     shift_logits: Tensor | None
-    by_sequence: bool
+    by_sequence: bool = False  # the dispatcher leaves out what is as by default
 
     @property
     def mask(self) -> int:

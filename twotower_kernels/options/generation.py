@@ -60,9 +60,10 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
-        checked = self._of_every_mode() | (self._of_blocks() if self.mode in DRAFTING else {})
-        if self.mode == "speculative":
-            checked |= self._of_drafts()
+        checked = self._of_every_mode()
+        if self.mode in DRAFTING:
+            checked |= self._of_blocks()
+            checked |= self._of_drafts() if self.mode == "speculative" else self._of_diffusion()
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -107,31 +108,33 @@ class GenerationConfig:
 
     def _of_blocks(self) -> dict[str, Any]:
         """What only modes with blocks of masks read."""
-        size, steps = whole("block_size", self.block_size), whole("steps_per_block", self.steps_per_block)
-        threshold = real("confidence_threshold", self.confidence_threshold)
+        size, threshold = whole("block_size", self.block_size), real("confidence_threshold", self.confidence_threshold)
         mask = None if self.mask_token_id is None else whole("mask_token_id", self.mask_token_id)
-        if not 1 <= size <= MOST_BLOCK:
-            raise ValueError(f"block_size: expected 1 to {MOST_BLOCK}, got {size}")
-        if not 1 <= steps <= MOST_STEPS:
-            raise ValueError(f"steps_per_block: expected 1 to {MOST_STEPS}, got {steps}")
+        most = MOST_DRAFT if self.mode == "speculative" else MOST_BLOCK
+        if not 1 <= size <= most:
+            raise ValueError(f"block_size: expected 1 to {most}, got {size}")
         if mask is not None and mask < 0:
             raise ValueError(f"mask_token_id: expected a token, 0 or more, got {mask}")
+        if math.isnan(threshold):
+            raise ValueError(f"confidence_threshold: expected a number, got {threshold}")
+        return {"block_size": size, "confidence_threshold": threshold, "mask_token_id": mask}
+
+    def _of_diffusion(self) -> dict[str, Any]:
+        """What only mask_diffusion reads."""
+        steps = whole("steps_per_block", self.steps_per_block)
+        if not 1 <= steps <= MOST_STEPS:
+            raise ValueError(f"steps_per_block: expected 1 to {MOST_STEPS}, got {steps}")
         if self.policy is not None and not isinstance(self.policy, RemaskPolicy):
             raise TypeError(f"policy: expected a RemaskPolicy, got {kind_of(self.policy)}")
         if self.policy is not None and self.policy.renoise:
             raise ValueError("policy: expected one that un-masks, got renoise, which has no mask token")
-        if math.isnan(threshold):
-            raise ValueError(f"confidence_threshold: expected a number, got {threshold}")
-        checked = {"block_size": size, "steps_per_block": steps, "confidence_threshold": threshold}
-        return checked | {"mask_token_id": mask}
+        return {"steps_per_block": steps}
 
     def _of_drafts(self) -> dict[str, Any]:
-        """What only speculative reads, and what it asks for of the above."""
+        """What only speculative reads."""
         steps = whole("draft_steps", self.draft_steps)
         if not 1 <= steps <= MOST_STEPS:
             raise ValueError(f"draft_steps: expected 1 to {MOST_STEPS}, got {steps}")
-        if self.block_size > MOST_DRAFT:
-            raise ValueError(f"block_size: expected drafts of 1 to {MOST_DRAFT} tokens, got {self.block_size}")
         if self.policy is not None:
             raise ValueError(
                 "policy: expected None, as drafts have a rule of their own (draft_steps, confidence_threshold), "
