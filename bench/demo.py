@@ -18,10 +18,10 @@ from tokenizers import Tokenizer
 import twotower_kernels as tt
 from twotower_kernels.bench.report import tables
 
-PROMPT = '''class TinyMLP(nn.Module):
+PROMPT = """class TinyMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-'''.rstrip()
+""".rstrip()
 MODES: dict[str, dict[str, Any]] = {
     "autoregressive": dict(mode="ar"),
     "speculative": dict(mode="speculative"),

@@ -54,8 +54,8 @@ class Written:
 
 @contextmanager
 def starting(model: tt.TwoTowerModel, state: tt.ContextState) -> Iterator[None]:
-    """Generations of the model start from a copy of this state, whose prefill is paid once."""
-    model.prefill = lambda *_: state.fork(1)  # type: ignore[method-assign]
+    """A generation of the model starts from this state, whose prefill is done. It consumes it."""
+    model.prefill = lambda *_: state  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -81,7 +81,7 @@ def write(model: tt.TwoTowerModel, prompts: Sequence[list[int]], new: int) -> di
         lengths = torch.tensor([len(row) for row in rows])
         state = model.prefill(pad_sequence(rows, batch_first=True), lengths)
         for name, options in chosen.items():
-            with starting(model, state):
+            with starting(model, state.fork(1)):
                 result = model.generate(rows, max_new_tokens=new, **options)
             of = written[name]
             of.tokens += [row.tolist() for row in result.new_tokens]
