@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -43,13 +44,11 @@ class Passes:
         self.model, self.block, self.dtype, self.is_compiled = model, block, dtype, compiled
         self.sizes = ScanSizes(c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size, c.layer_norm_epsilon)
         self.loads: list[tuple[Tensor, Tensor]] = []  # of the last pass: each router's selection bias, and its choices
-        self.mamba, self.attention, self.moe, self.losses = (
-            self._compiled(f) if compiled else f for f in (mamba_layer, attention_layer, moe_layer, token_losses)
-        )
-
-    @staticmethod
-    def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        return cast(Callable[..., Any], torch.compile(function, dynamic=False))
+        prepared: Callable[..., Any] = partial(torch.compile, dynamic=False) if compiled else lambda function: function
+        self.mamba: Callable[..., Any] = prepared(mamba_layer)
+        self.attention: Callable[..., Any] = prepared(attention_layer)
+        self.moe: Callable[..., Any] = prepared(moe_layer)
+        self.losses: Callable[..., Tensor] = prepared(token_losses)
 
     def context(self, ids: Tensor) -> tuple[Tensor, Context]:
         """The context tower over `ids [B, L]`, L a multiple of the block: hidden `[B, L, H]`, and what it leaves."""

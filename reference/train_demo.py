@@ -116,7 +116,10 @@ def main() -> None:
     parser.add_argument("--ar-lr", type=float, default=3e-3, help="highest learning rate of the context tower (3e-3)")
     parser.add_argument("--denoiser-lr", type=float, default=1.5e-3, help="the denoiser's (1.5e-3)")
     parser.add_argument("--gate-start", type=float, default=1.0, help="added to every gate's table row; 0 is official")
-    parser.add_argument("--seed", type=int, default=0, help="of initial weights, data order and corruption")
+    parser.add_argument("--seed", type=int, default=0, help="of initial matrices, data order and corruption (0)")
+    parser.add_argument(
+        "--module-seed", type=int, default=1150563414, help="of what modules draw when they are made: biases, filters"
+    )
     args = parser.parse_args()
     # Large buffers come and go in every step: kept by the allocator they cost no page faults.
     if os.environ.get("MALLOC_MMAP_MAX_") != "0":
@@ -124,6 +127,7 @@ def main() -> None:
 
     corpus, train, held_out = prepare(args.out)
     noted = json.loads(args.repeat.read_text(encoding="utf-8")) if args.repeat.exists() else {}
+    torch.manual_seed(args.module_seed)
     model = TwoTower(TwoTowerConfig.from_dict(CONFIG))
     initialise(model, torch.Generator().manual_seed(args.seed))
     passes = Passes(model, BLOCK)
@@ -136,6 +140,7 @@ def main() -> None:
         batch=BATCH,
         length=LENGTH,
         seed=args.seed,
+        module_seed=args.module_seed,
         gate_start=args.gate_start,
     )
 

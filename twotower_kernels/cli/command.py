@@ -37,7 +37,7 @@ from twotower_kernels.options.units import size
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 INTERRUPTED = 130  # 128 + SIGINT
 MOST_BYTES = 2**28  # of prompts
-PROMPT = """class LlamaMLP(nn.Module):
+PROMPT = """class TinyMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
 """.rstrip()
