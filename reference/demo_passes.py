@@ -67,7 +67,7 @@ class Passes:
         self.loads = []
         for i, layer in enumerate(tower.layers):
             weights = tuple(layer_weights(layer)) if layer.letter in "M*" else ()
-            modulation = modulations and modulations[i]
+            modulation = None if modulations is None else modulations[i]
             seeds = context and context.get(i)
             if layer.letter == "M":
                 h, *states = self.mamba(h, weights, modulation, seeds, self.sizes, self.block, self.dtype)
