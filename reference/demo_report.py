@@ -132,8 +132,7 @@ def measured_part(facts: dict[str, Any], measured: dict[str, Any], size: int) ->
         f"**Data.** {facts['train_files']} files, {facts['train_tokens'] / 1e6:.1f} M tokens to train on; held out: "
         f"{facts['held_out_tokens'] / 1e3:.0f} k tokens, the files in [held_out.json](held_out.json). {versions}; "
         f"SHA-256 over the list of files and contents `{facts['files']}`.",
-        f"**Training**, seed {facts['seed']}, gates started at {facts['gate_start']:g}; targets for "
-        f"{facts['targets']['windows']} windows of {facts['length']} tokens:",
+        f"**Training**, seed {facts['seed']}, gates started at {facts['gate_start']:g}:",
         training,
         "![training curves](curves.png)",
         f"**Towers**, windows of {LENGTH} tokens read from an empty context. Bits per byte and nats per token are the "

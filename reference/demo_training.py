@@ -1,13 +1,11 @@
-"""The three stages of the demo model: the context tower, what it writes, and the denoiser that learns to guess it."""
+"""The two stages of the demo model: the context tower, and the denoiser that learns to guess what that writes."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from twotower_kernels.reference.demo_data import windows
 from twotower_kernels.reference.demo_passes import Passes
@@ -17,6 +15,7 @@ from twotower_kernels.reference.demo_targets import GreedySteps
 MASK, BATCH, LENGTH = 3, 8, 512
 BALANCE = 0.001  # by how much a router's selection bias moves per step
 LATER = 0.15  # a position's weight in the loss falls by e^-0.15 per position: an early error costs a draft the rest
+FIRST, REUSE = 50, 4  # batches that get targets before the first step; steps per batch that gets them later
 SHARES = (0.2, 0.45, 0.15, 0.2)  # of blocks: all masked; but the first token; a longer beginning known; each at random
 
 
@@ -62,43 +61,39 @@ def context_stage(
     )
 
 
-def target_windows(stream: Tensor, seed: int) -> Tensor:
-    """The numbers of the stream's windows of `LENGTH`, side by side, in the order in which they get targets."""
-    return torch.randperm(len(stream) // LENGTH, generator=seeded(seed, 2))
+class Targets:
+    """What the context tower writes from every block boundary of windows of a stream, side by side, in an order of its
+    own. Written when they are asked for, and kept in `folder/targets.pt` for a resumed run."""
+
+    def __init__(self, passes: Passes, stream: Tensor, folder: Path, seed: int) -> None:
+        self.stream, self.path, self._steps = stream, folder / "targets.pt", GreedySteps(passes)
+        self._order = torch.randperm(len(stream) // LENGTH, generator=seeded(seed, 2))
+        self._kept = torch.empty(0, LENGTH // passes.block, passes.block, dtype=torch.int16)
+        if self.path.exists():
+            self._kept = torch.load(self.path, weights_only=True)["targets"]
+        self._saved = len(self._kept)
+
+    def first(self, count: int) -> Tensor:
+        """`[count, L/S, S]`, those of the first windows. `count` is a multiple of BATCH."""
+        while len(self._kept) < count:
+            numbers = self._order[len(self._kept) : len(self._kept) + BATCH]
+            self._kept = torch.cat([self._kept, self._steps.targets(self._window(numbers)).short()])
+            if len(self._kept) - self._saved >= 20 * BATCH:
+                torch.save(dict(targets=self._kept), self.path.with_suffix(".part"))
+                self.path.with_suffix(".part").replace(self.path)
+                self._saved = len(self._kept)
+        return self._kept[:count]
+
+    def texts(self, which: Tensor) -> Tensor:
+        """The windows themselves, `[n, L]`, by their places in the order."""
+        return self._window(self._order[which])
+
+    def _window(self, numbers: Tensor) -> Tensor:
+        return window(self.stream, numbers)
 
 
 def window(stream: Tensor, numbers: Tensor) -> Tensor:
     return stream[numbers[:, None] * LENGTH + torch.arange(LENGTH)]
-
-
-def write_targets(passes: Passes, stream: Tensor, folder: Path, *, minutes: float | None, count: int, seed: int) -> int:
-    """Greedy text from every block boundary of windows of the stream, kept in `folder/targets.pt` `[n, L/S, S]` int16.
-
-    Goes on from what is there, until `minutes` were spent in all, or up to `count` windows. Returns how many there are.
-    """
-    saved, steps = folder / "targets.pt", GreedySteps(passes)
-    found, spent = torch.empty(0, LENGTH // passes.block, passes.block, dtype=torch.int16), 0.0
-    if saved.exists():
-        state = torch.load(saved, weights_only=True)
-        found, spent = state["targets"], state["seconds"]
-    order = target_windows(stream, seed)
-    order = order if minutes is not None else order[:count]
-    passes.model.eval()
-    parts, started = [found], time.perf_counter() - spent
-    for i, numbers in enumerate(tqdm(order[len(found) :].split(BATCH), desc="targets", mininterval=20)):
-        if minutes is not None and time.perf_counter() - started > 60 * minutes:
-            break
-        parts.append(steps.targets(window(stream, numbers)).short())
-        if i % 50 == 49:
-            _save(saved, parts, started)
-    return len(_save(saved, parts, started))
-
-
-def _save(path: Path, parts: list[Tensor], started: float) -> Tensor:
-    targets = torch.cat(parts)
-    torch.save(dict(targets=targets, seconds=time.perf_counter() - started), path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
-    return targets
 
 
 def corrupted(targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -123,12 +118,11 @@ def corrupted(targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tens
 def denoiser_stage(
     passes: Passes, train: Tensor, held_out: Tensor, folder: Path, *, lr: float, schedule: Schedule, seed: int
 ) -> Stage:
-    """The denoiser on blocks that the context tower wrote, over the windows that have targets, time and again."""
+    """The denoiser on blocks that the context tower wrote: in each step on some of the windows that have targets by
+    then. To write a window's costs more than to learn from it, so that each is used some times."""
     head = passes.model.lm_head.weight
-    targets = torch.load(folder / "targets.pt", weights_only=True)["targets"]
-    order = target_windows(train, seed)[: len(targets)]
+    targets = Targets(passes, train, folder, seed)
     weights = torch.exp(-LATER * torch.arange(passes.block))
-    per_epoch = len(targets) // BATCH
 
     def loss_of(ids: Tensor, wanted: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         with torch.no_grad():
@@ -138,16 +132,12 @@ def denoiser_stage(
         counted = (noisy == MASK) * weights
         return (losses.unflatten(0, wanted.shape) * counted).sum() / counted.sum().clamp(min=1)
 
-    def batch_of(step: int) -> Tensor:
-        epoch, part = divmod(step, per_epoch)
-        mixed = torch.randperm(len(targets), generator=seeded(seed, 3, epoch))
-        return mixed[part * BATCH : (part + 1) * BATCH]
-
     def loss(step: int) -> Tensor:
-        chosen = batch_of(step)
-        wanted = targets[chosen].long()
+        pool = targets.first(BATCH * (FIRST + step // REUSE))
+        chosen = torch.randperm(len(pool), generator=seeded(seed, 3, step))[:BATCH]
+        wanted = pool[chosen].long()
         noisy, t = corrupted(wanted, seeded(seed, 4, step))
-        return loss_of(window(train, order[chosen]), wanted, noisy, t)
+        return loss_of(targets.texts(chosen), wanted, noisy, t)
 
     greedy = GreedySteps(Passes(passes.model, passes.block, passes.dtype, compiled=False))
     fixed = list(window(held_out, torch.randperm(len(held_out) // LENGTH, generator=seeded(seed, 5))[:48]).split(BATCH))

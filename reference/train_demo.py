@@ -1,8 +1,8 @@
 """Trains the demo model: `python -m twotower_kernels.reference.train_demo`, resumable at any time.
 
-Three stages (`reference.demo_training`): the context tower by next-token prediction; then, with it frozen, what it
-writes from every block boundary; then the denoiser, which learns to guess that. Each stage gets minutes, or repeats
-what an earlier run's `training.json` notes of it: by default the shipped model's. Writes `config.json`,
+Two stages (`reference.demo_training`): the context tower by next-token prediction; then, with it frozen, the denoiser,
+which learns to guess what the context tower writes from every block boundary. Each stage gets minutes, or repeats what
+an earlier run's `training.json` notes of it: by default the shipped model's. Writes `config.json`,
 `model.safetensors`, `tokenizer.json`, `held_out.json` and `training.json`;
 `python -m twotower_kernels.reference.demo_report` then measures the result and writes the model card.
 """
@@ -24,7 +24,7 @@ from twotower_kernels.reference import demo_data
 from twotower_kernels.reference.demo_data import Corpus, encode, train_tokenizer
 from twotower_kernels.reference.demo_passes import Passes
 from twotower_kernels.reference.demo_stages import Schedule, run
-from twotower_kernels.reference.demo_training import BATCH, LENGTH, context_stage, denoiser_stage, write_targets
+from twotower_kernels.reference.demo_training import BATCH, LENGTH, context_stage, denoiser_stage
 from twotower_kernels.reference.layers import Mamba2
 from twotower_kernels.reference.model import NEVER_NARROWED, TwoTower
 from twotower_kernels.reference.training import seed_denoiser
@@ -111,10 +111,9 @@ def main() -> None:
         "--repeat", type=Path, default=SHIPPED / "training.json", help="notes that stages without minutes repeat"
     )
     parser.add_argument("--ar-minutes", type=float, help="of the context tower's training, earlier runs included")
-    parser.add_argument("--target-minutes", type=float, help="of writing targets")
-    parser.add_argument("--denoiser-minutes", type=float, help="of the denoiser's training")
+    parser.add_argument("--denoiser-minutes", type=float, help="of the denoiser's, which writes its targets")
     parser.add_argument("--ar-lr", type=float, default=3e-3, help="highest learning rate of the context tower (3e-3)")
-    parser.add_argument("--denoiser-lr", type=float, default=1.5e-3, help="the denoiser's (1.5e-3)")
+    parser.add_argument("--denoiser-lr", type=float, default=2e-3, help="the denoiser's (2e-3)")
     parser.add_argument("--gate-start", type=float, default=1.0, help="added to every gate's table row; 0 is official")
     parser.add_argument("--seed", type=int, default=0, help="of initial matrices, data order and corruption (0)")
     parser.add_argument(
@@ -151,10 +150,6 @@ def main() -> None:
     schedule = schedule_of(args.ar_minutes, noted.get("ar"))
     stage = context_stage(passes, train, held_out, lr=args.ar_lr, schedule=schedule, seed=args.seed)
     note("ar", run(model, stage, args.out))
-
-    count = noted.get("targets", {}).get("windows", 0)
-    count = write_targets(passes, train, args.out, minutes=args.target_minutes, count=count, seed=args.seed)
-    note("targets", dict(windows=count))
 
     if not (args.out / "denoiser.pt").exists():
         seed_denoiser(model)
