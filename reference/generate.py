@@ -74,31 +74,37 @@ def generate(
             mask_diffusion masks in them are filled in, and what is given stays: the first block begins with the first
             mask, what is given of it and later ones is read there, and left alone. In the other modes a mask is a token
             as any other.
-        mode: "mask_diffusion", "mock_ar", "ar" or "speculative".
+        mode: "mask_diffusion", "mock_ar", "ar" or "speculative". The last writes what "ar" does with the same
+            arguments.
         max_new_tokens: per row, behind its prompt. Where a row does not end with a block, the last one is denoised
             whole and then cut, so a shorter request gives a prefix of a longer one. With 0 masks are filled in, and
             nothing is done to prompts without.
-        block_size, steps_per_block: S and T (mask_diffusion only). S above the size the model was trained with makes
-            sampling collapse and is warned about; below is safe.
+        block_size, steps_per_block: S and T (mask_diffusion). S above the size the model was trained with makes
+            sampling collapse and is warned about; below is safe. In speculative, S is the length of a draft, its known
+            first token included.
+        draft_steps: calls of the denoiser per draft (speculative only). All but the last fill masks from the left as
+            far as their confidence is above `confidence_threshold`, one at least; the last fills the rest.
         confidence_threshold: gamma of the TwoTower rule. With n masks and r steps left, each step commits the
             max(1, #{confidence > gamma}, ceil(n / r)) most confident ones.
-        policy: another un-masking rule; replaces `confidence_threshold`. Some rules need more than T calls (a threshold
-            may let one token pass at a time, the posterior may leave masks): step i >= T runs as the last step of a
-            schedule of i + 1 steps, so its random numbers are new. A block that still has masks after max(T, S) calls
-            gets one more, which commits its best tokens everywhere, so it ends in any case and without a mask.
+        policy: another un-masking rule (mask_diffusion only); replaces `confidence_threshold`. Some rules need more
+            than T calls (a threshold may let one token pass at a time, the posterior may leave masks): step i >= T runs
+            as the last step of a schedule of i + 1 steps, so its random numbers are new. A block that still has masks
+            after max(T, S) calls gets one more, which commits its best tokens everywhere, so it ends in any case and
+            without a mask.
         temperature, top_k, top_p: sampling; temperature 0 is greedy (as 1e-36 is, and less), 1e6 the highest; top_k 0
             and top_p 1 are no filter.
-        mask_token_id: what a position to be filled holds (mask_diffusion only; the other modes treat it as any token);
+        mask_token_id: what a position to be filled holds, of a block or a draft; the other modes treat it as any token.
             None: the config's.
         eos_token_id: a token, or several: a row ends with the first of them that is written behind everything given.
         seed: the request's seed, or one per row. Row b draws with the key `philox.sequence_seed(seed, b)`, or with its
             own seed as the key. In mask_diffusion the counter holds (token, position in the block, step, index of the
-            block); in the autoregressive modes (token, 0, 0, index of the new token).
+            block); in the other modes (token, 0, 0, index of the new token).
         logprobs: also give the logarithm of each new token's probability at temperature 1, without filters and
             processors, by the tower that proposed it. In mask_diffusion the mask token has none, and it is that of the
             step that wrote the token, or last rewrote it.
         processors: called one after the other as `processor(logits [R, S, V], tokens [R, S], rows [R])` before anything
-            is sampled; each returns logits. Tokens are the block as it stands, in the autoregressive modes one mask.
+            is sampled; each returns logits. Tokens are the block as it stands, in the autoregressive modes one mask;
+            in speculative they see drafts, and then what the context tower says, one position at a time as in ar.
         on_step: called with a `StepEvent` after every un-masking step and for every finished block.
 
     Raises:

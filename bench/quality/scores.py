@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from twotower_kernels.bench.baselines.prompt_lookup import lookup
+
 
 def first_line(text: str) -> str | None:
     """What stands before the first newline; None: there is none."""
@@ -58,29 +60,19 @@ def agreement(tokens: list[int], others: list[int]) -> float:
     return _alike(tokens, others) / max(len(tokens), len(others), 1)
 
 
-def lookups(prompt: list[int], text: list[int], draft: int, longest: int = 4) -> int:
+def lookups(prompt: list[int], text: list[int], draft: int) -> int:
     """Verifications that prompt lookup needs to write a text that is known to be autoregression's.
 
-    A draft is the known next token and what followed the latest earlier occurrence of the last `longest` tokens or
-    fewer (prompt lookup decoding); verified, it yields as many tokens as agree with the text, the known one included.
+    A draft is the known next token and what `lookup` finds behind it; verified, it yields as many tokens as agree with
+    the text, the known one included.
     """
     known, written, calls = [*prompt], 0, 0
     while written < len(text):
         known.append(text[written])  # which the last verification has chosen
-        guess = _follower(known, draft - 1, longest)
+        guess = lookup(known, draft - 1)
         agreed = 1
         while agreed <= len(guess) and written + agreed < len(text) and guess[agreed - 1] == text[written + agreed]:
             agreed += 1
         known += text[written + 1 : written + agreed]
         written, calls = written + agreed, calls + 1
     return calls
-
-
-def _follower(tokens: list[int], count: int, longest: int) -> list[int]:
-    """What followed the last occurrence of the longest end of the tokens that occurs before."""
-    for size in range(min(longest, len(tokens) - 1), 0, -1):
-        end = tokens[-size:]
-        for start in range(len(tokens) - size - 1, -1, -1):
-            if tokens[start : start + size] == end:
-                return tokens[start + size : start + size + count]
-    return []

@@ -142,6 +142,52 @@ def test_recorded_commits_leave_the_same_context() -> None:
     assert 2 <= record.recordings <= 8
 
 
+def test_recorded_verifications_leave_the_same_context() -> None:
+    """Drafts of two sizes, of which every row accepts its own number, none too; between commits, forks and denoising,
+    whose replays overwrite what a verification has said, but not what it is accepted by."""
+    model, record = small(), Recorder()
+    captured = CapturedModel(model, record)
+    chance = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        mine, theirs = (model.prefill(random_ids(3, 20), [20, 3, 11]) for _ in range(2))
+        held = [(mine.fork(1), theirs.fork(1))]
+        for block in range(36):
+            ids = random_ids(mine.batch_size, 3 if block % 3 else 5, seed=block)
+            if block % 7 == 0:
+                held.append((mine.fork(1), theirs.fork(1)))
+            one, other = captured.verify(ids, mine), model.verify(ids, theirs)
+            assert torch.equal(one.logits, other.logits)
+            captured.denoise(random_ids(3, 4), held[0][0], torch.rand(3))
+            counts = torch.randint(ids.shape[1] + 1, (len(ids),), generator=chance)
+            mine, theirs = captured.accept(one, counts), model.accept(other, counts)
+            if block % 5 == 0:
+                mine, theirs = captured.commit(ids, mine), model.commit(ids, theirs)
+            if block == 24:
+                mine, theirs = mine.select([2, 0]), theirs.select([2, 0])
+        for ours, other_state in [*held, (mine, theirs)]:
+            assert torch.equal(ours.logits, other_state.logits)
+            ids = random_ids(ours.batch_size, 4)
+            assert torch.equal(model.denoise(ids, ours, 0.5), model.denoise(ids, other_state, 0.5))
+            assert torch.equal(ours.lengths, other_state.lengths)
+    assert 6 <= record.recordings <= 30
+
+
+def test_a_verification_that_was_overwritten_is_refused() -> None:
+    """As it was recorded, and so was one of another context after it."""
+    model = small()
+    captured, ids, counts = CapturedModel(model, Recorder()), random_ids(2, 4), torch.tensor([1, 4])
+    with torch.inference_mode():
+        one, other = (model.prefill(random_ids(2, 5)) for _ in range(2))
+        for _ in range(3):
+            one = captured.accept(captured.verify(ids, one), counts)
+        held = captured.verify(ids, one)
+        for _ in range(3):
+            other = captured.accept(captured.verify(ids, other), counts)
+        with pytest.raises(RuntimeError, match=r"accept: expected the last verification of a block \[2, 4\]"):
+            captured.accept(held, counts)
+        assert other.lengths.tolist() == [8, 17]
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_states_of_all_ages_stay_valid(seed: int) -> None:
     """Whoever forks or selects, keeps or drops a state, commits to it or denoises with it, in any order: to the bit

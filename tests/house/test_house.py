@@ -272,7 +272,10 @@ def test_everything_public_is_explained() -> None:
             assert inspect.getdoc(thing), public
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/drop_in.md", "docs/generate_blocks.md", "docs/transformers.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", *(f"docs/{page}.md" for page in ("drop_in", "generate_blocks", "speculative", "transformers"))],
+)
 def test_examples_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of a page's Python, one block after the other, as a reader would paste it at the repository's root."""
     monkeypatch.chdir(ROOT)

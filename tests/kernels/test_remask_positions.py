@@ -163,3 +163,63 @@ def test_schedules_from_the_start_infer_it_whatever_their_base(remask: Any) -> N
         want = remask(**inputs, policy=preset)
         got = remask(**inputs, policy=dataclasses.replace(preset, schedule_base="block"))
         assert all(a.equal(b) for a, b in zip(got, want, strict=True))
+
+
+# --- whose noise it is ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9}, {"temperature": 1.4, "top_k": 20, "top_p": 0.9}])
+def test_by_sequence_a_token_draws_the_same_in_every_block(remask: Any, sampling: dict[str, float]) -> None:
+    """As autoregression draws it: alone, in a first step, with its number in the text as offset."""
+    generator, rows, length = torch.Generator().manual_seed(0), 3, 9
+    logits = torch.randn(rows, length, 70, generator=generator)
+    numbers, seeds = torch.tensor([0, 5, 2**32 - 4]), torch.tensor([1, 2, -3])
+    masks = torch.full((rows, length), MASK)
+    given = dict(mask_token_id=MASK, policy=P(suppress_mask=False), seed=seeds, **sampling)
+    alone = [
+        remask(logits[:, i : i + 1], masks[:, :1], offset=(numbers + i) % 2**32, **given).candidate
+        for i in range(length)
+    ]
+    want = torch.cat(alone, dim=1)
+    for begin, end in ((0, 9), (0, 4), (4, 9), (3, 3)):
+        block = dict(given, offset=(numbers + begin) % 2**32, noise="sequence", num_steps=4)
+        for step in (0, 2):
+            got = remask(logits[:, begin:end], masks[:, begin:end], step=step, **block)
+            assert got.candidate.equal(want[:, begin:end])
+    by_block = remask(logits, masks, offset=numbers, **given).candidate
+    assert by_block.equal(want) == (not sampling)  # its default draws by place and step
+
+
+def test_numbers_of_positions_are_drawn_by_block(remask: Any) -> None:
+    """Random ranks change from step to step, whatever numbers the draws of tokens."""
+    policy = P(score="random", schedule="none", min_commits=3, finish=False)
+    case = dict(batch=4, block=9, vocab=12, num_steps=4, seed=torch.arange(4), masked=1.0, policy=policy)
+    inputs = make_inputs("remask", case)
+    taken = [
+        [remask(**inputs | {"noise": noise, "step": step}).transfer_mask for step in (0, 1)]
+        for noise in ("block", "sequence")
+    ]
+    assert taken[0][0].equal(taken[1][0]) and taken[0][1].equal(taken[1][1]) and not taken[0][0].equal(taken[0][1])
+
+
+# --- a certain beginning --------------------------------------------------------------------------------------------
+
+
+def test_a_prefix_ends_where_confidence_does(remask: Any) -> None:
+    """From the first mask on, over tokens that are given, up to the first doubt; at least one; all in the last step."""
+    sure, unsure = 9.0, 0.5
+    logits = torch.zeros(3, 6, 8)
+    logits[0, :, 5] = torch.tensor([sure, sure, unsure, sure, sure, sure])
+    logits[1, :, 5] = torch.tensor([unsure, sure, sure, sure, sure, sure])
+    logits[2, :, 5] = sure
+    tokens = torch.tensor([[MASK, 7, MASK, MASK, MASK, MASK], [MASK] * 6, [7, MASK, 7, MASK, MASK, 7]])
+    given = dict(mask_token_id=MASK, policy=P.prefix(0.8))
+    wanted = [[0], [0], [1, 3, 4]]
+    for step, expected in ((0, wanted), (1, wanted), (2, [[0, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [1, 3, 4]])):
+        taken = remask(logits, tokens, step=step, num_steps=3, **given).transfer_mask
+        assert [row.nonzero()[:, 0].tolist() for row in taken] == expected
+    bound = remask(logits, tokens, **given).confidence[2, 1]  # whether it passes itself is the policy's choice
+    for strict, count in ((True, 1), (False, 3)):
+        policy = dataclasses.replace(P.prefix(), strict=strict)
+        taken = remask(logits, tokens, num_steps=2, mask_token_id=MASK, policy=policy, gate_bound=float(bound))
+        assert int(taken.transfer_mask[2].sum()) == count

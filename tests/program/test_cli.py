@@ -54,6 +54,10 @@ def tokenizer(folder: Path) -> Tokenizer:
             {"mode": "mock_ar", "temperature": 1.5, "top_k": 5, "top_p": 0.9, "seed": -1},
         ),
         (
+            "--mode speculative --draft-steps 2 --block-size 5 --max-new-tokens 9",
+            {"mode": "speculative", "draft_steps": 2, "block_size": 5, "max_new_tokens": 9},
+        ),
+        (
             "--threshold 0.3 --steps 3 --block-size 5 --max-new-tokens 12",
             {"confidence_threshold": 0.3, "steps_per_block": 3, "block_size": 5, "max_new_tokens": 12},
         ),

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tests.model.small_model import EOS, MASK, save_small_model
+from tests.model.small_model import EOS, MASK, package_model, save_small_model
 from twotower_kernels.cli.show import BLANK, DRAFT, Painter, Printer, costs, printable, verdict, watch
 from twotower_kernels.generation import GenerateResult, StepEvent
 from twotower_kernels.model.generate import stream
@@ -243,3 +243,16 @@ def test_nothing_is_printed_before_an_error(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(ValueError, match="wrong"), printer(["prompt"]):
         raise ValueError("wrong")
     assert capsys.readouterr().out == ""
+
+
+def test_of_a_draft_what_counts_is_shown() -> None:
+    """In a terminal and elsewhere: the text of the tokens that were accepted, and no more."""
+    model, rows = package_model(), [[5], [6, 7]]
+    events = stream(model, rows, mode="speculative", max_new_tokens=9, block_size=4)
+    painter, _ = painted(2, 40, 12)
+    printer = Printer(painter.tokenizer, ["", ""], max_new_tokens=9, eos_token_id=())
+    for event in events:
+        painter(event)
+        printer(event)
+    assert painter.done == printer.tokens == [new.tolist() for new in events.result().new_tokens]
+    assert printer.complete == [True, True]

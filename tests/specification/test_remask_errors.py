@@ -21,6 +21,7 @@ ROWS_AND_SHIFTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (ONE | {"editable": X > 0}, ValueError, r"editable: expected shape \[3\] as logits are .*, got \[2, 3\]"),
     (ONE | SHIFT, ValueError, r"shift_logits: expected shape \[5\] as logits are \[N, V\], got \[2, 5\]"),
     ({"shift": 2}, ValueError, "shift: expected 0 or 1, got 2"),
+    ({"noise": "row"}, ValueError, "noise: expected 'block' or 'sequence', got 'row'"),
     ({"shift": 0.5}, TypeError, "shift: expected 0 or 1, got float"),
     (SHIFT | {"shift": 0}, ValueError, "shift_logits: expected None with shift=0"),
     (SHIFT | {"shift_logits": Z[0]}, ValueError, r"shift_logits: expected shape \[2, 5\], got \[3, 5\]"),

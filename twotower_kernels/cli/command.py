@@ -148,14 +148,17 @@ def _parser() -> argparse.ArgumentParser:
         "--mode",
         choices=MODES,
         default="mask_diffusion",
-        help="who writes: the denoiser, block by block (mask_diffusion, the default) or token by token (mock_ar), or "
-        "the context tower (ar)",
+        help="who writes: the denoiser, block by block (mask_diffusion, the default) or token by token (mock_ar), the "
+        "context tower (ar), or it again, reading drafts of the denoiser (speculative: the same text in fewer passes)",
     )
     write.add_argument(
-        "--block-size", type=BLOCK, metavar="S", help="tokens per block (default: as the model was trained, or 16)"
+        "--block-size", type=BLOCK, metavar="S", help="tokens per block or draft (default: the model's, or 16)"
     )
     write.add_argument(
         "--steps", type=STEPS, default=16, metavar="T", help="calls of the denoiser per block at most (default: 16)"
+    )
+    write.add_argument(
+        "--draft-steps", type=STEPS, default=1, metavar="K", help="denoiser calls per draft (default: 1)"
     )
     write.add_argument(
         "--top-k", type=TOP_K, default=0, metavar="K", help="sample from the K likeliest tokens (default: 0, all)"
@@ -364,6 +367,7 @@ def _generate(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         block_size=args.block_size or model.config.block_size or 16,
         steps_per_block=args.steps,
+        draft_steps=args.draft_steps,
         confidence_threshold=args.threshold,
         temperature=args.temperature,
         top_k=args.top_k,
@@ -393,6 +397,7 @@ def _generate(args: argparse.Namespace) -> int:
     if not args.json:
         count = sum(map(len, result.new_tokens))
         cost = f"{count} tokens, NFE {sum(result.nfe)}, {result.tokens_per_nfe:.2f} tokens per NFE"
+        cost += "" if result.accepted is None else f", {result.accepted:.2f} accepted per draft"
         _say(f"{cost}, {speed(result):.1f} tokens per second{'' if finished else '; interrupted'}")
     return 0 if finished else INTERRUPTED
 
@@ -401,12 +406,14 @@ def _record(prompt: str, text: str, result: GenerateResult, row: int) -> dict[st
     """What --json says of a prompt; the text is what follows its part before the first mask. The seconds are those of
     all prompts together: they share a batch."""
     count, calls = len(result.new_tokens[row]), result.nfe[row]
+    drafts = {} if result.verifications is None else {"accepted": count / max(1, result.verifications[row])}
     return {
         "prompt": prompt,
         "text": text,
         "tokens": count,
         "nfe": calls,
         "tokens_per_nfe": count / max(1, calls),
+        **drafts,
         "seconds": result.seconds,
         "finish_reason": result.finish_reason[row],
     }

@@ -65,15 +65,12 @@ class Painter:
             self.live.stop()
 
     def __call__(self, event: StepEvent) -> None:
-        rows = event.rows.tolist()
+        rows, finished = event.rows.tolist(), event.finished if event.committed else []
         for i, row in enumerate(rows):
             if event.committed:
-                new = event.after[i].tolist()
-                if event.accepted is not None:
-                    new, rejected = new[: int(event.accepted[i])], new[int(event.accepted[i]) :]
-                    if self.live is None:
-                        self._draft_line(event, row, new, rejected)
-                self.done[row] += takewhile(lambda token: token not in self.ends, new)
+                self.done[row] += takewhile(lambda token: token not in self.ends, finished[i])
+                if event.accepted is not None and self.live is None:
+                    self._draft_line(event, row, finished[i], event.after[i].tolist()[len(finished[i]) :])
                 self.block[row] = Text()
             elif self.drafts:
                 self.block[row] = self.paint_draft(event.after[i].tolist())
@@ -171,7 +168,7 @@ class Printer:
     def __call__(self, event: StepEvent) -> None:
         if not event.committed:
             return
-        for row, new in zip(event.rows.tolist(), event.after.tolist(), strict=True):
+        for row, new in zip(event.rows.tolist(), event.finished, strict=True):
             count = len(list(takewhile(lambda token: token not in self.ends, new)))
             self.tokens[row] = (self.tokens[row] + new[: count + 1])[: self.most]
             self.complete[row] = count < len(new) or len(self.tokens[row]) == self.most

@@ -33,6 +33,14 @@ class StepEvent:
     start: Tensor | None = None  # [R] int64, position of the block's first token in its row, prompt included
     accepted: Tensor | None = None  # [R] int64, of a finished draft: how many of its tokens count
 
+    @property
+    def finished(self) -> list[list[int]]:
+        """Per row, the tokens of a finished block that count."""
+        tokens: list[list[int]] = self.after.tolist()
+        if self.accepted is None:
+            return tokens
+        return [row[:count] for row, count in zip(tokens, self.accepted.tolist(), strict=True)]
+
 
 @dataclass(frozen=True)
 class GenerateResult:

@@ -1,11 +1,13 @@
-"""Text generation with a TwoTower: block diffusion, and its two autoregressive relatives.
+"""Text generation with a TwoTower: block diffusion, its two autoregressive relatives, and autoregression by drafts.
 
-The three modes differ only in who proposes the next tokens (Nemotron-TwoTower, arXiv 2606.26493):
+The modes differ in who proposes the next tokens (Nemotron-TwoTower, arXiv 2606.26493):
 
 * `mask_diffusion`: the denoiser fills a block of S masks in a few calls, reading the context tower's state; the
   finished block then runs through the context tower. Autoregressive over blocks, parallel within one.
 * `mock_ar`: the denoiser as a next-token model. It reads the last token, with the context's state from before it.
 * `ar`: the context tower alone.
+* `speculative`: the text of `ar`, several tokens at a time (`speculative.py`): the denoiser drafts a block, the context
+  tower reads it in one pass and keeps what it would have written itself.
 
 `stream` does the work, one event at a time; `generate` runs a stream to its end. Both are methods of the model, too.
 
@@ -14,7 +16,8 @@ of matrices has: every row has its own length, its own random stream (from the r
 from a seed of its own) and its own count of model calls. A row that has nothing left to do is taken out of the
 batch.
 
-Tokens are drawn, and the results lie, where the logits are: on the denoiser's device, in `ar` on the context tower's.
+Tokens are drawn, and the results lie, where the logits are: on the denoiser's device, in `ar` and `speculative` on the
+context tower's.
 Where these are two, the model itself sends ids to the tower that reads them.
 
 The loop over blocks is `generation.blocks`, which any model can use; its steps read one small tensor back to the host.
@@ -76,35 +79,42 @@ def stream(
             mask_diffusion masks in them are filled in, and what is given stays: the first block begins with the first
             mask, what is given of it and later ones is read there, and left alone. In the other modes a mask is a token
             as any other.
-        mode: "mask_diffusion", "mock_ar" or "ar".
+        mode: "mask_diffusion", "mock_ar", "ar" or "speculative". The last writes what "ar" does with the same
+            arguments, on a CPU to the bit (logprobs, too), on a GPU but where rounding decides between two tokens.
         max_new_tokens: per row, behind its prompt. Where a row does not end with a block, the last one is denoised
             whole and then cut, so a shorter request gives a prefix of a longer one. With 0 masks are filled in, and
             nothing is done to prompts without.
-        block_size, steps_per_block: S and T (mask_diffusion only). S above the size the model was trained with makes
-            sampling collapse and is warned about; below is safe.
+        block_size, steps_per_block: S and T (mask_diffusion). S above the size the model was trained with makes
+            sampling collapse and is warned about; below is safe. In speculative, S is the length of a draft, its known
+            first token included: 1 to 64.
+        draft_steps: calls of the denoiser per draft (speculative only). All but the last fill masks from the left as
+            far as their confidence is above `confidence_threshold`, one at least; the last fills the rest.
         confidence_threshold: gamma of the TwoTower rule. With n masks and r steps left, each step commits the
             max(1, #{confidence > gamma}, ceil(n / r)) most confident ones.
-        policy: another un-masking rule; replaces `confidence_threshold`. Some rules need more than T calls (a threshold
-            may let one token pass at a time, the posterior may leave masks): step i >= T runs as the last step of a
-            schedule of i + 1 steps, so its random numbers are new. A block that still has masks after max(T, S) calls
-            gets one more, which commits its best tokens everywhere, so it ends in any case and without a mask.
+        policy: another un-masking rule (mask_diffusion only); replaces `confidence_threshold`. Some rules need more
+            than T calls (a threshold may let one token pass at a time, the posterior may leave masks): step i >= T runs
+            as the last step of a schedule of i + 1 steps, so its random numbers are new. A block that still has masks
+            after max(T, S) calls gets one more, which commits its best tokens everywhere, so it ends in any case and
+            without a mask.
         temperature, top_k, top_p: sampling; temperature 0 is greedy (as 1e-36 is, and less), 1e6 the highest; top_k 0
             and top_p 1 are no filter.
-        mask_token_id: what a position to be filled holds (mask_diffusion only; the other modes treat it as any token).
+        mask_token_id: what a position to be filled holds, of a block or a draft; the other modes treat it as any token.
             None: the config's `mask_token_id`, which is 3 where a released file does not say another.
         eos_token_id: a token, or several: a row ends with the first of them that is written behind everything given.
             None: with none.
         seed: the request's seed, 64 bits, or one seed per row. Row b draws with the key `sequence_seed(seed, b)`, or
             with its own seed as the key: so it draws the same in any batch, and `seed=[sequence_seed(seed, b)]` repeats
             row b of a request with one seed. In mask_diffusion the counter holds (token, position in the block, step,
-            index of the block); in the autoregressive modes (token, 0, 0, index of the new token).
+            index of the block); in the other modes (token, 0, 0, index of the new token).
         logprobs: also say how probable each new token was: the logarithm of its probability at temperature 1, without
             filters and processors, for the tower that proposed it. In mask_diffusion the mask token has no probability,
-            and it is that of the step that wrote the token, or last rewrote it.
+            and it is that of the step that wrote the token, or last rewrote it. In speculative it is the context
+            tower's, and un-masking steps have none.
         processors: called one after the other as `processor(logits [R, S, V], tokens [R, S], rows [R])` in every step,
             before anything is sampled; each returns logits of the same shape, and may have written to those it got.
             Rows are indices in the request. Tokens are the block as it stands, in the autoregressive modes one mask;
-            what stands before it is told by the events.
+            what stands before it is told by the events. In speculative they see the drafts, and then what the context
+            tower says of each position by itself, as in ar, before the event that tells what stands there.
 
         Numbers may be NumPy's, and elements of arrays or of tensors on the CPU.
 
@@ -112,9 +122,9 @@ def stream(
         A `Stream` of `StepEvent`; its `result()` is a `GenerateResult` of what is finished so far.
 
     Raises:
-        ValueError: an argument out of its range, a policy that needs no masks (renoise), seeds for another number of
-            rows. TypeError: prompts that are not integers, a number that is none. Both at once; FloatingPointError,
-            for logits that are NaN or infinite, when it happens.
+        ValueError: an argument out of its range, a policy that needs no masks (renoise), any in speculative, seeds for
+            another number of rows. TypeError: prompts that are not integers, a number that is none. Both at once;
+            FloatingPointError, for logits that are NaN or infinite, when it happens.
     """
     start = time.perf_counter()
     options = GenerationConfig(

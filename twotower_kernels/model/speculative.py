@@ -25,7 +25,6 @@ from torch import Tensor
 from twotower_kernels.generation.request import Request, indices, log_probabilities, on_device
 from twotower_kernels.generation.results import StepEvent
 from twotower_kernels.model.autoregression import PROPOSE
-from twotower_kernels.model.diffusion import TowersContext
 from twotower_kernels.model.interface import Calls
 from twotower_kernels.model.state import ContextState
 from twotower_kernels.model.verification import Verification
@@ -173,6 +172,7 @@ class _Drafter:
         self._masks = torch.full((rows, size - 1), request.mask_token_id, device=device)
         self._num_masked = torch.full((rows,), size - 1, device=device)
         self._editable = (torch.arange(size, device=device) > 0).expand(rows, size)
+        self._time = options.unmasking.model_time(self._num_masked, size, 0, 1)
 
     def draft(
         self, block: int, request_rows: list[int], of: _Rows, state: ContextState
@@ -183,12 +183,14 @@ class _Drafter:
         tokens = torch.cat([of.known.to(self._device), self._masks[:count]], dim=1)
         left = num_masked = self._num_masked[:count]
         seeds, numbers, rows = (tensor.to(self._device) for tensor in (of.seeds, of.numbers, of.rows))
-        context, policy = TowersContext(self._calls, options.unmasking, state), options.unmasking
+        policy, t = options.unmasking, self._time[:count]
         num_steps, step = min(options.draft_steps, options.block_size - 1), 0  # each fills a mask at least
         active, places = list(range(count)), None  # the rows that hold masks; None: all
         while step < num_steps and active:
             before = tokens if places is None else tokens[places]  # [A, S]
-            logits = context.denoise(before, num_masked, step, num_steps)
+            if step:
+                t = policy.model_time(num_masked, options.block_size, step, num_steps)
+            logits = self._calls.denoise(before, state, t)
             logits, _ = request.processed(logits, before, rows)
             result = remask(
                 logits,
@@ -215,7 +217,7 @@ class _Drafter:
             keep = indices([number > 0 for number in masks])
             if keep and len(keep) < len(active):
                 index = on_device(keep, self._device)
-                context, places = context.select(index), index if places is None else places[index]
+                state, places = state.select(index), index if places is None else places[index]
                 num_masked, seeds, numbers, rows = (x[index] for x in (num_masked, seeds, numbers, rows))
             active = [active[i] for i in keep]
         return tokens.to(of.known.device), left.to(of.known.device), step

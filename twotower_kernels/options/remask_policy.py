@@ -78,7 +78,7 @@ class RemaskPolicy:
     Gate, the set G of positions that are good enough by themselves:
         gate: "none"; "threshold" (value > gate_bound); "factor" (the longest run of ranks with
             value >= 1 - gate_bound / (j + 1), rank 1 free); "entropy_sum" (ranks with H(1) + ... + H(j) < gate_bound);
-            "prefix" (the longest run of ranks with value > gate_bound: ranked "leftmost", the text's beginning).
+            "prefix" (the longest run of ranks with value > gate_bound).
         gate_bound: the bound; `remask`'s argument of this name overrides it.
         strict: whether a value equal to the bound fails ("threshold", "entropy_sum", "prefix").
         gate_on: the value is the confidence or the score.
@@ -288,10 +288,9 @@ class RemaskPolicy:
     def sdar(cls, tau: float | None = None, *, greedy: bool = False) -> "RemaskPolicy":
         """SDAR: those with tempered c > tau if they are as many as S's even share, else that share;
         without tau always the share."""
-        gate: Gate = "none" if tau is None else "threshold"
         return dataclasses.replace(
             cls.llada(),
-            gate=gate,
+            gate="none" if tau is None else "threshold",
             gate_bound=tau or 0.0,
             schedule_base="block",
             statistics="filtered",
@@ -419,8 +418,7 @@ class RemaskPolicy:
     @classmethod
     def leftmost(cls, threshold: float | None = None) -> "RemaskPolicy":
         """From left to right: ceil(n / r), or as many as have c > threshold."""
-        gate: Gate = "none" if threshold is None else "threshold"
-        return cls(score="leftmost", gate=gate, gate_bound=threshold or 0.0)
+        return cls(score="leftmost", gate="none" if threshold is None else "threshold", gate_bound=threshold or 0.0)
 
     @classmethod
     def prefix(cls, threshold: float = 0.8) -> "RemaskPolicy":
@@ -478,15 +476,15 @@ class RemaskPolicy:
     @classmethod
     def wedlm(cls, tau: float | None = 0.8, *, position_penalty: float = 0.05) -> "RemaskPolicy":
         """WeDLM's engine: every H + position_penalty · distance to the first mask below tau, at least the smallest."""
-        gate: Gate = "none" if tau is None else "threshold"
         below = cls.threshold(-(tau or 0.0), strict=True, score="neg_entropy")
+        gate = "none" if tau is None else below.gate
         return dataclasses.replace(below, gate=gate, position_penalty=position_penalty, top_p_tempered=False)
 
     @classmethod
     def wedlm_hf(cls, tau: float = 0.8) -> "RemaskPolicy":
         """WeDLM in Transformers: the argmax, every tempered c >= tau, at least one; tau = 0: one at a time."""
-        gate: Gate = "threshold" if tau > 0 else "none"
-        return dataclasses.replace(cls.threshold(tau), gate=gate, statistics="filtered", greedy=True)
+        above = cls.threshold(tau)
+        return dataclasses.replace(above, gate=above.gate if tau > 0 else "none", statistics="filtered", greedy=True)
 
     @classmethod
     def diffulex(
@@ -498,7 +496,5 @@ class RemaskPolicy:
         complete_threshold: float | None = None,
     ) -> "RemaskPolicy":
         """Diffulex: in each block every c > threshold, else the best score; D2F with complete_threshold."""
-        above = cls.threshold(threshold, strict=True, score=score)
-        return dataclasses.replace(
-            above, gate_on="confidence", sub_block=block_size, complete_threshold=complete_threshold
-        )
+        above = dataclasses.replace(cls.threshold(threshold, strict=True, score=score), gate_on="confidence")
+        return dataclasses.replace(above, sub_block=block_size, complete_threshold=complete_threshold)
