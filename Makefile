@@ -16,16 +16,19 @@ EMULATED := build/emulate
 ARM64 := build/arm64
 ARM64_PYTHON := $(ARM64)/sysroot/usr/bin/python
 
-.PHONY: help demo test sweep fuzz kernels check bench pictures bench-compare sanitize emulate arm64 format clean
+.PHONY: help demo test thorough sweep fuzz kernels check bench quality pictures bench-compare sanitize emulate arm64 format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1\t\2/p' Makefile
 
-demo: $(KERNELS)  ## generate text with the shipped model, un-masking block by block
+demo: $(KERNELS)  ## watch the shipped model write: token by token, by verified drafts, block by block
 	@$(PY) -m twotower_kernels demo
 
-test: $(DEV) $(KERNELS) $(NVRTC)  ## every test, on the CPU
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS)
+test: $(DEV) $(KERNELS) $(NVRTC)  ## the tests, on the CPU
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) -m "not thorough"
+
+thorough: $(DEV) $(KERNELS) $(NVRTC)  ## the tests that make test leaves out: slow searches, whole collections
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) -m thorough
 
 sweep: $(DEV) $(KERNELS)  ## every small causal language model of transformers on these kernels: agrees, or is refused by name
 	@$(PY) -m tests.transformers_sweep
@@ -49,6 +52,10 @@ bench: $(DEV) $(KERNELS)  ## time every operation beside its rivals, then sweeps
 	@$(PY) -m bench --save bench/results/cpu
 	@$(PY) -m bench.sweeps --save bench/results/cpu
 	@$(PY) -m bench.generation --save bench/results/cpu
+	@$(PY) -m bench.demo --save bench/results/cpu
+
+quality: $(DEV) $(KERNELS)  ## score the shipped model's text on held-out files, into its card
+	@$(PY) -m bench.quality --card
 
 pictures: $(DEV)  ## draw docs/pictures from what is in bench/results/cpu
 	@$(PY) -m bench.pictures bench/results/cpu docs/pictures

@@ -1,12 +1,13 @@
 """Text end to end: `python -m bench.generation --save bench/results/cpu`.
 
-Four parts, each of which can be asked for alone (`--part`):
+Five parts, each of which can be asked for alone (`--part`):
 
-* `shipped`: the shipped model in its three modes, over batches and contexts: seconds of prefill, tokens per second
+* `shipped`: the shipped model in its modes, over batches and contexts: seconds of prefill, tokens per second
   after the first block, tokens per model call (NFE), memory.
 * `random`: the same of the mid-size random model of `bench.cases.model`, from a state of random contents: a prefill of
   16 × 32768 tokens takes minutes on a CPU, and what a context says does not change what it costs. Its steps and
   commits are measured while it generates; tokens per second at 1, 2 and 4 tokens per NFE follow from them.
+* `speculative`: what drafts are worth, of which length, beside autoregression (`bench.speculation`).
 * `shares`: where the time of a denoiser step goes (`bench.measure.shares`).
 * `thresholds`: what the un-masking threshold buys and costs, and the trace of one text (`bench.thresholds`).
 """
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 import twotower_kernels as tt
-from twotower_kernels.bench import thresholds
+from twotower_kernels.bench import speculation, thresholds
 from twotower_kernels.bench.cases.model import BLOCK, CONFIG, random_model, random_state
 from twotower_kernels.bench.measure import shares
 from twotower_kernels.bench.measure.watched import generated
@@ -36,8 +37,8 @@ from twotower_kernels.bench.report.tables import about
 from twotower_kernels.bench.thresholds import held_out
 from twotower_kernels.reference.demo_data import windows
 
-MODES = ("mask_diffusion", "mock_ar", "ar")  # the text of `speculative` is that of `ar`: bench/speculative.py
-PARTS = ("shipped", "random", "shares", "thresholds")
+MODES = ("mask_diffusion", "mock_ar", "ar")  # `speculative` has a part of its own
+PARTS = ("shipped", "random", "speculative", "shares", "thresholds")
 BATCHES = (1, 4, 16)
 MOST = 65536  # prompt tokens of the whole batch: beyond, the prefills alone take minutes
 
@@ -100,6 +101,20 @@ def random(
             del state, ready
 
 
+def speculative(prompts: int = 8, contexts: tuple[int, ...] = (1024, 8192)) -> dict[str, Any]:
+    """The shipped model by drafts of every length beside autoregression; and the mid-size model, batch 1, at what the
+    shipped one accepts of drafts of 4, 8 and 16."""
+    found = speculation.of_shipped(tt.TwoTowerModel.from_pretrained(tt.demo_path()), speculation.prompts(prompts))
+    accepted = {row["draft"]: row["accepted"] for row in found if row["draft"] in (4, 8, 16)}
+    torch.manual_seed(0)
+    model, rows = random_model(torch.bfloat16, "both"), []
+    for context in contexts:
+        state = reusable_state(model, 1, context, 64)
+        timed = speculation.of_random(model, state.replaced, accepted)
+        rows += [{"context": context, **row} for row in timed]
+    return {"prompts": 2 * prompts, "new tokens": speculation.NEW, "shipped": found, "random": rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.generation", description="Text end to end.")
     parser.add_argument("--part", action="append", choices=PARTS, help="only this one; may be given again")
@@ -108,6 +123,7 @@ def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
         "shipped": lambda: list(shipped()),
         "random": lambda: list(random()),
+        "speculative": speculative,
         "shares": lambda: list(shares.over_context()),
         "thresholds": thresholds.measure,
     }

@@ -1,7 +1,7 @@
-"""What the un-masking threshold buys and costs: the shipped model on modules that were held out of its training.
+"""What the un-masking threshold buys and costs: the shipped model on files that were held out of its training.
 
-Prompts, the context tower's negative log-likelihood and the share of distinct 4-grams are those of the model card
-(`reference.demo_report`): 48 prompts of 64 tokens, 64 tokens more. Greedy text earns a low likelihood loss by repeating
+How the context tower's negative log-likelihood and the share of distinct 4-grams are computed: `reference.demo_report`.
+48 prompts of 64 tokens, 64 tokens more. Greedy text earns a low likelihood loss by repeating
 itself, so both figures are read together.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 import twotower_kernels as tt
 from twotower_kernels.bench.cases.model import BLOCK
-from twotower_kernels.reference.demo_data import encode, standard_library, windows
+from twotower_kernels.reference.demo_data import corpus, encode, windows
 from twotower_kernels.reference.demo_report import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, distinct, nll_of_continuations
 
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -30,8 +30,8 @@ def tokenizer() -> Tokenizer:
 
 @cache
 def held_out() -> Tensor:
-    """The held-out modules as one stream of tokens."""
-    return encode(tokenizer(), list(standard_library().held_out.values()))
+    """The held-out files as one stream of tokens."""
+    return encode(tokenizer(), list(corpus().held_out.values()))
 
 
 def sweep(

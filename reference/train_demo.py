@@ -1,29 +1,36 @@
 """Trains the demo model: `python -m twotower_kernels.reference.train_demo`, resumable at any time.
 
-First the context tower by next-token prediction, then, with it frozen, the denoiser by the official recipe on blocks of
-16 (both AdamW with a warmup-stable-decay schedule). Writes `config.json`, `model.safetensors`, `tokenizer.json` and the
-training curves; `python -m twotower_kernels.reference.demo_report` then measures the result and writes the model card.
+Two stages (`reference.demo_training`): the context tower by next-token prediction; then, with it frozen, the denoiser,
+which learns to guess what the context tower writes from every block boundary. Each stage gets minutes, or repeats what
+an earlier run's `training.json` notes of it: by default the shipped model's. Writes `config.json`,
+`model.safetensors`, `tokenizer.json`, `held_out.json` and `training.json`;
+`python -m twotower_kernels.reference.demo_report` then measures the result and writes the model card.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
-import time
-from dataclasses import asdict, dataclass, field
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from twotower_kernels.options.config import TwoTowerConfig
-from twotower_kernels.reference.demo_data import Corpus, encode, standard_library, train_tokenizer, windows
-from twotower_kernels.reference.layers import Mamba2, Router
+from twotower_kernels.reference import demo_data
+from twotower_kernels.reference.demo_data import Corpus, encode, train_tokenizer
+from twotower_kernels.reference.demo_passes import Passes
+from twotower_kernels.reference.demo_stages import Schedule, run
+from twotower_kernels.reference.demo_training import BATCH, LENGTH, context_stage, denoiser_stage
+from twotower_kernels.reference.layers import Mamba2
 from twotower_kernels.reference.model import NEVER_NARROWED, TwoTower
-from twotower_kernels.reference.training import ar_loss, denoise_all_blocks, denoiser_loss, masked_loss, seed_denoiser
+from twotower_kernels.reference.training import seed_denoiser
 
-BLOCK, MASK = 16, 3
+BLOCK = 16
+WRITTEN = ("config.json", "model.safetensors", "tokenizer.json", "held_out.json", "training.json")
 SHIPPED = Path(__file__).parents[1] / "demo"  # of the package, as which this is imported, in a checkout through a link
 CONFIG: dict[str, Any] = dict(
     vocab_size=1024,
@@ -56,38 +63,6 @@ CONFIG: dict[str, Any] = dict(
 )
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One optimization run; over the last `decay` of the steps the rate falls linearly to `floor`·lr."""
-
-    name: str
-    steps: int
-    lr: float
-    batch: int = 16
-    length: int = 256
-    warmup: int = 100
-    decay: float = 0.3
-    floor: float = 0.01
-    seed: int = 0
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.1
-    clip: float = 1.0
-
-    def rate(self, step: int) -> float:
-        """Warmup-stable-decay."""
-        left = (self.steps - step) / (self.decay * self.steps)
-        return self.lr * min((step + 1) / self.warmup, 1.0, self.floor + (1 - self.floor) * left)
-
-
-@dataclass
-class History:
-    """What the curves show: (step, value) pairs, and the seconds spent so far."""
-
-    train: list[tuple[int, float]] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
-    seconds: float = 0.0
-
-
 def initialise(model: TwoTower, generator: torch.Generator) -> None:
     """Normal weights of deviation 1/√fan_in, smaller on the way back to the residual stream; Mamba-2's own rules."""
     depth = len(model.config.hybrid_override_pattern)
@@ -105,88 +80,6 @@ def initialise(model: TwoTower, generator: torch.Generator) -> None:
             module.A_log.data = torch.empty(heads).uniform_(1, 16, generator=generator).log()
 
 
-def balance_router(router: Router, _: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-    """Loss-free load balancing (arXiv 2408.15664): a busy expert's selection bias falls, an idle one's rises."""
-    if router.training and torch.is_grad_enabled():
-        bias = router.e_score_correction_bias
-        load = torch.bincount(output[1].flatten(), minlength=len(bias)).float()
-        bias.data += 0.001 * torch.sign(load.mean() - load)
-
-
-def optimizer(model: TwoTower, stage: Stage) -> torch.optim.AdamW:
-    """AdamW over the stage's tower; weight decay on matrices only."""
-    ours = ("context_",) if stage.name == "ar" else ("denoiser_", "lm_head", "t_", "scale_shift")
-    chosen = {n: p for n, p in model.named_parameters() if n.startswith(ours) and not n.endswith("correction_bias")}
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in chosen)
-    plain = [p for n, p in chosen.items() if p.dim() < 2 or "embed" in n or "scale_shift" in n]
-    decayed = [p for n, p in chosen.items() if all(p is not q for q in plain)]
-    groups = [dict(params=decayed, weight_decay=stage.weight_decay), dict(params=plain, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas)
-
-
-def loss_of(model: TwoTower, stage: Stage, ids: Tensor, generator: torch.Generator) -> Tensor:
-    if stage.name == "ar":
-        return ar_loss(model, ids)
-    return denoiser_loss(model, ids, block_size=BLOCK, mask_token_id=MASK, generator=generator)
-
-
-@torch.no_grad()
-def validate(model: TwoTower, stage: Stage, stream: Tensor) -> float:
-    """Loss on 64 fixed held-out windows: next-token, or masked cross-entropy averaged over t = 0.25, 0.5, 0.75, 1."""
-    generator = torch.Generator().manual_seed(1234)
-    ids = windows(stream, stage.length, 64, generator)
-    if stage.name == "ar":
-        return float(ar_loss(model, ids))
-    losses = []
-    for t in (0.25, 0.5, 0.75, 1.0):
-        noisy = ids.masked_fill(torch.rand(ids.shape, generator=generator) < t, MASK)
-        logits = denoise_all_blocks(model, noisy, ids, t, block_size=BLOCK)
-        losses.append(masked_loss(logits, noisy, ids, mask_token_id=MASK))
-    return float(torch.stack(losses).mean())
-
-
-def run(model: TwoTower, stage: Stage, train: Tensor, held_out: Tensor, folder: Path) -> History:
-    """Trains one stage from its last saved step to its end, saving every 50 steps and validating every 200."""
-    saved = folder / f"{stage.name}.pt"
-    opt, history, first = optimizer(model, stage), History(), 0
-    generator = torch.Generator().manual_seed(stage.seed)
-    if saved.exists():
-        state = torch.load(saved, weights_only=True)
-        model.load_state_dict(state["model"])
-        opt.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        history, first = History(**state["history"]), state["step"]
-
-    def save(step: int) -> None:
-        state = dict(model=model.state_dict(), optimizer=opt.state_dict(), step=step, history=asdict(history))
-        torch.save(state | dict(generator=generator.get_state()), saved.with_suffix(".part"))
-        saved.with_suffix(".part").replace(saved)
-
-    model.train()
-    started = time.perf_counter() - history.seconds
-    bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=stage.name, mininterval=5)
-    for step in bar:
-        for group in opt.param_groups:
-            group["lr"] = stage.rate(step)
-        loss = loss_of(model, stage, windows(train, stage.length, stage.batch, generator), generator)
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], stage.clip)
-        opt.step()
-        done = step + 1
-        if done % 20 == 0:
-            history.train.append((done, float(loss.detach())))
-            bar.set_postfix(loss=f"{history.train[-1][1]:.3f}")
-        if done % 200 == 0 or done == stage.steps:
-            history.validation.append((done, validate(model, stage, held_out)))
-            tqdm.write(f"{stage.name} {done}: validation {history.validation[-1][1]:.4f}")
-        if done % 50 == 0 or done == stage.steps:
-            history.seconds = time.perf_counter() - started
-            save(done)
-    return history
-
-
 def export(model: TwoTower, folder: Path) -> None:
     """Writes the released layout: bfloat16, but router, A_log, D and dt_bias in float32."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -196,58 +89,76 @@ def export(model: TwoTower, folder: Path) -> None:
 
 
 def prepare(folder: Path) -> tuple[Corpus, Tensor, Tensor]:
-    """Reads the library, trains the tokenizer (saved in `folder`), and returns the corpus and both streams."""
+    """Reads the sources, trains the tokenizer, writes both's names into `folder`; returns corpus and both streams."""
     folder.mkdir(parents=True, exist_ok=True)
-    corpus = standard_library()
+    corpus = demo_data.corpus()
     tokenizer = train_tokenizer(list(corpus.train.values()), CONFIG["vocab_size"])
     tokenizer.save(str(folder / "tokenizer.json"))
+    held_out = json.dumps(corpus.held_out_paths(), indent=1) + "\n"
+    (folder / "held_out.json").write_text(held_out, encoding="utf-8")
     return corpus, encode(tokenizer, list(corpus.train.values())), encode(tokenizer, list(corpus.held_out.values()))
+
+
+def schedule_of(minutes: float | None, noted: dict[str, Any] | None) -> Schedule:
+    """A stage's course: by the clock, or as noted."""
+    return Schedule(minutes, falls=[] if minutes is not None or noted is None else list(noted["falls"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="what to resume from, and the result")
     parser.add_argument(
-        "--out", type=Path, default=Path("build/demo"), help="checkpoints to resume from, and the result"
+        "--repeat", type=Path, default=SHIPPED / "training.json", help="notes that stages without minutes repeat"
     )
-    for name, tower, steps, rate in (("ar", "context", 1400, 2.5e-3), ("denoiser", "denoiser", 1200, 1.5e-3)):
-        parser.add_argument(
-            f"--{name}-steps", type=int, default=steps, help=f"of the {tower} tower's training (default: {steps})"
-        )
-        parser.add_argument(f"--{name}-lr", type=float, default=rate, help=f"its highest learning rate ({rate})")
+    parser.add_argument("--ar-minutes", type=float, help="of the context tower's training, earlier runs included")
+    parser.add_argument("--denoiser-minutes", type=float, help="of the denoiser's, which writes its targets")
+    parser.add_argument("--ar-lr", type=float, default=3e-3, help="highest learning rate of the context tower (3e-3)")
+    parser.add_argument("--denoiser-lr", type=float, default=2e-3, help="the denoiser's (2e-3)")
     parser.add_argument("--gate-start", type=float, default=1.0, help="added to every gate's table row; 0 is official")
-    parser.add_argument("--seed", type=int, default=0, help="of initial weights, data order and corruption")
-    parser.add_argument("--stop-after", choices=("ar", "denoiser"), default="denoiser", help="the last stage to train")
+    parser.add_argument("--seed", type=int, default=0, help="of initial matrices, data order and corruption (0)")
+    parser.add_argument(
+        "--module-seed", type=int, default=1150563414, help="of what modules draw when they are made: biases, filters"
+    )
     args = parser.parse_args()
+    # Large buffers come and go in every step: kept by the allocator they cost no page faults.
+    if os.environ.get("MALLOC_MMAP_MAX_") != "0":
+        print("set MALLOC_MMAP_MAX_=0 in the environment to train faster")
 
     corpus, train, held_out = prepare(args.out)
-    torch.manual_seed(args.seed)
+    noted = json.loads(args.repeat.read_text(encoding="utf-8")) if args.repeat.exists() else {}
+    torch.manual_seed(args.module_seed)
     model = TwoTower(TwoTowerConfig.from_dict(CONFIG))
     initialise(model, torch.Generator().manual_seed(args.seed))
-    for module in model.modules():
-        if isinstance(module, Router):
-            module.register_forward_hook(balance_router)
-        if isinstance(module, Mamba2):
-            module.compile()  # the scan is mostly elementwise work: fused, a step takes two thirds of the time
-    stages = [Stage("ar", args.ar_steps, args.ar_lr, seed=args.seed)]
-    if args.stop_after == "denoiser":
-        stages.append(Stage("denoiser", args.denoiser_steps, args.denoiser_lr, seed=args.seed + 1))
+    passes = Passes(model, BLOCK)
     facts: dict[str, Any] = dict(
-        python=corpus.python,
-        torch=torch.__version__,
+        versions=corpus.versions | {"torch": torch.__version__},
         files=corpus.fingerprint,
-        held_out_files=sorted(corpus.held_out),
+        train_files=len(corpus.train),
         train_tokens=len(train),
         held_out_tokens=len(held_out),
+        batch=BATCH,
+        length=LENGTH,
         seed=args.seed,
+        module_seed=args.module_seed,
         gate_start=args.gate_start,
     )
-    for stage in stages:
-        if stage.name == "denoiser" and not (args.out / "denoiser.pt").exists():
-            seed_denoiser(model)
-            for table in model.scale_shift_tables:
-                table.data[2] += args.gate_start
-        facts[stage.name] = asdict(stage) | asdict(run(model, stage, train, held_out, args.out))
-        (args.out / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+    def note(name: str, stage: dict[str, Any]) -> None:
+        facts[name] = stage
+        (args.out / "training.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+
+    schedule = schedule_of(args.ar_minutes, noted.get("ar"))
+    stage = context_stage(passes, train, held_out, lr=args.ar_lr, schedule=schedule, seed=args.seed)
+    note("ar", run(model, stage, args.out))
+
+    if not (args.out / "denoiser.pt").exists():
+        seed_denoiser(model)
+        for table in model.scale_shift_tables:
+            table.data[2] += args.gate_start
+    schedule = schedule_of(args.denoiser_minutes, noted.get("denoiser"))
+    rate, seed = args.denoiser_lr, args.seed
+    stage = denoiser_stage(passes, train, held_out, args.out, lr=rate, schedule=schedule, seed=seed)
+    note("denoiser", run(model, stage, args.out))
     export(model, args.out)
     report = f"python -m twotower_kernels.reference.demo_report --model {args.out} --out {SHIPPED}"
     print(f"written to {args.out}; to ship it, run: {report}")

@@ -41,10 +41,10 @@ def generated(
         options: of `tt.TwoTowerModel.stream`.
 
     Returns:
-        "block seconds" (median, from the end of a block to that of the next), "tokens per second" (of the batch, at
-        that rate), "tokens per NFE" (of all that is counted), "step seconds" and "commit seconds" (medians; None
-        without un-masking steps), "prefill seconds", and the most bytes resident meanwhile: "prefill bytes" during the
-        prefill, "bytes" after it, None where the system does not say.
+        "block seconds" (median, from the end of a block, in speculative of a draft, to that of the next), "tokens per
+        second" (of the batch, at that rate), "tokens per NFE" (of all that is counted), "step seconds" and "commit
+        seconds" (medians; None without un-masking steps behind a block's first), "prefill seconds", and the most bytes
+        resident meanwhile: "prefill bytes" during the prefill, "bytes" after it, None where the system does not say.
 
     Raises:
         ValueError: fewer than two blocks.
@@ -72,12 +72,12 @@ def generated(
     steps = [span for event, span in spans if not event.committed and event.step > 0]
     begins = [span for event, span in spans if not event.committed and event.step == 0]  # a commit and a step
     step = statistics.median(steps) if steps else None
-    tokens = [event.after.numel() for _, event in finished]
+    tokens = [int(e.after.numel() if e.accepted is None else e.accepted.sum()) for _, e in finished]
     nfe = [int(event.nfe.sum()) for _, event in finished]
     return {
         **filled,
         "block seconds": block,
-        "tokens per second": tokens[0] / block,
+        "tokens per second": statistics.fmean(tokens[1:]) / block,
         "tokens per NFE": sum(tokens[1:]) / (nfe[-1] - nfe[0]),
         "step seconds": step,
         "commit seconds": statistics.median(begins) - step if begins and step is not None else None,

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from twotower_kernels.bench.pictures.demo import demo
 from twotower_kernels.bench.pictures.operations import over, roofline
 from twotower_kernels.bench.pictures.text import speed, step_shares, thresholds, trace
 
@@ -14,7 +15,7 @@ from twotower_kernels.bench.pictures.text import speed, step_shares, thresholds,
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.pictures", description="Draws every picture.")
     parser.add_argument("results", type=Path, nargs="?", default="bench/results/cpu", help="folder with saved runs")
-    parser.add_argument("out", type=Path, nargs="?", default="docs/pictures", help="folder for the PNG files")
+    parser.add_argument("out", type=Path, nargs="?", default="docs/pictures", help="folder for the pictures")
     options = parser.parse_args()
 
     def saved(name: str) -> dict[str, Any]:
@@ -32,7 +33,8 @@ def main() -> None:
         over(sweeps, size, options.out / f"over_{size}.png")
     for draw in (step_shares, speed, trace, thresholds):
         draw(text, options.out / f"{draw.__name__}.png")
-    print(f"{options.out}: {', '.join(sorted(path.name for path in options.out.glob('*.png')))}")
+    demo(saved("demo"), options.out / "demo.svg")
+    print(f"{options.out}: {', '.join(sorted(path.name for path in options.out.glob('*.[ps][nv]g')))}")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,38 @@ def _rows(rows: list[dict[str, Any]]) -> str:
     return table(["mode", "batch", "context", *used], lines)
 
 
+def _drafts(rows: list[dict[str, Any]]) -> str:
+    """One line per length of drafts."""
+    alone = rows[0]["seconds"]
+    lines = [
+        [
+            row["draft"],
+            f"{row['tokens per second']:.0f}",
+            f"{alone / row['seconds']:.2f}",
+            _form(row["accepted"], "{:.2f}"),
+            _form(row["identical"], "{:.0%}"),
+        ]
+        for row in rows
+    ]
+    return table(["draft", "tokens/s", "times AR", "accepted", "identical"], lines)
+
+
+def _rounds(rows: list[dict[str, Any]]) -> str:
+    """One line per context and length of drafts."""
+    lines = [
+        [
+            row["context"],
+            row["draft"],
+            f"{row['token seconds'] * 1e3:.1f}",
+            f"{row['round seconds'] * 1e3:.1f}",
+            f"{row['accepted']:.2f}",
+            f"{row['times']:.2f}",
+        ]
+        for row in rows
+    ]
+    return table(["context", "draft", "token, ms", "round, ms", "accepted", "times AR"], lines)
+
+
 def _shares(found: list[dict[str, Any]]) -> str:
     """Milliseconds per operation, one column per context."""
     lines = []
@@ -76,6 +108,19 @@ def markdown(run: dict[str, Any]) -> str:
             "steps: `tokens/s` is measured so, and `at n per NFE` is computed from the measured step and commit: "
             "batch · 16 / (16/n · step + commit).",
             _rows(run["random"]),
+        ]
+    if "speculative" in run:
+        found = run["speculative"]
+        parts += [
+            "## Speculative decoding",
+            f"The shipped model, batch 1, greedy, {found['new tokens']} tokens from {found['prompts']} held-out "
+            "contexts; the ways in turns, of each prompt the fastest of five runs, prefill not counted. Draft 0 is "
+            "autoregression; identical: the share of texts that are autoregression's.",
+            _drafts(found["shipped"]),
+            "The mid-size random model, batch 1, bfloat16: a token of autoregression, and a round, a draft and "
+            "its verification, as measured; and how many times as fast as autoregression it would write if it accepted "
+            "what the shipped model accepts.",
+            _rounds(found["random"]),
         ]
     if "shares" in run:
         parts += [

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import twotower_kernels as tt
-from tests.compare import assert_within_budget
 from tests.kernels.kernel_checks import EVERY_ISA, ISAS, awkward, instruction_set
 from tests.kernels.op_arguments import arguments, overload
 from twotower_kernels.quantization import FORMATS
 from twotower_kernels.reference import quantization as reference
+from twotower_kernels.testing.budget import assert_within_budget
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GROUPS: dict[str, list[int | None]] = {

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import twotower_kernels as tt
-from tests.model.random_models import VOCABULARY, models, random_ids, with_wide_residual
 from tests.model.test_leaks import resident
 from twotower_kernels import TwoTowerModel
+from twotower_kernels.bench.checks.random_models import VOCABULARY, models, random_ids, with_wide_residual
 from twotower_kernels.model import capture, generate, idle
 from twotower_kernels.model.autoregression import next_token
 from twotower_kernels.model.capture import CapturedModel

@@ -14,10 +14,10 @@ from torch import Tensor
 
 import twotower_kernels as tt
 from tests.kernels.kernel_checks import EVERY_ISA, ISAS
-from tests.model.random_models import VOCABULARY, models, random_ids
 from tests.model.small_model import MASK, VOCAB, package_model, small_model
 from tests.model.test_row_bits import assert_same_bits, assert_same_state, on
 from twotower_kernels import GenerateResult, StepEvent, TwoTowerModel
+from twotower_kernels.bench.checks.random_models import VOCABULARY, models, random_ids
 from twotower_kernels.model import state, two_tower
 from twotower_kernels.reference import generate as specification
 

@@ -256,31 +256,42 @@ def test_ctrl_c_as_a_signal(folder: Path) -> None:
         **options,
     ) as process:
         assert process.stdout is not None
-        assert process.stdout.readline().startswith("block  0  step  0")
+        assert "autoregressive" in process.stdout.readline()
+        assert process.stdout.read(3) == "abc"
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err == ""
-    assert "block diffusion" in out
-    assert "autoregressive" not in out
+    assert "new tokens" in out
+    assert "speculative" not in out
 
 
 # --- demo -----------------------------------------------------------------------------------------------------------
 
+MODES_SHOWN = ("autoregressive", "speculative", "block diffusion")
+
 
 def test_demo_shows_every_step(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Piped: one line per call of the denoiser, masks visible; then both texts, and what they cost."""
+    """Piped: a line per draft, and per call of block diffusion, masks visible; each text, and what they cost."""
     assert run("demo", "--model", folder, "--prompt", "abc", "--max-new-tokens", 20) == 0
     lines = capsys.readouterr().out.splitlines()
-    steps = [line for line in lines if line.startswith("block ")]
+    steps = [line for line in lines if line.startswith("block ") and "masked" in line]
     for line in steps:
         assert f" {line.count(BLANK)} masked" in line
-    (costs,) = (line.split() for line in lines if "block diffusion  " in line)
-    assert costs[2] == "20"
-    assert int(costs[3]) == len(steps) > 2
-    assert float(costs[5]) > 0
-    assert sum(line.startswith("abc") for line in lines) == 2
-    assert any(line.startswith("A call of the denoiser computes a whole block") for line in lines)
+    drafts = [line for line in lines if line.startswith("draft ")]
+    accepted = [int(line.split()[2]) for line in drafts]
+    assert sum(accepted) == 20 and min(accepted) > 0
+    rows = [(name, line.strip()) for line in lines for name in MODES_SHOWN if line.strip().startswith(f"{name}  ")]
+    table = {name: line.removeprefix(name).split() for name, line in rows}
+    assert all(row[0] == "20" and float(row[-1]) > 0 for row in table.values())
+    assert table["autoregressive"][1:3] == ["20", "1.00"]
+    assert int(table["block diffusion"][1]) == len(steps) > 2
+    verified = sum(" of  1 " not in line for line in drafts)  # a last known token needs no draft
+    assert float(table["speculative"][3]) == pytest.approx(20 / verified, abs=0.01)
+    assert [name for name in lines if name.strip("─ ") in MODES_SHOWN] and sum(x.startswith("abc") for x in lines) == 3
+    (identical,) = (line for line in lines if line.startswith("text identical to AR: "))
+    assert "speculative yes" in identical
+    assert any(line.startswith("speculative: a draft and its verification took") for line in lines)
 
 
 def test_demo_shows_the_shipped_model(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import functools
 import io
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tests.model.small_model import EOS, MASK, package_model, save_small_model
-from twotower_kernels.cli.show import BLANK, Painter, Printer, costs, printable, verdict
+from twotower_kernels.cli.show import BLANK, DRAFT, Painter, Printer, costs, printable, verdict, watch
 from twotower_kernels.generation import GenerateResult, StepEvent
 from twotower_kernels.model.generate import stream
 from twotower_kernels.model.two_tower import TwoTowerModel
@@ -96,26 +97,27 @@ def test_text_cannot_steer_a_terminal() -> None:
     assert printable("a\x1b[2Jb\r\x07\x9bc\td\n") == "a�[2Jb���c\td\n"
 
 
-def result(seconds: float, nfe: int, tokens: int = 12) -> GenerateResult:
-    return GenerateResult([], [torch.zeros(tokens)], [nfe], ["length"], seconds)
+def result(seconds: float, nfe: int, tokens: int = 12, verifications: int | None = None) -> GenerateResult:
+    drafts = None if verifications is None else [verifications]
+    return GenerateResult([], [torch.zeros(tokens)], [nfe], ["length"], seconds, verifications=drafts)
 
 
 def test_the_verdict_is_the_arithmetic_of_the_table() -> None:
-    """Four calls of half a second beside twelve of a quarter: twice as dear, three tokens each."""
-    said = verdict(result(2.0, 4), result(3.0, 12))
-    assert (
-        "per call 2.0 times as long" in said
-        and "from 2.0 tokens per call" in said
-        and said.endswith("sure enough of 3.00.")
-    )
-    assert verdict(result(0.0, 0, 0), result(0.0, 0, 0)) == ""
+    """Twelve tokens in three seconds; beside them four calls of half a second, and two drafts of one."""
+    modes = {"ar": result(3.0, 12), "blocks": result(2.0, 4), "drafts": result(2.0, 4, verifications=2)}
+    assert verdict(modes).splitlines() == [
+        "blocks: a call of the denoiser, commits included, took 2.0 times as long as a token of ar and brought 3.0.",
+        "drafts: a draft and its verification took 4.0 times as long as a token of ar and brought 6.0.",
+    ]
+    assert verdict({"ar": result(0.0, 0, 0), "blocks": result(0.0, 0, 0)}) == ""
 
 
 @pytest.mark.parametrize("width", [40, 80])
 def test_costs_fit_the_terminal(width: int) -> None:
     """No figure and no word is cut."""
     console = Console(file=io.StringIO(), width=width)
-    console.print(costs(console, {"block diffusion": result(2.0, 4), "autoregressive": result(3.0, 12)}))
+    modes = {"autoregressive": result(3.0, 12), "speculative": result(2.0, 4, verifications=2)}
+    console.print(costs(console, modes | {"block diffusion": result(2.0, 4)}))
     output = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, output.splitlines())) <= width
     for word in (
@@ -123,11 +125,63 @@ def test_costs_fit_the_terminal(width: int) -> None:
         "autoregressive",
         "new tokens",
         "tokens per NFE",
-        "tokens per second",
+        "tokens/s",
+        "accepted",
         "3.00",
-        "6.0",
+        "6.00",
     ):
         assert word in output
+
+
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return "".join(chr(ord("a") + i) for i in ids)
+
+
+def drafted(terminal: bool) -> Painter:
+    """A painter that was shown a draft of which two tokens were accepted: on its way, then finished."""
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=40, height=10)
+    words: Any = Letters()
+    painter = Painter(console, words, ["x"], mask_token_id=MASK, eos_token_id=EOS, drafts=True)
+    row, filled = torch.zeros(1, dtype=torch.int64), torch.tensor([[5, 6, 7, 8]])
+    masks = torch.tensor([[5, MASK, MASK, MASK]])
+    painter(StepEvent(0, 0, False, row, masks, torch.tensor([[5, 6, 7, MASK]]), row + 1, row + 1))
+    if terminal:
+        text = painter.block[0]
+        assert text.plain == f"fgh{BLANK}"
+        assert [(span.start, span.end, span.style) for span in text.spans] == [(1, 3, DRAFT), (3, 4, "dim")]
+    painter(StepEvent(0, 1, True, row, filled, filled, row, row + 2, accepted=row + 2))
+    return painter
+
+
+def test_of_a_draft_the_accepted_tokens_become_text_and_the_others_vanish() -> None:
+    painter = drafted(terminal=True)
+    assert painter.done[0] == [5, 6] and painter.block[0].plain == ""
+    assert painter._screen([0]).plain == "xfg"
+
+
+def test_a_draft_is_a_line_where_no_terminal_is() -> None:
+    output = drafted(terminal=False).console.file.getvalue()  # type: ignore[attr-defined]
+    assert output == "draft  0   2 of  4 accepted  │fg│hi│\n"
+
+
+def test_slow_motion_keeps_the_proportions_and_the_result() -> None:
+    """Each event is shown so many times as long after the start as it came, and costs nothing that is counted."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = TwoTowerModel.from_pretrained(save_small_model(Path(folder)))
+    events = stream(model, [[5]], mode="ar", max_new_tokens=4)
+    start = time.perf_counter()
+    assert watch(events, None, slower=20)
+    quick = events.result().seconds
+    assert time.perf_counter() - start < 20 * quick, "without a painter nothing waits"
+    painter, _ = painted(1, 30, 10)
+    events = stream(model, [[5]], mode="ar", max_new_tokens=4)
+    start = time.perf_counter()
+    assert watch(events, painter, slower=20)
+    shown = time.perf_counter() - start
+    assert shown > 10 * events.result().seconds and len(painter.done[0]) > 0
 
 
 # --- without a terminal ---------------------------------------------------------------------------------------------

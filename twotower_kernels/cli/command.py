@@ -14,7 +14,6 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,11 +24,11 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 import twotower_kernels
-from twotower_kernels.cli import check, info
+from twotower_kernels.cli import check, demo, info
 from twotower_kernels.cli.prompts import argument, asked
-from twotower_kernels.cli.show import Painter, Printer, before_masks, costs, fitting, printable, speed, verdict
-from twotower_kernels.generation import GenerateResult, Stream
-from twotower_kernels.model.generate import MODES, generate, stream
+from twotower_kernels.cli.show import Painter, Printer, before_masks, fitting, printable, speed, watch
+from twotower_kernels.generation import GenerateResult
+from twotower_kernels.model.generate import MODES, stream
 from twotower_kernels.model.two_tower import TwoTowerModel
 from twotower_kernels.options.flags import checked, integer, number
 from twotower_kernels.options.generation import MOST_BLOCK
@@ -37,9 +36,10 @@ from twotower_kernels.options.units import size
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 INTERRUPTED = 130  # 128 + SIGINT
-PROMPT = '''def read_lines(filename):
-    """Return the lines of a text file, without the newlines."""
-'''.rstrip()
+PROMPT = """class TinyMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+""".rstrip()
 
 # What a user, a file or a machine can be the cause of. Anything else is a mistake in this package, and is shown whole.
 EXPECTED = (
@@ -169,11 +169,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     write.set_defaults(run=_generate)
 
-    demo = commands.add_parser("demo", help="watch the shipped model write, and what it costs", allow_abbrev=False)
-    demo.add_argument("--prompt", default=PROMPT, help="text to continue (default: the head of a Python function)")
-    demo.set_defaults(run=_demo)
+    watched = commands.add_parser("demo", help="watch the shipped model write, and what it costs", allow_abbrev=False)
+    watched.add_argument("--prompt", default=PROMPT, help="text to continue (default: the head of a Python class)")
+    watched.set_defaults(run=_demo)
 
-    for command in (write, demo):
+    for command in (write, watched):
         _add_common(command)
 
     about = commands.add_parser("info", help="versions, kernels, devices; sizes of a checkpoint", allow_abbrev=False)
@@ -275,19 +275,6 @@ def _ids(model: TwoTowerModel, tokenizer: Tokenizer, prompts: list[str]) -> list
     return [[model.config.bos_token_id, *tokenizer.encode(text, add_special_tokens=False).ids] for text in prompts]
 
 
-def _watch(events: Stream, show: Painter | Printer | None) -> bool:
-    """Runs a stream, shown if it is to be, to its end or to Ctrl-C. Returns whether it came to its end."""
-    try:
-        with show or nullcontext():
-            for event in events:
-                if show:
-                    show(event)
-    except KeyboardInterrupt:
-        events.close()
-        return False
-    return True
-
-
 def _generate(args: argparse.Namespace) -> int:
     prompts = asked(args)
     model, tokenizer = _load(args, towers="context" if args.mode == "ar" else "both")
@@ -313,12 +300,13 @@ def _generate(args: argparse.Namespace) -> int:
     )
     console, ends = Console(highlight=False), model.config.eos_token_id
     show: Painter | Printer | None = None
-    painter = Painter(console, tokenizer, heads, mask_token_id=mask, eos_token_id=ends)
+    drafts = args.mode == "speculative"
+    painter = Painter(console, tokenizer, heads, mask_token_id=mask, eos_token_id=ends, drafts=drafts)
     if console.is_terminal:
         show = painter
     elif heads == prompts:  # a text whose masks are filled in is printed whole
         show = Printer(tokenizer, prompts, max_new_tokens=args.max_new_tokens, eos_token_id=ends)
-    finished = _watch(events, None if args.json else show)
+    finished = watch(events, None if args.json else show)
     result = events.result()
     for row, (prompt, sequence, length) in enumerate(zip(prompts, result.sequences, lengths, strict=True)):
         tokens = sequence[length:].tolist()
@@ -361,27 +349,9 @@ def _demo(args: argparse.Namespace) -> int:
     if model.config.mask_token_id in ids[0]:
         raise ValueError("--prompt: expected text without masks, which only block diffusion fills in")
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-    ends, mask = model.config.eos_token_id, model.config.mask_token_id
-    options |= {"seed": args.seed, "eos_token_id": ends}
-    block_size = model.config.block_size or 16
-    console = Console(highlight=False)
-    painter = Painter(console, tokenizer, prompts, mask_token_id=mask, eos_token_id=ends)
-
-    generate(model, ids, block_size=block_size, **options | {"max_new_tokens": 1})  # first calls are slow: not timed
-    generate(model, ids, mode="ar", **options | {"max_new_tokens": 1})
-    blocks = stream(model, ids, block_size=block_size, confidence_threshold=args.threshold, **options)
-    finished = _watch(blocks, painter)
-    results = {"block diffusion": blocks.result()}
-    if finished:
-        tokens = stream(model, ids, mode="ar", **options)
-        finished = _watch(tokens, None)
-        results["autoregressive"] = tokens.result()
-    for mode, result in results.items():
-        console.rule(mode, style="dim")
-        console.print(painter.page(0, result.new_tokens[0].tolist()), soft_wrap=True)
-    console.print(costs(console, results))
-    if len(results) == 2:
-        console.print(verdict(*results.values()))
+    options |= {"seed": args.seed, "eos_token_id": model.config.eos_token_id}
+    shown = demo.Demo(model, tokenizer, prompts[0], ids, options, threshold=args.threshold)
+    finished = shown.run(Console(highlight=False), threads=args.threads)
     return 0 if finished else INTERRUPTED
 
 

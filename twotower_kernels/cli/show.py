@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import nullcontext
 from itertools import groupby, takewhile
 from operator import itemgetter
 from types import TracebackType
@@ -13,10 +15,11 @@ from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from twotower_kernels.generation import GenerateResult, StepEvent
+from twotower_kernels.generation import GenerateResult, StepEvent, Stream
 
 BLANK = "░"  # a place that is still masked
 NEW = "bold black on green"
+DRAFT = "bright_black italic"  # what a draft proposes, until it is verified
 
 # A model may write any character, and some of them steer a terminal.
 _UNPRINTABLE = {i: "\N{REPLACEMENT CHARACTER}" for i in (*range(32), *range(127, 160)) if chr(i) not in "\t\n"}
@@ -26,7 +29,11 @@ class Painter:
     """Paints the events of a generation as they come; a context manager, inside which a terminal is painted on.
 
     In a terminal the rows share the screen, each with the end of its text. What is painted vanishes afterwards: the
-    text itself is for the caller to print. Elsewhere every un-masking step is a line.
+    text itself is for the caller to print. Elsewhere every un-masking step is a line, of drafts every one that was
+    verified.
+
+    With `drafts` (mode "speculative") what a draft proposes is grey; of a finished one the accepted tokens become text,
+    and the others vanish.
     """
 
     def __init__(
@@ -37,9 +44,10 @@ class Painter:
         *,
         mask_token_id: int,
         eos_token_id: int | tuple[int, ...],
+        drafts: bool = False,
     ) -> None:
         self.console, self.tokenizer, self.prompts = console, tokenizer, prompts
-        self.mask = mask_token_id
+        self.mask, self.drafts = mask_token_id, drafts
         self.ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
         self.done: list[list[int]] = [[] for _ in prompts]  # per row, the tokens of its finished blocks
         self.block: list[Text] = [Text() for _ in prompts]  # per row, the block it works on
@@ -61,7 +69,11 @@ class Painter:
         for i, row in enumerate(rows):
             if event.committed:
                 self.done[row] += takewhile(lambda token: token not in self.ends, finished[i])
+                if event.accepted is not None and self.live is None:
+                    self._draft_line(event, row, finished[i], event.after[i].tolist()[len(finished[i]) :])
                 self.block[row] = Text()
+            elif self.drafts:
+                self.block[row] = self.paint_draft(event.after[i].tolist())
             else:
                 self.block[row] = self.paint(event.before[i].tolist(), event.after[i].tolist())
                 if self.live is None:
@@ -84,14 +96,28 @@ class Painter:
             text.append(BLANK * len(tokens) if style == "dim" else self.decode(tokens), style)
         return text
 
+    def paint_draft(self, tokens: list[int]) -> Text:
+        """A draft: its first token, which is known, then in grey what the denoiser proposes, and masks."""
+        text = Text(self.decode(tokens[:1]))
+        for masked, run in groupby(tokens[1:], key=lambda token: token == self.mask):
+            proposed = list(run)
+            text.append(*((BLANK * len(proposed), "dim") if masked else (self.decode(proposed), DRAFT)))
+        return text
+
     def decode(self, tokens: list[int]) -> str:
         return printable(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _line(self, event: StepEvent, i: int, row: int) -> None:
-        text = self.block[row].plain.replace("\n", "⏎").replace("\t", "→")
+        place = f"block {event.block:2d}  step {event.step:2d}  {int(event.num_masked[i]):2d} masked"
+        self._print(row, f"{place}  │{one_line(self.block[row].plain)}│")
+
+    def _draft_line(self, event: StepEvent, row: int, accepted: list[int], rejected: list[int]) -> None:
+        place = f"draft {event.block:2d}  {len(accepted):2d} of {len(accepted) + len(rejected):2d} accepted"
+        self._print(row, f"{place}  │{one_line(self.decode(accepted))}│{one_line(self.decode(rejected))}│")
+
+    def _print(self, row: int, text: str) -> None:
         place = f"row {row:2d}  " if len(self.prompts) > 1 else ""
-        place += f"block {event.block:2d}  step {event.step:2d}  {int(event.num_masked[i]):2d} masked"
-        self.console.print(Text(f"{place}  │{text}│"), soft_wrap=True)
+        self.console.print(Text(place + text), soft_wrap=True)
 
     def _screen(self, rows: list[int]) -> Text:
         """As many rows as fit, those that are being worked on first, each with the last lines of its text."""
@@ -177,6 +203,26 @@ class Printer:
         print(text, end="", flush=True)
 
 
+def watch(events: Stream, show: Painter | Printer | None, slower: float = 1.0) -> bool:
+    """Runs a stream, shown if it is to be, to its end or to Ctrl-C. Returns whether it came to its end.
+
+    slower: each event is shown so many times as long after the first as it came.
+    """
+    try:
+        with show or nullcontext():
+            showing, begun = 0.0, time.perf_counter()
+            for event in events:
+                if show:
+                    spent = time.perf_counter() - begun
+                    time.sleep(max(0.0, (spent - showing) * slower - spent) if slower > 1 else 0)
+                    show(event)
+                    showing += time.perf_counter() - begun - spent
+        return True
+    except KeyboardInterrupt:
+        events.close()
+        return False
+
+
 def before_masks(
     tokenizer: Tokenizer, mask_token_id: int, prompts: list[str], ids: list[list[int]]
 ) -> tuple[list[str], list[int]]:
@@ -185,6 +231,11 @@ def before_masks(
     lengths = [row.index(mask_token_id) if mask_token_id in row else len(row) for row in ids]
     cut = [length < len(row) for length, row in zip(lengths, ids, strict=True)]
     return [text.partition(mask)[0] if some else text for text, some in zip(prompts, cut, strict=True)], lengths
+
+
+def one_line(text: str) -> str:
+    """The text with its line ends and tabs made visible."""
+    return text.replace("\n", "⏎").replace("\t", "→")
 
 
 def printable(text: str) -> str:
@@ -199,31 +250,39 @@ def fitting(console: Console, table: Table, lines: list[str]) -> RenderableType:
 
 
 def costs(console: Console, results: dict[str, GenerateResult]) -> RenderableType:
-    """One line per mode: what it wrote, in how many calls of a tower, how fast."""
-    table, lines = Table(box=box.SIMPLE_HEAD), []
+    """One line per mode: what it wrote, in how many calls of a tower, how many tokens of a draft were accepted, and how
+    fast it was."""
+    table, lines = Table(box=box.SIMPLE_HEAD, pad_edge=False), []
     table.add_column("mode")
-    names = ("new tokens", "NFE", "tokens per NFE", "tokens per second")
+    names = ("new tokens", "NFE", "tokens per NFE", "accepted", "tokens/s")
     for name in names:
         table.add_column(name, justify="right")
     for mode, result in results.items():
-        count = sum(map(len, result.new_tokens))
-        values = f"{count}", f"{sum(result.nfe)}", f"{result.tokens_per_nfe:.2f}", f"{speed(result):.1f}"
+        count, accepted = sum(map(len, result.new_tokens)), result.accepted
+        kept = "" if accepted is None else f"{accepted:.2f}"
+        values = f"{count}", f"{sum(result.nfe)}", f"{result.tokens_per_nfe:.2f}", kept, f"{speed(result):.1f}"
         table.add_row(mode, *values)
-        lines += [mode, *(f"  {name}: {value}" for name, value in zip(names, values, strict=True))]
+        lines += [mode, *(f"  {name}: {value}" for name, value in zip(names, values, strict=True) if value)]
     return fitting(console, table, lines)
 
 
-def verdict(diffusion: GenerateResult, autoregressive: GenerateResult) -> str:
-    """Why the one was the faster: what their calls cost, and how many tokens a call brought. Empty if none was made."""
-    if not (sum(diffusion.nfe) and sum(autoregressive.nfe) and autoregressive.seconds):
+def verdict(results: dict[str, GenerateResult]) -> str:
+    """Why a mode was faster than autoregression, the first of them, or slower: what a round cost, in tokens of
+    autoregression, and how many tokens it brought. A round is a draft and its verification, or a block that was
+    denoised and committed. Empty if nothing was written."""
+    (first, alone), *others = results.items()
+    tokens = sum(map(len, alone.new_tokens))
+    if not (tokens and alone.seconds and all(sum(r.verifications or r.nfe) for _, r in others)):
         return ""
-    cost = diffusion.seconds / sum(diffusion.nfe) / (autoregressive.seconds / sum(autoregressive.nfe))
-    reached = diffusion.tokens_per_nfe
-    return (
-        f"A call of the denoiser computes a whole block, and every finished block takes a pass of the context tower, "
-        f"too: per call {cost:.1f} times as long as a token takes autoregressively. So block diffusion is faster here "
-        f"from {cost:.1f} tokens per call (NFE) on; this model was sure enough of {reached:.2f}."
-    )
+    said = []
+    for mode, result in others:
+        drafts = result.verifications is not None
+        rounds = sum(result.verifications or result.nfe)
+        what = "a draft and its verification" if drafts else "a call of the denoiser, commits included,"
+        cost = result.seconds / rounds / (alone.seconds / tokens)
+        brought = sum(map(len, result.new_tokens)) / rounds
+        said.append(f"{mode}: {what} took {cost:.1f} times as long as a token of {first} and brought {brought:.1f}.")
+    return "\n".join(said)
 
 
 def speed(result: GenerateResult) -> float:
