@@ -70,7 +70,7 @@ class Stacked(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        known = set()
+        known: set[str] = set()
         for name, key in self.pieces.items():
             stacked = getattr(self, name)
             if isinstance(stacked, QuantizedTensor):

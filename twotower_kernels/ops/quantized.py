@@ -17,7 +17,7 @@ from twotower_kernels.ops._transforms import lowered
 from twotower_kernels.ops.moe_checks import ACTIVATIONS, check_biases, check_choices, check_matrices, check_plan
 from twotower_kernels.ops.moe_plans import MoePlan, planned
 from twotower_kernels.quantization import QuantizedTensor
-from twotower_kernels.quantization.weights import FOUR_BITS
+from twotower_kernels.quantization.weights import FOUR_BITS, check_parts
 
 # How the kernels read a format's codes: the order of PackedWeight::Format in csrc/cpu/packed_weight.h.
 CODES = {"int8": 0, "int4": 1, "fp8": 2, "nvfp4": 3, "mxfp4": 3}
@@ -79,6 +79,7 @@ def _check_linear(
     x: Tensor, data: Tensor, scales: Tensor, global_scale: Tensor | None, format: str, bias: Tensor | None
 ) -> None:
     check_float(x=x)
+    check_parts(format, data, scales, global_scale)
     if x.ndim == 0 or data.ndim != 2 or x.shape[-1] != _shape(data, format)[1]:
         expected = "K" if x.ndim == 0 else x.shape[-1]
         raise ValueError(f"weight: expected [R, {expected}] for x {list(x.shape)}, got {_shape(data, format)}")
@@ -112,7 +113,7 @@ def _wide(format: str, data: Tensor | None, scales: Tensor | None, global_scale:
     return QuantizedTensor(format, data, scales, global_scale).dequantize(torch.float64)
 
 
-def _stored(data: Tensor | None, scales: Tensor | None, whole: Tensor | None) -> tuple[Any, Any, Any]:
+def _stored(data: Any, scales: Any, whole: Tensor | None) -> tuple[Any, Any, Any]:
     """As the kernel takes them: codes and scales that it knows no dtype for as bytes, one scale for every row."""
     if data is None or scales is None:
         return data, scales, whole
@@ -124,38 +125,47 @@ def _stored(data: Tensor | None, scales: Tensor | None, whole: Tensor | None) ->
     return data, cpu.rows_contiguous(scales), whole if whole is None or whole.ndim else whole[None]
 
 
+def _whole(
+    name: str, x: Tensor, format: str, data: Tensor, scales: Tensor | None, global_scale: Tensor | None
+) -> Tensor:
+    """A matrix that has been checked by itself, as one of its whole shape without memory."""
+    same_device(x, **{name: data})
+    if format == PLAIN:
+        if data.dtype != x.dtype:
+            raise TypeError(f"{name}: expected {x.dtype} as x, got {data.dtype}")
+        return data
+    if scales is None:
+        raise TypeError(f"{name}: expected scales for {format}, got None")
+    check_parts(format, data, scales, global_scale)
+    return data.new_empty(_shape(data, format), device="meta")
+
+
 def _check_experts(*arguments: Any) -> None:
-    x, up, _, _, down, _, _, weights, experts, *plan = arguments[:12]
-    shared_up, _, _, shared_down, _, _, up_bias, down_bias, format, shared_format, activation, _, limit = arguments[12:]
+    x, *routed = arguments[:7]
+    weights, experts, counts, offsets, pairs, *shared = arguments[7:18]
+    up_bias, down_bias, format, shared_format, activation, _, limit = arguments[18:]
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
     check_float(x=x)
     check_choices(x, weights, experts)
-    shapes = {"w_up": (up, format), "w_down": (down, format)}
-    shapes |= {"shared_up": (shared_up, shared_format), "shared_down": (shared_down, shared_format)}
-    fakes = {
-        name: None if data is None else data.new_empty(_shape(data, its_format), device="meta")
-        for name, (data, its_format) in shapes.items()
-    }
-    check_matrices(("w_up", fakes["w_up"]), ("w_down", fakes["w_down"]), "E, ", x.shape[1], activation)
-    if (shared_up is None) != (shared_down is None):
+    up, down = _whole("w_up", x, format, *routed[:3]), _whole("w_down", x, format, *routed[3:])
+    check_matrices(("w_up", up), ("w_down", down), "E, ", x.shape[1], activation)
+    if (shared[0] is None) != (shared[3] is None):
         raise ValueError("shared_up and shared_down: expected both or neither, got one")
-    if shared_up is not None:
-        pair = ("shared_up", fakes["shared_up"]), ("shared_down", fakes["shared_down"])
+    if shared[0] is not None:
+        shared_up = _whole("shared_up", x, shared_format, *shared[:3])
+        shared_down = _whole("shared_down", x, shared_format, *shared[3:])
+        pair = ("shared_up", shared_up), ("shared_down", shared_down)
         check_matrices(*pair, "", x.shape[1], activation)
-    check_biases(fakes["w_up"], fakes["w_down"], up_bias, down_bias)
-    alike = {"up_bias": up_bias, "down_bias": down_bias}
-    for name, (data, its_format) in shapes.items():
-        if its_format == PLAIN:
-            alike[name] = data
-    for name, tensor in alike.items():
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"{name}: expected {x.dtype} as x, got {tensor.dtype}")
-    same_device(x, **{name: data for name, (data, _) in shapes.items()}, up_bias=up_bias, down_bias=down_bias)
+    check_biases(up, down, up_bias, down_bias)
+    for name, bias in (("up_bias", up_bias), ("down_bias", down_bias)):
+        if bias is not None and bias.dtype != x.dtype:
+            raise TypeError(f"{name}: expected {x.dtype} as x, got {bias.dtype}")
+    same_device(x, up_bias=up_bias, down_bias=down_bias)
     check_floats(x, weights=weights)
     if not limit >= 0:
         raise ValueError(f"limit: expected 0 or more, got {limit}")
-    check_plan(*plan, up.shape[0], experts)
+    check_plan(counts, offsets, pairs, up.shape[0], experts)
     same_device(x, experts=experts)
 
 

@@ -56,7 +56,7 @@ class QuantizedTensor(nn.Module):
         self.format = format
         for name, tensor in (("data", data), ("scales", scales), ("global_scale", global_scale)):
             self.register_buffer(name, tensor)
-        _check(format, data, scales, global_scale)
+        check_parts(format, data, scales, global_scale)
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -125,7 +125,8 @@ class QuantizedTensor(nn.Module):
         return f"{self.format}, {list(self.shape)}, group_size={self.group_size}"
 
 
-def _check(format: str, data: Tensor, scales: Tensor, global_scale: Tensor | None) -> None:
+def check_parts(format: str, data: Tensor, scales: Tensor, global_scale: Tensor | None) -> None:
+    """As `QuantizedTensor` raises."""
     expected = {
         "data": (data, DATA.get(format, torch.uint8)),
         "scales": (scales, SCALES.get(format, torch.float32)),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twotower_kernels.ops import MoePlan, moe_plan
 from twotower_kernels.ops import moe as ops
 from twotower_kernels.reference import moe
 from twotower_kernels.testing import drawing
@@ -223,7 +224,7 @@ def _mixture(draw: st.DrawFn, arguments: Arguments, dtype: torch.dtype) -> Input
     if given["activation"] == "clamped_gated":
         inputs |= {name: x for name, x in clamp.items() if name in arguments.taken}
     if arguments.gives("plan", draw(st.booleans())):
-        inputs["plan"] = ops.MoePlan(*moe.moe_plan(inputs["experts"], given["e"]))
+        inputs["plan"] = MoePlan(*moe.moe_plan(inputs["experts"], given["e"]))
     return arguments.kept(inputs)
 
 
@@ -243,7 +244,7 @@ OPS = {
         own=("logits",), rows=lambda inputs: ("logits",), judge=JudgeRoute, dtypes=drawing.DTYPES,
     ),
     "moe_plan": Op(
-        ops.moe_plan, moe.moe_plan, moe.CASES["moe_plan"], partial(moe.make_inputs, "moe_plan"), _plan,
+        moe_plan, moe.moe_plan, moe.CASES["moe_plan"], partial(moe.make_inputs, "moe_plan"), _plan,
         judge=JudgePlan,
     ),
     "moe_experts": Op(
