@@ -41,13 +41,10 @@ def add_arguments(command: argparse.ArgumentParser, device: Callable[[str], str]
         choices=NAMES,
         help="of the inputs; may be given again (default: float32, bfloat16, float16)",
     )
-    command.add_argument(
-        "--examples", type=integer(1, 1_000_000), default=200, metavar="N", help="inputs to draw (default: 200)"
-    )
+    command.add_argument("--examples", type=integer(1, 1_000_000), metavar="N", help="inputs to draw (default: 200)")
     command.add_argument(
         "--seed",
         type=integer(0, 2**63 - 1),
-        default=0,
         metavar="N",
         help="another draws other inputs (default: 0)",
     )
@@ -59,6 +56,10 @@ def run(args: argparse.Namespace) -> int:
     if args.kernel is None:
         if args.op is not None:
             raise ValueError("--op: expected a kernel, MODULE:FUNCTION, got none")
+        given = {"--dtype": args.dtype, "--examples": args.examples, "--seed": args.seed, "--json": args.json}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name}: expected a kernel, MODULE:FUNCTION, got none")
         return _own(args.device)
     testing = importlib.import_module("twotower_kernels.testing")
     if args.op is None:
@@ -66,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     if args.device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: expected a GPU, PyTorch sees none")
     dtypes = [NAMES[name] for name in args.dtype] if args.dtype else None
-    options: dict[str, Any] = dict(device=args.device, dtypes=dtypes, examples=args.examples, seed=args.seed)
+    drawn = {name: value for name, value in (("examples", args.examples), ("seed", args.seed)) if value is not None}
+    options: dict[str, Any] = dict(device=args.device, dtypes=dtypes, **drawn)
     report = testing.check(args.op, found(args.kernel), **options)
     print(report)
     if args.json is not None:
@@ -116,4 +118,9 @@ def _of_file(path: Path) -> Any:
         raise ValueError(f"{path}: no such file")
     if str(path.resolve().parent) not in sys.path:
         sys.path.insert(0, str(path.resolve().parent))
-    return importlib.import_module(path.stem)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path}: expected Python")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
