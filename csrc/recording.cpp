@@ -63,7 +63,7 @@ bool Places::changed() {
 }
 
 void bind_recording(py::module_& m) {
-    py::class_<Recording>(m, "Recording", "Calls of kernels, noted to be run again.")
+    py::class_<Recording>(m, "Recording", py::module_local(), "Calls of kernels, noted to be run again.")
         .def(py::init<>())
         .def("__len__", &Recording::size)
         .def("add_storage", [](Recording& r, Strided storage) { r.add_storage(storage); })
@@ -83,7 +83,7 @@ void bind_recording(py::module_& m) {
                 r.run(first, last);
             },
             py::arg("first"), py::arg("last"));
-    py::class_<Places>(m, "Places", "Where the tensors in some dictionaries lie.")
+    py::class_<Places>(m, "Places", py::module_local(), "Where the tensors in some dictionaries lie.")
         .def(py::init<const py::list&>())
         .def("changed", &Places::changed);
     m.def("is_recording", [] { return Recording::now() != nullptr; });

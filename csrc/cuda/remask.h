@@ -57,7 +57,8 @@ __device__ inline Row row_of(const Remask& a, int64 b) {
 
 // What the tokens of a position draw with; numbers of positions have a stream of their own (position_noise).
 __device__ inline Stream token_stream(const Remask& a, const Row& row, int64 b, int64 s) {
-    return a.by_sequence ? stream_of(a.seed[b], a.offset[b] + s, 0, 0) : stream_of(a.seed[b], a.offset[b], row.step, s);
+    const int64 number = a.by_sequence ? s : 0;  // of the token in its text; else there are step and position
+    return stream_of(a.seed[b], a.offset[b] + number, a.by_sequence ? 0 : row.step, s - number);
 }
 
 // The temperature of the draw, and of the statistics.

@@ -161,21 +161,16 @@ class Selection {
         int prefix = stretch.end;  // of the ranks, with the other gates
         if (options.gate == RemaskChoice::threshold && options.has_gate_slack && count_usable > 0)
             least = slackened(stretch, bound);
-        if (options.gate == RemaskChoice::factor) {
+        const bool by_factor = options.gate == RemaskChoice::factor;
+        if (by_factor || options.gate == RemaskChoice::prefix) {
             const unsigned fails = lowest(stretch, [&](int i) {
-                const int rank = positions_.has(i, Positions::usable) ? positions_.rank[i] : 0;
-                const double slack = as_value(bound / double(rank + 2));
-                return rank > 0 && !(value(i) >= as_value(1 - slack)) ? unsigned(rank) : ~0u;
+                const int rank = positions_.has(i, Positions::usable) ? positions_.rank[i] : -1;
+                const double asked = by_factor ? as_value(1 - as_value(bound / double(rank + 2))) : bound;
+                const bool good = !by_factor && options.strict ? value(i) > asked : value(i) >= asked;
+                return rank < int(by_factor) || good ? ~0u : unsigned(rank);
             });
             prefix = fails == ~0u ? count_usable : int(fails);
-            if (options.factor_last_free && prefix == count_usable - 1) prefix = count_usable;
-        }
-        if (options.gate == RemaskChoice::prefix) {
-            const unsigned fails = lowest(stretch, [&](int i) {
-                const bool good = options.strict ? value(i) > bound : value(i) >= bound;
-                return positions_.has(i, Positions::usable) && !good ? unsigned(positions_.rank[i]) : ~0u;
-            });
-            prefix = fails == ~0u ? count_usable : int(fails);
+            if (by_factor && options.factor_last_free && prefix == count_usable - 1) prefix = count_usable;
         }
         if (options.gate == RemaskChoice::entropy_sum) {
             double sum = 0;

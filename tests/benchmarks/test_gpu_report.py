@@ -308,7 +308,7 @@ def test_the_page_of_a_gpu(tmp_path: Path, monkeypatch: Any) -> None:
         passes["step, batch 1, context 4096"].predicted > passes["autoregressive step, batch 1, context 4096"].predicted
     )
     for mode, *_, predicted in beside.writing(report):
-        assert mode in ("mask_diffusion", "mock_ar", "ar") and predicted > 0
+        assert mode in ("mask_diffusion", "mock_ar", "ar", "speculative") and predicted > 0
 
 
 def _generated(self: Any, prompts: Any, *, mode: str, max_new_tokens: int) -> Any:

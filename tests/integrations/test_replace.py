@@ -55,7 +55,7 @@ def test_diffusion_gemma() -> None:
 
     static = {"cache_implementation": "static", "disable_compile": True}
     wanted = run(), run(**static)
-    swaps = replace(model)
+    swaps = [swap for swap in replace(model) if not swap.name.endswith("append_to_cache")]
     assert kinds_swapped(model, swaps[1:]) == {
         "DiffusionGemmaRMSNorm",
         "DiffusionGemmaTextRouter",
