@@ -100,7 +100,12 @@ def test_the_time_is_the_specifications(policy: Any, step: int, steps: int, mask
     ("field", "value", "error", "message"),
     [
         ("score", "best", ValueError, "score: expected one of 'confidence', 'margin', .*'leftmost', got 'best'"),
-        ("gate", None, ValueError, "gate: expected one of 'none', 'threshold', 'factor', 'entropy_sum', got None"),
+        (
+            "gate",
+            None,
+            ValueError,
+            "gate: expected one of 'none', .*'entropy_sum', 'prefix', got None",
+        ),
         ("schedule", "cosine", ValueError, "schedule: expected one of .*'posterior', got 'cosine'"),
         ("alpha", "log", ValueError, "alpha: expected one of .*'cosine_floor', got 'log'"),
         ("gate_bound", math.nan, ValueError, r"gate_bound: expected a number in \[-inf, inf\], got nan"),

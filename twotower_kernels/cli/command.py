@@ -157,9 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument(
         "--steps", type=STEPS, default=16, metavar="T", help="calls of the denoiser per block at most (default: 16)"
     )
-    write.add_argument(
-        "--draft-steps", type=STEPS, default=1, metavar="K", help="denoiser calls per draft (default: 1)"
-    )
+    write.add_argument("--draft-steps", type=STEPS, default=1, metavar="K", help="its calls per draft (default: 1)")
     write.add_argument(
         "--top-k", type=TOP_K, default=0, metavar="K", help="sample from the K likeliest tokens (default: 0, all)"
     )
