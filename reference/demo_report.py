@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn import functional as F
 
 from twotower_kernels.reference import demo_data
 from twotower_kernels.reference.demo_data import SOURCES, SPECIAL, encode, windows
-from twotower_kernels.reference.demo_training import LENGTH, MASK
+from twotower_kernels.reference.demo_passes import Passes
+from twotower_kernels.reference.demo_training import BATCH, LENGTH, MASK
 from twotower_kernels.reference.model import TwoTower
 from twotower_kernels.reference.train_demo import BLOCK, SHIPPED, WRITTEN
-from twotower_kernels.reference.training import denoise_all_blocks, masked_loss
 
 TIMES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 MARKER = "## Measured"
@@ -31,13 +30,15 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 48, 64, 64
 
 
 @torch.no_grad()
-def ar_bits_per_byte(model: TwoTower, tokenizer: Tokenizer, stream: Tensor) -> tuple[float, float]:
-    """Nats per token and bits per byte of the context tower on consecutive windows, each read from an empty context."""
-    ids = stream[: len(stream) // LENGTH * LENGTH].reshape(-1, LENGTH)
-    nats = 0.0
-    for batch in ids.split(64):
-        logits = model.forward_ar(batch[:, :-1]).flatten(0, 1)
-        nats += float(F.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum"))
+def ar_bits_per_byte(model: TwoTower, tokenizer: Tokenizer, stream: Tensor, most: int = 256) -> tuple[float, float]:
+    """Nats per token and bits per byte of the context tower on `most` windows, spread evenly over the stream, each read
+    from an empty context."""
+    rows = stream[: len(stream) // LENGTH * LENGTH].reshape(-1, LENGTH)
+    ids = rows[torch.linspace(0, len(rows) - 1, min(most, len(rows))).long()]
+    passes, nats = Passes(model, BLOCK, torch.float32, compiled=False), 0.0
+    for batch in ids.split(BATCH):
+        hidden = passes.context(batch)[0][:, :-1].flatten(0, 1)
+        nats += float(passes.losses(hidden, model.context_lm_head.weight, batch[:, 1:].flatten(), torch.float32).sum())
     sizes = torch.tensor([len(_bytes(tokenizer, i)) for i in range(tokenizer.get_vocab_size())])
     predicted_bytes = int(sizes[ids[:, 1:]].sum())
     tokens = ids[:, 1:].numel()
@@ -51,16 +52,19 @@ def _bytes(tokenizer: Tokenizer, token: int) -> str:
 
 @torch.no_grad()
 def masked_cross_entropy(model: TwoTower, stream: Tensor) -> dict[float, float]:
-    """Denoiser cross-entropy in nats per masked token over t, on 64 fixed windows."""
-    generator = torch.Generator().manual_seed(7)
-    ids = windows(stream, LENGTH, 64, generator)
-    result = {}
-    for t in TIMES:
-        noisy = ids.masked_fill(torch.rand(ids.shape, generator=generator) < t, MASK)
-        parts = zip(noisy.split(16), ids.split(16), strict=True)
-        logits = torch.cat([denoise_all_blocks(model, n, c, t, block_size=BLOCK) for n, c in parts])
-        result[t] = float(masked_loss(logits, noisy, ids, mask_token_id=MASK))
-    return result
+    """Denoiser cross-entropy in nats per masked token over t, on 32 fixed windows."""
+    generator, head = torch.Generator().manual_seed(7), model.lm_head.weight
+    passes = Passes(model, BLOCK, torch.float32, compiled=False)
+    total, count = dict.fromkeys(TIMES, 0.0), dict.fromkeys(TIMES, 0)
+    for ids in windows(stream, LENGTH, 32, generator).split(BATCH):
+        _, context = passes.context(ids)
+        for t in TIMES:
+            masked = torch.rand(ids.shape, generator=generator) < t
+            noise = torch.full((len(ids), LENGTH // BLOCK), t)
+            hidden = passes.denoise(ids.masked_fill(masked, MASK), noise, context)
+            total[t] += float(passes.losses(hidden[masked], head, ids[masked], torch.float32).sum())
+            count[t] += int(masked.sum())
+    return {t: total[t] / count[t] for t in TIMES}
 
 
 @torch.no_grad()
