@@ -19,6 +19,7 @@ def test_the_oldest_versions_are_there(compilers: list[nvrtc.Nvrtc]) -> None:
     assert [compiler.version for compiler in compilers] == ["12.9", "13.0"]
 
 
+@pytest.mark.thorough  # as make kernels does, every build with every version
 def test_every_source_compiles_for_every_gpu(compilers: list[nvrtc.Nvrtc]) -> None:
     builds = nvrtc.builds(only_hardest=True)
     assert {source for source, _ in builds} == {path.stem for path in cuda.folder().glob("*.cu")}

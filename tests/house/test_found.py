@@ -58,6 +58,7 @@ def run(folder: Path, *arguments: str, **variables: str) -> tuple[str, str]:
     return done.stdout, drawn.read_text() if drawn.exists() else ""
 
 
+@pytest.mark.thorough
 def test_the_same_examples_are_drawn_every_time(folder: Path) -> None:
     first = run(folder, "-k", "draws")[1]
     assert len(first.splitlines()) >= 20
@@ -68,6 +69,7 @@ def test_the_same_examples_are_drawn_every_time(folder: Path) -> None:
     assert not (folder / ".hypothesis" / "examples").exists()
 
 
+@pytest.mark.thorough
 def test_what_is_found_is_kept_and_replayed(folder: Path) -> None:
     search = ("-k", "small", "--hypothesis-profile=fuzz")
     assert "1 failed, 1 passed" in run(folder, *search, SEARCH="1")[0]

@@ -117,6 +117,7 @@ def test_an_installed_benchmark_runs_anywhere(installed: Path, tmp_path: Path) -
     assert json.loads((tmp_path / "saved" / "run.json").read_text(encoding="utf-8"))["machine"]["commit"] is None
 
 
+@pytest.mark.thorough
 def test_an_installed_report_runs_anywhere(installed: Path, tmp_path: Path) -> None:
     """Its checks find the recordings in the wheel."""
     done = run_installed(installed, tmp_path, "gpu-report", "--device", "cpu", "--part", "machine")
