@@ -308,7 +308,10 @@ def test_the_page_of_a_gpu(tmp_path: Path, monkeypatch: Any) -> None:
         passes["step, batch 1, context 4096"].predicted > passes["autoregressive step, batch 1, context 4096"].predicted
     )
     for mode, *_, predicted in beside.writing(report):
-        assert mode in ("mask_diffusion", "mock_ar", "ar", "speculative") and predicted > 0
+        if mode == "speculative":  # how much of a draft is accepted is not known beforehand
+            assert predicted is None
+        else:
+            assert mode in ("mask_diffusion", "mock_ar", "ar") and predicted is not None and predicted > 0
 
 
 def _generated(self: Any, prompts: Any, *, mode: str, max_new_tokens: int) -> Any:
