@@ -112,7 +112,7 @@ void bind_linear(py::module_& m) {
     m.def(
         "quantized_linear",
         [](tt::Flat x, Matrix data, Matrix scales, Optional<1> whole, int format, Optional<1> bias, tt::Flat out) {
-            tt::quantized_linear({x, packed(data, scales, whole, format, x.size[1]), bias, out});
+            called<tt::quantized_linear>({x, packed(data, scales, whole, format, x.size[1]), bias, out});
         },
         Released());
 }
@@ -187,7 +187,7 @@ void bind_moe(py::module_& m) {
                 a.shared_up_packed = packed(shared_up, shared_up_scales, shared_up_whole, shared_format, h),
                 a.shared_down_packed =
                     packed(shared_down, shared_down_scales, shared_down_whole, shared_format, shared_inner);
-            tt::moe_experts(a);
+            called<tt::moe_experts>(a);
         },
         Released());
 }

@@ -58,7 +58,14 @@ inline bool is_tensor(PyObject* object) {
 
 // The dtype, if the kernels know it.
 inline bool known_dtype(const DlDataType& from, DType& dtype) {
-    enum Code : uint8_t { integer = 0, natural = 1, floating = 2, brain_floating = 4, boolean = 6 };
+    enum Code : uint8_t {
+        integer = 0,
+        natural = 1,
+        floating = 2,
+        brain_floating = 4,
+        boolean = 6,
+        floating_e4m3fn = 10
+    };
     if (from.lanes != 1) return false;
     if (from.code == floating && from.bits == 64) return dtype = DType::float64, true;
     if (from.code == floating && from.bits == 32) return dtype = DType::float32, true;
@@ -67,6 +74,8 @@ inline bool known_dtype(const DlDataType& from, DType& dtype) {
     if (from.code == integer && from.bits == 64) return dtype = DType::int64, true;
     if (from.code == integer && from.bits == 32) return dtype = DType::int32, true;
     if (from.code == natural && from.bits == 8) return dtype = DType::byte, true;
+    if (from.code == integer && from.bits == 8) return dtype = DType::int8, true;
+    if (from.code == floating_e4m3fn && from.bits == 8) return dtype = DType::float8, true;
     if (from.code == boolean && from.bits == 8) return dtype = DType::boolean, true;
     return false;
 }

@@ -21,6 +21,8 @@ DTYPES = (
     torch.int32,
     torch.bool,
     torch.uint8,
+    torch.int8,
+    torch.float8_e4m3fn,
 )
 
 # What may lie between a public function and its kernel: each says something true where it does.

@@ -61,7 +61,10 @@ int64_t bytes_of(DType dtype) {
         case DType::int32: return 4;
         case DType::bfloat16:
         case DType::float16: return 2;
-        case DType::boolean: break;
+        case DType::boolean:
+        case DType::byte:
+        case DType::int8:
+        case DType::float8: break;
     }
     return 1;
 }

@@ -5,7 +5,7 @@
 
 namespace tt {
 
-enum class DType : int { float64, float32, bfloat16, float16, int64, int32, boolean, byte };
+enum class DType : int { float64, float32, bfloat16, float16, int64, int32, boolean, byte, int8, float8 };
 
 struct View {
     static constexpr int max_dims = 6;

@@ -213,7 +213,7 @@ void bind(py::module_& m) {
     m.def("set_torch", [](const py::object& tensor, const py::object& parameter, const py::tuple& dtypes,
                           const py::object& exchange, const py::tuple& states, const py::object& grad_enabled,
                           const py::object& increment, const py::dict& forward_ad) {
-        if (dtypes.size() != static_cast<size_t>(DType::byte) + 1)
+        if (dtypes.size() != static_cast<size_t>(DType::float8) + 1)
             throw py::value_error("set_torch: expected a dtype for each that the kernels know");
         const auto kept = [](const py::object& object) { return py::object(object).release().ptr(); };
         Torch& known = torch();

@@ -60,7 +60,9 @@ inline int64_t size_of(DType dtype) {
         case DType::bfloat16:
         case DType::float16: return 2;
         case DType::boolean:
-        case DType::byte: break;
+        case DType::byte:
+        case DType::int8:
+        case DType::float8: break;
     }
     return 1;
 }

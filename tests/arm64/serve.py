@@ -52,7 +52,7 @@ def _rows(words: memoryview, at: int, shape: tuple[int, ...], strides: tuple[int
     return words[at : at + (shape[0] - 1) * step + 1 : step].tobytes()
 
 
-DTYPES = tuple(f"dtype {code}" for code in range(8))
+DTYPES = tuple(f"dtype {code}" for code in range(10))
 
 
 def main(library: str, descriptor: int, size: int) -> None:

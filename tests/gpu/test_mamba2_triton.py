@@ -15,6 +15,7 @@ from tests.kernels.kernel_checks import relative_errors
 from tests.kernels.test_mamba2_kernel import SMALL, check, scan, sized
 from twotower_kernels.reference import mamba2
 from twotower_kernels.testing.budget import assert_within_budget, widened
+from twotower_kernels.testing.cases.mamba2 import seeded
 from twotower_kernels.triton import mamba2 as kernels
 
 
@@ -56,7 +57,7 @@ def test_any_shape_and_layout(  # type: ignore[no-untyped-def]
 ):
     heads, groups = heads
     case = dict(b=b, l=length, heads=heads, head_dim=head_dim, state=state, groups=groups, seeded=True)
-    inputs = demands.drawn(case, width, bias, seeds, ragged, size, dtype, seed)
+    inputs = seeded(case, width, bias, seeds, ragged, size, dtype, seed)
     check("mamba2_scan", inputs | states, layout=layout)
 
 

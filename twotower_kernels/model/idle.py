@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from twotower_kernels.model.capture import Recordings
 from twotower_kernels.model.interface import Towers
+from twotower_kernels.model.layers import Embedding
 from twotower_kernels.ops.recording import CpuRecordings
+from twotower_kernels.quantization import QuantizedTensor
 
 MOST = 64  # recordings that are kept for a generation to come
 # Bytes of weights. With more, Python is a few per cent of a step at most, and what recordings keep, the states of every
@@ -25,8 +28,16 @@ def pays(model: Towers) -> bool:
     if not isinstance(model, nn.Module):
         return False
     if model not in _SMALL:
-        _SMALL[model] = sum(p.nbytes for p in model.parameters()) <= SMALL
+        weights = [*model.parameters(), *model.buffers()]
+        _SMALL[model] = sum(p.nbytes for p in weights) <= SMALL and not _dequantizes(model)
     return _SMALL[model]
+
+
+def _dequantizes(model: nn.Module) -> bool:
+    """Whether PyTorch computes with quantized weights, which no replay does: of embeddings, and in float64."""
+    wide = any(p.dtype == torch.float64 for p in model.parameters())
+    parts = (m for m in model.modules() if wide or isinstance(m, Embedding))
+    return any(isinstance(child, QuantizedTensor) for part in parts for child in part.children())
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def traced_kernel(name: str) -> Callable[..., Any]:
     """The overload's kernel, on every device."""
 
     def kernel(*arguments: Any) -> Any:
-        pairs = zip(arguments, _FLOATS[name], strict=True)
+        pairs = zip(arguments, _FLOATS[name], strict=False)  # the dispatcher leaves out what is as by default
         plain = [a.tolist() if is_float and a is not None else a for a, is_float in pairs]
         return _PLAIN[name](*plain)
 

@@ -5,7 +5,7 @@ Formula: `reference/quantization.py`; kernel: `csrc/cpu/quantized.h`.
 The public functions are `linear.linear` and `moe.moe_experts`, which come here when a weight is a `QuantizedTensor`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,10 +125,16 @@ def _stored(data: Any, scales: Any, whole: Tensor | None) -> tuple[Any, Any, Any
     return data, cpu.rows_contiguous(scales), whole if whole is None or whole.ndim else whole[None]
 
 
-def _whole(
-    name: str, x: Tensor, format: str, data: Tensor, scales: Tensor | None, global_scale: Tensor | None
-) -> Tensor:
-    """A matrix that has been checked by itself, as one of its whole shape without memory."""
+class _Whole(NamedTuple):
+    shape: torch.Size
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+def _whole(name: str, x: Tensor, format: str, data: Tensor, scales: Tensor | None, global_scale: Tensor | None) -> Any:
+    """A matrix that has been checked by itself, as its whole shape."""
     same_device(x, **{name: data})
     if format == PLAIN:
         if data.dtype != x.dtype:
@@ -137,7 +143,7 @@ def _whole(
     if scales is None:
         raise TypeError(f"{name}: expected scales for {format}, got None")
     check_parts(format, data, scales, global_scale)
-    return data.new_empty(_shape(data, format), device="meta")
+    return _Whole(torch.Size(_shape(data, format)))
 
 
 def _check_experts(*arguments: Any) -> None:
