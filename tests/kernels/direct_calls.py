@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tests.conftest  # noqa: F401 (it loads the library that is under test)
 import twotower_kernels as tt
 from twotower_kernels.ops.moe import moe_router
+from twotower_kernels.quantization import FORMATS
 from twotower_kernels.reference import adaln, attention, mamba2
 
 Call = tuple[Any, list[Any]]  # an operator and its arguments
@@ -84,6 +85,15 @@ def _attention_calls() -> None:
         tt.append_kv(**attention.make_inputs("append_kv", case))
 
 
+def _quantized_calls() -> None:
+    x, experts, weights = torch.randn(3, 32), torch.tensor([[0, 2], [1, 0], [2, 1]]), torch.rand(3, 2)
+    for format in FORMATS:
+        up, down, shared = (tt.quantize(torch.randn(*n, 32), format) for n in ((3, 32), (3, 32), (32,)))
+        tt.linear(x, shared, torch.randn(32))
+        tt.moe_experts(x, up, down, weights, experts, shared_up=shared, shared_down=shared)
+        tt.moe_experts(x, up.dequantize(), down.dequantize(), weights, experts, shared_up=shared, shared_down=shared)
+
+
 def _router_calls() -> None:
     for score, groups in (("sigmoid", 2), ("softmax", 1)):
         options = {"top_k": 2, "score": score, "n_group": groups, "topk_group": 1}
@@ -129,7 +139,7 @@ def _other_calls() -> None:
 def recorded() -> dict[str, list[Call]]:
     """Calls that fit, of every operator."""
     with _Recorder() as recorder:
-        _attention_calls(), _router_calls(), _other_calls()
+        _attention_calls(), _router_calls(), _quantized_calls(), _other_calls()
     found: dict[str, list[Call]] = {}
     for call in recorder.calls:
         found.setdefault(call[0]._schema.name.split("::")[1], []).append(call)

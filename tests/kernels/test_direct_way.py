@@ -36,7 +36,7 @@ CASES = [
     for case in cases
     if "released" not in case
 ]
-ENTRIES = {name for name in dir(_direct.entries()) if not name.startswith("_")} - {"is_direct", "set"}
+ENTRIES = {name for name in dir(_direct.entries()) if not name.startswith("_")} - {"is_direct", "is_open", "set"}
 
 
 def inputs_of(family: str, op: str, case: str, dtype: torch.dtype) -> dict[str, Any]:

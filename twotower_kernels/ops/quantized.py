@@ -137,6 +137,8 @@ def _whole(name: str, x: Tensor, format: str, data: Tensor, scales: Tensor | Non
     """A matrix that has been checked by itself, as its whole shape."""
     same_device(x, **{name: data})
     if format == PLAIN:
+        if scales is not None or global_scale is not None:
+            raise ValueError(f"{name}: expected no scales of a matrix that is not quantized")
         if data.dtype != x.dtype:
             raise TypeError(f"{name}: expected {x.dtype} as x, got {data.dtype}")
         return data
