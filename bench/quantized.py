@@ -20,8 +20,8 @@ from twotower_kernels.bench.cases.moe import Weights
 from twotower_kernels.bench.measure import ceilings
 from twotower_kernels.bench.measure.clock import interleaved
 from twotower_kernels.bench.report.tables import where
-from twotower_kernels.model.layers import Stacked
-from twotower_kernels.model.parts import formats
+from twotower_kernels.model.layers import Linear, Stacked
+from twotower_kernels.model.parts import Quantize, formats
 from twotower_kernels.quantization import FORMATS
 from twotower_kernels.reference import moe
 
@@ -30,14 +30,16 @@ OURS = "bfloat16"
 Programs = Mapping[str, tuple[Callable[[], Tensor], int]]  # and the bytes of weights that each reads
 
 
-def quantize_model(model: tt.TwoTowerModel, quantize: str) -> tt.TwoTowerModel:
+def quantize_model(model: tt.TwoTowerModel, quantize: Quantize) -> tt.TwoTowerModel:
     """The same model with its weights quantized, as `from_pretrained(quantize=...)` would."""
     format_of = formats(quantize)
-    for prefix, module in model.named_modules():
-        tower_key = prefix + ".{}.weight" if isinstance(module, Stacked) else prefix + ".weight"
-        if (format := format_of(tower_key)) is None:
+    for prefix, module in list(model.named_modules()):
+        stacked = isinstance(module, Stacked)
+        key = f"{prefix}.0.up_proj.weight" if stacked else f"{prefix}.weight"
+        format = format_of(key) if stacked or isinstance(module, Linear) else None
+        if format is None:
             continue
-        for name in ("up", "down") if isinstance(module, Stacked) else ("weight",):
+        for name in ("up", "down") if stacked else ("weight",):
             weight = tt.quantize(getattr(module, name), format)
             delattr(module, name)
             setattr(module, name, weight)
@@ -87,8 +89,10 @@ def step() -> Programs:
     plain = random_model(torch.bfloat16, "denoiser")
     block = torch.full((1, ROWS), 3)
     programs = {}
-    for format in (OURS, "int8", "int4"):
-        model = plain if format == OURS else quantize_model(random_model(torch.bfloat16, "denoiser"), format)
+    chosen: dict[str, Quantize] = {OURS: None, "int8": "int8", "int4": "int4"}
+    chosen["int4, experts alone"] = {"denoiser.experts": "int4"}
+    for format, quantize in chosen.items():
+        model = plain if quantize is None else quantize_model(random_model(torch.bfloat16, "denoiser"), quantize)
         state = random_state(model, 1, 1024)
         size = sum(tensor.nbytes for tensor in model.denoiser_tower.state_dict().values())
         programs[format] = (lambda model=model, state=state: model.denoise(block, state, t=1.0)), size

@@ -89,7 +89,7 @@ PROGRAMS = EAGER, FUSED, OURS, SWAPPED, IN_PLACE = (
     "and BlockCache",
 )
 IMPLEMENTATIONS = {EAGER: ("eager", "eager"), FUSED: ("sdpa", "grouped_mm")}
-PAGE = Path(__file__).parents[1] / "docs" / "transformers.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "transformers.md"
 MARKERS = "<!-- figures -->", "<!-- end of figures -->"
 Call = Callable[[Any, str], Callable[[], Tensor]]  # of a model and a program
 
