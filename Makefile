@@ -91,7 +91,7 @@ arm64: $(DEV) $(ARM64_PYTHON)  ## the kernels for 64-bit Arm under an emulator. 
 		KERNEL_LIBRARY="$$(echo $(CURDIR)/$(ARM64)/lib/twotower_kernels/_C*.so)" CI=true OMP_NUM_THREADS=1 \
 		$(PY) -m pytest -q -n $(WORKERS) tests/arm64 tests/kernels \
 		-k "(arm64 or every or bit or bits or alone or gate or ties or nan or many or extreme) \
-		and not (registration or compile or released or direct or memory or argument)"
+		and not (registration or compile or released or direct or memory or argument or recording)"
 
 format: $(DEV)  ## let ruff and clang-format rewrite the files
 	@$(PY) -m ruff check --fix .

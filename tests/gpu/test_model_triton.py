@@ -4,11 +4,11 @@ a generation."""
 import pytest
 
 from tests.gpu.triton_checks import triton_kernels
-from tests.model import recordings
 from tests.model import test_generate_package as generations
 from tests.paths import GOLDEN
 from tests.simt.overlay import cuda_kernels
 from twotower_kernels import TwoTowerModel
+from twotower_kernels.bench.checks import recordings
 
 
 def test_recorded_tensors() -> None:

@@ -17,9 +17,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.model import recordings
 from tests.model.small_model import MASK, VOCAB, package_model, small_model
 from tests.paths import GOLDEN
+from twotower_kernels.bench.checks import recordings
 from twotower_kernels.generation import blocks as blocks_module
 from twotower_kernels.generation import request
 from twotower_kernels.generation import stream as stream_module

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.model import recordings
 from tests.paths import GOLDEN
 from twotower_kernels import ContextState, TwoTowerModel
+from twotower_kernels.bench.checks import recordings
 from twotower_kernels.bench.checks.agreement import assert_agreement
 from twotower_kernels.bench.checks.random_models import models, random_ids, with_wide_residual
 from twotower_kernels.model.cache import KVCache, MambaCache
