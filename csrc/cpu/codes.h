@@ -139,16 +139,17 @@ inline void load_scales(const PackedWeight& w, int64_t expert, int64_t row, int6
     const View& s = w.scales;
     const int d = s.ndim - 2;  // of the rows
     const int64_t offset = (d ? expert * s.stride[0] : 0) + row * s.stride[d], lanes = lanes_of<float>;
-    if (s.dtype == DType::byte) {
+    if (s.dtype == DType::byte || s.dtype == DType::float8) {
+        const bool exponents = s.dtype == DType::byte;
         const uint8_t* from = s.as<uint8_t>() + offset;
-        const float whole = w.whole ? w.whole.as<float>()[expert * w.whole.stride[0]] : 0;
+        const float whole = w.whole ? w.whole.as<float>()[expert * w.whole.stride[0]] : 1;
         for (int64_t i = 0; i < count; i += lanes) {
             uint8_t some[lanes] = {};
             std::memcpy(some, from + i, size_t(smaller(lanes, count - i)));
             const WordVector words = widened_bytes(some);
             // An exponent of 0 is 2^-127, which is subnormal.
             const FloatVector powers = FloatVector(words == 0u ? WordVector{} + 0x400000u : words << 23);
-            const FloatVector scale = w.whole ? e4m3(words) * whole : powers;
+            const FloatVector scale = exponents ? powers : e4m3(words) * whole;
             std::memcpy(out + i, &scale, sizeof(scale));
         }
     } else if (s.dtype == DType::bfloat16) {

@@ -278,20 +278,16 @@ struct Stored<Codes<bits, pairs>> {
     Rows from(int64_t expert, int64_t row) const { return {&w, expert, row}; }
 };
 
+// `scales` has room for those of all rows, `row` numbers each.
 template <PackedWeight::Format format, class Q>
 void multiply_codes(const typename Stored<Q>::Rows& w, int rows, const Panel<float, Q>& x, int64_t n,
-                    const typename Stored<Q>::Rows& next, float* out) {
+                    const typename Stored<Q>::Rows& next, int64_t groups, float* scales, int64_t row, float* out) {
     using F = Factors<float, Q>;
-    constexpr int64_t most = 336, few = skinny_rows * (most + lanes_of<float>);  // scales that the stack has room for
-    const int64_t groups = (n + w.of->group - 1) / w.of->group, row = groups + lanes_of<float>;
     FloatVector total[skinny_rows * skinny_panel];
     const LaneScales lanes(w.of->group, F::in_word, F::step);
     const bool wanted = next.first != w.first || next.expert != w.expert || next.of != w.of;
     const char* first_line = next.words(0);
     Prefetch ahead = {first_line, wanted ? next.words(rows) : first_line, 1};
-    float few_scales[few];
-    Scratch<float> many_scales(groups > most ? skinny_rows : 0, row);
-    float* scales = groups > most ? static_cast<float*>(many_scales) : few_scales;
     for (int r = 0; r < rows; ++r) load_scales(*w.of, w.expert, w.first + r, groups, scales + r * row);
     const auto rows_from = [&](int r, auto count) {
         constexpr int R = decltype(count)::value;
@@ -326,6 +322,19 @@ void multiply_codes(const typename Stored<Q>::Rows& w, int rows, const Panel<flo
     if (groups > 1) return;
     for (int64_t m = 0; m < x.count; ++m)
         for (int i = 0; i < rows; ++i) out[m * skinny_rows + i] *= scales[i * row];
+}
+
+template <PackedWeight::Format format, class Q>
+void multiply_codes(const typename Stored<Q>::Rows& w, int rows, const Panel<float, Q>& x, int64_t n,
+                    const typename Stored<Q>::Rows& next, float* out) {
+    constexpr int64_t most = 336;  // scales of a row that the stack has room for
+    const int64_t groups = (n + w.of->group - 1) / w.of->group, row = groups + lanes_of<float>;
+    if (groups <= most) {
+        float scales[skinny_rows * (most + lanes_of<float>)];
+        return multiply_codes<format>(w, rows, x, n, next, groups, scales, row, out);
+    }
+    Scratch<float> scales(skinny_rows, row);
+    multiply_codes<format>(w, rows, x, n, next, groups, scales, row, out);
 }
 
 template <int bits, bool pairs>

@@ -53,28 +53,12 @@ void copy(const CopyNumbers& a) {
     });
 }
 
-int64_t bytes_of(DType dtype) {
-    switch (dtype) {
-        case DType::float64:
-        case DType::int64: return 8;
-        case DType::float32:
-        case DType::int32: return 4;
-        case DType::bfloat16:
-        case DType::float16: return 2;
-        case DType::boolean:
-        case DType::byte:
-        case DType::int8:
-        case DType::float8: break;
-    }
-    return 1;
-}
-
 }  // namespace
 
 void copy_numbers(const CopyNumbers& a) {
     if (a.source.dtype == DType::bfloat16 && a.out.dtype == DType::float32) return copy<bf16, float>(a);
     if (a.source.dtype == DType::float16 && a.out.dtype == DType::float32) return copy<fp16, float>(a);
-    switch (bytes_of(a.out.dtype)) {
+    switch (size_of(a.out.dtype)) {
         case 8: return copy<uint64_t, uint64_t>(a);
         case 4: return copy<uint32_t, uint32_t>(a);
         case 2: return copy<uint16_t, uint16_t>(a);
@@ -83,8 +67,8 @@ void copy_numbers(const CopyNumbers& a) {
 }
 
 void gather_rows(const GatherRows& a) {
-    const int64_t count = a.ids.size[0], width = a.table.size[1] * bytes_of(a.table.dtype);
-    const int64_t from = a.table.stride[0] * bytes_of(a.table.dtype);
+    const int64_t count = a.ids.size[0], width = a.table.size[1] * size_of(a.table.dtype);
+    const int64_t from = a.table.stride[0] * size_of(a.table.dtype);
     const int64_t* ids = a.ids.as<int64_t>();
     *a.stranger = -1;
     const int64_t grain = larger<int64_t>(1, piece_bytes / larger<int64_t>(1, width));

@@ -51,21 +51,6 @@ inline bool is_float(const View& view) {
 inline bool is_index(const View& view) {
     return view.dtype == DType::int64 || view.dtype == DType::int32;
 }
-inline int64_t size_of(DType dtype) {
-    switch (dtype) {
-        case DType::float64:
-        case DType::int64: return 8;
-        case DType::float32:
-        case DType::int32: return 4;
-        case DType::bfloat16:
-        case DType::float16: return 2;
-        case DType::boolean:
-        case DType::byte:
-        case DType::int8:
-        case DType::float8: break;
-    }
-    return 1;
-}
 bool has_shape(const View& view, std::initializer_list<int64_t> sizes);
 
 // A number of Python's own; what else may be one is not decided here. A real one is finite.

@@ -113,16 +113,13 @@ def _wide(format: str, data: Tensor | None, scales: Tensor | None, global_scale:
     return QuantizedTensor(format, data, scales, global_scale).dequantize(torch.float64)
 
 
-def _stored(data: Any, scales: Any, whole: Tensor | None) -> tuple[Any, Any, Any]:
-    """As the kernel takes them: codes and scales that it knows no dtype for as bytes, one scale for every row."""
-    if data is None or scales is None:
-        return data, scales, whole
-    data = cpu.rows_contiguous(data.view(torch.uint8))
-    if scales.itemsize == 1:
-        scales = scales.view(torch.uint8)
-    if scales.shape[-2] != data.shape[-2]:
+def _stored(
+    data: Tensor | None, scales: Tensor | None, whole: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As the kernel takes them: a scale for every row, and one of the whole for every matrix."""
+    if data is not None and scales is not None and scales.shape[-2] != data.shape[-2]:
         scales = scales.expand(*data.shape[:-1], 1)
-    return data, cpu.rows_contiguous(scales), whole if whole is None or whole.ndim else whole[None]
+    return data, scales, whole if whole is None or whole.ndim else whole[None]
 
 
 class _Whole(NamedTuple):

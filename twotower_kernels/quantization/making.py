@@ -78,7 +78,8 @@ def _group(format: str, group_size: int | None, columns: int) -> int:
 
 def _whole(format: str, group: int, matrix: Tensor) -> Tensor:
     """The scale of the whole matrix, 0-d float32; 1 where the format has none."""
-    largest = matrix.abs().amax().double() if matrix.numel() else matrix.new_zeros((), dtype=torch.float64)
+    low, high = matrix.aminmax() if matrix.numel() else matrix.new_zeros(2)  # which copies nothing
+    largest = torch.maximum(-low, high).double()
     if not torch.isfinite(largest):
         raise ValueError("weight: expected finite numbers, got an infinity or NaN")
     if format == "nvfp4":

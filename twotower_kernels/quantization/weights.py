@@ -92,10 +92,10 @@ class QuantizedTensor(nn.Module):
         if self.global_scale is not None:
             scales = scales * self.global_scale.to(wide)[..., None, None]
         codes = self._codes().to(wide)
-        if self.group_size == -1:
-            return (codes * scales).to(dtype)
-        groups = codes.unflatten(-1, (scales.shape[-1], -1)) if codes.numel() else codes[..., None]
-        return (groups * scales[..., None]).flatten(-2).to(dtype) if codes.numel() else codes.to(dtype)
+        if not codes.numel():
+            return codes.to(dtype)
+        groups = codes.unflatten(-1, (scales.shape[-1], -1))  # a scale of the whole matrix is broadcast to its rows
+        return (groups * scales[..., None]).flatten(-2).to(dtype)
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows of a matrix `[R, K]`, dequantized: `[..., K]` float32 for integers `[...]`. What an embedding gives."""
