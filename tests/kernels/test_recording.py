@@ -14,9 +14,11 @@ from torch import Tensor
 
 import twotower_kernels as tt
 from tests.kernels.kernel_checks import MACHINE_ISAS, awkward
+from tests.kernels.op_arguments import OPS, arguments, overload, written
 from twotower_kernels import cpu
 from twotower_kernels.ops.linear import linear
 from twotower_kernels.ops.recording import CpuRecordings
+from twotower_kernels.testing.budget import as_tuple
 
 COPIED = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 WIDENED = ((torch.bfloat16, torch.float32), (torch.float16, torch.float32))
@@ -70,6 +72,37 @@ def test_rows_of_a_table(vocabulary, width, count, dtype, isa, seed):  # type: i
 
 
 # --- what is recorded, and what is refused --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [0, 3])
+@pytest.mark.parametrize("name", OPS)
+def test_every_operator_is_noted(name: str, layout: int) -> None:
+    """Recorded with some numbers, replayed with others: what it gives is what it gives of those, to the bit."""
+
+    def laid_out(seed: int) -> list[Any]:
+        given = arguments(name, seed=seed)
+        return [awkward(x, layout) if isinstance(x, Tensor) and x.is_floating_point() else x for x in given]
+
+    given, other, expected = laid_out(0), laid_out(1), laid_out(1)
+    for n in written(name):  # they are written where they lie
+        given[n], other[n], expected[n] = (x.contiguous() for x in (given[n], other[n], expected[n]))
+    op = overload(name)
+    wanted = op(*expected)
+    if name == "attention_backward":  # PyTorch computes it
+        with pytest.raises(NotImplementedError, match=r"recording: aten\.bmm"):
+            CpuRecordings()(lambda: op(*given))
+        return
+    with torch.inference_mode():
+        replay, results = CpuRecordings()(lambda: op(*given))
+        for x, new in zip(given, other, strict=True):
+            if isinstance(x, Tensor):
+                x.copy_(new)
+    replay()
+    for got, want in zip(as_tuple(results), as_tuple(wanted), strict=True):
+        if isinstance(want, Tensor):
+            assert torch.equal(got.nan_to_num(), want.nan_to_num())
+    for n in written(name):
+        assert torch.equal(given[n].nan_to_num(), expected[n].nan_to_num())
 
 
 def test_nothing_is_computed_while_recording() -> None:

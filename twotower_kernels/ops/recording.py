@@ -253,8 +253,12 @@ class _Tape(TorchDispatchMode):
         written = [args[n] for n in _direct.WRITTEN.get(name, ())]
         if any(self._are_constant([tensor]) for tensor in written):
             raise NotImplementedError(f"recording: {name} writes to a tensor that the step made of nothing else")
+        noted = len(self._replay.calls)
         with self:
-            return _direct.KERNELS[name](*args)
+            results = _direct.KERNELS[name](*args)
+        if len(self._replay.calls) == noted:
+            raise NotImplementedError(f"recording: {name} called no kernel that is noted")
+        return results
 
     def _embedding(self, table: Tensor, ids: Tensor, *_: Any) -> Tensor:
         if ids.dtype != torch.int64 or not ids.is_contiguous():
@@ -330,5 +334,7 @@ def _is_function(func: Any) -> bool:
 @cache
 def _is_view(func: Any) -> bool:
     """Whether an operation's results are parts of what it is given."""
+    if func is aten._unsafe_view.default:  # of a copy that nothing else knows; its schema calls it new
+        return True
     returns = func._schema.returns
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
